@@ -1,0 +1,53 @@
+"""What this machine can run, asked of the driver itself: no torch, no subprocess."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
+TENSORRT_BACKENDS = ("tensorrt", "tensorrt_rtx")
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether a usable NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES counts)."""
+    return current_arch() is not None
+
+
+@functools.cache
+def current_arch() -> str | None:
+    """The architecture of the first visible GPU as "sm_89", or None without a GPU or a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    calls = (
+        lambda: driver.cuInit(0),
+        lambda: driver.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), COMPUTE_MAJOR, device),
+        lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), COMPUTE_MINOR, device),
+    )
+    if any(call() != 0 for call in calls):
+        return None
+    return f"sm_{major.value}{minor.value}"
+
+
+def tensorrt_module(backend: str) -> ModuleType | None:
+    """The module of a TensorRT backend, or None. Type stubs alone import as an empty package, so ask for Builder."""
+    try:
+        module = importlib.import_module(backend)
+    except (ImportError, OSError):
+        return None
+    return module if hasattr(module, "Builder") else None
+
+
+def available_backends() -> list[str]:
+    """The backends whose packages are installed here, best first; a GPU is another question."""
+    found = [name for name in TENSORRT_BACKENDS if tensorrt_module(name) is not None]
+    if importlib.util.find_spec("onnxruntime") is not None:
+        found.append("onnxruntime")
+    return found

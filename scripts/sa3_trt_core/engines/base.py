@@ -1,0 +1,94 @@
+"""What an engine is: one protocol for any graph, one for the DiT's velocity, and the bridge between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sa3_trt_core.sampler import Conditioning
+
+
+class GraphEngine(Protocol):
+    """A loaded graph: named tensors in, named tensors out, on the device of the first input."""
+
+    input_names: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class VelocityEngine(Protocol):
+    """One DiT: velocity for a batch of latents at given noise levels."""
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,), both fp32."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Closing:
+    """The context-manager half of an engine: leaving the block closes it."""
+
+    def close(self) -> None:
+        """Free what the engine holds; closing twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class DiTVelocity(Closing):
+    """A VelocityEngine on top of any engine that runs the six-input DiT graph; closing it closes the graph."""
+
+    def __init__(self, graph: GraphEngine) -> None:
+        self._graph = graph
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""
+        inputs = {
+            "x": x,
+            "t": t,
+            "t5_hidden": cond.t5_hidden,
+            "t5_mask": cond.t5_mask,
+            "seconds_total": cond.seconds_total,
+            "local_add_cond": cond.local_add_cond,
+        }
+        return pick(self._graph.run(inputs), "velocity").float()
+
+    def close(self) -> None:
+        self._graph.close()
+
+
+def pick(outputs: Mapping[str, Tensor], name: str) -> Tensor:
+    """One output by name. Raises ToolError: a graph without it is not of the target's kind."""
+    if name not in outputs:
+        raise ToolError(f"the graph gives {', '.join(outputs)}, not {name}", "use the ONNX or engine of that target")
+    return outputs[name]
+
+
+def run_rows(
+    run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Run a graph that is fixed at one row over the rows of a batch, and put its outputs together again."""
+    import torch
+
+    rows = next(iter(inputs.values())).shape[0]
+    parts = []
+    for row in range(rows):
+        parts.append(run({name: value[row : row + 1] if value.dim() else value for name, value in inputs.items()}))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

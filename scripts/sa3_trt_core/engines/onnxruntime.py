@@ -1,0 +1,105 @@
+"""Any of our graphs through ONNX Runtime: the default where there is no TensorRT, and the reference for parity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core import device
+from sa3_trt_core.engines.base import Closing, run_rows
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.protobuf import external_data_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NUMPY_TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+}
+FATAL_ONLY = 4  # its errors reach the user as ours, once
+LONGEST_REASON = 240
+
+
+class OnnxRuntimeEngine(Closing):
+    """One ONNX file in a session, on the GPU if ONNX Runtime and the machine have one, else on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ToolError if the file is no ONNX graph that ONNX Runtime can run, or a sidecar is missing."""
+        import onnxruntime
+
+        for name in external_data_names(path):
+            if not (path.parent / name).is_file():
+                raise ToolError(f"{path} needs {name} beside it, which is missing", "get or make both files again")
+        options = onnxruntime.SessionOptions()
+        # FP8 Q/DQ pairs run on the CPU only at this level: the higher ones fuse them into products that do not exist.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.log_severity_level = FATAL_ONLY
+        providers = ["CPUExecutionProvider"]
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device.has_nvidia_gpu():
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except MemoryError:
+            raise
+        except Exception as error:  # its exceptions share no base class of their own
+            raise _refusal(path, str(error)) from None
+        self._path = path
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.input_names = tuple(self._inputs)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""
+        missing = sorted(self._inputs.keys() - inputs.keys())
+        unknown = sorted(inputs.keys() - self._inputs.keys())
+        if missing or unknown:
+            raise ToolError(
+                f"{self._path} takes {', '.join(self._inputs)}, not {', '.join(inputs)}", "use the ONNX of that target"
+            )
+        name, first = next(iter(inputs.items()))
+        fixed = self._inputs[name].shape
+        if first.dim() and first.shape[0] > 1 and fixed and fixed[0] == 1:
+            return run_rows(self._run_once, inputs)
+        return self._run_once(inputs)
+
+    def close(self) -> None:
+        self._session = None
+
+    def _run_once(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        feeds = {}
+        for name, value in inputs.items():
+            spec = self._inputs[name]
+            array = value.detach().cpu().contiguous().numpy().astype(_NUMPY_TYPES[spec.type], copy=False)
+            # A scalar may be declared as [] or [1]; both take one number.
+            feeds[name] = array.reshape((1,) * len(spec.shape)) if array.ndim == 0 else array
+        place = next(iter(inputs.values())).device
+        try:
+            results = self._session.run(self._outputs, feeds)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ToolError(
+                f"ONNX Runtime failed in {self._path}: {_end_of(str(error))}",
+                "check that it is the ONNX of that target, and that memory is free for this length",
+            ) from None
+        return {name: torch.from_numpy(result).to(place) for name, result in zip(self._outputs, results, strict=True)}
+
+
+def _refusal(path: Path, text: str) -> ToolError:
+    if "is not a registered function/op" in text:
+        return ToolError(
+            f"{path} needs an operator that ONNX Runtime does not have: {text}",
+            "use our own export with plain operators: python build/export_onnx.py --model-dir DIR --onnx-root ROOT",
+        )
+    return ToolError(f"ONNX Runtime cannot load {path}: {_end_of(text)}", "download or make it again")
+
+
+def _end_of(text: str) -> str:
+    """The end of a message: it begins with C++ signatures, and what is wrong stands last."""
+    return text if len(text) <= LONGEST_REASON else f"... {text[-LONGEST_REASON:]}"

@@ -1,0 +1,106 @@
+"""What a user's mistake looks like: two lines on stderr and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+USAGE_EXIT = 2
+GATE_EXIT = 3
+INTERRUPT_EXIT = 130
+
+
+class ToolError(Exception):
+    """A mistake that the user can mend: `message` says what is wrong, `hint` what to do about it."""
+
+    def __init__(self, message: str, hint: str, exit_code: int = USAGE_EXIT) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+    def lines(self) -> str:
+        """The two lines, each free of newlines so that they stay two whatever a library put into the message."""
+        return f"error: {_one_line(self.message)}\n  hint: {_one_line(self.hint)}"
+
+
+class GateError(ToolError):
+    """A check of the result said no: exit code 3, and `report`, where there is one, after the two lines."""
+
+    def __init__(self, message: str, hint: str, report: str | None = None) -> None:
+        super().__init__(message, hint, GATE_EXIT)
+        self.report = report
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are ToolErrors; abbreviations are off, because a new flag would change their meaning."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # argparse's own signature, passed through
+
+    def error(self, message: str) -> NoReturn:
+        raise ToolError(message, f"see {self.prog} --help")
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """The exit code of `main`, its ToolErrors as two lines on stderr; anything unforeseen keeps its traceback."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except ToolError as error:
+        print(error.lines(), file=sys.stderr)
+        report = getattr(error, "report", None)
+        if report:
+            print(report, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPT_EXIT
+    except BrokenPipeError:
+        # The reader of our output has gone. Without this, the interpreter complains once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+def number_type(low: float, high: float, unit: str = "") -> Callable[[str], float]:
+    """An argparse `type=` for a finite number in [low, high]; `unit` is the word in the message ("seconds")."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}{_unit(unit)}")
+        return value
+
+    return convert
+
+
+def integer_type(low: int, high: int, unit: str = "") -> Callable[[str], int]:
+    """An argparse `type=` for a whole number in [low, high]."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is outside {low} to {high}{_unit(unit)}")
+        return value
+
+    return convert
+
+
+def _unit(unit: str) -> str:
+    return f" {unit}" if unit else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split())

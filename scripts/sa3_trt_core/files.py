@@ -1,0 +1,90 @@
+"""Writes that are all or nothing, checks of a destination before any work, and digests of large files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sa3_trt_core.errors import ToolError
+
+CHUNK = 1 << 20
+LONGEST_NAME = 255  # bytes, on every common file system
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved over it when the block ends well and removed when it does not.
+
+    A killed run leaves the old file or none. The suffix is kept, because writers such as numpy add it when it is
+    missing. The folder is made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.stem[:32]}.{secrets.token_hex(6)}.tmp{path.suffix[-32:]}"
+    try:
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def write_atomic_bytes(path: Path, data: bytes) -> None:
+    """Write a whole file, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_atomic_text(path: Path, text: str) -> None:
+    """Write a whole text file in UTF-8, atomically."""
+    write_atomic_bytes(path, text.encode("utf-8"))
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Refuse a destination that cannot be written, before any work is done; creates nothing.
+
+    A missing folder is fine if its nearest existing ancestor is a folder that takes new files. That is tried with an
+    unnamed temporary file: permission bits say nothing to root, and nothing about /proc or a read-only disk.
+    Raises ToolError.
+    """
+    hint = f"choose another {what}"
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ToolError(f"cannot write {what}: its file name is longer than {LONGEST_NAME} bytes", hint)
+    if path.is_dir():
+        raise ToolError(f"cannot write {what} {path}: it is a folder", hint)
+    if os.path.lexists(path) and path.exists() and not path.is_file():
+        raise ToolError(f"cannot write {what} {path}: it is not a regular file", hint)
+    ancestor = path.parent
+    while not os.path.lexists(ancestor) and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        raise ToolError(f"cannot write {what} {path}: {ancestor} is not a folder", hint)
+    try:
+        with tempfile.TemporaryFile(dir=ancestor):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ToolError(f"cannot write {what} {path}: {ancestor} takes no new files ({reason})", hint) from None
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

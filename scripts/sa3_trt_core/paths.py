@@ -1,0 +1,48 @@
+"""Where engines and ONNX files lie on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.targets import ENGINE_SUFFIX, Target
+
+ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+ONNX_ROOT_VARIABLE = "SA3_ONNX_DIR"
+MODELS_VARIABLE = "SA3_MODELS_DIR"
+
+
+def engine_path(models_dir: Path, arch: str, target: Target, backend: str) -> Path:
+    """models/<sm_XX>/<folder>/<stem>.trt for tensorrt, .rtx for tensorrt_rtx (not interchangeable)."""
+    return models_dir / arch / f"{target.engine}{ENGINE_SUFFIX[backend]}"
+
+
+def default_models_dir() -> Path:
+    """$SA3_MODELS_DIR, else models/ of the checkout that this file is in, else models/ of the working directory."""
+    chosen = os.environ.get(MODELS_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout / "models" if (checkout / "pyproject.toml").is_file() else Path("models")
+
+
+def onnx_root_from(value: str | Path | None) -> Path | None:
+    """The ONNX folder: the flag, else $SA3_ONNX_DIR, else None for the hub. Raises ToolError if it is no folder."""
+    chosen = value or os.environ.get(ONNX_ROOT_VARIABLE)
+    if not chosen:
+        return None
+    root = Path(chosen)
+    if not root.is_dir():
+        source = "--onnx-root" if value else f"${ONNX_ROOT_VARIABLE}"
+        raise ToolError(f"no such ONNX folder: {root}", f"set {source} to a folder with sa3-m/ and t5gemma/ in it")
+    return root
+
+
+def parse_arches(text: str) -> list[str]:
+    """ "sm_89,sm_120" as a list, each once. Raises ToolError for a name that is not an architecture."""
+    arches = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [arch for arch in arches if arch not in ARCHES]
+    if unknown or not arches:
+        raise ToolError(f"unknown GPU architecture {(unknown or [text])[0]!r}", f"known: {', '.join(ARCHES)}")
+    return arches

@@ -1,0 +1,138 @@
+"""The numbers of the contract: what every graph takes and gives, and how seconds become latent frames."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+SAMPLE_RATE = 44_100  # Hz
+SAMPLES_PER_FRAME = 4096
+LATENT_CHANNELS = 256
+TEXT_TOKENS = 256
+TEXT_CHANNELS = 768
+LOCAL_CHANNELS = 257  # the keep mask, then the masked latent
+AUDIO_CHANNELS = 2
+PADDING_SECONDS = 6.0
+TAIL_FRAMES = 64  # frames beyond the wanted length that still count as valid
+DEFAULT_FRAME_CAP = 1292
+MIN_CODEC_FRAMES = 32
+MAX_FRAMES = 4096
+MAX_BATCH = 8
+MIN_SECONDS = 0.01
+MAX_SECONDS = MAX_FRAMES * SAMPLES_PER_FRAME / SAMPLE_RATE - PADDING_SECONDS  # 374.4: the engines' limit
+
+Which = Literal["min", "opt", "max"]
+_POSITION = {"min": 0, "opt": 1, "max": 2}
+_DIM = re.compile(r"([A-Z]+)(?:([*/])(\d+))?")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: a dimension is a number, a symbol, or a symbol times or over a number ("L*4096")."""
+
+    name: str
+    dtype: str
+    dims: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """One kind of graph: its tensors in order, and the optimisation profile (min, opt, max) of every symbol."""
+
+    kind: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profile: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    def shapes(self, spec: TensorSpec, which: Which) -> tuple[int, ...]:
+        """The concrete shape of a tensor at one end, or the middle, of the profile."""
+        return tuple(self._extent(dim, which) for dim in spec.dims)
+
+    def _extent(self, dim: str | int, which: Which) -> int:
+        if isinstance(dim, int):
+            return dim
+        match = _DIM.fullmatch(dim)
+        if match is None or match[1] not in self.profile:
+            raise ValueError(f"{self.kind}: no such dimension {dim!r}")
+        value = self.profile[match[1]][_POSITION[which]]
+        if match[2] is None:
+            return value
+        return value * int(match[3]) if match[2] == "*" else value // int(match[3])
+
+
+_CODEC_FRAMES = (MIN_CODEC_FRAMES, DEFAULT_FRAME_CAP, MAX_FRAMES)
+_CODEC_SAMPLES = (
+    MIN_CODEC_FRAMES * SAMPLES_PER_FRAME,
+    DEFAULT_FRAME_CAP * SAMPLES_PER_FRAME,
+    MAX_FRAMES * SAMPLES_PER_FRAME,
+)
+
+CONTRACTS: Mapping[str, GraphContract] = {
+    contract.kind: contract
+    for contract in (
+        GraphContract(
+            kind="t5gemma",
+            inputs=(
+                TensorSpec("input_ids", "int64", (1, TEXT_TOKENS)),
+                TensorSpec("attention_mask", "int64", (1, TEXT_TOKENS)),
+            ),
+            outputs=(TensorSpec("hidden_states", "float32", (1, TEXT_TOKENS, TEXT_CHANNELS)),),
+        ),
+        GraphContract(
+            kind="dit",
+            inputs=(
+                TensorSpec("x", "float32", ("B", LATENT_CHANNELS, "L")),
+                TensorSpec("t", "float32", ("B",)),
+                TensorSpec("t5_hidden", "float32", ("B", TEXT_TOKENS, TEXT_CHANNELS)),
+                TensorSpec("t5_mask", "float32", ("B", TEXT_TOKENS)),
+                TensorSpec("seconds_total", "float32", ("B",)),
+                TensorSpec("local_add_cond", "float32", ("B", LOCAL_CHANNELS, "L")),
+            ),
+            outputs=(TensorSpec("velocity", "float32", ("B", LATENT_CHANNELS, "L")),),
+            profile={"B": (1, 1, MAX_BATCH), "L": (1, DEFAULT_FRAME_CAP, MAX_FRAMES)},
+        ),
+        GraphContract(
+            kind="same-decoder",
+            inputs=(TensorSpec("latent", "float32", (1, LATENT_CHANNELS, "L")),),
+            outputs=(TensorSpec("pcm", "int32", (1, f"L*{SAMPLES_PER_FRAME}", AUDIO_CHANNELS)),),
+            profile={"L": _CODEC_FRAMES},
+        ),
+        GraphContract(
+            kind="same-encoder",
+            inputs=(TensorSpec("audio", "float32", (1, AUDIO_CHANNELS, "N")),),
+            outputs=(TensorSpec("latent", "float32", (1, LATENT_CHANNELS, f"N/{SAMPLES_PER_FRAME}")),),
+            profile={"N": _CODEC_SAMPLES},
+        ),
+    )
+}
+
+
+def output_samples(seconds: float) -> int:
+    """How many samples a channel the finished audio has: int(seconds * 44100)."""
+    return int(seconds * SAMPLE_RATE)
+
+
+def latent_frames(seconds: float, cap: int = DEFAULT_FRAME_CAP) -> int:
+    """How many latent frames are generated for a length: padding of 6 s included, made even, capped.
+
+    Source: the model's own generation (facts.md, section 2).
+    """
+    frames = _ceil_frames(int((seconds + PADDING_SECONDS) * SAMPLE_RATE))
+    return min(frames + frames % 2, cap)
+
+
+def valid_frames(seconds: float, frames: int) -> int:
+    """How many of `frames` latent frames may sound: the wanted length and a tail of 64, never more than there are."""
+    return min(_ceil_frames(output_samples(seconds)) + TAIL_FRAMES, frames)
+
+
+def frame_cap(seconds: float) -> int:
+    """The default cap, or the engines' limit where the wanted audio itself would not fit under the default."""
+    fits = output_samples(seconds) <= DEFAULT_FRAME_CAP * SAMPLES_PER_FRAME
+    return DEFAULT_FRAME_CAP if fits else MAX_FRAMES
+
+
+def _ceil_frames(samples: int) -> int:
+    return -(-samples // SAMPLES_PER_FRAME)

@@ -1,0 +1,180 @@
+"""THE table of engines: names, groups, menus, downloads and paths are derived from it, and nowhere else written."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sa3_trt_core.errors import ToolError
+
+HUB_REPOSITORY = "stabilityai/stable-audio-3-optimized"
+HUB_FOLDER = "onnx"  # every ONNX path below is under this folder of the hub repository
+CHECKPOINT_REPOSITORY = "stabilityai/stable-audio-3-medium"
+CHECKPOINT_TOKENIZER_FOLDER = "t5gemma-b-b-ul2"
+TOKENIZER_FILES = ("t5gemma/tokenizer.json", "t5gemma/tokenizer_config.json")  # under an ONNX root
+ENGINE_SUFFIX = {"tensorrt": ".trt", "tensorrt_rtx": ".rtx"}
+
+Precision = Literal["fp32", "fp16mixed", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp16mixed", "fp32", "fp8")
+DITS = ("medium", "sm-music", "sm-sfx")
+TEXT_ENCODER = "t5gemma"
+GROUPS = ("all", "all-fp32", "all-both")
+_USUAL = ("all", "all-both")
+_FP32 = ("all-fp32", "all-both")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine that can be built and run.
+
+    `kind` is its contract (shapes.CONTRACTS). `onnx` are paths under an ONNX root, our own name first, then the names
+    that the hub has used. `engine` is folder/stem under models/<arch>/. `opt_in`: built only by its own name.
+    """
+
+    name: str
+    kind: str
+    onnx: tuple[str, ...]
+    engine: str
+    groups: tuple[str, ...]
+    precision: Precision
+    dit: str | None
+    opt_in: bool
+    summary: str
+    produced_by: str
+
+
+def _dit(dit: str, folder: str, stem: Precision, onnx: tuple[str, ...], produced_by: str) -> Target:
+    name = folder if stem == "fp16mixed" else f"{folder}-{stem}"
+    groups = {"fp16mixed": _USUAL, "fp32": _FP32, "fp8": ()}[stem]
+    return Target(
+        name=name,
+        kind="dit",
+        onnx=tuple(f"{folder}/{file}" for file in onnx),
+        engine=f"{folder}/dit_{stem}",
+        groups=groups,
+        precision=stem,
+        dit=dit,
+        opt_in=stem == "fp8",
+        summary=f"DiT {dit}, {stem}",
+        produced_by=produced_by,
+    )
+
+
+def _same(  # one line a row in the table below
+    name: str, kind: str, onnx: tuple[str, ...], engine: str, precision: Precision, summary: str
+) -> Target:
+    ours = name.startswith("same-l-decoder")
+    return Target(
+        name=name,
+        kind=kind,
+        onnx=onnx,
+        engine=engine,
+        groups=_FP32 if name.endswith("-fp32") else _USUAL,
+        precision=precision,
+        dit=None,
+        opt_in=False,
+        summary=summary,
+        produced_by=_EXPORT if ours else _NO_PRODUCER,
+    )
+
+
+_EXPORT = "python build/export_onnx.py --model-dir DIR --onnx-root ROOT"
+_FP16 = "python build/build_dit_fp16mixed.py --input ROOT/{0}/dit.onnx --onnx ROOT/{0}/dit_fp16mixed.onnx"
+_FP8 = (
+    "python build/build_dit_fp8.py --input ROOT/sa3-m/dit_fp16mixed.onnx --calib sa3-m.calib.npz "
+    "--onnx ROOT/sa3-m/dit_fp8.onnx"
+)
+_NO_PRODUCER = f"hf download {HUB_REPOSITORY}"  # this repository has no exporter for it yet
+_HALF = ("dit_fp16mixed.onnx", "dit_fp16.onnx")
+_FULL = ("dit.onnx",)
+_SAME_S = ("same-s/dec_bf16.onnx", "same-s/dec_dynamic_bf16.onnx")
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        name=TEXT_ENCODER,
+        kind="t5gemma",
+        onnx=("t5gemma/encoder.onnx",),
+        engine="t5gemma/encoder",
+        groups=_USUAL,
+        precision="fp32",
+        dit=None,
+        opt_in=False,
+        summary="text encoder T5Gemma",
+        produced_by=_EXPORT,
+    ),
+    _same("same-s-encoder", "same-encoder", ("same-s/enc_dynamic_bf16.onnx",), "same-s/enc_dynamic_bf16", "fp32",
+          "audio encoder of the small models"),
+    _same("same-s-decoder", "same-decoder", _SAME_S, "same-s/dec_bf16", "fp32", "audio decoder of the small models"),
+    _same("same-l-encoder", "same-encoder", ("same-l/enc_dynamic_triton_swa.onnx",), "same-l/enc_dynamic_triton_swa",
+          "fp16mixed", "audio encoder of medium"),
+    _same("same-l-decoder", "same-decoder", ("same-l/dec_fp16.onnx", "same-l/dec_dynamic_triton_swa.onnx"),
+          "same-l/dec_fp16", "fp16mixed", "audio decoder of medium"),
+    _dit("sm-music", "sa3-sm-music", "fp16mixed", _HALF, _FP16.format("sa3-sm-music")),
+    _dit("sm-sfx", "sa3-sm-sfx", "fp16mixed", _HALF, _FP16.format("sa3-sm-sfx")),
+    _dit("medium", "sa3-m", "fp16mixed", _HALF, _FP16.format("sa3-m")),
+    _dit("medium", "sa3-m", "fp32", _FULL, _EXPORT),
+    _dit("sm-music", "sa3-sm-music", "fp32", _FULL, _EXPORT),
+    _dit("sm-sfx", "sa3-sm-sfx", "fp32", _FULL, _EXPORT),
+    _same("same-l-decoder-fp32", "same-decoder", ("same-l/dec_fp32.onnx",), "same-l/dec_fp32", "fp32",
+          "audio decoder of medium, fp32"),
+    _same("same-s-decoder-fp32", "same-decoder", _SAME_S, "same-s/dec_fp32", "fp32",
+          "audio decoder of the small models, fp32"),
+    _dit("medium", "sa3-m", "fp8", ("dit_fp8.onnx",), _FP8),
+)  # fmt: skip
+
+
+def find_target(name: str) -> Target:
+    """The target of that name. Raises ToolError with the nearest name and all good ones."""
+    for target in TARGETS:
+        if target.name == name:
+            return target
+    raise _unknown(name, [target.name for target in TARGETS])
+
+
+def expand(names: Sequence[str]) -> list[Target]:
+    """Targets and groups by name, in the order given, each once. Raises ToolError for an unknown name."""
+    chosen: dict[str, Target] = {}
+    for name in names:
+        if name in GROUPS:
+            found = [target for target in TARGETS if name in target.groups]
+        else:
+            found = [target for target in TARGETS if target.name == name]
+        if not found:
+            raise _unknown(name, [*(target.name for target in TARGETS), *GROUPS])
+        chosen.update({target.name: target for target in found})
+    return list(chosen.values())
+
+
+def missing_candidates() -> list[Target]:
+    """The targets that "build all missing" looks at: every one that is not opt-in."""
+    return [target for target in TARGETS if not target.opt_in]
+
+
+def dit_target(dit: str, precision: str) -> Target:
+    """The engine of a DiT at a precision. Raises ToolError that names the precisions it has."""
+    if dit not in DITS:
+        raise _unknown(dit, list(DITS), "DiT")
+    found = {target.precision: target for target in TARGETS if target.dit == dit}
+    for name, target in found.items():
+        if name == precision:
+            return target
+    having = [target.dit for target in TARGETS if target.precision == precision and target.dit]
+    elsewhere = f", or --dit {having[0]} for {precision}" if having else ""
+    raise ToolError(
+        f"the DiT {dit} has no {precision} engine (it has {', '.join(found)})",
+        f"choose --precision {next(iter(found))}{elsewhere}",
+    )
+
+
+def decoder_for(dit: str, precision: str) -> Target:
+    """The decoder that goes with a DiT: SAME-L for medium, SAME-S for the small ones; fp32 only with fp32."""
+    base = "same-l-decoder" if dit == "medium" else "same-s-decoder"
+    return find_target(f"{base}-fp32" if precision == "fp32" else base)
+
+
+def _unknown(name: str, good: Sequence[str], what: str = "target") -> ToolError:
+    near = difflib.get_close_matches(name, good, n=1)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    return ToolError(f"unknown {what} {name!r}{guess}", f"known: {', '.join(good)}")
