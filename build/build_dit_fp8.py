@@ -1,0 +1,87 @@
+"""Quantise a FP16-mixed DiT to FP8: trunk in E4M3, islands in fp32, scales from a calibration set, then a proof."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+
+DEFAULT_HEADROOM = 1.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="build_dit_fp8.py", description=__doc__)
+    line.add_argument(
+        "--input", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="the FP16-mixed DiT graph"
+    )
+    line.add_argument("--calib", type=Path, required=True, metavar="X.npz", help="from build/make_calib.py")
+    line.add_argument("--onnx", type=Path, required=True, metavar="dit_fp8.onnx", help="graph to write")
+    line.add_argument(
+        "--engine", type=Path, metavar="E", help="also compile this engine (tensorrt, this machine's GPU)"
+    )
+    line.add_argument(
+        "--headroom", type=number_type(1, 448), default=DEFAULT_HEADROOM,
+        help=f"activation scale = amax * headroom / 448 (default {DEFAULT_HEADROOM:g}, see build/NOTES.md)",
+    )  # fmt: skip
+    line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
+    line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
+    line.add_argument("--force", action="store_true", help="build even if the artefact is current")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Quantise, prove, report."""
+    args = parser().parse_args(argv)
+
+    from sa3_trt_core import device, files, manifest
+
+    arch = device.current_arch()
+    if args.engine is not None:
+        files.require_writable(args.engine, "engine")
+        if arch is None:
+            raise ToolError(
+                "--engine needs an NVIDIA GPU and none is visible", "leave it out; build on the GPU's machine"
+            )
+
+    from dataclasses import asdict
+
+    from sa3_build.recipe import Fp8Recipe, Settings
+
+    settings = Settings(args.headroom, args.min_cosine, args.parity_rows)
+    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings)
+    if not args.force and manifest.is_current(args.onnx, recipe.inputs, asdict(settings))[0]:
+        print(f"{args.onnx} is current")
+    else:
+        _print(recipe.run(), args.onnx)
+    if args.engine is not None and arch is not None:
+        from sa3_build.compile import compile_engine
+        from sa3_trt_core.targets import dit_target
+
+        built = compile_engine(args.onnx, dit_target("medium", "fp8"), "tensorrt", arch, args.engine)
+        print(f"{built.path}: {built.bytes} bytes")
+    return 0
+
+
+def _print(report: dict[str, Any], artefact: Path) -> None:
+    from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
+    from sa3_build.recipe import report_path
+    from sa3_trt_core import console
+
+    stages = report["stages"]
+    rows = [[name, f"{done['seconds']:.1f}"] for name, done in stages.items()]
+    print(console.table(("stage", "seconds"), rows))
+    for check in stages["scales"]["proof"]:
+        print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
+    share = stages["modelopt"]["fp8 share of token products"]
+    print(f"{stages['modelopt']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
+    parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]
+    print(console.table(PARITY_HEADER, parity_rows(parity)))
+    print(f"{artefact}, report {report_path(artefact).name}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,133 @@
+"""Compile named engines from ONNX: from --onnx-root or $SA3_ONNX_DIR, else from the hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core import console, device, files, hub, paths, targets
+from sa3_trt_core.errors import Parser, ToolError, run_command
+
+if TYPE_CHECKING:
+    from sa3_build.compile import Built
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="build_from_onnx.py", description=__doc__)
+    line.add_argument("names", nargs="*", metavar="NAME", help="targets or groups; --list shows them")
+    line.add_argument(
+        "--backend", choices=device.TENSORRT_BACKENDS, default=None, help="default: tensorrt if installed"
+    )
+    line.add_argument("--arch", help="sm_89,sm_120 (default: this machine's GPU)")
+    line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
+    line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
+    line.add_argument("--list", action="store_true", help="show every target and leave")
+    line.add_argument("--dry-run", action="store_true", help="show what would be built and leave; needs no GPU")
+    line.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    line.add_argument("--force", action="store_true", help="build even what is current")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """List, plan or build."""
+    args = parser().parse_args(argv)
+    if args.list:
+        return _list(args.json)
+    if not args.names:
+        raise ToolError("name at least one target", "--list shows them; sa3-m-fp8 is built by its own name only")
+    chosen = targets.expand(args.names)
+    backend = args.backend or ("tensorrt" if device.tensorrt_module("tensorrt") else "tensorrt_rtx")
+    arches = _arches(args.arch)
+    onnx_root = paths.onnx_root_from(args.onnx_root)
+    models_dir = args.models_dir or paths.default_models_dir()
+    plan = [
+        (target, arch, paths.engine_path(models_dir, arch, target, backend)) for target in chosen for arch in arches
+    ]
+    if args.dry_run:
+        return _show_plan(plan, backend, onnx_root, args.json)
+
+    from sa3_build import compile as compiler
+
+    for target, arch, out in plan:
+        compiler.require_arch(target, backend, arch)
+        files.require_writable(out, "engine")
+    compiler.load_backend(backend)
+    sources = {target.name: hub.resolve_onnx(target, onnx_root) for target in chosen}
+    built = []
+    with console.Progress("engines", len(plan), "engines") as progress:
+        for target, arch, out in plan:
+            one = compiler.compile_engine(sources[target.name], target, backend, arch, out, args.force)
+            built.append((target.name, arch, one))
+            progress.advance(note=f"{target.name} {arch}")
+    _report(built, args.json)
+    return 0
+
+
+def _arches(text: str | None) -> list[str]:
+    if text is not None:
+        return paths.parse_arches(text)
+    here = device.current_arch()
+    if here is None:
+        raise ToolError(
+            "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"
+        )
+    return [here]
+
+
+def _list(as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([_described(target) for target in targets.TARGETS], indent=2))
+        return 0
+    rows = [[t.name, t.summary, ", ".join(t.groups) or "by its own name only", t.onnx[0]] for t in targets.TARGETS]
+    print(console.table(("target", "what", "groups", "from"), rows))
+    return 0
+
+
+def _described(target: targets.Target) -> dict[str, Any]:
+    return {
+        "name": target.name,
+        "kind": target.kind,
+        "precision": target.precision,
+        "groups": list(target.groups),
+        "opt_in": target.opt_in,
+        "onnx": list(target.onnx),
+        "summary": target.summary,
+    }
+
+
+def _show_plan(
+    plan: list[tuple[targets.Target, str, Path]], backend: str, onnx_root: Path | None, as_json: bool
+) -> int:
+    source = str(onnx_root) if onnx_root else targets.HUB_REPOSITORY
+    steps = [
+        {"target": target.name, "arch": arch, "backend": backend, "from": f"{source}: {target.onnx[0]}", "to": str(out)}
+        for target, arch, out in plan
+    ]
+    if as_json:
+        print(json.dumps(steps, indent=2))
+    else:
+        print(console.table(tuple(steps[0]), [list(step.values()) for step in steps]))
+    return 0
+
+
+def _report(built: list[tuple[str, str, Built]], as_json: bool) -> None:
+    if as_json:
+        document = [
+            {"target": n, "arch": a, "path": str(b.path), "bytes": b.bytes, "seconds": b.seconds, "reused": b.reused}
+            for n, a, b in built
+        ]
+        print(json.dumps(document, indent=2))
+        return
+    rows = [
+        [n, a, "current" if b.reused else console.format_seconds(b.seconds), console.format_bytes(b.bytes), str(b.path)]
+        for n, a, b in built
+    ]
+    print(console.table(("target", "arch", "built in", "size", "engine"), rows))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,144 @@
+"""The whole chain on a small random checkpoint, with no GPU: from weights to FP8, engines and two WAV files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sa3_trt_core import console, device, targets
+from sa3_trt_core.errors import GateError, Parser, integer_type, number_type, run_command
+
+PROMPT = "Warm ambient pads with a soft electric piano, slow brushed drums, calm and hopeful, 84 BPM"
+ENGINES = ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder")
+RTX_ARCHES = "sm_89,sm_120"
+MIN_COSINE = 0.995
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="demo.py", description=__doc__)
+    line.add_argument("--out", type=Path, default=Path("output"), help="folder of the WAV files (default output/)")
+    line.add_argument("--seconds", type=number_type(1, 120, "seconds"), default=10.0, help="of sound (default 10)")
+    line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the sound (default 0)")
+    line.add_argument("--prompts", type=integer_type(1, 47), default=6, help="calibration prompts (default 6)")
+    line.add_argument("--no-engines", action="store_true", help="leave the TensorRT engines out")
+    return line
+
+
+class Demo:
+    """The stages in order; each one's command skips what is current, so a second run is quick."""
+
+    def __init__(self, out: Path) -> None:
+        self.work = out / "demo"
+        self.rows: list[list[str]] = []
+
+    def stage(self, name: str, command: Callable[[list[str]], int], line: list[str], *made: Path) -> str:
+        """Run one command with its stdout kept, and note seconds and bytes; returns what it printed."""
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            command(line)
+        size = sum(_bytes_of(path) for path in made)
+        self.rows.append([name, f"{time.monotonic() - started:.1f}", console.format_bytes(size)])
+        return printed.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run every stage, then show the tables."""
+    args = parser().parse_args(argv)
+
+    import build_dit_fp8
+    import build_dit_fp16mixed
+    import export_onnx
+    import make_calib
+    import make_demo_checkpoint
+
+    import sa3_trt
+    from sa3_build.recipe import report_path
+
+    demo = Demo(args.out)
+    checkpoint, root, models = demo.work / "checkpoint", demo.work / "onnx", demo.work / "models"
+    calibration = demo.work / "sa3-m.calib.npz"
+    dit, half, fp8 = (root / targets.dit_target("medium", p).onnx[0] for p in ("fp32", "fp16mixed", "fp8"))
+
+    demo.stage("checkpoint", make_demo_checkpoint.main, ["--out", str(checkpoint)], checkpoint)
+    demo.stage("export to ONNX", export_onnx.main, ["--model-dir", str(checkpoint), "--onnx-root", str(root)], root)
+    demo.stage("DiT to FP16-mixed", build_dit_fp16mixed.main, ["--input", str(dit), "--onnx", str(half)], *_graph(half))
+    capture = [
+        "--model-config",
+        str(checkpoint / "model_config.json"),
+        "--checkpoint",
+        str(checkpoint / "model.safetensors"),
+    ]
+    capture += ["--out", str(calibration), "--prompts", str(args.prompts), "--duration", "30"]
+    demo.stage("calibration capture", make_calib.main, capture, calibration)
+    quantise = ["--input", str(half), "--calib", str(calibration), "--onnx", str(fp8)]
+    demo.stage("DiT to FP8", build_dit_fp8.main, quantise, *_graph(fp8))
+    engines = "" if args.no_engines else _engines(demo, root, models)
+
+    wavs = []
+    for precision in ("fp16mixed", "fp8"):
+        wav = args.out / f"demo_{precision}.wav"
+        line = ["--prompt", PROMPT, "--precision", precision, "--seconds", str(args.seconds), "--seed", str(args.seed)]
+        line += ["--backend", "onnxruntime", "--onnx-root", str(root), "--out", str(wav)]
+        demo.stage(f"sound, {precision}", sa3_trt.main, line, wav)
+        wavs.append(wav)
+
+    report = json.loads(report_path(fp8).read_text())
+    _show(demo, report, engines, wavs, args.seconds)
+    worst = report["stages"]["parity"]["worst"]
+    if not worst >= MIN_COSINE:
+        raise GateError(
+            f"worst denoised cosine {worst:.6f} is under {MIN_COSINE}", "the demo's FP8 build has regressed"
+        )
+    return 0
+
+
+def _engines(demo: Demo, root: Path, models: Path) -> str:
+    """Compile the demo's engines: for this machine's GPU with TensorRT, else for two GPUs with TensorRT-RTX."""
+    import build_from_onnx
+
+    arch = device.current_arch()
+    if arch is not None and device.tensorrt_module("tensorrt") is not None:
+        line = ["--backend", "tensorrt", "--arch", arch]
+    elif device.tensorrt_module("tensorrt_rtx") is not None:
+        line = ["--backend", "tensorrt_rtx", "--arch", RTX_ARCHES]
+    else:
+        return "no engines: neither tensorrt nor tensorrt-rtx is installed\n"
+    line += ["--onnx-root", str(root), "--models-dir", str(models)]
+    return demo.stage("engines", build_from_onnx.main, [*ENGINES, *line], models)
+
+
+def _show(demo: Demo, report: dict[str, Any], engines: str, wavs: list[Path], seconds: float) -> None:
+    from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
+
+    print(console.table(("stage", "seconds", "made"), demo.rows))
+    print("\nFP8 against FP16-mixed, denoised latent, on the calibration rows:")
+    print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in report["stages"]["parity"]["parity"]])))
+    if engines:
+        print(f"\n{engines}", end="")
+    print(f"\nprompt: {PROMPT}\nThe weights are random: this is what the chain does, not what the model sounds like.")
+    for wav in wavs:
+        print(f"{wav}  {seconds:g} s")
+
+
+def _graph(path: Path) -> list[Path]:
+    return [path, path.with_name(f"{path.name}.data")]
+
+
+def _bytes_of(path: Path) -> int:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,1 @@
+"""The producer and compile library behind the commands in build/."""

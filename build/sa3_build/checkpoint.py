@@ -1,0 +1,294 @@
+"""Load a native Stable Audio 3 folder into the diffusers modules, strictly and in fp32.
+
+The native names and the diffusers names differ; the tables below are the whole of the difference (facts measured for
+this project: 522 + 472 + 3 tensors, both directions). A tensor too many, too few or of another shape is the user's
+mistake and is named by its native key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sa3_build.geometry import AutoencoderGeometry, ConditionerGeometry, DitGeometry
+from sa3_build.hush import hushed
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderSAME, StableAudio3DiTModel
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "model_config.json"
+TRUNK_NORM_EPS = 1e-5  # diffusers has 1e-6 here; q/k norms are 1e-6 on both sides (7e-5 in the output if missed)
+
+DIT_PREFIX = "model.model."
+PADDING_KEY = "conditioner.conditioners.prompt.padding_embedding"
+DURATION_PREFIX = "conditioner.conditioners.seconds_total.embedder.embedding.1."
+AUTOENCODER_PREFIX = "pretransform.model."
+# Buffers that the native file stores and diffusers derives, or that have no elements.
+DERIVED_SUFFIXES = (".rope.inv_freq", "bottleneck.noise_scaling_factor")
+
+_BLOCK_NAMES = ((".ff.proj_in.", ".ff.ff.0.proj."), (".ff.proj_out.", ".ff.ff.2."))
+_DIT_NAMES = (
+    ("transformer_blocks.", "transformer.layers."),
+    ("proj_in.", "transformer.project_in."),
+    ("proj_out.", "transformer.project_out."),
+    ("memory_tokens", "transformer.memory_tokens"),
+    ("rotary_pos_emb.", "transformer.rotary_pos_emb."),
+    ("global_cond_embedder.", "transformer.global_cond_embedder."),
+)
+_SAME_NAMES = (
+    (".attn.", ".self_attn."),
+    (".norm_attn.", ".pre_norm."),
+    (".norm_ff.", ".ff_norm."),
+    ("bottleneck.scale", "bottleneck.scaling_factor"),
+)
+
+
+def native_dit_key(key: str) -> str:
+    """The native name of a tensor of `StableAudio3DiTModel`."""
+    if key == "prompt_padding_embedding":
+        return PADDING_KEY
+    for ours, native in _DIT_NAMES:
+        if key.startswith(ours):
+            key = native + key[len(ours) :]
+            break
+    return DIT_PREFIX + _replace(key, _BLOCK_NAMES)
+
+
+def native_autoencoder_key(key: str, levels: int) -> str:
+    """The native name of a tensor of `AutoencoderSAME` with `levels` resampling blocks a side.
+
+    Natively the encoder is [block] * levels, Transpose, Linear; the decoder is Transpose, Linear, Transpose,
+    [block] * levels, all in one list `layers`.
+    """
+    side, _, rest = key.partition(".")
+    if side in ("encoder", "decoder"):
+        part, _, rest = rest.partition(".")
+        if part == "proj":
+            key = f"{side}.layers.{levels + 1 if side == 'encoder' else 1}.{rest}"
+        else:
+            index, _, rest = rest.partition(".")
+            key = f"{side}.layers.{int(index) + (0 if side == 'encoder' else 3)}.{rest}"
+    return AUTOENCODER_PREFIX + _replace(key, _BLOCK_NAMES + _SAME_NAMES)
+
+
+def regroup_qkv(weight: torch.Tensor) -> torch.Tensor:
+    """Native row groups q|k|v|q2|k2 of a differential `to_qkv` (5E, E) -> diffusers' q|q2|k|k2|v."""
+    q, k, v, q2, k2 = weight.chunk(5, dim=0)
+    return torch.cat([q, q2, k, k2, v], dim=0)
+
+
+def ungroup_qkv(weight: torch.Tensor) -> torch.Tensor:
+    """The inverse of `regroup_qkv`: for writing a native checkpoint."""
+    q, q2, k, k2, v = weight.chunk(5, dim=0)
+    return torch.cat([q, k, v, q2, k2], dim=0)
+
+
+class TimestepFourier(nn.Module):
+    """Fourier features of the noise level with their frequencies held as a buffer.
+
+    diffusers computes exp(linspace) in the forward pass; an exporter folds that into a constant which is 1e-6 off, and
+    at frequency 10000 that is 2.7e-3 in the velocity. t (B, 1) -> (B, dim), fp32.
+    """
+
+    freqs: torch.Tensor
+
+    def __init__(self, dim: int, min_freq: float, max_freq: float) -> None:
+        super().__init__()
+        ramp = torch.linspace(0.0, 1.0, dim // 2, dtype=torch.float32)
+        low, high = math.log(min_freq), math.log(max_freq)
+        self.register_buffer("freqs", torch.exp(ramp * (high - low) + low), persistent=False)
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        angles = timestep.reshape(-1, 1).float() * self.freqs * 2.0 * math.pi
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def build_dit(geometry: DitGeometry) -> StableAudio3DiTModel:
+    """An uninitialised DiT (tensors on the meta device) with native norms and exact timestep features."""
+    from diffusers import StableAudio3DiTModel
+
+    with torch.device("meta"):
+        dit = StableAudio3DiTModel(
+            io_channels=geometry.io_channels,
+            embed_dim=geometry.embed_dim,
+            depth=geometry.depth,
+            num_heads=geometry.num_heads,
+            cond_token_dim=geometry.cond_token_dim,
+            global_cond_dim=geometry.global_cond_dim,
+            local_add_cond_dim=geometry.local_add_cond_dim,
+            ff_mult=geometry.ff_mult,
+            num_memory_tokens=geometry.num_memory_tokens,
+            use_differential_attention=geometry.differential,
+        )
+    features = dit.timestep_features
+    dit.timestep_features = TimestepFourier(features.dim, features.min_freq, features.max_freq)
+    for block in dit.transformer_blocks:
+        for norm in (block.pre_norm, block.cross_attend_norm, block.ff_norm):
+            norm.eps = TRUNK_NORM_EPS
+    return dit.eval()
+
+
+def build_autoencoder(geometry: AutoencoderGeometry) -> AutoencoderSAME:
+    """An autoencoder of this geometry with diffusers' own initial values."""
+    from diffusers import AutoencoderSAME
+
+    with hushed():  # its weight normalisation is PyTorch's deprecated kind
+        autoencoder = AutoencoderSAME(
+            audio_channels=geometry.audio_channels,
+            patch_size=geometry.patch_size,
+            encoder_channels=geometry.channels,
+            encoder_c_mults=list(geometry.c_mults),
+            encoder_strides=list(geometry.strides),
+            encoder_transformer_depths=list(geometry.depths),
+            latent_dim=geometry.latent_dim,
+            use_differential_attention=geometry.differential,
+            dim_heads=geometry.dim_heads,
+            sliding_window=geometry.sliding_window,
+            encoder_sinusoidal_blocks=list(geometry.encoder_sinusoidal),
+            decoder_sinusoidal_blocks=list(geometry.decoder_sinusoidal),
+            sampling_rate=geometry.sample_rate,
+        )
+    return autoencoder.eval()
+
+
+def build_duration_embedder(geometry: ConditionerGeometry) -> nn.Module:
+    """The module that turns seconds (B,) into a token and global vector (B, cond_dim)."""
+    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
+
+    embedder: nn.Module = StableAudio3DurationEmbedder(
+        output_dim=geometry.cond_dim, min_val=geometry.seconds_min, max_val=geometry.seconds_max
+    )
+    return embedder.eval()
+
+
+class NativeWeights:
+    """The tensors of one model.safetensors, taken by native key, with the leftovers known at the end.
+
+    Raises ToolError when the file is absent, torn or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise ToolError(f"no such checkpoint file: {path}", f"name the {WEIGHTS_FILE} of a native checkpoint")
+        try:
+            self._file = safe_open(str(path), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ToolError(f"{path} is not a whole safetensors file ({error})", "download or make it again") from None
+        self._path = path
+        self.keys = frozenset(self._file.keys())
+
+    def take(self, key: str, shape: torch.Size) -> torch.Tensor:
+        """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
+        if key not in self.keys:
+            raise ToolError(
+                f"{self._path}: tensor {key} is missing", "the checkpoint does not fit its model_config.json"
+            )
+        found = tuple(self._file.get_slice(key).get_shape())
+        if found != tuple(shape):
+            raise ToolError(
+                f"{self._path}: tensor {key} has shape {list(found)}, expected {list(shape)}",
+                "the checkpoint does not fit its model_config.json",
+            )
+        tensor: torch.Tensor = self._file.get_tensor(key)
+        return tensor.to(torch.float32)
+
+    def refuse_leftovers(self, prefix: str, used: Iterable[str]) -> None:
+        """Raise ToolError naming the first tensor under `prefix` that nothing has taken."""
+        for key in sorted(self.keys.difference(used)):
+            if key.startswith(prefix) and not key.endswith(DERIVED_SUFFIXES):
+                raise ToolError(
+                    f"{self._path}: unexpected tensor {key}", "the checkpoint does not fit its model_config.json"
+                )
+
+
+def load_dit(weights: NativeWeights, geometry: DitGeometry) -> StableAudio3DiTModel:
+    """The DiT with the checkpoint's weights, fp32, strict in both directions."""
+    dit = build_dit(geometry)
+    fill(dit, weights, native_dit_key, geometry.differential)
+    weights.refuse_leftovers(DIT_PREFIX, map(native_dit_key, dit.state_dict()))
+    return dit
+
+
+def load_autoencoder(weights: NativeWeights, geometry: AutoencoderGeometry) -> AutoencoderSAME:
+    """The SAME autoencoder with the checkpoint's weights, fp32, strict in both directions."""
+    autoencoder = build_autoencoder(geometry)
+    levels = len(geometry.strides)
+
+    def name(key: str) -> str:
+        return native_autoencoder_key(key, levels)
+
+    fill(autoencoder, weights, name, geometry.differential)
+    weights.refuse_leftovers(AUTOENCODER_PREFIX, map(name, autoencoder.state_dict()))
+    return autoencoder
+
+
+def load_duration_embedder(weights: NativeWeights, geometry: ConditionerGeometry) -> nn.Module:
+    """The duration embedder with the checkpoint's weights, fp32; its frequencies are computed, not stored."""
+    embedder = build_duration_embedder(geometry)
+    linear = embedder.get_submodule("linear")
+    fill(linear, weights, lambda key: DURATION_PREFIX + key, differential=False)
+    weights.refuse_leftovers("conditioner.", [PADDING_KEY, *(DURATION_PREFIX + key for key in linear.state_dict())])
+    return embedder
+
+
+def fill(module: nn.Module, weights: NativeWeights, name: Callable[[str], str], differential: bool) -> None:
+    """Give every tensor of `module` the native tensor called `name(key)`."""
+    state = {}
+    for key, placeholder in module.state_dict().items():
+        tensor = weights.take(name(key), placeholder.shape)
+        state[key] = regroup_qkv(tensor) if differential and key.endswith(".to_qkv.weight") else tensor
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+def load_text_encoder(folder: Path) -> nn.Module:
+    """The encoder half of the T5Gemma in `folder`, offline, fp32 (bf16 features are 0.04 off), eager attention.
+
+    Raises ToolError when the folder is absent, is no T5Gemma, or lacks a tensor.
+    """
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+    if not (folder / "config.json").is_file():
+        raise ToolError(f"no text encoder in {folder}", "use a whole checkpoint: its text encoder lies in that folder")
+    try:
+        config = T5GemmaConfig.from_pretrained(folder, local_files_only=True)
+        config.is_encoder_decoder = False
+        config.encoder._attn_implementation = "eager"
+        with hushed():  # transformers reports the decoder half, which we leave out on purpose
+            model, info = T5GemmaEncoderModel.from_pretrained(
+                folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ToolError(f"{folder} does not hold a T5Gemma encoder ({error})", "download or make it again") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ToolError(f"{folder}: tensor {missing[0]} is missing", "download or make the text encoder again")
+    encoder: nn.Module = model.eval().requires_grad_(False)
+    return encoder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer shipped in `folder`, offline; padding side and BOS are as its files say."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"no tokenizer in {folder} ({error})", "use a whole checkpoint") from None
+
+
+def _replace(key: str, names: Iterable[tuple[str, str]]) -> str:
+    for ours, native in names:
+        key = key.replace(ours, native)
+    return key

@@ -1,0 +1,203 @@
+"""Compile an ONNX graph to a TensorRT engine: strongly typed, with the contract's profile, manifest last.
+
+`tensorrt_rtx` compiles for any architecture without a GPU; `tensorrt` compiles for the GPU that is in this machine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core import device, files, hub, manifest, shapes
+from sa3_trt_core.console import format_seconds
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.targets import Target
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+FP8_ARCHES = ("sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+RTX_ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+HEARTBEAT_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Built:
+    """One finished engine."""
+
+    path: Path
+    seconds: float
+    bytes: int
+    reused: bool
+
+
+def require_arch(target: Target, backend: str, arch: str) -> None:
+    """Refuse an architecture before anything is read or downloaded. Raises ToolError in the user's words."""
+    if target.precision == "fp8" and arch not in FP8_ARCHES:
+        raise ToolError(
+            f"{target.name} needs FP8 tensor cores and {arch} has none (they begin with sm_89)",
+            f"build the FP16-mixed engine instead: {target.name.removesuffix('-fp8')}",
+        )
+    if backend == "tensorrt_rtx" and arch not in RTX_ARCHES:
+        raise ToolError(
+            f"TensorRT-RTX does not build for {arch}", f"it builds for {', '.join(RTX_ARCHES)}; try --backend tensorrt"
+        )
+    if backend == "tensorrt" and arch != device.current_arch():
+        here = device.current_arch() or "no NVIDIA GPU"
+        raise ToolError(
+            f"tensorrt builds for the GPU in this machine only ({here}), not for {arch}",
+            "build on that machine, or use --backend tensorrt_rtx, which needs no GPU",
+        )
+
+
+def load_backend(backend: str) -> Any:
+    """The Python module of a backend. Raises ToolError when it is not installed."""
+    module = device.tensorrt_module(backend)
+    if module is None:
+        package = backend.replace("_", "-")
+        raise ToolError(f"{package} is not installed", f"pip install {package} (pinned in the requirements files)")
+    return module
+
+
+def build_settings(target: Target, backend: str, arch: str) -> dict[str, Any]:
+    """What an engine depends on besides its ONNX: recorded in its manifest and compared before it is built again."""
+    module = load_backend(backend)
+    profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
+    return {
+        "target": target.name,
+        "backend": backend,
+        "backend_version": str(module.__version__),
+        "arch": arch,
+        "precision": target.precision,
+        "profile": profile,
+    }
+
+
+def compile_engine(onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False) -> Built:
+    """Build `out` from `onnx`, or keep it when its manifest says it is current.
+
+    Raises ToolError when the graph does not parse, is fixed where the contract is dynamic, or does not compile.
+    """
+    require_arch(target, backend, arch)
+    settings = build_settings(target, backend, arch)
+    sources = [onnx, *(onnx.parent / name for name in hub.external_data_names(onnx))]
+    inputs = {file.name: files.sha256_of(file) for file in sources}
+    if not force and manifest.is_current(out, inputs, settings)[0]:
+        return Built(out, 0.0, out.stat().st_size, reused=True)
+    files.require_writable(out, "engine")
+    started = time.monotonic()
+    with _heartbeat(f"compiling {target.name} for {arch}"):
+        plan = _plan(load_backend(backend), onnx, target, backend, arch)
+    manifest.manifest_path(out).unlink(missing_ok=True)
+    with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
+        stream.write(plan)
+    seconds = time.monotonic() - started
+    gates = {"compiled": True, "run on a GPU": False}
+    manifest.write_manifest(out, "engine", [out], inputs, settings, gates)
+    return Built(out, seconds, out.stat().st_size, reused=False)
+
+
+def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str) -> Any:
+    """The serialised engine, as an object with the buffer protocol."""
+    logger = _logger(module)
+    builder = module.Builder(logger)
+    network = builder.create_network(_strongly_typed(module))
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx)):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.last
+        raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"make the graph again: {target.produced_by}")
+    config = builder.create_builder_config()
+    if backend == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(module.ComputeCapability, arch.upper().replace("_", "")), 0)
+    _add_profile(module, builder, network, config, target, onnx)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ToolError(
+            f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'it gave no reason'}",
+            f"check that the graph is what {target.produced_by.split()[1]} makes, and that memory and disk are free",
+        )
+    return plan
+
+
+def _strongly_typed(module: Any) -> int:
+    """Network flags: types are the graph's. TensorRT 11 may know nothing else and have no flag for it."""
+    flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _add_profile(
+    module: Any,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    target: Target,
+    onnx: Path,
+) -> None:
+    """The contract's optimization profile; a graph that is fixed in batch keeps its batch."""
+    contract = shapes.CONTRACTS[target.kind]
+    profile = builder.create_optimization_profile()
+    found = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    dynamic = False
+    for spec in contract.inputs:
+        tensor = found.get(spec.name)
+        if tensor is None:
+            raise ToolError(
+                f"{onnx} is not a {target.kind} graph: it has no input {spec.name} (its inputs: {', '.join(found)})",
+                f"make the graph again: {target.produced_by}",
+            )
+        axes = tuple(tensor.shape[axis] for axis in range(len(tensor.shape)))
+        if -1 not in axes:
+            continue
+        dynamic = True
+        low, middle, high = (
+            module.Dims(
+                [
+                    fixed if fixed != -1 else wanted
+                    for fixed, wanted in zip(axes, contract.shapes(spec, which), strict=True)
+                ]
+            )
+            for which in ("min", "opt", "max")
+        )
+        profile.set_shape(spec.name, low, middle, high)
+    if dynamic:
+        config.add_optimization_profile(profile)
+
+
+def _logger(module: Any) -> Any:
+    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log."""
+
+    class Logger(module.ILogger):
+        last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                self.last = message
+
+    return Logger()
+
+
+@contextmanager
+def _heartbeat(label: str) -> Iterator[None]:
+    """A line on stderr now and then while the builder, which reports nothing, is at work."""
+    import sys
+
+    done = threading.Event()
+    started = time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            print(f"{label}: {format_seconds(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

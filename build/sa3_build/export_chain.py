@@ -1,0 +1,168 @@
+"""Export every graph of one checkpoint into an ONNX root, each checked against its torch module before it is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sa3_build import checkpoint as native
+from sa3_build import export, graph
+from sa3_build.contract import DecoderContract, DitContract, TextContract
+from sa3_build.geometry import Geometry, load_geometry
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.clean import SortTopologically
+from sa3_build.passes.islands import find_decoder_islands
+from sa3_build.passes.mixed import MixPrecision
+from sa3_trt_core import files, manifest
+from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.targets import TOKENIZER_FILES, Target, find_target
+
+DIT_TOLERANCE = 2e-5  # max abs against torch, unit-scale velocity
+RELATIVE_TOLERANCE = 1e-5  # relative L2 of decoder and text encoder
+HALF_DECODER_TOLERANCE = 2e-2  # relative L2 of the fp16-mixed decoder: 34 dB below the sound
+CHECK_SHAPES = {"dit": ((1, 1), (3, 7), (1, 64)), "same-decoder": ((1, 32), (1, 45)), "t5gemma": ((1, 1),)}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One finished graph, and how far it is from its torch module."""
+
+    target: str
+    path: Path
+    nodes: int
+    error: float
+    reused: bool
+
+
+class Exporter:
+    """The exports of one checkpoint. Modules are loaded when a graph is not current, and freed after."""
+
+    def __init__(self, model_dir: Path, onnx_root: Path) -> None:
+        """Raises ToolError when the folder is no native checkpoint."""
+        if not model_dir.is_dir():
+            raise ToolError(f"no such checkpoint folder: {model_dir}", "name a folder with model_config.json in it")
+        self._dir, self._root = model_dir, onnx_root
+        self._geometry: Geometry = load_geometry(model_dir / native.CONFIG_FILE)
+        self._weights = native.NativeWeights(model_dir / native.WEIGHTS_FILE)
+        self._text_dir = model_dir / self._geometry.conditioner.text_folder
+        config = {native.CONFIG_FILE: files.sha256_of(model_dir / native.CONFIG_FILE)}
+        self._inputs = {**config, native.WEIGHTS_FILE: files.sha256_of(model_dir / native.WEIGHTS_FILE)}
+
+    def text_encoder(self) -> Exported:
+        """t5gemma/encoder.onnx, and the tokenizer's files beside it."""
+        inputs = {path.name: files.sha256_of(path) for path in sorted(self._text_dir.glob("*.safetensors"))}
+        for name in TOKENIZER_FILES:
+            source = self._text_dir / Path(name).name
+            if not source.is_file():
+                raise ToolError(f"{source} is missing", "use a whole checkpoint")
+            with files.atomic_path(self._root / name) as temporary:
+                shutil.copyfile(source, temporary)
+        return self._export("t5gemma", inputs, lambda: TextContract(native.load_text_encoder(self._text_dir)))
+
+    def dit(self) -> Exported:
+        """sa3-m/dit.onnx."""
+
+        def load() -> nn.Module:
+            dit = native.load_dit(self._weights, self._geometry.dit)
+            return DitContract(dit, native.load_duration_embedder(self._weights, self._geometry.conditioner))
+
+        return self._export("sa3-m-fp32", self._inputs, load)
+
+    def decoder(self) -> Exported:
+        """same-l decoder in fp32."""
+
+        def load() -> nn.Module:
+            return DecoderContract(native.load_autoencoder(self._weights, self._geometry.autoencoder))
+
+        return self._export("same-l-decoder-fp32", self._inputs, load)
+
+    def half_decoder(self) -> Exported:
+        """same-l decoder, FP16-mixed, made from the fp32 one and compared with it."""
+        source = self._path(find_target("same-l-decoder-fp32"))
+        target = find_target("same-l-decoder")
+        path = self._path(target)
+        inputs = {file.name: files.sha256_of(file) for file in graph.files_of(source)}
+        settings = {"target": target.name, "tolerance": HALF_DECODER_TOLERANCE}
+        if manifest.is_current(path, inputs, settings)[0]:
+            return _reused(target, path)
+        model = graph.load(source)
+        run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
+        written = graph.save(model, path)
+        error = max(
+            relative_error(self._run_onnx(source, example), self._run_onnx(path, example))
+            for example in self._examples(target)
+        )
+        return self._keep(target, path, written, model, error, HALF_DECODER_TOLERANCE, inputs, settings)
+
+    def _export(self, name: str, inputs: Mapping[str, str], load: Callable[[], nn.Module]) -> Exported:
+        target = find_target(name)
+        path = self._path(target)
+        tolerance = DIT_TOLERANCE if target.kind == "dit" else RELATIVE_TOLERANCE
+        settings = {"target": name, "opset": export.OPSET, "tolerance": tolerance}
+        if manifest.is_current(path, inputs, settings)[0]:
+            return _reused(target, path)
+        module = load()
+        model = export.export_module(module, target.kind, export.example_inputs(target.kind))
+        written = graph.save(model, path)
+        measure = max_error if target.kind == "dit" else relative_error
+        errors = []
+        for example in self._examples(target):
+            with torch.inference_mode():
+                wanted = module(*example).numpy()
+            errors.append(measure(wanted, self._run_onnx(path, example)))
+        return self._keep(target, path, written, model, max(errors), tolerance, inputs, settings)
+
+    def _keep(
+        self, target: Target, path: Path, written: list[Path], model: Any, error: float, tolerance: float,
+        inputs: Mapping[str, str], settings: Mapping[str, Any],
+    ) -> Exported:  # fmt: skip
+        if not error <= tolerance:
+            for file in written:
+                file.unlink()
+            raise GateError(
+                f"{path.name} differs from its source by {error:.2e}, more than {tolerance:g}; it was removed",
+                "check the versions against the requirements file, then report this",
+            )
+        manifest.write_manifest(path, "onnx", written, inputs, settings, {"error": error})
+        return Exported(target.name, path, len(list(model.graph)), error, reused=False)
+
+    def _examples(self, target: Target) -> list[list[torch.Tensor]]:
+        return [
+            export.example_inputs(target.kind, batch, frames, seed=index + 1)
+            for index, (batch, frames) in enumerate(CHECK_SHAPES[target.kind])
+        ]
+
+    @staticmethod
+    def _run_onnx(path: Path, example: list[torch.Tensor]) -> np.ndarray:
+        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+        with OnnxRuntimeEngine(path) as engine:
+            outputs = engine.run(dict(zip(engine.input_names, example, strict=True)))
+        return next(iter(outputs.values())).numpy()
+
+    def _path(self, target: Target) -> Path:
+        return self._root / target.onnx[0]
+
+
+def max_error(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Largest absolute difference."""
+    return float(np.abs(wanted.astype(np.float64) - found).max())
+
+
+def relative_error(wanted: np.ndarray, found: np.ndarray) -> float:
+    """||found - wanted|| / ||wanted||."""
+    reference = wanted.astype(np.float64)
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+def _reused(target: Target, path: Path) -> Exported:
+    made = manifest.read_manifest(path)
+    assert made is not None
+    return Exported(target.name, path, 0, float(made.gates["error"]), reused=True)

@@ -1,0 +1,193 @@
+"""Load, check, save and walk ONNX graphs: what every pass and command needs of a graph.
+
+Tensors stay in their sidecar file until they are used (onnx_ir maps them), so a graph of several gigabytes costs little
+memory here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_trt_core import hub, manifest
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.shapes import CONTRACTS, GraphContract
+
+SIDECAR_THRESHOLD = 1024  # bytes; smaller tensors stay in the graph file, as in the published ones
+PRODUCTS = ("MatMul", "Gemm")
+DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32}
+
+
+def load(path: Path) -> ir.Model:
+    """Read a graph; its sidecar names are checked first.
+
+    Raises ToolError when the file is absent, is not ONNX, or names external data outside its folder.
+    """
+    if not path.is_file():
+        raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
+    hub.external_data_names(path)
+    try:
+        return ir.load(path)
+    except Exception as error:  # the protobuf and onnx_ir parsers raise many kinds, all meaning the same
+        raise ToolError(f"{path} is not a whole ONNX graph ({error})", "download or make it again") from None
+
+
+def save(model: ir.Model, path: Path) -> list[Path]:
+    """Write graph and sidecar (`<name>.data`), whole or not at all; returns the files written.
+
+    Both are made in a temporary folder beside the target and renamed, the sidecar first; an older manifest is removed
+    before, so that a kill between the renames leaves an artefact that every reader takes for incomplete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sidecar = f"{path.name}.data"
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
+    try:
+        ir.save(model, scratch / path.name, external_data=sidecar, size_threshold_bytes=SIDECAR_THRESHOLD)
+        written = [scratch / name for name in (sidecar, path.name) if (scratch / name).exists()]
+        for file in written:
+            _sync(file)
+        manifest.manifest_path(path).unlink(missing_ok=True)
+        for file in written:
+            os.replace(file, path.parent / file.name)
+        _sync(path.parent)
+        if len(written) == 1:
+            (path.parent / sidecar).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return [path.parent / file.name for file in written]
+
+
+def files_of(path: Path) -> list[Path]:
+    """The graph file and every sidecar that it names."""
+    return [path, *(path.parent / name for name in hub.external_data_names(path))]
+
+
+def require_contract(model: ir.Model, kind: str, source: Path) -> GraphContract:
+    """Check that inputs and outputs are those of the contract, in name, type and fixed axes. Raises ToolError."""
+    contract = CONTRACTS[kind]
+    for values, specs, what in (
+        (model.graph.inputs, contract.inputs, "input"),
+        (model.graph.outputs, contract.outputs, "output"),
+    ):
+        by_name = {value.name: value for value in values}
+        for spec in specs:
+            value = by_name.pop(spec.name, None)
+            if value is None:
+                found = ", ".join(str(v.name) for v in values) or "none"
+                raise _not_a(kind, source, f"it has no {what} {spec.name} (its {what}s: {found})")
+            if value.dtype != DTYPES[spec.dtype]:
+                raise _not_a(kind, source, f"{what} {spec.name} is {value.dtype}, not {spec.dtype}")
+            shape = value.shape
+            if shape is None or len(shape) != len(spec.dims):
+                raise _not_a(kind, source, f"{what} {spec.name} has not {len(spec.dims)} axes")
+            for found_dim, wanted in zip(shape, spec.dims, strict=True):
+                if isinstance(wanted, int) and isinstance(found_dim, int) and found_dim != wanted:
+                    raise _not_a(kind, source, f"{what} {spec.name} has an axis of {found_dim}, not {wanted}")
+        if by_name:
+            raise _not_a(kind, source, f"it has an unknown {what} {next(iter(by_name))}")
+    return contract
+
+
+def drop_exporter_notes(model: ir.Model) -> None:
+    """Remove source paths, stack traces and doc strings: they tell about the maker's machine and change every run."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.producer_name, model.producer_version = "sa3-trt", None
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
+                value.doc_string = None
+
+
+def constant_of(value: ir.Value | None) -> np.ndarray | None:
+    """The value of an initializer or of a Constant node's output; None for anything computed."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def weight_of(product: ir.Node) -> ir.Value | None:
+    """The weight behind a MatMul or Gemm, seen through Transpose and Cast; None when both sides are data."""
+    if product.op_type not in PRODUCTS:
+        return None
+    value = product.inputs[1]
+    while value is not None and not value.is_initializer():
+        node = value.producer()
+        if node is None or node.op_type not in ("Transpose", "Cast"):
+            return None
+        value = node.inputs[0]
+    return value
+
+
+def weighted_products(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Every MatMul or Gemm with a weight, in graph order."""
+    for node in model.graph:
+        weight = weight_of(node)
+        if weight is not None:
+            yield node, weight
+
+
+def ancestors(values: Iterable[ir.Value | None], stop: Callable[[ir.Node], bool] = lambda _: False) -> set[ir.Node]:
+    """Every node that the values depend on, not looking behind nodes for which `stop` holds (those are included)."""
+    found: set[ir.Node] = set()
+    queue = [value.producer() for value in values if value is not None]
+    while queue:
+        node = queue.pop()
+        if node is None or node in found:
+            continue
+        found.add(node)
+        if not stop(node):
+            queue.extend(value.producer() for value in node.inputs if value is not None)
+    return found
+
+
+def graph_inputs_behind(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
+    """For every node of a sorted graph: the names of the graph inputs that it depends on through data."""
+    names = {value: frozenset([str(value.name)]) for value in model.graph.inputs}
+    behind: dict[ir.Node, frozenset[str]] = {}
+    for node in model.graph:
+        union: frozenset[str] = frozenset()
+        if node.op_type not in ("Shape", "Size"):
+            for value in node.inputs:
+                if value is not None:
+                    producer = value.producer()
+                    union |= (
+                        behind.get(producer, frozenset()) if producer is not None else names.get(value, frozenset())
+                    )
+        behind[node] = union
+    return behind
+
+
+def replace_input(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Feed one input of a node from another value."""
+    node.replace_input_with(index, value)
+
+
+def insert_before(anchor: ir.Node, node: ir.Node) -> None:
+    """Put a new node in front of an existing one."""
+    graph = anchor.graph
+    assert graph is not None
+    graph.insert_before(anchor, node)
+
+
+def _not_a(kind: str, source: Path, why: str) -> ToolError:
+    return ToolError(f"{source} is not a {kind} graph: {why}", f"give the {kind} ONNX of Stable Audio 3")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,76 @@
+"""The FP16-mixed recipe: convert, check the ONNX, compare with the fp32 graph, and only then put it in place."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from sa3_build import compare, export, graph
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.clean import SortTopologically
+from sa3_build.passes.islands import find_dit_islands
+from sa3_build.passes.mixed import MixPrecision
+from sa3_trt_core import manifest, schedule, shapes
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.files import sha256_of
+
+CHECK_FRAMES = 120  # a 5 s generation
+
+
+@dataclass(frozen=True)
+class Half:
+    """What a conversion did."""
+
+    counts: dict[str, int]
+    worst: float
+    bytes: int
+
+
+def build_half(source: Path, output: Path, min_cosine: float) -> Half | None:
+    """Write the FP16-mixed twin of an fp32 DiT; None when the one that is there is current.
+
+    Raises ToolError for a graph that is no fp32 DiT, GateError when the result is too far from it.
+    """
+    model = graph.load(source)
+    graph.require_contract(model, "dit", source)
+    inputs = {file.name: sha256_of(file) for file in graph.files_of(source)}
+    settings = {"min_cosine": min_cosine, "opset": model.opset_imports.get("", 0)}
+    if manifest.is_current(output, inputs, settings)[0]:
+        return None
+    results = run_passes(model, [SortTopologically(), MixPrecision(find_dit_islands)])
+    graph.drop_exporter_notes(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp", dir=output.parent) as scratch:
+        trial = Path(scratch) / output.name
+        graph.save(model, trial)
+        try:
+            onnx.checker.check_model(str(trial), full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise ToolError(f"the converted graph is not valid ONNX ({error})", "report this with the graph") from None
+        with OnnxRuntimeEngine(source) as reference, OnnxRuntimeEngine(trial) as candidate:
+            parity = compare.parity_by_sigma(reference, candidate, check_rows())
+    worst = min(p.worst_cosine for p in parity)
+    if not worst >= min_cosine:
+        raise GateError(
+            f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
+            "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
+        )
+    written = graph.save(model, output)
+    gates = {"worst denoised cosine": worst, "parity": [asdict(p) for p in parity]}
+    manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
+    return Half(results[-1].counts, worst, sum(file.stat().st_size for file in written))
+
+
+def check_rows() -> Iterator[dict[str, np.ndarray]]:
+    """One row of seeded noise at each of the model's own 8 sigmas."""
+    names = [spec.name for spec in shapes.CONTRACTS["dit"].inputs]
+    for index, sigma in enumerate(schedule.sigmas(8)[:-1].tolist()):
+        tensors = export.example_inputs("dit", batch=1, frames=CHECK_FRAMES, seed=index)
+        row = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        yield {**row, "t": np.array([sigma], np.float32)}

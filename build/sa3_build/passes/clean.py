@@ -1,0 +1,113 @@
+"""Passes that make a private copy fit for a quantizer: order, names, direct weights."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from sa3_build import graph
+from sa3_build.passes.base import PassResult, check_sorted
+
+
+class SortTopologically:
+    """Put every node after the nodes it reads from; published graphs have casts appended behind their users."""
+
+    name = "sort"
+
+    def requires(self, model: ir.Model) -> None:
+        """Any graph without a cycle."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        before = [id(node) for node in model.graph]
+        model.graph.sort()
+        moved = sum(a != id(b) for a, b in zip(before, model.graph, strict=True))
+        return PassResult(self.name, {"moved": moved})
+
+    def ensures(self, model: ir.Model) -> None:
+        check_sorted(model)
+
+
+class RenameNodes:
+    """Give every node a unique name of one width with no pattern character in it.
+
+    ModelOpt reads an excluded name as the beginning of a regular expression: `linear` also excludes `linear_10`.
+    """
+
+    name = "rename"
+
+    def requires(self, model: ir.Model) -> None:
+        """Any graph."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        nodes = list(model.graph)
+        width = len(str(len(nodes)))
+        for index, node in enumerate(nodes):
+            node.name = f"n{index:0{width}d}_{node.op_type}"
+        return PassResult(self.name, {"nodes": len(nodes)})
+
+    def ensures(self, model: ir.Model) -> None:
+        names = [str(node.name) for node in model.graph]
+        assert len(set(names)) == len(names), "node names are not unique"
+        assert all(re.fullmatch(r"\w+", name) for name in names), "a node name holds a pattern character"
+        ordered = sorted(names)
+        assert not any(b.startswith(a) for a, b in itertools.pairwise(ordered)), "a name begins another"
+
+
+class FoldWeights:
+    """Make the weight of every product a direct initializer, through Transpose and Cast.
+
+    ModelOpt scales a weight per output channel only when it is a direct initializer.
+    """
+
+    name = "fold-weights"
+
+    def requires(self, model: ir.Model) -> None:
+        """Any graph."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        folded = 0
+        for node, source in list(graph.weighted_products(model)):
+            value = node.inputs[1]
+            if value is None or value is source:
+                continue
+            if len(value.uses()) == 1 or value.producer() is not None:
+                node.replace_input_with(1, self._folded(model, value, source))
+                folded += 1
+        removed = _drop_unused(model)
+        return PassResult(self.name, {"folded": folded, "nodes removed": removed})
+
+    def ensures(self, model: ir.Model) -> None:
+        for node, weight in graph.weighted_products(model):
+            assert node.inputs[1] is weight, f"{node.name} still has its weight behind another node"
+
+    @staticmethod
+    def _folded(model: ir.Model, value: ir.Value, source: ir.Value) -> ir.Value:
+        chain = []
+        while value is not source:
+            node = value.producer()
+            assert node is not None and node.inputs[0] is not None
+            chain.append(node)
+            value = node.inputs[0]
+        assert source.const_value is not None
+        array = source.const_value.numpy()
+        for node in reversed(chain):
+            if node.op_type == "Transpose":
+                perm = node.attributes.get("perm")
+                array = np.transpose(array, perm.as_ints() if perm is not None else None)
+            else:
+                array = array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+        folded = ir.val(
+            f"{source.name}.folded{len(model.graph.initializers)}", const_value=ir.tensor(np.ascontiguousarray(array))
+        )
+        model.graph.register_initializer(folded)
+        return folded
+
+
+def _drop_unused(model: ir.Model) -> int:
+    before = len(list(model.graph))
+    RemoveUnusedNodesPass()(model)
+    return before - len(list(model.graph))

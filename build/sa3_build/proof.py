@@ -1,0 +1,179 @@
+"""The proof after a build: the FP8 graph is the source graph with Q/DQ pairs where they belong, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_build import graph
+from sa3_build.passes.islands import find_dit_islands
+from sa3_build.ptq import FP16_SCALE_FLOOR, Selection, dequantizers
+
+QDQ = ("QuantizeLinear", "DequantizeLinear")
+MAX_FAILURES = 20  # lines a check; a broken graph would otherwise print thousands
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim about the result: how many things were looked at, and what contradicts it."""
+
+    claim: str
+    looked_at: int
+    failures: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """A claim about nothing does not hold: an empty set would pass every graph."""
+        return self.looked_at > 0 and not self.failures
+
+
+def prove(source: ir.Model, result: ir.Model, selection: Selection) -> list[Check]:
+    """Compare a quantised graph with the clean graph that it was made from; both sorted, nodes named alike."""
+    return [
+        _placement(result, selection),
+        _elsewhere_untouched(source, result),
+        _initializers(source, result),
+        _islands(source, result),
+        _scales(result),
+    ]
+
+
+def failures_of(checks: list[Check]) -> list[str]:
+    """Every contradiction, one a line."""
+    lines = []
+    for check in checks:
+        if check.looked_at == 0:
+            lines.append(f"{check.claim}: nothing was found to check")
+        lines.extend(f"{check.claim}: {failure}" for failure in check.failures[:MAX_FAILURES])
+    return lines
+
+
+def _placement(result: ir.Model, selection: Selection) -> Check:
+    wanted = {product.node: product for product in selection.quantized}
+    failures, looked = [], 0
+    for node in result.graph:
+        if node.op_type not in graph.PRODUCTS:
+            continue
+        looked += 1
+        activation, weight = dequantizers(node)
+        product = wanted.pop(str(node.name), None)
+        if product is None:
+            if activation is not None or weight is not None:
+                why = selection.excluded.get(str(node.name), "unknown product")
+                failures.append(f"{node.name} is quantised but must not be ({why})")
+            continue
+        if activation is None or weight is None:
+            side = "activation" if activation is None else "weight"
+            failures.append(f"{node.name} is not quantised on its {side} side")
+            continue
+        if _scale_size(activation) != 1:
+            failures.append(f"{node.name} has {_scale_size(activation)} activation scales, TensorRT takes one a tensor")
+        if _scale_size(weight) != product.n:
+            failures.append(f"{node.name} has {_scale_size(weight)} weight scales for {product.n} output channels")
+    failures += [f"{name} is gone" for name in wanted]
+    return Check("trunk products are quantised on both sides and no other product is", looked, tuple(failures))
+
+
+def _elsewhere_untouched(source: ir.Model, result: ir.Model) -> Check:
+    """With every Q/DQ pair bypassed, the result is the source: node by node, attribute by attribute, edge by edge."""
+    theirs = {str(node.name): node for node in result.graph if node.op_type not in QDQ}
+    failures, looked = [], 0
+    for node in source.graph:
+        looked += 1
+        twin = theirs.pop(str(node.name), None)
+        if twin is None:
+            failures.append(f"{node.name} is gone")
+        elif _signature(twin) != _signature(node):
+            failures.append(f"{node.name} has changed")
+    failures += [f"{name} is new" for name in theirs]
+    return Check("everything else is the source graph", looked, tuple(failures))
+
+
+def _initializers(source: ir.Model, result: ir.Model) -> Check:
+    failures, looked = [], 0
+    for name, value in source.graph.initializers.items():
+        looked += 1
+        twin = result.graph.initializers.get(name)
+        if twin is None or twin.const_value is None or value.const_value is None:
+            failures.append(f"{name} is gone")
+        elif (
+            twin.const_value.dtype != value.const_value.dtype
+            or twin.const_value.tobytes() != value.const_value.tobytes()
+        ):
+            failures.append(f"{name} is not bit-identical")
+    return Check("initializers are bit-identical to the source", looked, tuple(failures))
+
+
+def _islands(source: ir.Model, result: ir.Model) -> Check:
+    """Island nodes are found in the source; in the result none gives 16 bits or reads a quantised value."""
+    typed = {str(v.name): v.dtype for node in source.graph for v in node.outputs}
+    names = {str(node.name) for node in find_dit_islands(source).all()}
+    failures = []
+    for node in result.graph:
+        if str(node.name) not in names:
+            continue
+        for value in node.outputs:
+            found = value.dtype or typed.get(str(value.name))
+            if found is not None and found in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN):
+                failures.append(f"{node.name} gives {found}")
+        for operand in node.inputs:
+            producer = operand.producer() if operand is not None else None
+            if producer is not None and producer.op_type in QDQ:
+                failures.append(f"{node.name} reads a quantised value")
+    return Check("islands are fp32", len(names), tuple(failures))
+
+
+def _scales(result: ir.Model) -> Check:
+    failures, looked = [], 0
+    for node in result.graph:
+        if node.op_type not in QDQ:
+            continue
+        looked += 1
+        scale = graph.constant_of(node.inputs[1])
+        if scale is None:
+            failures.append(f"{node.name} has a computed scale")
+        elif not np.isfinite(scale.astype(np.float32)).all():
+            failures.append(f"{node.name} has a scale that is not finite")
+        elif (scale.astype(np.float32) < FP16_SCALE_FLOOR).any():
+            failures.append(f"{node.name} has a scale under the floor of {FP16_SCALE_FLOOR:g}")
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        if zero is None or zero.const_value is None or zero.const_value.dtype != ir.DataType.FLOAT8E4M3FN:
+            failures.append(f"{node.name} is not E4M3")
+        elif any(zero.const_value.tobytes()):
+            failures.append(f"{node.name} has a zero point that is not zero")
+    return Check("scales are finite, constant and above the floor", looked, tuple(failures))
+
+
+def _scale_size(dequantize: ir.Node) -> int:
+    scale = graph.constant_of(dequantize.inputs[1])
+    return 0 if scale is None else int(scale.size)
+
+
+def _bypass(value: ir.Value | None) -> str:
+    while value is not None:
+        node = value.producer()
+        if node is None or node.op_type not in QDQ:
+            return str(value.name)
+        value = node.inputs[0]
+    return ""
+
+
+def _signature(node: ir.Node) -> tuple[object, ...]:
+    attributes = tuple(sorted((name, _plain(attribute)) for name, attribute in node.attributes.items()))
+    inputs = tuple(_bypass(value) for value in node.inputs)
+    while inputs and not inputs[-1]:
+        inputs = inputs[:-1]  # a trailing absent input may or may not be written
+    return node.domain, node.op_type, attributes, inputs, tuple(str(value.name) for value in node.outputs)
+
+
+def _plain(attribute: ir.Attr) -> object:
+    value = attribute.value
+    return (
+        value.numpy().tobytes()
+        if isinstance(value, ir.TensorProtocol)
+        else value
+        if not isinstance(value, list)
+        else tuple(value)
+    )

@@ -1,0 +1,279 @@
+"""FP8 post-training quantization of a clean FP16-mixed DiT: which products, which scales, and ModelOpt in between.
+
+ModelOpt places the Q/DQ pairs (its `max` calibration over every row); the scales it stores are then replaced by ours,
+because it leaves a fixed headroom of 12.4x and calibrates nothing per sigma.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_build import graph
+from sa3_build.calib import CalibrationSet
+from sa3_build.passes.base import GraphNotRecognised
+from sa3_build.passes.islands import SCALAR_INPUTS
+from sa3_trt_core.console import Progress
+from sa3_trt_core.errors import GateError, ToolError
+
+E4M3_MAX = 448.0
+FP16_SCALE_FLOOR = 2.0**-14  # the smallest normal fp16: below it a stored scale loses bits, and TensorRT refuses zero
+SCALE_AGREEMENT = 0.005  # ModelOpt's scales are stored in fp16 and come from the same rows
+
+
+@dataclass(frozen=True)
+class Product:
+    """One weighted product of the graph: node, weight and activation by name, K and N."""
+
+    node: str
+    weight: str
+    activation: str
+    k: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which products are quantised, and why each other one is not."""
+
+    quantized: tuple[Product, ...]
+    excluded: dict[str, str]
+    token_macs_elsewhere: int
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The distinct activations to scale, in graph order; products that share an input share a scale."""
+        return tuple(dict.fromkeys(product.activation for product in self.quantized))
+
+    @property
+    def fp8_share(self) -> float:
+        """Share of the weighted multiply-adds of one token that run in FP8 (the front end runs once a row)."""
+        fp8 = sum(product.k * product.n for product in self.quantized)
+        return fp8 / (fp8 + self.token_macs_elsewhere)
+
+
+def select_products(model: ir.Model) -> Selection:
+    """Choose the GEMM trunk by structure: what each product depends on, never what it is called.
+
+    Stay out: products of two activations (the attention core), the front end (only t and seconds_total behind it: a row
+    a batch entry, and near sigma = 1 its features need fp32), and the local embedding (its 0/1 mask has no FP8 scale
+    when calibration holds no in-painting).
+    """
+    behind = graph.graph_inputs_behind(model)
+    quantized, excluded, elsewhere = [], {}, 0
+    for node in model.graph:
+        if node.op_type not in graph.PRODUCTS:
+            continue
+        weight, activation = graph.weight_of(node), node.inputs[0]
+        assert activation is not None
+        if weight is None:
+            excluded[str(node.name)] = "attention core: no weight"
+        elif behind[node] <= SCALAR_INPUTS:
+            excluded[str(node.name)] = "front end: timestep and duration embedding"
+        elif behind[node] == {"local_add_cond"}:
+            excluded[str(node.name)] = "local embedding"
+            elsewhere += int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
+        else:
+            k, n = weight.shape.numpy() if weight.shape is not None else (0, 0)
+            if node.attributes.get_int("transB", 0):
+                k, n = n, k
+            quantized.append(Product(str(node.name), str(weight.name), str(activation.name), k, n))
+    if not quantized:
+        raise GraphNotRecognised("no weighted product of the trunk was found")
+    return Selection(tuple(quantized), excluded, elsewhere)
+
+
+def run_modelopt(source: Path, output: Path, selection: Selection, calibration: CalibrationSet) -> None:
+    """ModelOpt FP8 PTQ with `max` over every calibration row; `source` must be a private copy, for it is written to.
+
+    `output` must be absolute and must not exist, nor its `_data`: ModelOpt appends to what it finds. `fp32` as the high
+    precision type is what keeps the islands: its default lowers them all.
+    """
+    from modelopt.onnx.quantization import quantize
+
+    assert output.is_absolute() and not output.exists()
+    with _quiet_modelopt():
+        quantize(
+            onnx_path=str(source),
+            output_path=str(output),
+            quantize_mode="fp8",
+            calibration_method="max",
+            calibration_eps=["cpu"],
+            calibration_data_reader=_RowReader(calibration),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=sorted(selection.excluded),
+            disable_mha_qdq=True,
+            high_precision_dtype="fp32",
+            enable_shared_constants_duplication=False,
+            use_external_data_format=True,
+            log_level="ERROR",
+        )
+
+
+class _RowReader:
+    """What ModelOpt asks of a calibration reader: rows one at a time, from the start again, and the first one."""
+
+    def __init__(self, calibration: CalibrationSet) -> None:
+        self._calibration = calibration
+        self.rewind()
+
+    def rewind(self) -> None:
+        self._rows = iter(self._calibration)
+        self._progress = Progress("ModelOpt max calibration", self._calibration.rows)
+
+    def get_first(self) -> dict[str, np.ndarray]:
+        return next(iter(self._calibration))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        row = next(self._rows, None)
+        if row is not None:
+            self._progress.advance()
+        return row
+
+
+def measure_amax(clean: Path, selection: Selection, calibration: CalibrationSet) -> np.ndarray:
+    """The largest magnitude of every quantised activation in every row: (R, A), fp32, in `selection.activations` order.
+
+    The clean graph gets one ReduceMax(Abs) output an activation; the observed copy shares its sidecar file.
+    """
+    import onnxruntime
+
+    observed = clean.with_name("observed.onnx")
+    _add_observers(clean, observed, selection.activations)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(observed), options, providers=_providers())
+    names = [f"amax_{index}" for index in range(len(selection.activations))]
+    amax = np.zeros((calibration.rows, len(names)), np.float32)
+    with Progress("activation amax", calibration.rows) as progress:
+        for index, row in enumerate(calibration):
+            amax[index] = [float(value) for value in session.run(names, row)]
+            progress.advance()
+    observed.unlink()
+    return amax
+
+
+def apply_scales(model: ir.Model, selection: Selection, amax: np.ndarray, headroom: float) -> dict[str, Any]:
+    """Set every scale of a ModelOpt result: activations amax * headroom / 448, weights amax / 448 a channel.
+
+    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row, and GateError
+    when ModelOpt's own calibration saw other activations than we did.
+    """
+    by_name = {str(node.name): node for node in model.graph}
+    largest = dict(zip(selection.activations, amax.max(axis=0), strict=True))
+    theirs: dict[str, float] = {}
+    scales: list[float] = []
+    floored = 0
+    for product in selection.quantized:
+        pairs = dequantizers(by_name[product.node])
+        if pairs[0] is None or pairs[1] is None:
+            continue  # the proof says which one and stops the build
+        if largest[product.activation] <= 0 or not np.isfinite(largest[product.activation]):
+            raise ToolError(
+                f"activation {product.activation} of {product.node} is {largest[product.activation]:g} in every row",
+                "calibrate with rows that reach it: build/make_calib.py with more prompts",
+            )
+        if product.activation not in theirs:
+            theirs[product.activation] = _scale_of(pairs[0])
+            floored += _set_scale(pairs[0], np.asarray(largest[product.activation] * headroom / E4M3_MAX))
+            scales.append(_scale_of(pairs[0]))
+        weight = graph.constant_of(pairs[1].inputs[0].producer().inputs[0])  # type: ignore[union-attr]
+        assert weight is not None
+        axis = pairs[1].attributes.get_int("axis", 1)
+        channel = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
+        floored += _set_scale(pairs[1], channel / E4M3_MAX)
+    ratios = np.array([largest[name] / scale for name, scale in theirs.items()])
+    spread = float(ratios.max() / ratios.min() - 1) if len(ratios) else 0.0
+    if spread > 2 * SCALE_AGREEMENT:
+        worst = list(theirs)[int(np.argmax(np.abs(ratios / np.median(ratios) - 1)))]
+        raise GateError(
+            f"ModelOpt's calibration and ours disagree by {spread:.2%} (worst at {worst})",
+            "run again with --work-dir kept and compare; the calibration rows may have changed under the run",
+        )
+    return {
+        "activation scales": len(theirs),
+        "weight scales": len(selection.quantized),
+        "activation scale range": [min(scales, default=0.0), max(scales, default=0.0)],
+        "at the floor": floored,
+        "agreement with ModelOpt": spread,
+    }
+
+
+def dequantizers(product: ir.Node) -> tuple[ir.Node | None, ir.Node | None]:
+    """The DequantizeLinear that feeds each side of a product, or None where there is none."""
+    found = []
+    for value in product.inputs[:2]:
+        node = value.producer() if value is not None else None
+        found.append(node if node is not None and node.op_type == "DequantizeLinear" else None)
+    return found[0], found[1]
+
+
+def _scale_of(dequantize: ir.Node) -> float:
+    scale = graph.constant_of(dequantize.inputs[1])
+    assert scale is not None
+    return float(scale.reshape(-1)[0])
+
+
+def _set_scale(dequantize: ir.Node, wanted: np.ndarray) -> int:
+    """Store the scale of a Q/DQ pair, rounded up so that amax still fits; returns how many were under the floor."""
+    value = dequantize.inputs[1]
+    assert value is not None and value.const_value is not None
+    dtype = value.const_value.dtype.numpy()
+    bounded = np.maximum(np.asarray(wanted, np.float32), FP16_SCALE_FLOOR)
+    stored = bounded.astype(dtype)
+    stored = np.where(stored.astype(np.float32) < bounded, np.nextafter(stored, dtype.type(np.inf)), stored).astype(
+        dtype
+    )
+    stored = stored.reshape(value.const_value.shape.numpy())
+    value.const_value = ir.tensor(stored, name=value.name)
+    return int((np.asarray(wanted) < FP16_SCALE_FLOOR).sum())
+
+
+def _add_observers(clean: Path, observed: Path, activations: tuple[str, ...]) -> None:
+    model = graph.load(clean)
+    values = {str(value.name): value for node in model.graph for value in node.outputs}
+    values.update({str(value.name): value for value in model.graph.inputs})
+    for index, name in enumerate(activations):
+        magnitude = ir.node("Abs", [values[name]])
+        largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
+        single = ir.node("Cast", largest.outputs, {"to": int(ir.DataType.FLOAT)})
+        model.graph.extend([magnitude, largest, single])
+        out = single.outputs[0]
+        out.name, out.dtype, out.shape = f"amax_{index}", ir.DataType.FLOAT, ir.Shape([])
+        model.graph.outputs.append(out)
+    ir.save(model, observed)
+
+
+def _providers() -> list[str]:
+    import onnxruntime
+
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    return [name for name in wanted if name in onnxruntime.get_available_providers()]
+
+
+@contextlib.contextmanager
+def _quiet_modelopt() -> Iterator[None]:
+    """ModelOpt and its helpers print their steps on stdout; keep stdout for results and let errors through."""
+    before = os.environ.get("POLYGRAPHY_LOG_VERBOSITY")
+    os.environ["POLYGRAPHY_LOG_VERBOSITY"] = "error"
+    root = logging.getLogger("modelopt")
+    level = root.level
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        root.setLevel(level)
+        if before is None:
+            os.environ.pop("POLYGRAPHY_LOG_VERBOSITY", None)
+        else:
+            os.environ["POLYGRAPHY_LOG_VERBOSITY"] = before

@@ -1,0 +1,275 @@
+"""The FP8 recipe: ordered stages from a FP16-mixed DiT and a calibration set to dit_fp8.onnx, its proof and its report.
+
+Each stage leaves its result in a working folder beside the output; a killed run goes on at the stage it was in. The
+finished graph, the report and then the manifest appear only when every proof holds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_build import compare, graph, proof, ptq
+from sa3_build.calib import CalibrationSet, summary
+from sa3_build.passes.base import PassResult, run_passes
+from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
+from sa3_build.passes.islands import find_dit_islands
+from sa3_trt_core import console, files, manifest
+from sa3_trt_core.errors import GateError
+
+REPORT_SUFFIX = ".report.json"
+REPORT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the result depends on besides its two inputs."""
+
+    headroom: float
+    min_cosine: float
+    parity_rows: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: what it needs, what it leaves in the working folder, and how it is done."""
+
+    name: str
+    needs: tuple[str, ...]
+    leaves: tuple[str, ...]
+    run: Callable[[], Mapping[str, Any]]
+
+
+def report_path(artefact: Path) -> Path:
+    """Where the report of an artefact lies."""
+    return artefact.with_name(artefact.name + REPORT_SUFFIX)
+
+
+def input_digests(source: Path, calibration: Path) -> dict[str, str]:
+    """sha256 of everything the recipe reads, by file name."""
+    return {file.name: files.sha256_of(file) for file in (*graph.files_of(source), calibration)}
+
+
+class Fp8Recipe:
+    """One build of `output`. `run` does it; everything before is checks that write nothing.
+
+    Raises ToolError for inputs that are not a FP16-mixed DiT or not a calibration set, GateError when a proof or the
+    parity gate says no.
+    """
+
+    def __init__(self, source: Path, calibration: Path, output: Path, settings: Settings) -> None:
+        self._source, self._output, self._settings = source, output, settings
+        model = graph.load(source)
+        graph.require_contract(model, "dit", source)
+        self._calibration = CalibrationSet.open(calibration)
+        self._ranges = self._calibration.check_values()
+        files.require_writable(output, "graph")
+        self._work = output.with_name(f".{output.stem}.partial").resolve()
+        self._inputs = input_digests(source, calibration)
+        self._stages_done: dict[str, Any] = {}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """sha256 by file name."""
+        return self._inputs
+
+    def run(self) -> dict[str, Any]:
+        """Build; returns the report that lies beside the artefact."""
+        self._open_work()
+        for stage in self._stages():
+            self._run_stage(stage)
+        finished = self._finish()
+        shutil.rmtree(self._work, ignore_errors=True)
+        return finished
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage("clean", (), ("clean.onnx",), self._clean),
+            Stage("modelopt", ("clean.onnx",), ("quantized.onnx",), self._modelopt),
+            Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
+            Stage("scales", ("quantized.onnx", "amax.npy"), ("dit_fp8.onnx",), self._scales),
+            Stage("parity", ("dit_fp8.onnx",), (), self._parity),
+        )
+
+    def _open_work(self) -> None:
+        """Keep a working folder that was made for these inputs and settings; throw away any other."""
+        note = {
+            "inputs": self._inputs,
+            "settings": asdict(self._settings),
+            "tools": manifest.tool_versions(manifest.TOOLS),
+        }
+        try:
+            saved = json.loads((self._work / "stages.json").read_text())
+        except (OSError, ValueError):
+            saved = {}
+        if saved.get("note") == note:
+            self._stages_done = saved["done"]
+        else:
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir(parents=True)
+        self._note = note
+
+    def _run_stage(self, stage: Stage) -> None:
+        if stage.name in self._stages_done and all((self._work / name).exists() for name in stage.leaves):
+            return
+        for name in stage.needs:
+            assert (self._work / name).exists(), f"stage {stage.name} needs {name}"
+        started = time.monotonic()
+        done = dict(stage.run())
+        done["seconds"] = round(time.monotonic() - started, 2)
+        self._stages_done[stage.name] = done
+        note = {"note": self._note, "done": self._stages_done}
+        files.write_atomic_text(self._work / "stages.json", json.dumps(note))
+
+    def _clean(self) -> Mapping[str, Any]:
+        model = graph.load(self._source)
+        results = run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
+        find_dit_islands(model)
+        graph.drop_exporter_notes(model)
+        graph.save(model, self._work / "clean.onnx")
+        return {"passes": [_result(result) for result in results]}
+
+    def _selection(self) -> ptq.Selection:
+        return ptq.select_products(graph.load(self._work / "clean.onnx"))
+
+    def _modelopt(self) -> Mapping[str, Any]:
+        scratch = modelopt_folder(self._work)
+        private = scratch / "source.onnx"
+        graph.save(graph.load(self._work / "clean.onnx"), private)
+        ptq.run_modelopt(private, scratch / "quantized.onnx", self._selection(), self._calibration)
+        model = graph.load(scratch / "quantized.onnx")
+        graph.drop_exporter_notes(model)
+        model.graph.sort()
+        graph.save(model, self._work / "quantized.onnx")
+        shutil.rmtree(scratch)
+        selection = self._selection()
+        return {"quantised products": len(selection.quantized), "fp8 share of token products": selection.fp8_share}
+
+    def _amax(self) -> Mapping[str, Any]:
+        amax = ptq.measure_amax(self._work / "clean.onnx", self._selection(), self._calibration)
+        with files.atomic_path(self._work / "amax.npy") as temporary:
+            np.save(temporary, amax)
+        return {"rows": len(amax), "amax": self._amax_by_sigma(amax)}
+
+    def _amax_by_sigma(self, amax: np.ndarray) -> list[dict[str, Any]]:
+        selection = self._selection()
+        sigmas = np.round(self._calibration.sigmas(), 6)
+        users: dict[str, list[str]] = {}
+        for product in selection.quantized:
+            users.setdefault(product.activation, []).append(product.node)
+        return [
+            {
+                "activation": name,
+                "products": users[name],
+                "amax": float(amax[:, column].max()),
+                "by sigma": {
+                    f"{s:g}": float(amax[sigmas == s, column].max()) for s in sorted(set(sigmas), reverse=True)
+                },
+            }
+            for column, name in enumerate(selection.activations)
+        ]
+
+    def _scales(self) -> Mapping[str, Any]:
+        source, result = graph.load(self._work / "clean.onnx"), graph.load(self._work / "quantized.onnx")
+        selection = ptq.select_products(source)
+        counts = ptq.apply_scales(result, selection, np.load(self._work / "amax.npy"), self._settings.headroom)
+        checks = proof.prove(source, result, selection)
+        failures = proof.failures_of(checks)
+        if failures:
+            raise GateError(
+                f"the proof of {self._output.name} failed ({len(failures)} contradictions); nothing was written",
+                f"the intermediate graphs lie in {self._work}; report this with the lines below",
+                "\n".join(failures),
+            )
+        graph.save(result, self._work / "dit_fp8.onnx")
+        claims = [{"claim": check.claim, "looked at": check.looked_at, "holds": check.holds} for check in checks]
+        return {**counts, "proof": claims, "excluded": selection.excluded}
+
+    def _parity(self) -> Mapping[str, Any]:
+        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+        wanted = parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
+        rows = (row for index, row in enumerate(self._calibration) if index in wanted)
+        with (
+            OnnxRuntimeEngine(self._source) as reference,
+            OnnxRuntimeEngine(self._work / "dit_fp8.onnx") as candidate,
+            console.Progress("parity with the source graph", len(wanted)) as progress,
+        ):
+            parity = compare.parity_by_sigma(reference, candidate, _counted(rows, progress))
+        worst = min(p.worst_cosine for p in parity)
+        if not worst >= self._settings.min_cosine:
+            raise GateError(
+                f"worst denoised cosine {worst:.6f} is under {self._settings.min_cosine:g}; nothing was written",
+                "calibrate on more prompts, or lower --min-cosine if you know why",
+                console.table(compare.PARITY_HEADER, compare.parity_rows(parity)),
+            )
+        return {"parity": [asdict(p) for p in parity], "worst": worst}
+
+    def _finish(self) -> dict[str, Any]:
+        """Put the graph, the report and the manifest in place, in that order."""
+        written = graph.save(graph.load(self._work / "dit_fp8.onnx"), self._output)
+        report = {
+            "format": REPORT_FORMAT,
+            "artefact": self._output.name,
+            "inputs": self._inputs,
+            "outputs": {file.name: files.sha256_of(file) for file in written},
+            "tools": self._note["tools"],
+            "settings": asdict(self._settings),
+            "calibration": summary(self._calibration, self._ranges),
+            "stages": self._stages_done,
+        }
+        path = report_path(self._output)
+        files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
+        gates = {"proof": "holds", "worst denoised cosine": self._stages_done["parity"]["worst"]}
+        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self._inputs, asdict(self._settings), gates)
+        return report
+
+
+def modelopt_folder(work: Path) -> Path:
+    """An empty folder for ModelOpt: in the working folder, else in the system's temporary one.
+
+    ModelOpt makes its file names by replacing ".onnx" everywhere in a path, so no folder above may have it in its name.
+    """
+    scratch = work / "modelopt"
+    if ".onnx" in str(scratch):
+        return Path(tempfile.mkdtemp(prefix="sa3-modelopt-"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    return scratch
+
+
+def parity_selection(sigmas: list[float], limit: int) -> set[int]:
+    """Which rows the parity runs on: at most `limit`, spread over the set, the same number at every sigma."""
+    by_sigma: dict[float, list[int]] = {}
+    for index, sigma in enumerate(sigmas):
+        by_sigma.setdefault(round(sigma, 6), []).append(index)
+    each = max(1, limit // len(by_sigma))
+    chosen: set[int] = set()
+    for rows in by_sigma.values():
+        step = max(1, len(rows) // each)
+        chosen.update(rows[::step][:each])
+    return chosen
+
+
+def _counted(rows: Any, progress: console.Progress) -> Any:
+    for row in rows:
+        yield row
+        progress.advance()
+
+
+def _result(result: PassResult) -> dict[str, Any]:
+    return {"name": result.name, **result.counts}
+
+
+def is_quantised(model: ir.Model) -> bool:
+    """Does a graph hold Q/DQ pairs already?"""
+    return any(node.op_type in proof.QDQ for node in model.graph)
