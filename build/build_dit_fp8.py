@@ -9,7 +9,7 @@ from typing import Any
 
 from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
 
-DEFAULT_HEADROOM = 1.0
+DEFAULT_HEADROOM = 2.0
 
 
 def parser() -> argparse.ArgumentParser:

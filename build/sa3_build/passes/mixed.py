@@ -147,11 +147,11 @@ class _Caster:
         source = value.const_value
         assert source is not None
 
+        if not np.all(np.abs(source.numpy()) <= FP16_MAX):  # NaN fails as well
+            raise GraphNotRecognised(f"initializer {value.name} does not fit fp16")
+
         def convert() -> ir.TensorProtocol:
-            array = source.numpy()
-            if not np.all(np.abs(array) <= FP16_MAX):
-                raise GraphNotRecognised(f"initializer {value.name} does not fit fp16")
-            return ir.tensor(array.astype(np.float16), name=name)
+            return ir.tensor(source.numpy().astype(np.float16), name=name)
 
         name, shape = f"{value.name}_half", ir.Shape(source.shape.numpy())
         tensor = ir.LazyTensor(convert, dtype=HALF, shape=shape, name=name)

@@ -1,0 +1,1 @@
+"""What several test files share: running commands, tiny models and their damage."""

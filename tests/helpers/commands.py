@@ -1,0 +1,73 @@
+"""Run a command as its user does, in this process, and see everything that it printed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from sa3_trt_core.errors import run_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Done(NamedTuple):
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(main: Callable[[list[str]], int], argv: Sequence[object]) -> Done:
+    """Call `main` through `run_command`. Libraries that write to the descriptors themselves are captured too."""
+    with _captured("stdout") as out, _captured("stderr") as err:
+        code = run_command(lambda: main([str(word) for word in argv]))
+    with out, err:
+        return Done(code, _text(out), _text(err))
+
+
+def two_lines(done: Done, *words: str) -> None:
+    """A user's mistake: exit 2, nothing on stdout, two lines on stderr; the first holds every one of `words`."""
+    assert (done.code, done.out) == (2, ""), done
+    lines = done.err.splitlines()
+    assert len(lines) == 2, done.err
+    assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), done.err
+    for word in words:
+        assert word in lines[0], f"{word!r} is not named: {lines[0]}"
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Everything under a folder, hidden files too, with a digest of each file: equal before and after = untouched."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+@contextlib.contextmanager
+def _captured(name: str) -> Iterator[IO[str]]:
+    """One standard stream in a temporary file, for Python code and for code that writes to the descriptor."""
+    file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # read after the block
+    descriptor = {"stdout": 1, "stderr": 2}[name]
+    kept_stream, kept = getattr(sys, name), os.dup(descriptor)
+    kept_stream.flush()
+    os.dup2(file.fileno(), descriptor)
+    setattr(sys, name, file)
+    try:
+        yield file
+    finally:
+        file.flush()
+        setattr(sys, name, kept_stream)
+        os.dup2(kept, descriptor)
+        os.close(kept)
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()

@@ -1,0 +1,256 @@
+"""The FP8 recipe on a tiny real DiT: what it makes, what its proof refuses, how it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import build_dit_fp8
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from helpers.commands import run
+from sa3_build import graph, proof, ptq
+from sa3_build.calib import CalibrationSet
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
+from sa3_build.passes.islands import find_dit_islands
+from sa3_build.recipe import report_path
+from sa3_trt_core import manifest
+from sa3_trt_core.targets import dit_target
+
+ROOT = Path(__file__).resolve().parents[1]
+HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
+
+
+def clean_source(root: Path) -> ir.Model:
+    model = graph.load(root / HALF)
+    run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
+    return model
+
+
+@pytest.fixture(scope="module")
+def selection(tiny_fp8: Path) -> ptq.Selection:
+    return ptq.select_products(clean_source(tiny_fp8))
+
+
+@pytest.fixture(scope="module")
+def report(tiny_fp8: Path) -> dict:
+    return json.loads(report_path(tiny_fp8 / FP8).read_text())
+
+
+def test_the_trunk_is_quantised_and_the_rest_is_not(selection: ptq.Selection, report: dict) -> None:
+    """A layer has 7 products in the trunk; outside there are the context's 2, project_in and project_out."""
+    depth = 1
+    assert len(selection.quantized) == 7 * depth + 4
+    reasons = list(selection.excluded.values())
+    assert reasons.count("local embedding") == 2 * depth
+    assert reasons.count("attention core: no weight") == 8 * depth
+    assert sum("front end" in reason for reason in reasons) == 7
+    assert len(selection.excluded) == 2 * depth + 8 * depth + 7
+    assert report["stages"]["modelopt"]["quantised products"] == len(selection.quantized)
+
+
+def test_every_claim_of_the_proof_holds_and_looked_at_something(report: dict) -> None:
+    claims = report["stages"]["scales"]["proof"]
+    assert len(claims) == 5
+    assert all(claim["holds"] and claim["looked at"] > 0 for claim in claims)
+
+
+def test_scales_follow_the_rows(tiny_fp8: Path, tiny_calib: Path, selection: ptq.Selection, report: dict) -> None:
+    """An activation's scale is its amax over every row * headroom / 448; a weight's is its channel's amax / 448."""
+    headroom = build_dit_fp8.DEFAULT_HEADROOM
+    result = {str(node.name): node for node in graph.load(tiny_fp8 / FP8).graph}
+    amax = {entry["activation"]: entry["amax"] for entry in report["stages"]["amax"]["amax"]}
+    rows = list(CalibrationSet.open(tiny_calib))
+    assert report["stages"]["amax"]["rows"] == len(rows) == 8
+    for product in selection.quantized:
+        activation, weight = ptq.dequantizers(result[product.node])
+        scale = graph.constant_of(activation.inputs[1])
+        assert scale.size == 1
+        wanted = max(amax[product.activation] * headroom / 448, ptq.FP16_SCALE_FLOOR)
+        assert wanted <= float(scale.reshape(())) <= wanted * 1.001
+        stored = graph.constant_of(weight.inputs[0].producer().inputs[0]).astype(np.float32)
+        channels = graph.constant_of(weight.inputs[1]).astype(np.float32)
+        assert channels.shape == (product.n,)
+        assert np.allclose(channels, np.maximum(np.abs(stored).max(axis=0) / 448, ptq.FP16_SCALE_FLOOR), rtol=2e-3)
+
+
+def test_amax_is_kept_per_sigma(report: dict) -> None:
+    for entry in report["stages"]["amax"]["amax"]:
+        assert len(entry["by sigma"]) == 4
+        assert max(entry["by sigma"].values()) == entry["amax"] > 0
+
+
+def test_parity_is_close_but_not_exact(report: dict) -> None:
+    """Rounding to 3 bits of mantissa is seen; more than a few per cent of it would be a defect."""
+    parity = report["stages"]["parity"]["parity"]
+    assert len(parity) == 4
+    assert all(0.99 < entry["worst_cosine"] < 0.9999999 for entry in parity)
+
+
+def test_a_gate_that_says_no_leaves_nothing(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x" / "dit_fp8.onnx"
+    line = [
+        "--input",
+        str(tiny_fp8 / HALF),
+        "--calib",
+        str(tiny_calib),
+        "--onnx",
+        str(out),
+        "--min-cosine",
+        "0.9999999",
+    ]
+    code, _, errors = run(build_dit_fp8.main, [*line, "--parity-rows", "4"])
+    assert code == 3
+    assert "is under 1" in errors or "is under 0.9999999" in errors
+    assert not out.exists() and not manifest.manifest_path(out).exists()
+    assert not [path for path in out.parent.iterdir() if path.suffix in (".onnx", ".data", ".json")]
+
+
+def test_a_current_artefact_is_kept_and_a_changed_one_is_not(tiny_fp8: Path, tiny_calib: Path) -> None:
+    out = tiny_fp8 / FP8
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
+    before = out.stat().st_mtime_ns
+    code, printed, _ = run(build_dit_fp8.main, line)
+    assert (code, out.stat().st_mtime_ns) == (0, before)
+    assert "is current" in printed
+    made = manifest.read_manifest(out)
+    assert not manifest.is_current(out, {**made.inputs, "dit_fp16mixed.onnx": "0" * 64}, made.settings)[0]
+
+
+def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    """kill -9 once ModelOpt is done: the next run does not calibrate with it again."""
+    out = tmp_path / "dit_fp8.onnx"
+    line = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), "--input", str(tiny_fp8 / HALF)]
+    line += ["--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
+    stages = tmp_path / ".dit_fp8.partial" / "stages.json"
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if stages.exists() and "modelopt" in json.loads(stages.read_text())["done"]:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    again = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "ModelOpt" not in again.stderr and "parity" in again.stderr
+    assert not stages.parent.exists()
+    for name in (out.name, f"{out.name}.data"):
+        assert (tmp_path / name).read_bytes() == (tiny_fp8 / FP8).with_name(name).read_bytes()
+
+
+def test_a_folder_with_onnx_in_its_name_is_fine(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    """ModelOpt replaces ".onnx" everywhere in a path, folders included."""
+    out = tmp_path / "my.onnx.files" / "dit_fp8.onnx"
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "1"]
+    assert run(build_dit_fp8.main, line)[0] == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "dit_fp8.onnx",
+        "dit_fp8.onnx.data",
+        "dit_fp8.onnx.manifest.json",
+        "dit_fp8.onnx.report.json",
+    ]
+
+
+def bypass(product: ir.Node, side: int) -> None:
+    dequantize = ptq.dequantizers(product)[side]
+    product.replace_input_with(side, dequantize.inputs[0].producer().inputs[0])
+
+
+def set_scale(product: ir.Node, side: int, value: float) -> None:
+    scale = ptq.dequantizers(product)[side].inputs[1]
+    scale.const_value = ir.tensor(np.full_like(scale.const_value.numpy(), value), name=scale.name)
+
+
+def flip_a_weight_bit(model: ir.Model, product: ir.Node) -> None:
+    weight = ptq.dequantizers(product)[1].inputs[0].producer().inputs[0]
+    array = weight.const_value.numpy().copy()
+    array.reshape(-1).view(np.uint16)[0] ^= 1
+    weight.const_value = ir.tensor(array, name=weight.name)
+
+
+def round_an_island(model: ir.Model, product: ir.Node) -> None:
+    names = {str(node.name) for node in find_dit_islands(model).norms}
+    node = next(node for node in model.graph if str(node.name) in names and node.op_type == "ReduceMean")
+    node.outputs[0].dtype = ir.DataType.FLOAT16
+
+
+def quantise_attention(model: ir.Model, product: ir.Node) -> None:
+    core = next(node for node in model.graph if node.op_type == "MatMul" and graph.weight_of(node) is None
+                and ptq.dequantizers(node) == (None, None) and node.inputs[1].producer() is not None)  # fmt: skip
+    donor = ptq.dequantizers(product)[0]
+    core.replace_input_with(0, donor.outputs[0])
+
+
+def change_an_attribute(model: ir.Model, product: ir.Node) -> None:
+    node = next(node for node in model.graph if node.op_type == "Softmax")
+    node.attributes["axis"] = ir.AttrInt64("axis", 1)
+
+
+DAMAGE: list[tuple[str, Callable[[ir.Model, ir.Node], None], str]] = [
+    ("activation side open", lambda m, p: bypass(p, 0), "is not quantised on its activation side"),
+    ("weight side open", lambda m, p: bypass(p, 1), "is not quantised on its weight side"),
+    ("scale zero", lambda m, p: set_scale(p, 0, 0.0), "under the floor"),
+    ("scale NaN", lambda m, p: set_scale(p, 0, float("nan")), "not finite"),
+    ("weight scale infinite", lambda m, p: set_scale(p, 1, float("inf")), "not finite"),
+    ("a weight bit", flip_a_weight_bit, "is not bit-identical"),
+    ("an island in fp16", round_an_island, "gives FLOAT16"),
+    ("attention quantised", quantise_attention, "is quantised but must not be (attention core"),
+    ("an attribute", change_an_attribute, "has changed"),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+def test_the_proof_sees_damage(tiny_fp8: Path, selection: ptq.Selection, damage: Callable, words: str) -> None:
+    source, result = clean_source(tiny_fp8), graph.load(tiny_fp8 / FP8)
+    assert proof.failures_of(proof.prove(source, result, selection)) == []
+    node = next(node for node in result.graph if str(node.name) == selection.quantized[3].node)
+    damage(result, node)
+    failures = proof.failures_of(proof.prove(source, result, selection))
+    assert [line for line in failures if words in line], failures
+
+
+def test_a_dead_activation_is_named(tiny_fp8: Path, selection: ptq.Selection) -> None:
+    amax = np.ones((2, len(selection.activations)), np.float32)
+    amax[:, 1] = 0.0
+    with pytest.raises(ptq.ToolError, match=f"activation {selection.activations[1]} of .* is 0 in every row"):
+        ptq.apply_scales(graph.load(tiny_fp8 / FP8), selection, amax, headroom=1.0)
+
+
+def test_a_calibration_that_disagrees_with_modelopts_is_refused(tiny_fp8: Path, selection: ptq.Selection) -> None:
+    result = graph.load(tiny_fp8 / FP8)
+    by_name = {str(node.name): node for node in result.graph}
+    scales = {
+        p.activation: graph.constant_of(ptq.dequantizers(by_name[p.node])[0].inputs[1]) for p in selection.quantized
+    }
+    amax = np.array([[float(scales[name].reshape(())) * 448 for name in selection.activations]], np.float32)
+    ptq.apply_scales(result, selection, amax, headroom=1.0)
+    amax[0, 0] *= 1.1
+    with pytest.raises(ptq.GateError, match="disagree"):
+        ptq.apply_scales(result, selection, amax, headroom=1.0)
+
+
+def test_headroom_widens_activation_scales_only(tiny_fp8: Path, selection: ptq.Selection) -> None:
+    result = graph.load(tiny_fp8 / FP8)
+    by_name = {str(node.name): node for node in result.graph}
+    pairs = [ptq.dequantizers(by_name[product.node]) for product in selection.quantized]
+
+    def scales(side: int) -> list[np.ndarray]:
+        return [graph.constant_of(pair[side].inputs[1]).astype(np.float64).copy() for pair in pairs]
+
+    first = dict(zip([p.activation for p in selection.quantized], scales(0), strict=True))
+    amax = np.array([[float(first[name].reshape(())) * 448 for name in selection.activations]], np.float32)
+    weights = scales(1)
+    ptq.apply_scales(result, selection, amax, headroom=4.0)
+    for product, scale in zip(selection.quantized, scales(0), strict=True):
+        assert float(scale.reshape(())) == pytest.approx(4 * float(first[product.activation].reshape(())), rel=2e-3)
+    assert all(np.array_equal(before, after) for before, after in zip(weights, scales(1), strict=True))
