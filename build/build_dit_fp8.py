@@ -27,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
         "--headroom", type=number_type(1, 448), default=DEFAULT_HEADROOM,
         help=f"activation scale = amax * headroom / 448 (default {DEFAULT_HEADROOM:g}, see build/NOTES.md)",
     )  # fmt: skip
+    line.add_argument(
+        "--ptq", choices=("modelopt", "direct"), default="modelopt",
+        help="who places Q/DQ pairs; direct is our own inserter and needs far less memory (default modelopt)",
+    )  # fmt: skip
+    line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument("--force", action="store_true", help="build even if the artefact is current")
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from sa3_build.recipe import Fp8Recipe, Settings
 
-    settings = Settings(args.headroom, args.min_cosine, args.parity_rows)
+    settings = Settings(args.ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows)
     recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings)
     if not args.force and manifest.is_current(args.onnx, recipe.inputs, asdict(settings))[0]:
         print(f"{args.onnx} is current")
@@ -76,8 +81,8 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     print(console.table(("stage", "seconds"), rows))
     for check in stages["scales"]["proof"]:
         print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
-    share = stages["modelopt"]["fp8 share of token products"]
-    print(f"{stages['modelopt']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
+    share = stages["quantize"]["fp8 share of token products"]
+    print(f"{stages['quantize']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]
     print(console.table(PARITY_HEADER, parity_rows(parity)))
     print(f"{artefact}, report {report_path(artefact).name}")

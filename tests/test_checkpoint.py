@@ -166,6 +166,16 @@ def test_text_features_are_fp32_and_offline(tiny_checkpoint: Path, monkeypatch) 
     assert (hidden - coarse.float()).abs().max() > 1e-3
 
 
+def test_what_published_configs_leave_out_has_its_usual_value(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Encoders are published without sinusoidal_blocks, some decoders without sliding_window."""
+    config = json.loads((tiny_checkpoint / "model_config.json").read_text())
+    autoencoder = config["model"]["pretransform"]["config"]
+    del autoencoder["encoder"]["config"]["sinusoidal_blocks"]
+    del autoencoder["decoder"]["config"]["sliding_window"]
+    (tmp_path / "model_config.json").write_text(json.dumps(config))
+    assert load_geometry(tmp_path / "model_config.json") == load_geometry(tiny_checkpoint / "model_config.json")
+
+
 def test_every_native_tensor_is_used_once(tiny_checkpoint: Path) -> None:
     """522 + 472 + 3 tensors at full depth; the counts follow from the geometry here."""
     geometry = load_geometry(tiny_checkpoint / "model_config.json")

@@ -15,6 +15,7 @@ import build_dit_fp8
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from helpers.commands import run
 from sa3_build import graph, proof, ptq
@@ -24,6 +25,7 @@ from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.recipe import report_path
 from sa3_trt_core import manifest
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,12 +57,12 @@ def test_the_trunk_is_quantised_and_the_rest_is_not(selection: ptq.Selection, re
     assert reasons.count("attention core: no weight") == 8 * depth
     assert sum("front end" in reason for reason in reasons) == 7
     assert len(selection.excluded) == 2 * depth + 8 * depth + 7
-    assert report["stages"]["modelopt"]["quantised products"] == len(selection.quantized)
+    assert report["stages"]["quantize"]["quantised products"] == len(selection.quantized)
 
 
 def test_every_claim_of_the_proof_holds_and_looked_at_something(report: dict) -> None:
     claims = report["stages"]["scales"]["proof"]
-    assert len(claims) == 5
+    assert len(claims) == 6
     assert all(claim["holds"] and claim["looked at"] > 0 for claim in claims)
 
 
@@ -68,6 +70,7 @@ def test_scales_follow_the_rows(tiny_fp8: Path, tiny_calib: Path, selection: ptq
     """An activation's scale is its amax over every row * headroom / 448; a weight's is its channel's amax / 448."""
     headroom = build_dit_fp8.DEFAULT_HEADROOM
     result = {str(node.name): node for node in graph.load(tiny_fp8 / FP8).graph}
+    sources = clean_source(tiny_fp8).graph.initializers
     amax = {entry["activation"]: entry["amax"] for entry in report["stages"]["amax"]["amax"]}
     rows = list(CalibrationSet.open(tiny_calib))
     assert report["stages"]["amax"]["rows"] == len(rows) == 8
@@ -77,10 +80,10 @@ def test_scales_follow_the_rows(tiny_fp8: Path, tiny_calib: Path, selection: ptq
         assert scale.size == 1
         wanted = max(amax[product.activation] * headroom / 448, ptq.FP16_SCALE_FLOOR)
         assert wanted <= float(scale.reshape(())) <= wanted * 1.001
-        stored = graph.constant_of(weight.inputs[0].producer().inputs[0]).astype(np.float32)
+        source = graph.constant_of(sources[product.weight]).astype(np.float32)
         channels = graph.constant_of(weight.inputs[1]).astype(np.float32)
         assert channels.shape == (product.n,)
-        assert np.allclose(channels, np.maximum(np.abs(stored).max(axis=0) / 448, ptq.FP16_SCALE_FLOOR), rtol=2e-3)
+        assert np.allclose(channels, np.maximum(np.abs(source).max(axis=0) / 448, ptq.FP16_SCALE_FLOOR), rtol=2e-3)
 
 
 def test_amax_is_kept_per_sigma(report: dict) -> None:
@@ -135,7 +138,7 @@ def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_ca
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if stages.exists() and "modelopt" in json.loads(stages.read_text())["done"]:
+        if stages.exists() and "quantize" in json.loads(stages.read_text())["done"]:
             os.kill(process.pid, signal.SIGKILL)
             break
         time.sleep(0.01)
@@ -163,7 +166,7 @@ def test_a_folder_with_onnx_in_its_name_is_fine(tiny_fp8: Path, tiny_calib: Path
 
 def bypass(product: ir.Node, side: int) -> None:
     dequantize = ptq.dequantizers(product)[side]
-    product.replace_input_with(side, dequantize.inputs[0].producer().inputs[0])
+    product.replace_input_with(side, ptq.quantized_source(dequantize) or dequantize.inputs[0])
 
 
 def set_scale(product: ir.Node, side: int, value: float) -> None:
@@ -172,10 +175,18 @@ def set_scale(product: ir.Node, side: int, value: float) -> None:
 
 
 def flip_a_weight_bit(model: ir.Model, product: ir.Node) -> None:
-    weight = ptq.dequantizers(product)[1].inputs[0].producer().inputs[0]
+    halves = (value for value in model.graph.initializers.values() if value.dtype == ir.DataType.FLOAT16)
+    weight = next(value for value in halves if len(value.shape) == 2)
     array = weight.const_value.numpy().copy()
     array.reshape(-1).view(np.uint16)[0] ^= 1
     weight.const_value = ir.tensor(array, name=weight.name)
+
+
+def flip_a_stored_code(model: ir.Model, product: ir.Node) -> None:
+    weight = ptq.dequantizers(product)[1].inputs[0]
+    codes = weight.const_value.numpy().copy()
+    codes.reshape(-1).view(np.uint8)[5] ^= 1
+    weight.const_value = ir.tensor(codes, name=weight.name)
 
 
 def round_an_island(model: ir.Model, product: ir.Node) -> None:
@@ -203,6 +214,7 @@ DAMAGE: list[tuple[str, Callable[[ir.Model, ir.Node], None], str]] = [
     ("scale NaN", lambda m, p: set_scale(p, 0, float("nan")), "not finite"),
     ("weight scale infinite", lambda m, p: set_scale(p, 1, float("inf")), "not finite"),
     ("a weight bit", flip_a_weight_bit, "is not bit-identical"),
+    ("a stored code", flip_a_stored_code, "is not the nearest E4M3 of its source"),
     ("an island in fp16", round_an_island, "gives FLOAT16"),
     ("attention quantised", quantise_attention, "is quantised but must not be (attention core"),
     ("an attribute", change_an_attribute, "has changed"),
@@ -219,38 +231,82 @@ def test_the_proof_sees_damage(tiny_fp8: Path, selection: ptq.Selection, damage:
     assert [line for line in failures if words in line], failures
 
 
-def test_a_dead_activation_is_named(tiny_fp8: Path, selection: ptq.Selection) -> None:
+@pytest.fixture(scope="module")
+def at_run_time(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory) -> Path:
+    """The same build with its weights stored as fp16 and quantised when they are read."""
+    out = tmp_path_factory.mktemp("fp16weights") / "dit_fp8.onnx"
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--weights", "fp16"]
+    assert run(build_dit_fp8.main, [*line, "--parity-rows", "8"])[0] == 0
+    return out
+
+
+def test_stored_fp8_weights_are_smaller_and_give_the_same_velocity(
+    tiny_fp8: Path, at_run_time: Path, tiny_calib: Path, selection: ptq.Selection
+) -> None:
+    sizes = [sum(file.stat().st_size for file in graph.files_of(path)) for path in (tiny_fp8 / FP8, at_run_time)]
+    elements = sum(product.k * product.n for product in selection.quantized)
+    assert sizes[1] - sizes[0] == pytest.approx(elements, rel=0.05)  # two bytes an element became one
+    row = {key: torch.from_numpy(value.copy()) for key, value in next(iter(CalibrationSet.open(tiny_calib))).items()}
+    velocities = []
+    for path in (tiny_fp8 / FP8, at_run_time):
+        with OnnxRuntimeEngine(path) as engine:
+            velocities.append(engine.run(row)["velocity"].numpy())
+    assert np.linalg.norm(velocities[0] - velocities[1]) / np.linalg.norm(velocities[0]) < 1e-3
+
+
+def scales_of(result: ir.Model, selection: ptq.Selection, side: int) -> list[np.ndarray]:
+    by_name = {str(node.name): node for node in result.graph}
+    pairs = [ptq.dequantizers(by_name[product.node]) for product in selection.quantized]
+    return [graph.constant_of(pair[side].inputs[1]).astype(np.float64).copy() for pair in pairs]
+
+
+def amax_of(result: ir.Model, selection: ptq.Selection) -> np.ndarray:
+    """One row of amax that agrees with the activation scales of a result."""
+    names = [product.activation for product in selection.quantized]
+    first = dict(zip(names, scales_of(result, selection, 0), strict=True))
+    return np.array([[float(first[name].reshape(())) * 448 for name in selection.activations]], np.float32)
+
+
+def test_our_own_inserter_agrees_with_modelopt(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    """The same places, the same scales, the same bytes of weights, and the same velocity."""
+    out = tmp_path / "dit_fp8.onnx"
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
+    code, _, errors = run(build_dit_fp8.main, [*line, "--parity-rows", "4"])
+    assert code == 0 and "ModelOpt" not in errors
+    found = []
+    for path in (tiny_fp8 / FP8, out):
+        pairs = {}
+        for node in graph.load(path).graph:
+            for side, dequantize in enumerate(ptq.dequantizers(node) if node.op_type in graph.PRODUCTS else ()):
+                if dequantize is not None:
+                    pairs[str(node.name), side] = graph.constant_of(dequantize.inputs[1]).reshape(-1).tolist()
+        found.append(pairs)
+    assert found[0] == found[1] and len(found[0]) == 22
+    row = {key: torch.from_numpy(value.copy()) for key, value in next(iter(CalibrationSet.open(tiny_calib))).items()}
+    with OnnxRuntimeEngine(tiny_fp8 / FP8) as first, OnnxRuntimeEngine(out) as second:
+        assert torch.equal(first.run(row)["velocity"], second.run(row)["velocity"])
+
+
+def test_a_dead_activation_is_named(at_run_time: Path, selection: ptq.Selection) -> None:
     amax = np.ones((2, len(selection.activations)), np.float32)
     amax[:, 1] = 0.0
     with pytest.raises(ptq.ToolError, match=f"activation {selection.activations[1]} of .* is 0 in every row"):
-        ptq.apply_scales(graph.load(tiny_fp8 / FP8), selection, amax, headroom=1.0)
+        ptq.apply_scales(graph.load(at_run_time), selection, amax, headroom=1.0)
 
 
-def test_a_calibration_that_disagrees_with_modelopts_is_refused(tiny_fp8: Path, selection: ptq.Selection) -> None:
-    result = graph.load(tiny_fp8 / FP8)
-    by_name = {str(node.name): node for node in result.graph}
-    scales = {
-        p.activation: graph.constant_of(ptq.dequantizers(by_name[p.node])[0].inputs[1]) for p in selection.quantized
-    }
-    amax = np.array([[float(scales[name].reshape(())) * 448 for name in selection.activations]], np.float32)
+def test_a_calibration_that_disagrees_with_modelopts_is_refused(at_run_time: Path, selection: ptq.Selection) -> None:
+    result = graph.load(at_run_time)
+    amax = amax_of(result, selection)
     ptq.apply_scales(result, selection, amax, headroom=1.0)
     amax[0, 0] *= 1.1
     with pytest.raises(ptq.GateError, match="disagree"):
         ptq.apply_scales(result, selection, amax, headroom=1.0)
 
 
-def test_headroom_widens_activation_scales_only(tiny_fp8: Path, selection: ptq.Selection) -> None:
-    result = graph.load(tiny_fp8 / FP8)
-    by_name = {str(node.name): node for node in result.graph}
-    pairs = [ptq.dequantizers(by_name[product.node]) for product in selection.quantized]
-
-    def scales(side: int) -> list[np.ndarray]:
-        return [graph.constant_of(pair[side].inputs[1]).astype(np.float64).copy() for pair in pairs]
-
-    first = dict(zip([p.activation for p in selection.quantized], scales(0), strict=True))
-    amax = np.array([[float(first[name].reshape(())) * 448 for name in selection.activations]], np.float32)
-    weights = scales(1)
-    ptq.apply_scales(result, selection, amax, headroom=4.0)
-    for product, scale in zip(selection.quantized, scales(0), strict=True):
-        assert float(scale.reshape(())) == pytest.approx(4 * float(first[product.activation].reshape(())), rel=2e-3)
-    assert all(np.array_equal(before, after) for before, after in zip(weights, scales(1), strict=True))
+def test_headroom_widens_activation_scales_only(at_run_time: Path, selection: ptq.Selection) -> None:
+    result = graph.load(at_run_time)
+    before, weights = scales_of(result, selection, 0), scales_of(result, selection, 1)
+    ptq.apply_scales(result, selection, amax_of(result, selection), headroom=4.0)
+    for old, new in zip(before, scales_of(result, selection, 0), strict=True):
+        assert float(new.reshape(())) == pytest.approx(4 * float(old.reshape(())), rel=2e-3)
+    assert all(np.array_equal(old, new) for old, new in zip(weights, scales_of(result, selection, 1), strict=True))

@@ -130,7 +130,15 @@ class _Reader:
             raise self._complain(path, "must be a text")
         return value
 
-    def integers(self, path: str, low: int = 1) -> tuple[int, ...]:
+    def has(self, path: str) -> bool:
+        """Is there a value at this path? Published files leave out what has its usual value."""
+        parent, _, last = path.rpartition(".")
+        found = self.get(parent)
+        return isinstance(found, Mapping) and found.get(last) is not None
+
+    def integers(self, path: str, low: int = 1, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        if default is not None and not self.has(path):
+            return default
         value = self.get(path)
         if (
             not isinstance(value, list)
@@ -176,6 +184,7 @@ def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
     encoder, decoder = f"{base}.encoder.config", f"{base}.decoder.config"
     strides = reader.integers(f"{decoder}.strides")
     ratio = reader.integer(f"{base}.downsampling_ratio")
+    none = (0,) * len(strides)
     return AutoencoderGeometry(
         audio_channels=reader.integer(f"{base}.io_channels"),
         patch_size=ratio // math.prod(strides),
@@ -186,9 +195,9 @@ def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
         latent_dim=reader.integer(f"{base}.latent_dim"),
         dim_heads=reader.integer(f"{encoder}.dim_heads"),
         differential=bool(reader.get(f"{encoder}.differential")),
-        sliding_window=reader.integers(f"{decoder}.sliding_window")[0],
-        encoder_sinusoidal=reader.integers(f"{encoder}.sinusoidal_blocks", low=0),
-        decoder_sinusoidal=reader.integers(f"{decoder}.sinusoidal_blocks", low=0),
+        sliding_window=reader.integers(f"{decoder}.sliding_window", default=(1,))[0],
+        encoder_sinusoidal=reader.integers(f"{encoder}.sinusoidal_blocks", low=0, default=none),
+        decoder_sinusoidal=reader.integers(f"{decoder}.sinusoidal_blocks", low=0, default=none),
         sample_rate=reader.integer("sample_rate"),
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph
+from sa3_build.passes.fp8_weights import SUFFIX, quantized
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.ptq import FP16_SCALE_FLOOR, Selection, dequantizers
 
@@ -34,7 +35,8 @@ def prove(source: ir.Model, result: ir.Model, selection: Selection) -> list[Chec
     return [
         _placement(result, selection),
         _elsewhere_untouched(source, result),
-        _initializers(source, result),
+        _initializers(source, result, selection),
+        _stored_weights(source, result, selection),
         _islands(source, result),
         _scales(result),
     ]
@@ -91,9 +93,12 @@ def _elsewhere_untouched(source: ir.Model, result: ir.Model) -> Check:
     return Check("everything else is the source graph", looked, tuple(failures))
 
 
-def _initializers(source: ir.Model, result: ir.Model) -> Check:
+def _initializers(source: ir.Model, result: ir.Model, selection: Selection) -> Check:
+    quantised = {product.weight for product in selection.quantized}
     failures, looked = [], 0
     for name, value in source.graph.initializers.items():
+        if name in quantised and f"{name}{SUFFIX}" in result.graph.initializers:
+            continue  # stored as E4M3: the next claim
         looked += 1
         twin = result.graph.initializers.get(name)
         if twin is None or twin.const_value is None or value.const_value is None:
@@ -104,6 +109,28 @@ def _initializers(source: ir.Model, result: ir.Model) -> Check:
         ):
             failures.append(f"{name} is not bit-identical")
     return Check("initializers are bit-identical to the source", looked, tuple(failures))
+
+
+def _stored_weights(source: ir.Model, result: ir.Model, selection: Selection) -> Check:
+    """A quantised weight is the source weight behind a quantizer, or its nearest E4M3 codes for the stored scale."""
+    by_name = {str(node.name): node for node in result.graph}
+    failures, looked = [], 0
+    for product in selection.quantized:
+        node = by_name.get(product.node)
+        dequantize = dequantizers(node)[1] if node is not None else None
+        if dequantize is None:
+            continue  # the first claim says so
+        looked += 1
+        stored, scale = dequantize.inputs[0], graph.constant_of(dequantize.inputs[1])
+        weight = graph.constant_of(source.graph.initializers.get(product.weight))
+        if stored is None or weight is None or scale is None:
+            failures.append(f"{product.weight} of {product.node} is gone")
+        elif stored.producer() is None:
+            codes = graph.constant_of(stored)
+            wanted = quantized(weight, scale, dequantize.attributes.get_int("axis", 1))
+            if codes is None or codes.shape != wanted.shape or codes.tobytes() != wanted.tobytes():
+                failures.append(f"{product.weight} of {product.node} is not the nearest E4M3 of its source")
+    return Check("quantised weights are the source weights", looked, tuple(failures))
 
 
 def _islands(source: ir.Model, result: ir.Model) -> Check:
@@ -154,7 +181,9 @@ def _scale_size(dequantize: ir.Node) -> int:
 def _bypass(value: ir.Value | None) -> str:
     while value is not None:
         node = value.producer()
-        if node is None or node.op_type not in QDQ:
+        if node is None:
+            return str(value.name).removesuffix(SUFFIX)
+        if node.op_type not in QDQ:
             return str(value.name)
         value = node.inputs[0]
     return ""

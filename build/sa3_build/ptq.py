@@ -39,6 +39,7 @@ class Product:
     activation: str
     k: int
     n: int
+    channel_axis: int
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ def select_products(model: ir.Model) -> Selection:
             elsewhere += int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
         else:
             k, n = weight.shape.numpy() if weight.shape is not None else (0, 0)
-            if node.attributes.get_int("transB", 0):
+            transposed = bool(node.attributes.get_int("transB", 0))
+            if transposed:
                 k, n = n, k
-            quantized.append(Product(str(node.name), str(weight.name), str(activation.name), k, n))
+            axis = 0 if transposed else 1
+            quantized.append(Product(str(node.name), str(weight.name), str(activation.name), k, n, axis))
     if not quantized:
         raise GraphNotRecognised("no weighted product of the trunk was found")
     return Selection(tuple(quantized), excluded, elsewhere)
@@ -163,11 +166,13 @@ def measure_amax(clean: Path, selection: Selection, calibration: CalibrationSet)
     return amax
 
 
-def apply_scales(model: ir.Model, selection: Selection, amax: np.ndarray, headroom: float) -> dict[str, Any]:
-    """Set every scale of a ModelOpt result: activations amax * headroom / 448, weights amax / 448 a channel.
+def apply_scales(
+    model: ir.Model, selection: Selection, amax: np.ndarray, headroom: float, calibrated: bool = True
+) -> dict[str, Any]:
+    """Set every scale of a quantised graph: activations amax * headroom / 448, weights amax / 448 a channel.
 
-    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row, and GateError
-    when ModelOpt's own calibration saw other activations than we did.
+    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row, and, when the
+    graph is `calibrated` (by ModelOpt), GateError if that calibration saw other activations than we did.
     """
     by_name = {str(node.name): node for node in model.graph}
     largest = dict(zip(selection.activations, amax.max(axis=0), strict=True))
@@ -187,14 +192,14 @@ def apply_scales(model: ir.Model, selection: Selection, amax: np.ndarray, headro
             theirs[product.activation] = _scale_of(pairs[0])
             floored += _set_scale(pairs[0], np.asarray(largest[product.activation] * headroom / E4M3_MAX))
             scales.append(_scale_of(pairs[0]))
-        weight = graph.constant_of(pairs[1].inputs[0].producer().inputs[0])  # type: ignore[union-attr]
-        assert weight is not None
+        weight = graph.constant_of(quantized_source(pairs[1]))
+        assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
         axis = pairs[1].attributes.get_int("axis", 1)
         channel = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
         floored += _set_scale(pairs[1], channel / E4M3_MAX)
     ratios = np.array([largest[name] / scale for name, scale in theirs.items()])
     spread = float(ratios.max() / ratios.min() - 1) if len(ratios) else 0.0
-    if spread > 2 * SCALE_AGREEMENT:
+    if calibrated and spread > 2 * SCALE_AGREEMENT:
         worst = list(theirs)[int(np.argmax(np.abs(ratios / np.median(ratios) - 1)))]
         raise GateError(
             f"ModelOpt's calibration and ours disagree by {spread:.2%} (worst at {worst})",
@@ -205,7 +210,7 @@ def apply_scales(model: ir.Model, selection: Selection, amax: np.ndarray, headro
         "weight scales": len(selection.quantized),
         "activation scale range": [min(scales, default=0.0), max(scales, default=0.0)],
         "at the floor": floored,
-        "agreement with ModelOpt": spread,
+        "agreement with ModelOpt": spread if calibrated else None,
     }
 
 
@@ -216,6 +221,13 @@ def dequantizers(product: ir.Node) -> tuple[ir.Node | None, ir.Node | None]:
         node = value.producer() if value is not None else None
         found.append(node if node is not None and node.op_type == "DequantizeLinear" else None)
     return found[0], found[1]
+
+
+def quantized_source(dequantize: ir.Node) -> ir.Value | None:
+    """What a Q/DQ pair quantises: the value in front of its QuantizeLinear."""
+    stored = dequantize.inputs[0]
+    quantize = stored.producer() if stored is not None else None
+    return quantize.inputs[0] if quantize is not None else None
 
 
 def _scale_of(dequantize: ir.Node) -> float:

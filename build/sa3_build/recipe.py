@@ -22,6 +22,8 @@ from sa3_build import compare, graph, proof, ptq
 from sa3_build.calib import CalibrationSet, summary
 from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
+from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
+from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
 from sa3_trt_core import console, files, manifest
 from sa3_trt_core.errors import GateError
@@ -34,7 +36,9 @@ REPORT_FORMAT = 1
 class Settings:
     """What the result depends on besides its two inputs."""
 
+    ptq: str  # "modelopt", or "direct": our own inserter, for machines without ModelOpt's memory
     headroom: float
+    weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
     min_cosine: float
     parity_rows: int
 
@@ -94,7 +98,7 @@ class Fp8Recipe:
     def _stages(self) -> tuple[Stage, ...]:
         return (
             Stage("clean", (), ("clean.onnx",), self._clean),
-            Stage("modelopt", ("clean.onnx",), ("quantized.onnx",), self._modelopt),
+            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
             Stage("scales", ("quantized.onnx", "amax.npy"), ("dit_fp8.onnx",), self._scales),
             Stage("parity", ("dit_fp8.onnx",), (), self._parity),
@@ -141,18 +145,27 @@ class Fp8Recipe:
     def _selection(self) -> ptq.Selection:
         return ptq.select_products(graph.load(self._work / "clean.onnx"))
 
-    def _modelopt(self) -> Mapping[str, Any]:
+    def _quantize(self) -> Mapping[str, Any]:
+        selection = self._selection()
+        if self._settings.ptq == "modelopt":
+            self._modelopt(selection)
+        else:
+            model = graph.load(self._work / "clean.onnx")
+            axes = {product.node: product.channel_axis for product in selection.quantized}
+            run_passes(model, [InsertQuantizers(axes)])
+            graph.save(model, self._work / "quantized.onnx")
+        return {"quantised products": len(selection.quantized), "fp8 share of token products": selection.fp8_share}
+
+    def _modelopt(self, selection: ptq.Selection) -> None:
         scratch = modelopt_folder(self._work)
         private = scratch / "source.onnx"
         graph.save(graph.load(self._work / "clean.onnx"), private)
-        ptq.run_modelopt(private, scratch / "quantized.onnx", self._selection(), self._calibration)
+        ptq.run_modelopt(private, scratch / "quantized.onnx", selection, self._calibration)
         model = graph.load(scratch / "quantized.onnx")
         graph.drop_exporter_notes(model)
         model.graph.sort()
         graph.save(model, self._work / "quantized.onnx")
         shutil.rmtree(scratch)
-        selection = self._selection()
-        return {"quantised products": len(selection.quantized), "fp8 share of token products": selection.fp8_share}
 
     def _amax(self) -> Mapping[str, Any]:
         amax = ptq.measure_amax(self._work / "clean.onnx", self._selection(), self._calibration)
@@ -181,7 +194,11 @@ class Fp8Recipe:
     def _scales(self) -> Mapping[str, Any]:
         source, result = graph.load(self._work / "clean.onnx"), graph.load(self._work / "quantized.onnx")
         selection = ptq.select_products(source)
-        counts = ptq.apply_scales(result, selection, np.load(self._work / "amax.npy"), self._settings.headroom)
+        amax = np.load(self._work / "amax.npy")
+        check = self._settings.ptq == "modelopt"
+        counts = ptq.apply_scales(result, selection, amax, self._settings.headroom, check)
+        if self._settings.weights == "fp8":
+            counts = {**counts, **run_passes(result, [StoreWeightsAsFp8()])[0].counts}
         checks = proof.prove(source, result, selection)
         failures = proof.failures_of(checks)
         if failures:
