@@ -69,20 +69,6 @@ def model_config(size: DemoSize) -> dict[str, Any]:
         "io_channels": shapes.AUDIO_CHANNELS,
         "pretransform": {"type": "patched", "config": {"channels": shapes.AUDIO_CHANNELS, "patch_size": patch}},
     }
-    dit = {
-        "io_channels": shapes.LATENT_CHANNELS,
-        "embed_dim": size.embed_dim,
-        "depth": size.depth,
-        "num_heads": size.num_heads,
-        "cond_token_dim": shapes.TEXT_CHANNELS,
-        "global_cond_dim": shapes.TEXT_CHANNELS,
-        "local_add_cond_dim": shapes.LOCAL_CHANNELS,
-        "norm_kwargs": {"force_fp32": True},
-        "attn_kwargs": {"qk_norm": "rms", "differential": True},
-        "ff_kwargs": {"mult": 4.0},
-        "num_memory_tokens": 64,
-        "timestep_features_type": "expo",
-    }
     prompt = {"model_name": TEXT_FOLDER, "subfolder": TEXT_FOLDER, "max_length": shapes.TEXT_TOKENS}
     seconds = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
     return {
@@ -98,9 +84,26 @@ def model_config(size: DemoSize) -> dict[str, Any]:
                 ],
                 "cond_dim": shapes.TEXT_CHANNELS,
             },
-            "diffusion": {"type": "dit", "diffusion_objective": "rf_denoiser", "config": dit},
+            "diffusion": {"type": "dit", "diffusion_objective": "rf_denoiser", "config": _dit_config(size)},
             "io_channels": shapes.LATENT_CHANNELS,
         },
+    }
+
+
+def _dit_config(size: DemoSize) -> dict[str, Any]:
+    return {
+        "io_channels": shapes.LATENT_CHANNELS,
+        "embed_dim": size.embed_dim,
+        "depth": size.depth,
+        "num_heads": size.num_heads,
+        "cond_token_dim": shapes.TEXT_CHANNELS,
+        "global_cond_dim": shapes.TEXT_CHANNELS,
+        "local_add_cond_dim": shapes.LOCAL_CHANNELS,
+        "norm_kwargs": {"force_fp32": True},
+        "attn_kwargs": {"qk_norm": "rms", "differential": True},
+        "ff_kwargs": {"mult": 4.0},
+        "num_memory_tokens": 64,
+        "timestep_features_type": "expo",
     }
 
 
