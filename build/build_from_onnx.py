@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         files.require_writable(out, "engine")
     compiler.load_backend(backend)
     sources = {target.name: hub.resolve_onnx(target, onnx_root) for target in chosen}
+    for target in chosen:
+        compiler.check_graph(sources[target.name], target)
     built = []
     with console.Progress("engines", len(plan), "engines") as progress:
         for target, arch, out in plan:

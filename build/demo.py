@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core import console, device, targets
+from sa3_trt_core import console, device, files, targets
 from sa3_trt_core.errors import GateError, Parser, integer_type, number_type, run_command
 
 PROMPT = "Warm ambient pads with a soft electric piano, slow brushed drums, calm and hopeful, 84 BPM"
@@ -54,6 +54,7 @@ class Demo:
 def main(argv: list[str] | None = None) -> int:
     """Run every stage, then show the tables."""
     args = parser().parse_args(argv)
+    files.require_writable(args.out / "demo_fp8.wav", "--out")
 
     import build_dit_fp8
     import build_dit_fp16mixed

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import native
-from sa3_build import checkpoint, export
+from sa3_build import checkpoint, export, text_encoder
 from sa3_build.contract import DecoderContract, DitContract, TextContract
 from sa3_build.geometry import load_geometry
 
@@ -155,8 +155,8 @@ def test_text_features_are_fp32_and_offline(tiny_checkpoint: Path, monkeypatch) 
     folder = tiny_checkpoint / "t5gemma-b-b-ul2"
     stored = load_file(folder / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.bfloat16}
-    encoder = TextContract(checkpoint.load_text_encoder(folder))
-    tokens = checkpoint.load_tokenizer(folder)(
+    encoder = TextContract(text_encoder.load_text_encoder(folder))
+    tokens = text_encoder.load_tokenizer(folder)(
         "drums, 120 BPM", padding="max_length", max_length=256, truncation=True, return_tensors="pt"
     )
     with torch.inference_mode():

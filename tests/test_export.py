@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from sa3_build import checkpoint, export, graph
+from sa3_build import checkpoint, export, graph, text_encoder
 from sa3_build.contract import DecoderContract, DitContract, TextContract
 from sa3_build.geometry import load_geometry
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
@@ -24,7 +24,7 @@ def modules(tiny_checkpoint: Path) -> dict[str, torch.nn.Module]:
     return {
         "sa3-m-fp32": DitContract(dit, checkpoint.load_duration_embedder(stored, geometry.conditioner)),
         "same-l-decoder-fp32": DecoderContract(checkpoint.load_autoencoder(stored, geometry.autoencoder)),
-        "t5gemma": TextContract(checkpoint.load_text_encoder(tiny_checkpoint / "t5gemma-b-b-ul2")),
+        "t5gemma": TextContract(text_encoder.load_text_encoder(tiny_checkpoint / "t5gemma-b-b-ul2")),
     }
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +29,11 @@ MAX_ROWS = 1 << 20
 CHUNK = 1 << 20
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same rows give the same bytes
 COMPRESSED = ("local_add_cond", "t5_mask")  # nearly all zeros; the rest is noise that no compressor shrinks
+# What zipfile, zlib and NumPy's header parser raise on damaged or hostile archives (RuntimeError: encrypted).
+UNREADABLE = (
+    OSError, EOFError, ValueError, SyntaxError, TypeError, RuntimeError, NotImplementedError,
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+)  # fmt: skip
 Row = dict[str, np.ndarray]
 
 
@@ -120,7 +127,7 @@ class CalibrationSet:
         try:
             with zipfile.ZipFile(path) as archive:
                 shapes_found = {key: _member_shape(archive, key, path) for key in KEYS}
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        except UNREADABLE as error:
             raise _bad(path, f"is not an npz archive ({error})") from None
         rows, frames = shapes_found["t"][0] if shapes_found["t"] else 0, 0
         if len(shapes_found["x"]) == 3:
@@ -172,7 +179,7 @@ class CalibrationSet:
         wanted = 4 * int(np.prod(shape))
         try:
             data = stream.read(wanted)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except UNREADABLE as error:
             raise _bad(self.path, f"row {index} of {key} cannot be read ({error})") from None
         if len(data) != wanted:
             raise _bad(self.path, f"ends inside row {index} of {key}")
@@ -197,7 +204,7 @@ def _member_shape(archive: zipfile.ZipFile, key: str, path: Path) -> tuple[int, 
     with archive.open(member) as stream:
         try:
             shape, fortran, dtype = _read_header(stream)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise _bad(path, f"member {key} is not an array ({error})") from None
         header = stream.tell()
     if dtype.hasobject:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sa3_build import checkpoint as native
+from sa3_build import text_encoder
 from sa3_build.calib import KEYS, CalibrationWriter
 from sa3_build.contract import DitContract
 from sa3_build.geometry import load_geometry
@@ -42,10 +43,10 @@ class CheckpointModel:
         geometry = load_geometry(config_file)
         weights = native.NativeWeights(weights_file)
         text_folder = config_file.parent / geometry.conditioner.text_folder
-        self._tokenizer = native.load_tokenizer(text_folder)
+        self._tokenizer = text_encoder.load_tokenizer(text_folder)
         self._text_tokens = geometry.conditioner.text_tokens
         self._device = _device(device)
-        self._text = native.load_text_encoder(text_folder).to(self._device)
+        self._text = text_encoder.load_text_encoder(text_folder).to(self._device)
         dit = native.load_dit(weights, geometry.dit)
         self.module = DitContract(dit, native.load_duration_embedder(weights, geometry.conditioner)).to(self._device)
 

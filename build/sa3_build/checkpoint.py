@@ -7,16 +7,15 @@ mistake and is named by its native key.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from sa3_build.geometry import AutoencoderGeometry, ConditionerGeometry, DitGeometry
+from sa3_build.geometry import AutoencoderGeometry, ConditionerGeometry, DitGeometry, Geometry
 from sa3_build.hush import hushed
 from sa3_trt_core.errors import ToolError
 
@@ -29,6 +28,7 @@ TRUNK_NORM_EPS = 1e-5  # diffusers has 1e-6 here; q/k norms are 1e-6 on both sid
 
 DIT_PREFIX = "model.model."
 PADDING_KEY = "conditioner.conditioners.prompt.padding_embedding"
+CONDITIONER_PREFIX = "conditioner."
 DURATION_PREFIX = "conditioner.conditioners.seconds_total.embedder.embedding.1."
 AUTOENCODER_PREFIX = "pretransform.model."
 # Buffers that the native file stores and diffusers derives, or that have no elements.
@@ -186,9 +186,18 @@ class NativeWeights:
             raise ToolError(f"{path} is not a whole safetensors file ({error})", "download or make it again") from None
         self._path = path
         self.keys = frozenset(self._file.keys())
+        for key in sorted(self.keys):
+            if not key.startswith((DIT_PREFIX, AUTOENCODER_PREFIX, CONDITIONER_PREFIX)):
+                raise ToolError(f"{path}: unexpected tensor {key}", "this is not a native Stable Audio 3 checkpoint")
 
     def take(self, key: str, shape: torch.Size) -> torch.Tensor:
         """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
+        self.require(key, shape)
+        tensor: torch.Tensor = self._file.get_tensor(key)
+        return tensor.to(torch.float32)
+
+    def require(self, key: str, shape: torch.Size) -> None:
+        """Raise ToolError naming the key when a tensor is absent or of another shape; reads the file's header only."""
         if key not in self.keys:
             raise ToolError(
                 f"{self._path}: tensor {key} is missing", "the checkpoint does not fit its model_config.json"
@@ -199,8 +208,6 @@ class NativeWeights:
                 f"{self._path}: tensor {key} has shape {list(found)}, expected {list(shape)}",
                 "the checkpoint does not fit its model_config.json",
             )
-        tensor: torch.Tensor = self._file.get_tensor(key)
-        return tensor.to(torch.float32)
 
     def refuse_leftovers(self, prefix: str, used: Iterable[str]) -> None:
         """Raise ToolError naming the first tensor under `prefix` that nothing has taken."""
@@ -209,6 +216,23 @@ class NativeWeights:
                 raise ToolError(
                     f"{self._path}: unexpected tensor {key}", "the checkpoint does not fit its model_config.json"
                 )
+
+
+def check(weights: NativeWeights, geometry: Geometry) -> None:
+    """Compare the whole file with its config by names and shapes, before anything is loaded or written.
+
+    Raises ToolError naming the first tensor that is missing, of another shape, or too many.
+    """
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(geometry.autoencoder)
+    levels = len(geometry.autoencoder.strides)
+    used = {native_autoencoder_key(key, levels): value.shape for key, value in autoencoder.state_dict().items()}
+    used |= {native_dit_key(key): value.shape for key, value in build_dit(geometry.dit).state_dict().items()}
+    linear = build_duration_embedder(geometry.conditioner).get_submodule("linear")
+    used |= {DURATION_PREFIX + key: value.shape for key, value in linear.state_dict().items()}
+    for key, shape in used.items():
+        weights.require(key, shape)
+    weights.refuse_leftovers("", used)
 
 
 def load_dit(weights: NativeWeights, geometry: DitGeometry) -> StableAudio3DiTModel:
@@ -237,7 +261,7 @@ def load_duration_embedder(weights: NativeWeights, geometry: ConditionerGeometry
     embedder = build_duration_embedder(geometry)
     linear = embedder.get_submodule("linear")
     fill(linear, weights, lambda key: DURATION_PREFIX + key, differential=False)
-    weights.refuse_leftovers("conditioner.", [PADDING_KEY, *(DURATION_PREFIX + key for key in linear.state_dict())])
+    weights.refuse_leftovers(CONDITIONER_PREFIX, [PADDING_KEY, *(DURATION_PREFIX + key for key in linear.state_dict())])
     return embedder
 
 
@@ -249,43 +273,6 @@ def fill(module: nn.Module, weights: NativeWeights, name: Callable[[str], str], 
         state[key] = regroup_qkv(tensor) if differential and key.endswith(".to_qkv.weight") else tensor
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
-
-
-def load_text_encoder(folder: Path) -> nn.Module:
-    """The encoder half of the T5Gemma in `folder`, offline, fp32 (bf16 features are 0.04 off), eager attention.
-
-    Raises ToolError when the folder is absent, is no T5Gemma, or lacks a tensor.
-    """
-    from transformers import T5GemmaConfig, T5GemmaEncoderModel
-
-    if not (folder / "config.json").is_file():
-        raise ToolError(f"no text encoder in {folder}", "use a whole checkpoint: its text encoder lies in that folder")
-    try:
-        config = T5GemmaConfig.from_pretrained(folder, local_files_only=True)
-        config.is_encoder_decoder = False
-        config.encoder._attn_implementation = "eager"
-        with hushed():  # transformers reports the decoder half, which we leave out on purpose
-            model, info = T5GemmaEncoderModel.from_pretrained(
-                folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
-                use_safetensors=True, output_loading_info=True,
-            )  # fmt: skip
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ToolError(f"{folder} does not hold a T5Gemma encoder ({error})", "download or make it again") from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ToolError(f"{folder}: tensor {missing[0]} is missing", "download or make the text encoder again")
-    encoder: nn.Module = model.eval().requires_grad_(False)
-    return encoder
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer shipped in `folder`, offline; padding side and BOS are as its files say."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ToolError(f"no tokenizer in {folder} ({error})", "use a whole checkpoint") from None
 
 
 def _replace(key: str, names: Iterable[tuple[str, str]]) -> str:

@@ -75,3 +75,16 @@ def parity_rows(parity: Sequence[SigmaParity]) -> list[list[str]]:
 
 
 PARITY_HEADER = ("sigma", "rows", "worst cosine", "mean cosine", "worst rel L2")
+
+
+def parity_selection(sigmas: list[float], limit: int) -> set[int]:
+    """Which rows the parity runs on: at most `limit`, spread over the set, the same number at every sigma."""
+    by_sigma: dict[float, list[int]] = {}
+    for index, sigma in enumerate(sigmas):
+        by_sigma.setdefault(round(sigma, 6), []).append(index)
+    each = max(1, limit // len(by_sigma))
+    chosen: set[int] = set()
+    for rows in by_sigma.values():
+        step = max(1, len(rows) // each)
+        chosen.update(rows[::step][:each])
+    return chosen

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3_build import graph
 from sa3_trt_core import device, files, hub, manifest, shapes
 from sa3_trt_core.console import format_seconds
 from sa3_trt_core.errors import ToolError
@@ -64,6 +65,24 @@ def load_backend(backend: str) -> Any:
     return module
 
 
+def check_graph(onnx: Path, target: Target) -> None:
+    """Refuse a file that is torn, is another graph, or needs a plug-in. Raises ToolError."""
+    model = graph.load(onnx)
+    found = sorted(str(value.name) for value in model.graph.inputs)
+    missing = [spec.name for spec in shapes.CONTRACTS[target.kind].inputs if spec.name not in found]
+    if missing:
+        raise ToolError(
+            f"{onnx} is not a {target.kind} graph: it has no input {missing[0]} (its inputs: {', '.join(found)})",
+            f"make the graph again: {target.produced_by}",
+        )
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain not in ("", "ai.onnx")})
+    if foreign:
+        raise ToolError(
+            f"{onnx} holds the plug-in op {foreign[0]}, which no builder here has",
+            f"use our own export, which has plain operators only: {target.produced_by}",
+        )
+
+
 def build_settings(target: Target, backend: str, arch: str) -> dict[str, Any]:
     """What an engine depends on besides its ONNX: recorded in its manifest and compared before it is built again."""
     module = load_backend(backend)
@@ -84,6 +103,7 @@ def compile_engine(onnx: Path, target: Target, backend: str, arch: str, out: Pat
     Raises ToolError when the graph does not parse, is fixed where the contract is dynamic, or does not compile.
     """
     require_arch(target, backend, arch)
+    check_graph(onnx, target)
     settings = build_settings(target, backend, arch)
     sources = [onnx, *(onnx.parent / name for name in hub.external_data_names(onnx))]
     inputs = {file.name: files.sha256_of(file) for file in sources}
@@ -115,7 +135,7 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str) -> A
     if backend == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(module.ComputeCapability, arch.upper().replace("_", "")), 0)
-    _add_profile(module, builder, network, config, target, onnx)
+    _add_profile(module, builder, network, config, target)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ToolError(
@@ -137,7 +157,6 @@ def _add_profile(
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
     target: Target,
-    onnx: Path,
 ) -> None:
     """The contract's optimization profile; a graph that is fixed in batch keeps its batch."""
     contract = shapes.CONTRACTS[target.kind]
@@ -145,12 +164,7 @@ def _add_profile(
     found = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     dynamic = False
     for spec in contract.inputs:
-        tensor = found.get(spec.name)
-        if tensor is None:
-            raise ToolError(
-                f"{onnx} is not a {target.kind} graph: it has no input {spec.name} (its inputs: {', '.join(found)})",
-                f"make the graph again: {target.produced_by}",
-            )
+        tensor = found[spec.name]
         axes = tuple(tensor.shape[axis] for axis in range(len(tensor.shape)))
         if -1 not in axes:
             continue

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sa3_build import checkpoint as native
-from sa3_build import export, graph
+from sa3_build import export, graph, text_encoder
 from sa3_build.contract import DecoderContract, DitContract, TextContract
 from sa3_build.geometry import Geometry, load_geometry
 from sa3_build.passes.base import run_passes
@@ -52,19 +52,21 @@ class Exporter:
         self._geometry: Geometry = load_geometry(model_dir / native.CONFIG_FILE)
         self._weights = native.NativeWeights(model_dir / native.WEIGHTS_FILE)
         self._text_dir = model_dir / self._geometry.conditioner.text_folder
+        native.check(self._weights, self._geometry)
+        for name in ("config.json", "model.safetensors", *(Path(name).name for name in TOKENIZER_FILES)):
+            if not (self._text_dir / name).is_file():
+                raise ToolError(f"{self._text_dir / name} is missing", "use a whole checkpoint")
         config = {native.CONFIG_FILE: files.sha256_of(model_dir / native.CONFIG_FILE)}
         self._inputs = {**config, native.WEIGHTS_FILE: files.sha256_of(model_dir / native.WEIGHTS_FILE)}
 
     def text_encoder(self) -> Exported:
         """t5gemma/encoder.onnx, and the tokenizer's files beside it."""
         inputs = {path.name: files.sha256_of(path) for path in sorted(self._text_dir.glob("*.safetensors"))}
+        made = self._export("t5gemma", inputs, lambda: TextContract(text_encoder.load_text_encoder(self._text_dir)))
         for name in TOKENIZER_FILES:
-            source = self._text_dir / Path(name).name
-            if not source.is_file():
-                raise ToolError(f"{source} is missing", "use a whole checkpoint")
             with files.atomic_path(self._root / name) as temporary:
-                shutil.copyfile(source, temporary)
-        return self._export("t5gemma", inputs, lambda: TextContract(native.load_text_encoder(self._text_dir)))
+                shutil.copyfile(self._text_dir / Path(name).name, temporary)
+        return made
 
     def dit(self) -> Exported:
         """sa3-m/dit.onnx."""

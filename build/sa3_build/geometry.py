@@ -118,11 +118,17 @@ class _Reader:
             raise self._complain(path, f"must be a whole number from {low} to {high}")
         return value
 
-    def number(self, path: str) -> float:
+    def number(self, path: str, low: float = -math.inf) -> float:
         value = self.get(path)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._complain(path, "must be a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
+            raise self._complain(path, "must be a finite number" + (f" from {low:g}" if math.isfinite(low) else ""))
         return float(value)
+
+    def flag(self, path: str) -> bool:
+        value = self.get(path)
+        if not isinstance(value, bool):
+            raise self._complain(path, "must be true or false")
+        return value
 
     def text(self, path: str) -> str:
         value = self.get(path)
@@ -150,7 +156,10 @@ class _Reader:
 
     def conditioner(self, name: str) -> _Reader:
         """The config of the conditioner whose id is `name`."""
-        for entry in self.get("model.conditioning.configs"):
+        entries = self.get("model.conditioning.configs")
+        if not isinstance(entries, list):
+            raise self._complain("model.conditioning.configs", "must be a list")
+        for entry in entries:
             if isinstance(entry, Mapping) and entry.get("id") == name:
                 return _Reader(entry, self._source)
         raise self._complain(f"model.conditioning.configs[id={name}]", "is missing")
@@ -173,9 +182,9 @@ def _dit(reader: _Reader) -> DitGeometry:
         cond_token_dim=reader.integer(f"{base}.cond_token_dim"),
         global_cond_dim=reader.integer(f"{base}.global_cond_dim"),
         local_add_cond_dim=reader.integer(f"{base}.local_add_cond_dim"),
-        ff_mult=reader.number(f"{base}.ff_kwargs.mult"),
+        ff_mult=reader.number(f"{base}.ff_kwargs.mult", low=0.25),
         num_memory_tokens=reader.integer(f"{base}.num_memory_tokens", low=0),
-        differential=bool(reader.get(f"{base}.attn_kwargs.differential")),
+        differential=reader.flag(f"{base}.attn_kwargs.differential"),
     )
 
 
@@ -184,22 +193,34 @@ def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
     encoder, decoder = f"{base}.encoder.config", f"{base}.decoder.config"
     strides = reader.integers(f"{decoder}.strides")
     ratio = reader.integer(f"{base}.downsampling_ratio")
-    none = (0,) * len(strides)
+    if ratio % math.prod(strides):
+        raise reader._complain(f"{base}.downsampling_ratio", f"must be a multiple of the strides' product {strides}")
+    depths = reader.integers(f"{encoder}.transformer_depths")
+    if len(depths) != len(strides):
+        raise reader._complain(f"{encoder}.transformer_depths", f"must have {len(strides)} entries, as the strides")
     return AutoencoderGeometry(
         audio_channels=reader.integer(f"{base}.io_channels"),
         patch_size=ratio // math.prod(strides),
         channels=reader.integer(f"{encoder}.channels"),
         c_mults=reader.integers(f"{encoder}.c_mults"),
         strides=strides,
-        depths=reader.integers(f"{encoder}.transformer_depths"),
+        depths=depths,
         latent_dim=reader.integer(f"{base}.latent_dim"),
         dim_heads=reader.integer(f"{encoder}.dim_heads"),
-        differential=bool(reader.get(f"{encoder}.differential")),
+        differential=reader.flag(f"{encoder}.differential"),
         sliding_window=reader.integers(f"{decoder}.sliding_window", default=(1,))[0],
-        encoder_sinusoidal=reader.integers(f"{encoder}.sinusoidal_blocks", low=0, default=none),
-        decoder_sinusoidal=reader.integers(f"{decoder}.sinusoidal_blocks", low=0, default=none),
+        encoder_sinusoidal=_sinusoidal(reader, f"{encoder}.sinusoidal_blocks", depths),
+        decoder_sinusoidal=_sinusoidal(reader, f"{decoder}.sinusoidal_blocks", depths),
         sample_rate=reader.integer("sample_rate"),
     )
+
+
+def _sinusoidal(reader: _Reader, path: str, depths: tuple[int, ...]) -> tuple[int, ...]:
+    """How many of the last layers of each level have sin gates; none where the file does not say."""
+    counts = reader.integers(path, low=0, default=(0,) * len(depths))
+    if len(counts) != len(depths) or any(count > depth + 1 for count, depth in zip(counts, depths, strict=False)):
+        raise reader._complain(path, f"must have {len(depths)} entries of at most the depth {depths} + 1")
+    return counts
 
 
 def _conditioner(reader: _Reader) -> ConditionerGeometry:

@@ -33,9 +33,11 @@ def load(path: Path) -> ir.Model:
         raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
     hub.external_data_names(path)
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except Exception as error:  # the protobuf and onnx_ir parsers raise many kinds, all meaning the same
         raise ToolError(f"{path} is not a whole ONNX graph ({error})", "download or make it again") from None
+    _require_whole_sidecars(model, path)
+    return model
 
 
 def save(model: ir.Model, path: Path) -> list[Path]:
@@ -179,6 +181,23 @@ def insert_before(anchor: ir.Node, node: ir.Node) -> None:
     graph = anchor.graph
     assert graph is not None
     graph.insert_before(anchor, node)
+
+
+def _require_whole_sidecars(model: ir.Model, path: Path) -> None:
+    """Raise ToolError when a sidecar is missing or ends before the tensors that it should hold."""
+    needed: dict[str, int] = {}
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            name = str(tensor.location)
+            needed[name] = max(needed.get(name, 0), end)
+    for name, end in needed.items():
+        sidecar = path.parent / name
+        found = sidecar.stat().st_size if sidecar.is_file() else None
+        if found is None or found < end:
+            what = "is missing" if found is None else f"has {found} bytes, {end} are needed"
+            raise ToolError(f"{path} keeps its weights in {name}, which {what}", "get or make both files again")
 
 
 def _not_a(kind: str, source: Path, why: str) -> ToolError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -18,15 +17,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import compare, graph, proof, ptq
+from sa3_build import compare, graph, modelopt_ptq, proof, ptq
 from sa3_build.calib import CalibrationSet, summary
-from sa3_build.passes.base import PassResult, run_passes
+from sa3_build.passes.base import PassResult, naming, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
 from sa3_trt_core import console, files, manifest
-from sa3_trt_core.errors import GateError
+from sa3_trt_core.errors import GateError, ToolError
 
 REPORT_SUFFIX = ".report.json"
 REPORT_FORMAT = 1
@@ -74,6 +73,7 @@ class Fp8Recipe:
         self._source, self._output, self._settings = source, output, settings
         model = graph.load(source)
         graph.require_contract(model, "dit", source)
+        _require_half(model, source)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
         files.require_writable(output, "graph")
@@ -157,10 +157,10 @@ class Fp8Recipe:
         return {"quantised products": len(selection.quantized), "fp8 share of token products": selection.fp8_share}
 
     def _modelopt(self, selection: ptq.Selection) -> None:
-        scratch = modelopt_folder(self._work)
+        scratch = modelopt_ptq.scratch_folder(self._work)
         private = scratch / "source.onnx"
         graph.save(graph.load(self._work / "clean.onnx"), private)
-        ptq.run_modelopt(private, scratch / "quantized.onnx", selection, self._calibration)
+        modelopt_ptq.quantize_fp8(private, scratch / "quantized.onnx", selection, self._calibration)
         model = graph.load(scratch / "quantized.onnx")
         graph.drop_exporter_notes(model)
         model.graph.sort()
@@ -214,7 +214,7 @@ class Fp8Recipe:
     def _parity(self) -> Mapping[str, Any]:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        wanted = parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
+        wanted = compare.parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
         rows = (row for index, row in enumerate(self._calibration) if index in wanted)
         with (
             OnnxRuntimeEngine(self._source) as reference,
@@ -251,30 +251,20 @@ class Fp8Recipe:
         return report
 
 
-def modelopt_folder(work: Path) -> Path:
-    """An empty folder for ModelOpt: in the working folder, else in the system's temporary one.
-
-    ModelOpt makes its file names by replacing ".onnx" everywhere in a path, so no folder above may have it in its name.
-    """
-    scratch = work / "modelopt"
-    if ".onnx" in str(scratch):
-        return Path(tempfile.mkdtemp(prefix="sa3-modelopt-"))
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    return scratch
-
-
-def parity_selection(sigmas: list[float], limit: int) -> set[int]:
-    """Which rows the parity runs on: at most `limit`, spread over the set, the same number at every sigma."""
-    by_sigma: dict[float, list[int]] = {}
-    for index, sigma in enumerate(sigmas):
-        by_sigma.setdefault(round(sigma, 6), []).append(index)
-    each = max(1, limit // len(by_sigma))
-    chosen: set[int] = set()
-    for rows in by_sigma.values():
-        step = max(1, len(rows) // each)
-        chosen.update(rows[::step][:each])
-    return chosen
+def _require_half(model: ir.Model, source: Path) -> None:
+    """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
+    if any(node.op_type in proof.QDQ for node in model.graph):
+        raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
+    with naming(source):
+        model.graph.sort()
+        find_dit_islands(model)
+        trunk = {product.weight for product in ptq.select_products(model).quantized}
+    wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
+    if wide:
+        raise ToolError(
+            f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
+            "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
+        )
 
 
 def _counted(rows: Any, progress: console.Progress) -> Any:
@@ -285,8 +275,3 @@ def _counted(rows: Any, progress: console.Progress) -> Any:
 
 def _result(result: PassResult) -> dict[str, Any]:
     return {"name": result.name, **result.counts}
-
-
-def is_quantised(model: ir.Model) -> bool:
-    """Does a graph hold Q/DQ pairs already?"""
-    return any(node.op_type in proof.QDQ for node in model.graph)

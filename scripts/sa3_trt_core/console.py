@@ -38,8 +38,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._shown_count != self.count:
-            self._show()
+        if self._shown_count != self.count and (self.count or error is None):
+            self._show()  # a stage that failed at once has no progress to tell
         if self._terminal and not self.quiet:
             print(file=sys.stderr, flush=True)
 

@@ -79,12 +79,19 @@ def promise_rows(path: Path, arrays: Arrays, rows: int) -> None:
 
 
 def corrupt_deflate(path: Path, arrays: Arrays, key: str) -> None:
-    """A compressed archive with bytes changed in the middle of one member's stream."""
+    """A compressed archive in which one member's stream begins with a kind of block that deflate does not have."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in arrays.items():
             archive.writestr(f"{name}.npy", npy(value))
         member = archive.getinfo(f"{key}.npy")
-        middle = member.header_offset + 30 + len(member.filename) + member.compress_size // 2
+        start = member.header_offset + 30 + len(member.filename)  # 30: a local header without its name
     data = bytearray(path.read_bytes())
-    data[middle : middle + 64] = b"\xff" * 64
+    data[start] = 0b111
     path.write_bytes(bytes(data))
+
+
+def write_gibberish_header(path: Path, arrays: Arrays, key: str) -> None:
+    """An archive with one member whose .npy header is a text that is no Python literal."""
+    text = b"{'descr': '<f4', (((\n"
+    header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    write_members(path, {name: header if name == key else npy(value) for name, value in arrays.items()})

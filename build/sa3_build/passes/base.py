@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import onnx_ir as ir
@@ -40,6 +42,15 @@ class GraphNotRecognised(ToolError):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"the graph was not recognised: {what}", "give a DiT exported by build/export_onnx.py")
+
+
+@contextlib.contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Say in a refusal which file the graph came from."""
+    try:
+        yield
+    except GraphNotRecognised as error:
+        raise ToolError(f"{source}: {error.message}", error.hint) from None
 
 
 def run_passes(model: ir.Model, passes: Iterable[Pass]) -> list[PassResult]:
