@@ -15,6 +15,10 @@ def parser() -> argparse.ArgumentParser:
     line = Parser(prog="make_demo_checkpoint.py", description=__doc__)
     line.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it is a demo checkpoint)")
     line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of all weights (default 0)")
+    line.add_argument(
+        "--geometry", choices=("small", "medium"), default="small",
+        help="medium: SA3-medium's own sizes, 9 GB; --width and --depth are for small (default small)",
+    )  # fmt: skip
     line.add_argument("--width", type=integer_type(128, 1536), default=256, help="embed_dim, a multiple of 64")
     line.add_argument("--depth", type=integer_type(1, 24), default=3, help="DiT layers (default 3)")
     return line
@@ -30,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     out: Path = args.out.resolve()
     marker = out / "model_config.json"
     _require_folder(out)
-    settings = {"seed": args.seed, "width": args.width, "depth": args.depth}
+    settings = {"geometry": args.geometry, "seed": args.seed, "width": args.width, "depth": args.depth}
 
     from sa3_trt_core import manifest
 
@@ -45,12 +49,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
-        size = demo.DemoSize(embed_dim=args.width, depth=args.depth, num_heads=args.width // 64)
+        small = demo.DemoSize(embed_dim=args.width, depth=args.depth, num_heads=args.width // 64)
+        size = demo.MEDIUM if args.geometry == "medium" else small
         demo.write_demo_checkpoint(folder, size, args.seed, reprompt.calibration_prompts())
         written = [folder / "model_config.json", folder / "model.safetensors"]
         manifest.write_manifest(folder / marker.name, "demo_checkpoint", written, {}, settings)
         demo.replace_folder(folder, out)
-    print(f"{out}: random weights, width {args.width}, depth {args.depth}, seed {args.seed}")
+    print(f"{out}: random weights, width {size.embed_dim}, depth {size.depth}, seed {args.seed}")
     return 0
 
 

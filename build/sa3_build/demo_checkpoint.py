@@ -41,6 +41,13 @@ class DemoSize:
     text_layers: int = 2
 
 
+# SA3-medium's own sizes, for checks of memory and time at full size; the vocabulary stays small.
+MEDIUM = DemoSize(
+    embed_dim=1536, depth=24, num_heads=24, autoencoder_channels=256, autoencoder_depth=12, autoencoder_sinusoidal=8,
+    text_layers=12,
+)  # fmt: skip
+
+
 def model_config(size: DemoSize) -> dict[str, Any]:
     """The model_config.json of a demo checkpoint, in the native layout."""
     shared = {
@@ -160,7 +167,7 @@ def _native_tensors(
 
 
 def _native_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    return native.ungroup_qkv(tensor) if key.endswith(".to_qkv.weight") else tensor.clone()
+    return native.ungroup_qkv(tensor) if key.endswith(".to_qkv.weight") else tensor
 
 
 @torch.no_grad()
