@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import make_calib
@@ -17,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.commands import run
+from helpers.commands import kill_when, run
 from sa3_build.calib import KEYS, CalibrationSet, CalibrationWriter, row_shape
 from sa3_build.capture import CheckpointModel
 from sa3_trt_core import manifest, schedule, shapes
@@ -82,14 +79,7 @@ def test_a_killed_capture_resumes_and_gives_the_same_bytes(tiny_checkpoint: Path
     line = [sys.executable, str(ROOT / "build/make_calib.py")]
     line += command(tiny_checkpoint, out, *["--prompts", "12", "--duration", "4", "--steps", "8"])
     note = tmp_path / f".{out.name}.partial" / "progress.json"
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if note.exists() and json.loads(note.read_text())["done"] >= 16:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait() == -signal.SIGKILL
+    kill_when(line, lambda: note.exists() and json.loads(note.read_text())["done"] >= 16)
     assert not out.exists()
     again = subprocess.run(line, capture_output=True, text=True, check=True)
     assert "96/96" in again.stderr

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from helpers.commands import run
+from helpers.commands import kill_when, run
 from sa3_build import graph, proof, ptq
 from sa3_build.calib import CalibrationSet
 from sa3_build.passes.base import run_passes
@@ -135,14 +132,7 @@ def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_ca
     line = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), "--input", str(tiny_fp8 / HALF)]
     line += ["--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
     stages = tmp_path / ".dit_fp8.partial" / "stages.json"
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if stages.exists() and "quantize" in json.loads(stages.read_text())["done"]:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    assert process.wait() == -signal.SIGKILL
+    kill_when(line, lambda: stages.exists() and "quantize" in json.loads(stages.read_text())["done"])
     assert not out.exists()
     again = subprocess.run(line, capture_output=True, text=True, check=True)
     assert "ModelOpt" not in again.stderr and "parity" in again.stderr

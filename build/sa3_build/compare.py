@@ -24,24 +24,31 @@ class SigmaParity:
     worst_relative: float
 
 
-def parity_by_sigma(
-    reference: GraphEngine, candidate: GraphEngine, rows: Iterable[Mapping[str, np.ndarray]]
-) -> list[SigmaParity]:
-    """Run both DiTs on every row and compare the denoised latents, highest sigma first.
+def denoise_rows(engine: GraphEngine, rows: Iterable[Mapping[str, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
+    """Sigma and denoised latent x - sigma v (1, 256, L) of every row, through one DiT.
 
-    The denoised latent is what a ping-pong step keeps; x + dt v is nearly blind at sigma ~ 1, where dt is -0.006.
+    One engine at a time, so that a comparison never holds two DiTs in memory. The denoised latent is what a ping-pong
+    step keeps; x + dt v is nearly blind at sigma ~ 1, where dt is -0.006.
     """
     import torch
 
-    found: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    found = []
     for row in rows:
         inputs = {key: torch.from_numpy(np.array(value)) for key, value in row.items()}
         sigma = float(row["t"][0])
-        first, second = (
-            row["x"].astype(np.float64) - sigma * engine.run(inputs)["velocity"].cpu().numpy().astype(np.float64)
-            for engine in (reference, candidate)
-        )
-        found[round(sigma, 6)].append((cosine(first, second), relative(first, second)))
+        found.append((sigma, row["x"] - np.float32(sigma) * engine.run(inputs)["velocity"].cpu().numpy()))
+    return found
+
+
+def parity_by_sigma(
+    reference: Sequence[tuple[float, np.ndarray]], candidate: Sequence[tuple[float, np.ndarray]]
+) -> list[SigmaParity]:
+    """Compare the denoised latents of two DiTs on the same rows, highest sigma first."""
+    found: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for (sigma, first), (other, second) in zip(reference, candidate, strict=True):
+        assert sigma == other, "the two DiTs were run on different rows"
+        wide = first.astype(np.float64), second.astype(np.float64)
+        found[round(sigma, 6)].append((cosine(*wide), relative(*wide)))
     return [
         SigmaParity(
             sigma,

@@ -96,12 +96,12 @@ class Exporter:
             return _reused(target, path)
         model = graph.load(source)
         run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
-        written = graph.save(model, path)
+        written, nodes = graph.save(model, path), len(list(model.graph))
         error = max(
             relative_error(self._run_onnx(source, example), self._run_onnx(path, example))
             for example in self._examples(target)
         )
-        return self._keep(target, path, written, model, error, HALF_DECODER_TOLERANCE, inputs, settings)
+        return self._keep(target, path, written, nodes, error, HALF_DECODER_TOLERANCE, inputs, settings)
 
     def _export(self, name: str, inputs: Mapping[str, str], load: Callable[[], nn.Module]) -> Exported:
         target = find_target(name)
@@ -111,18 +111,19 @@ class Exporter:
         if manifest.is_current(path, inputs, settings)[0]:
             return _reused(target, path)
         module = load()
+        with torch.inference_mode():
+            wanted = [module(*example).numpy() for example in self._examples(target)]
         model = export.export_module(module, target.kind, export.example_inputs(target.kind))
-        written = graph.save(model, path)
+        written, nodes = graph.save(model, path), len(list(model.graph))
+        # The module and its graph are of one size with the session to come: never both in memory.
+        del module, model
         measure = max_error if target.kind == "dit" else relative_error
-        errors = []
-        for example in self._examples(target):
-            with torch.inference_mode():
-                wanted = module(*example).numpy()
-            errors.append(measure(wanted, self._run_onnx(path, example)))
-        return self._keep(target, path, written, model, max(errors), tolerance, inputs, settings)
+        found = [self._run_onnx(path, example) for example in self._examples(target)]
+        error = max(measure(first, second) for first, second in zip(wanted, found, strict=True))
+        return self._keep(target, path, written, nodes, error, tolerance, inputs, settings)
 
     def _keep(
-        self, target: Target, path: Path, written: list[Path], model: Any, error: float, tolerance: float,
+        self, target: Target, path: Path, written: list[Path], nodes: int, error: float, tolerance: float,
         inputs: Mapping[str, str], settings: Mapping[str, Any],
     ) -> Exported:  # fmt: skip
         if not error <= tolerance:
@@ -133,7 +134,7 @@ class Exporter:
                 "check the versions against the requirements file, then report this",
             )
         manifest.write_manifest(path, "onnx", written, inputs, settings, {"error": error})
-        return Exported(target.name, path, len(list(model.graph)), error, reused=False)
+        return Exported(target.name, path, nodes, error, reused=False)
 
     def _examples(self, target: Target) -> list[list[torch.Tensor]]:
         return [

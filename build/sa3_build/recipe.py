@@ -215,13 +215,13 @@ class Fp8Recipe:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         wanted = compare.parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
-        rows = (row for index, row in enumerate(self._calibration) if index in wanted)
-        with (
-            OnnxRuntimeEngine(self._source) as reference,
-            OnnxRuntimeEngine(self._work / "dit_fp8.onnx") as candidate,
-            console.Progress("parity with the source graph", len(wanted)) as progress,
-        ):
-            parity = compare.parity_by_sigma(reference, candidate, _counted(rows, progress))
+        sides = []
+        with console.Progress("parity with the source graph", 2 * len(wanted)) as progress:
+            for path in (self._source, self._work / "dit_fp8.onnx"):
+                rows = (row for index, row in enumerate(self._calibration) if index in wanted)
+                with OnnxRuntimeEngine(path) as engine:
+                    sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
+        parity = compare.parity_by_sigma(*sides)
         worst = min(p.worst_cosine for p in parity)
         if not worst >= self._settings.min_cosine:
             raise GateError(

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from sa3_trt_core import autoencoder, schedule, text
-from sa3_trt_core.engines.base import DiTVelocity
+from sa3_trt_core.engines.base import Closing, DiTVelocity
 from sa3_trt_core.sampler import Conditioning, ping_pong, row_noise
 from sa3_trt_core.shapes import LATENT_CHANNELS, LOCAL_CHANNELS, frame_cap, latent_frames
 
@@ -50,7 +49,7 @@ class Result:
     timings: dict[str, float]
 
 
-class Generator:
+class Generator(Closing):
     """The three engines and the tokenizer of one model, held open; a context manager that closes them."""
 
     def __init__(self, tokenizer: text.Tokenizer, encoder: GraphEngine, dit: GraphEngine, decoder: GraphEngine) -> None:
@@ -93,14 +92,6 @@ class Generator:
         with ExitStack() as stack:
             for engine in (self._encoder, self._velocity, self._decoder):
                 stack.callback(engine.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @contextmanager

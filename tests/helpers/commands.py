@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -30,6 +33,16 @@ def run(main: Callable[[list[str]], int], argv: Sequence[object]) -> Done:
         code = run_command(lambda: main([str(word) for word in argv]))
     with out, err:
         return Done(code, _text(out), _text(err))
+
+
+def kill_when(line: Sequence[str], ready: Callable[[], bool], seconds: float = 180.0) -> None:
+    """Start a command in a process of its own and kill -9 it as soon as `ready` holds; it must not end before."""
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None and not ready():
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
 
 
 def two_lines(done: Done, *words: str) -> None:
