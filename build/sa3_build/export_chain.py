@@ -24,8 +24,10 @@ from sa3_trt_core import files, manifest
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.targets import TOKENIZER_FILES, Target, find_target
 
-DIT_TOLERANCE = 2e-5  # max abs against torch, unit-scale velocity
-RELATIVE_TOLERANCE = 1e-5  # relative L2 of decoder and text encoder
+# Against the torch module in fp32: the DiT by its largest difference over the RMS of the velocity, the others by
+# relative L2. Rounding through 24 layers is 1.4e-5 and 1e-6; a frequency table that is 1e-6 off gives 2.7e-3.
+DIT_TOLERANCE = 5e-5
+RELATIVE_TOLERANCE = 1e-5
 HALF_DECODER_TOLERANCE = 2e-2  # relative L2 of the fp16-mixed decoder: 34 dB below the sound
 CHECK_SHAPES = {"dit": ((1, 1), (3, 7), (1, 64)), "same-decoder": ((1, 32), (1, 45)), "t5gemma": ((1, 1),)}
 
@@ -111,14 +113,20 @@ class Exporter:
         if manifest.is_current(path, inputs, settings)[0]:
             return _reused(target, path)
         module = load()
+        # The decoder's samples are compared before they become 16-bit: there, one in a thousand rounds the other way.
+        forward = module.waveform if isinstance(module, DecoderContract) else module
         with torch.inference_mode():
-            wanted = [module(*example).numpy() for example in self._examples(target)]
+            wanted = [forward(*example).numpy() for example in self._examples(target)]
         model = export.export_module(module, target.kind, export.example_inputs(target.kind))
         written, nodes = graph.save(model, path), len(list(model.graph))
+        clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
         # The module and its graph are of one size with the session to come: never both in memory.
-        del module, model
+        del module, model, forward
         measure = max_error if target.kind == "dit" else relative_error
-        found = [self._run_onnx(path, example) for example in self._examples(target)]
+        if target.kind == "same-decoder":
+            found = self._run_samples(path, clip, self._examples(target))
+        else:
+            found = [self._run_onnx(path, example) for example in self._examples(target)]
         error = max(measure(first, second) for first, second in zip(wanted, found, strict=True))
         return self._keep(target, path, written, nodes, error, tolerance, inputs, settings)
 
@@ -143,6 +151,18 @@ class Exporter:
         ]
 
     @staticmethod
+    def _run_samples(path: Path, clip: str, examples: list[list[torch.Tensor]]) -> list[np.ndarray]:
+        """The decoder's samples (1, 2, N) in front of its Clip, by a hidden twin of the graph."""
+        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+        observed = graph.observe(path, clip, "samples")
+        try:
+            with OnnxRuntimeEngine(observed) as engine:
+                return [engine.run({"latent": latent})["samples"].numpy() for (latent,) in examples]
+        finally:
+            observed.unlink()
+
+    @staticmethod
     def _run_onnx(path: Path, example: list[torch.Tensor]) -> np.ndarray:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -155,8 +175,9 @@ class Exporter:
 
 
 def max_error(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Largest absolute difference."""
-    return float(np.abs(wanted.astype(np.float64) - found).max())
+    """Largest absolute difference over the RMS of what is wanted."""
+    reference = wanted.astype(np.float64)
+    return float(np.abs(reference - found).max() / np.sqrt(np.square(reference).mean()))
 
 
 def relative_error(wanted: np.ndarray, found: np.ndarray) -> float:

@@ -65,6 +65,25 @@ def save(model: ir.Model, path: Path) -> list[Path]:
     return [path.parent / file.name for file in written]
 
 
+def observe(path: Path, value: str, output: str) -> Path:
+    """Write a hidden twin of a graph with one more output, in the same folder so that it shares the sidecar.
+
+    `value` is the name of an fp32 value inside the graph, `output` the name of the new output. The caller
+    removes it.
+    """
+    model = load(path)
+    source = next(v for node in model.graph for v in node.outputs if v.name == value)
+    twin = ir.node("Identity", [source]).outputs[0]
+    twin.name, twin.type, twin.shape = output, source.type, source.shape
+    node = twin.producer()
+    assert node is not None
+    model.graph.append(node)
+    model.graph.outputs.append(twin)
+    observed = path.with_name(f".{path.stem}.observed.onnx")
+    ir.save(model, observed)
+    return observed
+
+
 def files_of(path: Path) -> list[Path]:
     """The graph file and every sidecar that it names."""
     return [path, *(path.parent / name for name in hub.external_data_names(path))]
