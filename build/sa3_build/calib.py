@@ -8,7 +8,6 @@ axis: x (R, 256, L), t (R,), t5_hidden (R, 256, 768), t5_mask (R, 256), seconds_
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tokenize
 import zipfile
@@ -225,10 +224,3 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
 
 def _bad(path: Path, why: str) -> ToolError:
     return ToolError(f"{path} {why}", "make a calibration set with build/make_calib.py")
-
-
-def folder_bytes(path: Path) -> int:
-    """Bytes of a file or of everything in a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(os.path.getsize(Path(base) / name) for base, _, names in os.walk(path) for name in names)

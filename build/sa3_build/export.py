@@ -11,7 +11,6 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -105,8 +104,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def save_graph(model: ir.Model, path: Path) -> list[Path]:
-    """Write the graph and its sidecar `<name>.data`, whole or not at all. Returns the files written."""
-    return graph.save(model, path)

@@ -190,18 +190,6 @@ def graph_inputs_behind(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
     return behind
 
 
-def replace_input(node: ir.Node, index: int, value: ir.Value) -> None:
-    """Feed one input of a node from another value."""
-    node.replace_input_with(index, value)
-
-
-def insert_before(anchor: ir.Node, node: ir.Node) -> None:
-    """Put a new node in front of an existing one."""
-    graph = anchor.graph
-    assert graph is not None
-    graph.insert_before(anchor, node)
-
-
 def _require_whole_sidecars(model: ir.Model, path: Path) -> None:
     """Raise ToolError when a sidecar is missing or ends before the tensors that it should hold."""
     needed: dict[str, int] = {}

@@ -16,11 +16,11 @@ import onnx_ir as ir
 from sa3_build import graph
 from sa3_build.calib import CalibrationSet
 from sa3_build.passes.base import GraphNotRecognised
+from sa3_build.passes.fp8_weights import E4M3_MAX
 from sa3_build.passes.islands import SCALAR_INPUTS
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import GateError, ToolError
 
-E4M3_MAX = 448.0
 FP16_SCALE_FLOOR = 2.0**-14  # the smallest normal fp16: below it a stored scale loses bits, and TensorRT refuses zero
 SCALE_AGREEMENT = 0.005  # ModelOpt's scales are stored in fp16 and come from the same rows
 

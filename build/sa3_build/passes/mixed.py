@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import graph
 from sa3_build.passes.base import GraphNotRecognised, PassResult, check_sorted
 from sa3_build.passes.islands import MOVERS, Islands, is_float
 
@@ -173,8 +172,3 @@ def _retype_attribute(node: ir.Node) -> None:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, np.float16)))
     else:
         node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.as_tensor().numpy().astype(np.float16)))
-
-
-def half_products(model: ir.Model) -> int:
-    """How many weighted products run in fp16: for reports."""
-    return sum(weight.dtype == HALF for _, weight in graph.weighted_products(model))
