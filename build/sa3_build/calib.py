@@ -16,12 +16,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from sa3_trt_core import files, shapes
 from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEYS = tuple(spec.name for spec in shapes.CONTRACTS["dit"].inputs)
 MAX_ROWS = 1 << 20
@@ -183,6 +186,34 @@ class CalibrationSet:
         if len(data) != wanted:
             raise _bad(self.path, f"ends inside row {index} of {key}")
         return np.frombuffer(data, np.float32).reshape(shape)
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Some rows of a calibration set, in its order."""
+
+    whole: CalibrationSet
+    indices: frozenset[int]
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self.indices)
+
+    def sigmas(self) -> list[float]:
+        """The sigma of every one, in order."""
+        return [sigma for index, sigma in enumerate(self.whole.sigmas()) if index in self.indices]
+
+    def __iter__(self) -> Iterator[Row]:
+        """The chosen rows, as the set gives them."""
+        return (row for index, row in enumerate(self.whole) if index in self.indices)
+
+
+def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """A row as an engine takes it."""
+    import torch
+
+    return {key: torch.from_numpy(np.array(value)) for key, value in row.items()}
 
 
 def summary(calibration: CalibrationSet, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sa3_build.calib import tensors
+
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
 
@@ -30,13 +32,10 @@ def denoise_rows(engine: GraphEngine, rows: Iterable[Mapping[str, np.ndarray]]) 
     One engine at a time, so that a comparison never holds two DiTs in memory. The denoised latent is what a ping-pong
     step keeps; x + dt v is nearly blind at sigma ~ 1, where dt is -0.006.
     """
-    import torch
-
     found = []
     for row in rows:
-        inputs = {key: torch.from_numpy(np.array(value)) for key, value in row.items()}
         sigma = float(row["t"][0])
-        found.append((sigma, row["x"] - np.float32(sigma) * engine.run(inputs)["velocity"].cpu().numpy()))
+        found.append((sigma, row["x"] - np.float32(sigma) * engine.run(tensors(row))["velocity"].cpu().numpy()))
     return found
 
 

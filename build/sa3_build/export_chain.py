@@ -152,15 +152,11 @@ class Exporter:
 
     @staticmethod
     def _run_samples(path: Path, clip: str, examples: list[list[torch.Tensor]]) -> list[np.ndarray]:
-        """The decoder's samples (1, 2, N) in front of its Clip, by a hidden twin of the graph."""
+        """The decoder's samples (1, 2, N) in front of its Clip."""
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        observed = graph.observe(path, clip, "samples")
-        try:
-            with OnnxRuntimeEngine(observed) as engine:
-                return [engine.run({"latent": latent})["samples"].numpy() for (latent,) in examples]
-        finally:
-            observed.unlink()
+        with OnnxRuntimeEngine(path, graph.observed(path, {"samples": clip})) as engine:
+            return [engine.run({"latent": latent})["samples"].numpy() for (latent,) in examples]
 
     @staticmethod
     def _run_onnx(path: Path, example: list[torch.Tensor]) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from sa3_trt_core.shapes import CONTRACTS, GraphContract
 SIDECAR_THRESHOLD = 1024  # bytes; smaller tensors stay in the graph file, as in the published ones
 PRODUCTS = ("MatMul", "Gemm")
 DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64, "int32": ir.DataType.INT32}
+Watch = Callable[[ir.Value], list[ir.Node]]  # the nodes that make a new output of a value; the last one gives it
 
 
 def load(path: Path) -> ir.Model:
@@ -65,23 +66,21 @@ def save(model: ir.Model, path: Path) -> list[Path]:
     return [path.parent / file.name for file in written]
 
 
-def observe(path: Path, value: str, output: str) -> Path:
-    """Write a hidden twin of a graph with one more output, in the same folder so that it shares the sidecar.
+def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None) -> bytes:
+    """A graph file with more outputs, for a session that looks inside: nothing is written, weights stay in the sidecar.
 
-    `value` is the name of an fp32 value inside the graph, `output` the name of the new output. The caller
-    removes it.
+    `watched` maps the name of each new output to the name of a value; `watch` gives the nodes from that value to the
+    output (default: the value as it is).
     """
     model = load(path)
-    source = next(v for node in model.graph for v in node.outputs if v.name == value)
-    twin = ir.node("Identity", [source]).outputs[0]
-    twin.name, twin.type, twin.shape = output, source.type, source.shape
-    node = twin.producer()
-    assert node is not None
-    model.graph.append(node)
-    model.graph.outputs.append(twin)
-    observed = path.with_name(f".{path.stem}.observed.onnx")
-    ir.save(model, observed)
-    return observed
+    values = {value.name: value for value in model.graph.inputs}
+    values.update((value.name, value) for node in model.graph for value in node.outputs)
+    for output, name in watched.items():
+        chain = (watch or _as_it_is)(values[name])
+        chain[-1].outputs[0].name = output
+        model.graph.extend(chain)
+        model.graph.outputs.append(chain[-1].outputs[0])
+    return ir.to_proto(model).SerializeToString()
 
 
 def files_of(path: Path) -> list[Path]:
@@ -188,6 +187,12 @@ def graph_inputs_behind(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
                     )
         behind[node] = union
     return behind
+
+
+def _as_it_is(value: ir.Value) -> list[ir.Node]:
+    twin = ir.node("Identity", [value])
+    twin.outputs[0].type, twin.outputs[0].shape = value.type, value.shape
+    return [twin]
 
 
 def _require_whole_sidecars(model: ir.Model, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph
-from sa3_build.calib import CalibrationSet
+from sa3_build.calib import CalibrationSet, ChosenRows, tensors
 from sa3_build.passes.base import GraphNotRecognised
 from sa3_build.passes.fp8_weights import E4M3_MAX
 from sa3_build.passes.islands import SCALAR_INPUTS
@@ -90,26 +90,23 @@ def select_products(model: ir.Model) -> Selection:
     return Selection(tuple(quantized), excluded, elsewhere)
 
 
-def measure_amax(clean: Path, selection: Selection, calibration: CalibrationSet) -> np.ndarray:
+def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet | ChosenRows) -> np.ndarray:
     """The largest magnitude of every quantised activation in every row: (R, A), fp32, in `selection.activations` order.
 
-    The clean graph gets one ReduceMax(Abs) output an activation; the observed copy shares its sidecar file.
+    The graph gets one ReduceMax(Abs) output an activation, so that no activation is ever fetched.
     """
-    import onnxruntime
+    from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-    observed = clean.with_name("observed.onnx")
-    _add_observers(clean, observed, selection.activations)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(observed), options, providers=_providers())
-    names = [f"amax_{index}" for index in range(len(selection.activations))]
-    amax = np.zeros((calibration.rows, len(names)), np.float32)
-    with Progress("activation amax", calibration.rows) as progress:
+    watched = {f"amax_{index}": name for index, name in enumerate(selection.activations)}
+    amax = np.zeros((calibration.rows, len(watched)), np.float32)
+    with (
+        OnnxRuntimeEngine(source, graph.observed(source, watched, _largest_magnitude)) as engine,
+        Progress("activation amax", calibration.rows) as progress,
+    ):
         for index, row in enumerate(calibration):
-            amax[index] = [float(value) for value in session.run(names, row)]
+            found = engine.run(tensors(row))
+            amax[index] = [float(found[name]) for name in watched]
             progress.advance()
-    observed.unlink()
     return amax
 
 
@@ -137,7 +134,7 @@ def apply_scales(
             )
         if product.activation not in theirs:
             theirs[product.activation] = _scale_of(pairs[0])
-            floored += _set_scale(pairs[0], np.asarray(largest[product.activation] * headroom / E4M3_MAX))
+            floored += _set_scale(pairs[0], wanted_scale(largest[product.activation], headroom))
             scales.append(_scale_of(pairs[0]))
         weight = graph.constant_of(quantized_source(pairs[1]))
         assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
@@ -159,6 +156,19 @@ def apply_scales(
         "at the floor": floored,
         "agreement with ModelOpt": spread if calibrated else None,
     }
+
+
+def wanted_scale(amax: float, headroom: float) -> np.ndarray:
+    """The scale of an activation: E4M3 ends at 448, and `headroom` times amax shall still fit."""
+    return np.asarray(amax * headroom / E4M3_MAX)
+
+
+def stored_scale(wanted: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Scales as they are stored: not under the floor, and rounded up so that amax still fits."""
+    bounded = np.maximum(np.asarray(wanted, np.float32), FP16_SCALE_FLOOR)
+    stored = bounded.astype(dtype)
+    above = np.nextafter(stored, dtype.type(np.inf))
+    return np.where(stored.astype(np.float32) < bounded, above, stored).astype(dtype)
 
 
 def dequantizers(product: ir.Node) -> tuple[ir.Node | None, ir.Node | None]:
@@ -184,37 +194,17 @@ def _scale_of(dequantize: ir.Node) -> float:
 
 
 def _set_scale(dequantize: ir.Node, wanted: np.ndarray) -> int:
-    """Store the scale of a Q/DQ pair, rounded up so that amax still fits; returns how many were under the floor."""
+    """Store the scale of a Q/DQ pair; returns how many were under the floor."""
     value = dequantize.inputs[1]
     assert value is not None and value.const_value is not None
-    dtype = value.const_value.dtype.numpy()
-    bounded = np.maximum(np.asarray(wanted, np.float32), FP16_SCALE_FLOOR)
-    stored = bounded.astype(dtype)
-    stored = np.where(stored.astype(np.float32) < bounded, np.nextafter(stored, dtype.type(np.inf)), stored).astype(
-        dtype
-    )
-    stored = stored.reshape(value.const_value.shape.numpy())
-    value.const_value = ir.tensor(stored, name=value.name)
+    stored = stored_scale(wanted, value.const_value.dtype.numpy())
+    value.const_value = ir.tensor(stored.reshape(value.const_value.shape.numpy()), name=value.name)
     return int((np.asarray(wanted) < FP16_SCALE_FLOOR).sum())
 
 
-def _add_observers(clean: Path, observed: Path, activations: tuple[str, ...]) -> None:
-    model = graph.load(clean)
-    values = {str(value.name): value for node in model.graph for value in node.outputs}
-    values.update({str(value.name): value for value in model.graph.inputs})
-    for index, name in enumerate(activations):
-        magnitude = ir.node("Abs", [values[name]])
-        largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
-        single = ir.node("Cast", largest.outputs, {"to": int(ir.DataType.FLOAT)})
-        model.graph.extend([magnitude, largest, single])
-        out = single.outputs[0]
-        out.name, out.dtype, out.shape = f"amax_{index}", ir.DataType.FLOAT, ir.Shape([])
-        model.graph.outputs.append(out)
-    ir.save(model, observed)
-
-
-def _providers() -> list[str]:
-    import onnxruntime
-
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    return [name for name in wanted if name in onnxruntime.get_available_providers()]
+def _largest_magnitude(value: ir.Value) -> list[ir.Node]:
+    magnitude = ir.node("Abs", [value])
+    largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
+    single = ir.node("Cast", largest.outputs, {"to": int(ir.DataType.FLOAT)})
+    single.outputs[0].dtype, single.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+    return [magnitude, largest, single]

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import compare, graph, modelopt_ptq, proof, ptq
-from sa3_build.calib import CalibrationSet, summary
+from sa3_build.calib import CalibrationSet, ChosenRows, summary
 from sa3_build.passes.base import PassResult, naming, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
@@ -73,7 +73,7 @@ class Fp8Recipe:
         self._source, self._output, self._settings = source, output, settings
         model = graph.load(source)
         graph.require_contract(model, "dit", source)
-        _require_half(model, source)
+        require_half(model, source)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
         files.require_writable(output, "graph")
@@ -215,10 +215,10 @@ class Fp8Recipe:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         wanted = compare.parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
+        rows = ChosenRows(self._calibration, frozenset(wanted))
         sides = []
-        with console.Progress("parity with the source graph", 2 * len(wanted)) as progress:
+        with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
             for path in (self._source, self._work / "dit_fp8.onnx"):
-                rows = (row for index, row in enumerate(self._calibration) if index in wanted)
                 with OnnxRuntimeEngine(path) as engine:
                     sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
         parity = compare.parity_by_sigma(*sides)
@@ -251,7 +251,7 @@ class Fp8Recipe:
         return report
 
 
-def _require_half(model: ir.Model, source: Path) -> None:
+def require_half(model: ir.Model, source: Path) -> None:
     """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
     if any(node.op_type in proof.QDQ for node in model.graph):
         raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")

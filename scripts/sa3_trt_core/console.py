@@ -109,5 +109,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([render(lines[0]), "  ".join("-" * w for w in widths), *(render(line) for line in lines[1:])])
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same cells as a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
 def _numeric(cell: str) -> bool:
     return cell in ("", "-") or cell.lstrip("+-")[:1].isdigit()

@@ -20,6 +20,7 @@ _NUMPY_TYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
+SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
 FATAL_ONLY = 4  # its errors reach the user as ours, once
 LONGEST_REASON = 240
 
@@ -27,8 +28,11 @@ LONGEST_REASON = 240
 class OnnxRuntimeEngine(Closing):
     """One ONNX file in a session, on the GPU if ONNX Runtime and the machine have one, else on the CPU."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ToolError if the file is no ONNX graph that ONNX Runtime can run, or a sidecar is missing."""
+    def __init__(self, path: Path, variant: bytes | None = None) -> None:
+        """`variant` is run in place of the file's own graph, with the sidecars of the file.
+
+        Raises ToolError if the file is no ONNX graph that ONNX Runtime can run, or a sidecar is missing.
+        """
         import onnxruntime
 
         for name in external_data_names(path):
@@ -38,11 +42,13 @@ class OnnxRuntimeEngine(Closing):
         # FP8 Q/DQ pairs run on the CPU only at this level: the higher ones fuse them into products that do not exist.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.log_severity_level = FATAL_ONLY
+        if variant is not None:
+            options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
         providers = ["CPUExecutionProvider"]
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device.has_nvidia_gpu():
             providers.insert(0, "CUDAExecutionProvider")
         try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
+            self._session: Any = onnxruntime.InferenceSession(variant or str(path), options, providers=providers)
         except MemoryError:
             raise
         except Exception as error:  # its exceptions share no base class of their own
