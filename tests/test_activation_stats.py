@@ -74,7 +74,7 @@ def test_the_document_says_what_it_is_of(tiny_fp8: Path, tiny_calib: Path, docum
     assert document["headroom"] == DEFAULT_HEADROOM
     assert (model["input"], model["calib"], model["rows"]) == (str(tiny_fp8 / HALF), str(tiny_calib), 8)
     assert set(model["sha256"]) == {"dit_fp16mixed.onnx", "dit_fp16mixed.onnx.data", tiny_calib.name}
-    assert [one["name"] for one in model["activations"]][3:5] == [
+    assert [one["name"] for one in model["activations"]][2:4] == [
         "layer 0 self-attention qkv",
         "layer 0 self-attention out",
     ]
@@ -132,7 +132,7 @@ def test_the_table_has_a_row_a_kind_and_sigma(tiny_onnx: Path, tiny_calib: Path)
     printed = run(activation_stats.main, arguments(tiny_onnx, tiny_calib))
     assert printed.code == 0, printed.err
     label, empty, header, _, *rows = printed.out.splitlines()
-    assert str(tiny_onnx / HALF) in label and "8 rows" in label and "11 inputs" in label and not empty
+    assert str(tiny_onnx / HALF) in label and "8 rows" in label and "9 inputs" in label and not empty
     assert cells(header) == ["input of", "sigma", *FIGURES]
     sigmas = sorted({round(sigma, 4) for sigma in CalibrationSet.open(tiny_calib).sigmas()}, reverse=True)
     wanted = [[kind, f"{sigma:.4f}"] for kind in KINDS for sigma in sigmas]
@@ -140,7 +140,7 @@ def test_the_table_has_a_row_a_kind_and_sigma(tiny_onnx: Path, tiny_calib: Path)
     assert {len(cells(row)) for row in rows} == {7}
 
 
-@pytest.mark.parametrize(("by", "count"), [("kind", 11), ("sigma", 4)])
+@pytest.mark.parametrize(("by", "count"), [("kind", 9), ("sigma", 4)])
 def test_the_markdown_holds_the_worst_of_each_group(
     tiny_onnx: Path, tiny_calib: Path, document: dict, by: str, count: int
 ) -> None:
@@ -197,11 +197,11 @@ def test_an_outlier_channel_is_seen_beside_the_model_without(
     assert first.startswith(f"- A: {tiny_onnx / HALF}, 4 rows") and second.startswith(f"- B: {altered / HALF}, 4 rows")
     assert cells(header) == ["input of", *(f"{figure} {side}" for figure in FIGURES for side in "AB")]
     by_kind = {cells(row)[0]: [float(cell) for cell in cells(row)[1:]] for row in rows}
-    for kind in ("text in", "text out", "project in", "self-attention qkv"):
+    for kind in ("text in", "text out", "self-attention qkv"):
         assert by_kind[kind][0::2] == by_kind[kind][1::2], kind
     amax, other, _, _, kurtosis, sharp, share, narrow, lost, more = by_kind["cross-attention kv"]
     assert other > 50 * amax and sharp > 10 * kurtosis and more > 10 * lost
-    channels = Subject(altered / HALF, tiny_calib, 1).measure(DEFAULT_HEADROOM)[6].channels
+    channels = Subject(altered / HALF, tiny_calib, 1).measure(DEFAULT_HEADROOM)[5].channels
     assert narrow == pytest.approx(1 / channels, abs=5e-5) and share > 10 * narrow
 
 
@@ -215,7 +215,7 @@ def test_a_group_that_one_model_lacks_is_a_dash(tiny_onnx: Path, tiny_calib: Pat
 
 
 def test_an_overflow_is_named(altered: Path, tiny_calib: Path) -> None:
-    enlarge(altered, "project in", 60000.0, channel=slice(None))
+    enlarge(altered, "text in", 60000.0, channel=slice(None))
     before = listing(altered)
     done = run(activation_stats.main, arguments(altered, tiny_calib))
     assert (done.code, done.out) == (2, "")

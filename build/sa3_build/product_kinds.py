@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from sa3_build import graph
+from sa3_build.passes.islands import LATENT
 from sa3_build.ptq import Selection
 
-LATENT = "x"
 SHAPES = ("Shape", "Size")  # they pass on no data
 KINDS = (
     "text in",
     "text out",
-    "project in",
     "self-attention qkv",
     "self-attention out",
     "cross-attention q",
@@ -23,7 +22,6 @@ KINDS = (
     "cross-attention out",
     "feed-forward in",
     "feed-forward out",
-    "project out",
 )
 
 
@@ -40,9 +38,8 @@ def places(model: ir.Model, selection: Selection) -> dict[str, Place]:
 
     A product is known by its nearest products up and down the data. Into the attention core go q, k and v; out of it
     comes the input of the attention's own output product; attention is cross-attention when an operand of its core
-    does not depend on the latent. The rest of the text path depends on no latent, project_in on the latent only, and
-    below project_out there is no other. A feed-forward's second product has one product above it, its first: every
-    other one reads the residual stream, which many have written to.
+    does not depend on the latent. The rest of the text path depends on no latent. A feed-forward's second product has
+    one product above it, its first: every other one reads the residual stream, which many have written to.
     """
     by_name = {str(node.name): node for node in model.graph}
     products = [by_name[product.node] for product in selection.quantized]
@@ -67,7 +64,6 @@ class _Finder:
 
     def kind(self, node: ir.Node) -> str:
         above = {one for one in graph.ancestors(node.inputs[:1], stop=_stops) if one.op_type in graph.PRODUCTS}
-        below = self._products_below(node)
         sees_latent = LATENT in self._behind[node]
         fed = self.cores_below(node)
         if fed and not sees_latent:
@@ -78,10 +74,6 @@ class _Finder:
             return "cross-attention out" if self._is_cross(above) else "self-attention out"
         if not sees_latent:
             return "text out" if above & self._quantised else "text in"
-        if self._behind[node] == {LATENT}:
-            return "project in"
-        if not below:
-            return "project out"
         return "feed-forward out" if len(above) == 1 else "feed-forward in"
 
     def cores_below(self, node: ir.Node) -> list[ir.Node]:

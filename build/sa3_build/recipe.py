@@ -31,6 +31,9 @@ REPORT_SUFFIX = ".report.json"
 REPORT_FORMAT = 1
 
 
+RULES = 2  # raised when the same settings come to mean other files: artefacts of older rules are stale
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the result depends on besides its two inputs."""
@@ -40,6 +43,7 @@ class Settings:
     weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
     min_cosine: float
     parity_rows: int
+    rules: int = RULES
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from sa3_build import graph
 from sa3_build.passes.base import GraphNotRecognised
 
 SCALAR_INPUTS = frozenset({"t", "seconds_total"})
+LATENT = "x"
 MOVERS = frozenset(
     (
         "Slice",
