@@ -76,7 +76,7 @@ def steps(args: argparse.Namespace, work: Path) -> list[tuple[str, list[str]]]:
     capture += [checkpoint / "model.safetensors", "--out", calibration, "--prompts", args.prompts]
     quantise = ["build_dit_fp8.py", "--input", half, "--calib", calibration, "--onnx", fp8, "--ptq", args.ptq]
     chain = [
-        ("checkpoint", ["make_demo_checkpoint.py", "--out", checkpoint, "--geometry", args.geometry]),
+        ("checkpoint", ["make_demo_checkpoint.py", "--out", checkpoint, "--random", "--geometry", args.geometry]),
         ("export text", [*export, "--only", "text"]),
         ("export DiT", [*export, "--only", "dit"]),
         ("export decoder", [*export, "--only", "decoder", "--only", "decoder-fp16"]),

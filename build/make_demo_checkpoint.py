@@ -1,4 +1,4 @@
-"""Make a small native-format Stable Audio 3 checkpoint with seeded random weights, for demos and tests."""
+"""Make a small native-format Stable Audio 3 checkpoint: the trained demonstration model, or seeded random weights."""
 
 from __future__ import annotations
 
@@ -6,57 +6,99 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+
+if TYPE_CHECKING:
+    from sa3_build.demo_text import DemoSize
+
+RANDOM_DEFAULTS = {"geometry": "small", "width": 256, "depth": 3}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = Parser(prog="make_demo_checkpoint.py", description=__doc__)
     line.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it is a demo checkpoint)")
-    line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of all weights (default 0)")
     line.add_argument(
-        "--geometry", choices=("small", "medium"), default="small",
-        help="medium: SA3-medium's own sizes, 9 GB; --width and --depth are for small (default small)",
+        "--random", action="store_true", help="random weights of any size, instead of interface/demo_model"
+    )
+    line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of what is random (default 0)")
+    line.add_argument(
+        "--geometry", choices=("small", "medium"),
+        help="with --random; medium: SA3-medium's own sizes, 9 GB; --width and --depth are for small (default small)",
     )  # fmt: skip
-    line.add_argument("--width", type=integer_type(128, 1536), default=256, help="embed_dim, a multiple of 64")
-    line.add_argument("--depth", type=integer_type(1, 24), default=3, help="DiT layers (default 3)")
+    line.add_argument("--width", type=integer_type(128, 1536), help="with --random: embed_dim, a multiple of 64 (256)")
+    line.add_argument("--depth", type=integer_type(1, 24), help="with --random: DiT layers (default 3)")
     return line
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the checkpoint and its manifest."""
     args = parser().parse_args(argv)
-    if args.width % 64:
-        raise ToolError(
-            f"--width {args.width} is not a multiple of 64", "heads have 64 channels: use 128, 192, 256, ..."
-        )
+    settings = _settings(args)
     out: Path = args.out.resolve()
     marker = out / "model_config.json"
     _require_folder(out)
-    settings = {"geometry": args.geometry, "seed": args.seed, "width": args.width, "depth": args.depth}
 
-    from sa3_trt_core import manifest
+    import reprompt
+    from sa3_trt_core import files, manifest
 
-    if manifest.is_current(marker, {}, settings)[0]:
+    shipped = Path(reprompt.__file__).with_name("demo_model")
+    inputs = {} if args.random else _digests(shipped)
+    if manifest.is_current(marker, inputs, settings)[0]:
         print(f"{out} is current")
         return 0
 
-    import reprompt
     from sa3_build import demo_checkpoint as demo
+    from sa3_build.demo import ship
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
-        small = demo.DemoSize(embed_dim=args.width, depth=args.depth, num_heads=args.width // 64)
-        size = demo.MEDIUM if args.geometry == "medium" else small
-        demo.write_demo_checkpoint(folder, size, args.seed, reprompt.calibration_prompts())
+        if args.random:
+            size = _random_size(settings)
+            demo.write_demo_checkpoint(folder, size, args.seed, reprompt.calibration_prompts())
+        else:
+            size = ship.write_checkpoint(shipped, folder, args.seed)
         written = [folder / "model_config.json", folder / "model.safetensors"]
-        manifest.write_manifest(folder / marker.name, "demo_checkpoint", written, {}, settings)
-        demo.replace_folder(folder, out)
-    print(f"{out}: random weights, width {size.embed_dim}, depth {size.depth}, seed {args.seed}")
+        manifest.write_manifest(folder / marker.name, "demo_checkpoint", written, inputs, settings)
+        files.replace_folder(folder, out)
+    what = f"random weights, seed {args.seed}" if args.random else "trained weights of interface/demo_model"
+    print(f"{out}: {what}, width {size.embed_dim}, depth {size.depth}")
     return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(args, name) for name in RANDOM_DEFAULTS if getattr(args, name) is not None}
+    if not args.random:
+        if given:
+            raise ToolError(f"--{next(iter(given))} needs --random", "the trained weights have one size: add --random")
+        return {"seed": args.seed}
+    settings = {**RANDOM_DEFAULTS, **given}
+    if settings["width"] % 64:
+        raise ToolError(
+            f"--width {settings['width']} is not a multiple of 64", "heads have 64 channels: use 128, 192, 256, ..."
+        )
+    return {"random": True, "seed": args.seed, **settings}
+
+
+def _random_size(settings: dict[str, Any]) -> DemoSize:
+    from sa3_build import demo_checkpoint as demo
+
+    if settings["geometry"] == "medium":
+        return demo.MEDIUM
+    width = settings["width"]
+    return demo.DemoSize(embed_dim=width, depth=settings["depth"], num_heads=width // 64)
+
+
+def _digests(shipped: Path) -> dict[str, str]:
+    from sa3_build.demo import ship
+    from sa3_trt_core import files
+
+    ship.require_shipped(shipped)
+    return {file.name: files.sha256_of(file) for file in ship.shipped_files(shipped)}
 
 
 def _require_folder(out: Path) -> None:

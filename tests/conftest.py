@@ -28,7 +28,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import make_demo_checkpoint
 
     folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    made(make_demo_checkpoint.main, ["--out", folder, "--width", 128, "--depth", 1])
+    made(make_demo_checkpoint.main, ["--random", "--out", folder, "--width", 128, "--depth", 1])
     return folder
 
 

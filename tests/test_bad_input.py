@@ -108,7 +108,7 @@ def test_an_unwritable_file_is_named(place: dict[str, Path], line: str, suffix: 
 @pytest.mark.parametrize(
     "line",
     [
-        "make_demo_checkpoint --width 128 --depth 1 --out",
+        "make_demo_checkpoint --random --width 128 --depth 1 --out",
         "export_onnx --model-dir {ck} --onnx-root",
         f"build_from_onnx t5gemma {RTX} --arch sm_89 --onnx-root {{root}} --models-dir",
         "demo --no-engines --prompts 1 --out",
@@ -122,7 +122,7 @@ def test_an_unwritable_folder_is_named(place: dict[str, Path], line: str, out: s
 def test_a_folder_of_somebody_else_is_not_replaced(place: dict[str, Path]) -> None:
     Path("mine").mkdir()
     Path("mine/.notes").write_text("keep")
-    refused("make_demo_checkpoint --width 128 --depth 1 --out mine", place, "mine")
+    refused("make_demo_checkpoint --random --width 128 --depth 1 --out mine", place, "mine")
 
 
 @pytest.mark.parametrize("name", ["sa3-m-fp9", "", "ALL", "../sa3-m"])

@@ -13,7 +13,16 @@ from sa3_trt_core.errors import ToolError
 
 
 def test_a_step_is_measured(tmp_path: Path) -> None:
-    line = ["make_demo_checkpoint.py", "--out", str(tmp_path / "checkpoint"), "--width", "128", "--depth", "1"]
+    line = [
+        "make_demo_checkpoint.py",
+        "--random",
+        "--out",
+        str(tmp_path / "checkpoint"),
+        "--width",
+        "128",
+        "--depth",
+        "1",
+    ]
     one = bench_producer.measure("checkpoint", line, tmp_path)
     weights = tmp_path / "checkpoint" / "model.safetensors"
     assert one.made > weights.stat().st_size > 1_000_000

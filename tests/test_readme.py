@@ -70,7 +70,7 @@ def test_the_demo_shows_stages_parity_and_engines(demo: str, checkout: Path) -> 
         assert re.search(rf"^{stage} +\d+\.\d +\d+\.\d [kMG]B$", demo, re.MULTILINE), stage
     for sigma in SIGMAS:
         row = re.search(rf"^{sigma} +6 +(0\.\d+)", demo, re.MULTILINE)
-        assert row is not None and float(row[1]) >= 0.995, sigma
+        assert row is not None and float(row[1]) >= 0.99, sigma
     for name in ENGINES:
         for arch in ("sm_89", "sm_120"):
             engine = paths.engine_path(Path("output/demo/models"), arch, find_target(name), "tensorrt_rtx")
@@ -97,7 +97,7 @@ def test_the_readmes_commands_run(demo: str, checkout: Path) -> None:
         done = shell(shlex.split(line), checkout)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert done.stdout.strip(), line
-    assert soundfile.info(checkout / "output/piano.wav").frames == 5 * 44100
+    assert soundfile.info(checkout / "output/techno.wav").frames == 5 * 44100
 
 
 def test_the_commands_for_a_gpu_host_parse() -> None:

@@ -128,12 +128,17 @@ def build_dit(geometry: DitGeometry) -> StableAudio3DiTModel:
             num_memory_tokens=geometry.num_memory_tokens,
             use_differential_attention=geometry.differential,
         )
+    use_native_numerics(dit)
+    return dit.eval()
+
+
+def use_native_numerics(dit: StableAudio3DiTModel) -> None:
+    """Give a DiT the native eps of its trunk norms and exact timestep frequencies."""
     features = dit.timestep_features
     dit.timestep_features = TimestepFourier(features.dim, features.min_freq, features.max_freq)
     for block in dit.transformer_blocks:
         for norm in (block.pre_norm, block.cross_attend_norm, block.ff_norm):
             norm.eps = TRUNK_NORM_EPS
-    return dit.eval()
 
 
 def build_autoencoder(geometry: AutoencoderGeometry) -> AutoencoderSAME:

@@ -8,9 +8,7 @@ missing conversion, and a quantizer cannot scale it.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +16,15 @@ import torch
 from torch import nn
 
 from sa3_build import checkpoint as native
+from sa3_build import demo_text
 from sa3_build.contract import DecoderContract, DitContract
+from sa3_build.demo_text import DemoSize
 from sa3_build.geometry import Geometry, load_geometry
-from sa3_build.hush import hushed
 from sa3_trt_core import shapes
 
 TEXT_FOLDER = "t5gemma-b-b-ul2"
-GROUP_TOKENS = 2000
+GROUP_TOKENS = 2000  # most, of a random checkpoint's vocabulary
 TARGET_RMS = 0.15  # of the decoded noise: well above silence, far from clipping
-
-
-@dataclass(frozen=True)
-class DemoSize:
-    """Width and depth of a demo checkpoint; the channel counts of the contract are not its to choose."""
-
-    embed_dim: int = 256
-    depth: int = 3
-    num_heads: int = 4
-    autoencoder_channels: int = 32
-    autoencoder_depth: int = 3
-    autoencoder_sinusoidal: int = 2
-    text_layers: int = 2
 
 
 # SA3-medium's own sizes, for checks of memory and time at full size; the vocabulary stays small.
@@ -108,7 +94,7 @@ def _dit_config(size: DemoSize) -> dict[str, Any]:
         "local_add_cond_dim": shapes.LOCAL_CHANNELS,
         "norm_kwargs": {"force_fp32": True},
         "attn_kwargs": {"qk_norm": "rms", "differential": True},
-        "ff_kwargs": {"mult": 4.0},
+        "ff_kwargs": {"mult": size.ff_mult},
         "num_memory_tokens": 64,
         "timestep_features_type": "expo",
     }
@@ -128,7 +114,9 @@ def write_demo_checkpoint(folder: Path, size: DemoSize, seed: int, vocabulary_te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = _native_state(geometry)
-        _write_text_encoder(folder / geometry.conditioner.text_folder, size, vocabulary_texts)
+        text_folder = folder / geometry.conditioner.text_folder
+        vocabulary = demo_text.write_tokenizer(text_folder, vocabulary_texts, GROUP_TOKENS)
+        demo_text.write_text_model(text_folder, demo_text.random_text_model(size, vocabulary))
     save_file(state, str(folder / native.WEIGHTS_FILE))
 
 
@@ -141,14 +129,15 @@ def _native_state(geometry: Geometry) -> dict[str, torch.Tensor]:
     for module in (dit, duration, autoencoder):
         _randomise(module)
     autoencoder.bottleneck.running_std.fill_(1.0)
-    state = dict(_native_tensors(dit, duration, autoencoder, geometry))
+    state = dict(native_tensors(dit, duration, autoencoder, geometry))
     _scale_outputs(state, dit, duration, autoencoder)
     return state
 
 
-def _native_tensors(
+def native_tensors(
     dit: nn.Module, duration: nn.Module, autoencoder: Any, geometry: Geometry
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a native model.safetensors, by its native name, from the diffusers modules."""
     levels = len(geometry.autoencoder.strides)
     for key, tensor in dit.state_dict().items():
         yield native.native_dit_key(key), _native_layout(key, tensor)
@@ -205,72 +194,3 @@ def _scale_outputs(state: dict[str, torch.Tensor], dit: Any, duration: nn.Module
     scale = TARGET_RMS / samples.square().mean().sqrt()
     state[gain] *= scale
     state[gain.replace("weight_g", "bias")] *= scale
-
-
-def _write_text_encoder(folder: Path, size: DemoSize, texts: Sequence[str]) -> None:
-    """A small encoder and decoder in bf16, laid out as t5gemma-b-b-ul2, and a tokenizer trained on `texts`."""
-    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
-
-    vocabulary = _write_tokenizer(folder, texts)
-    part = {
-        "hidden_size": shapes.TEXT_CHANNELS,
-        "intermediate_size": 512,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "head_dim": 64,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 2 * shapes.TEXT_TOKENS,
-    }
-    config = T5GemmaConfig(
-        encoder={**part, "num_hidden_layers": size.text_layers},
-        decoder={**part, "num_hidden_layers": 1, "cross_attention_hidden_size": shapes.TEXT_CHANNELS},
-        vocab_size=vocabulary,
-    )
-    model = T5GemmaForConditionalGeneration(config)
-    for key, tensor in model.state_dict().items():
-        if "norm" in key:
-            tensor.normal_(0.0, 0.1)  # Gemma's norms multiply by 1 + weight
-        else:
-            tensor.normal_(0.0, 0.5 if "embed" in key else tensor[0].numel() ** -0.5)
-    with hushed():
-        model.to(torch.bfloat16).save_pretrained(folder)
-
-
-def _write_tokenizer(folder: Path, texts: Sequence[str]) -> int:
-    """Train a byte-level BPE, write its files and return the size of its vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special: Mapping[str, str] = {
-        "pad_token": "<pad>",
-        "eos_token": "<eos>",
-        "bos_token": "<bos>",
-        "unk_token": "<unk>",
-    }
-    tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=GROUP_TOKENS, special_tokens=list(special.values()), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(texts, trainer)
-    bos = special["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    folder.mkdir()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="right", model_max_length=shapes.TEXT_TOKENS, **special
-    ).save_pretrained(folder)
-    return int(tokenizer.get_vocab_size())
-
-
-def replace_folder(finished: Path, target: Path) -> None:
-    """Put a finished folder where an older one may lie; the old one is gone only when the new one is in place."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    finished.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

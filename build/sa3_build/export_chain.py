@@ -15,6 +15,8 @@ from torch import nn
 from sa3_build import checkpoint as native
 from sa3_build import export, graph, text_encoder
 from sa3_build.contract import DecoderContract, DitContract, TextContract
+from sa3_build.demo.music import draw_piece
+from sa3_build.demo.synth import render
 from sa3_build.geometry import Geometry, load_geometry
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import SortTopologically
@@ -29,6 +31,7 @@ from sa3_trt_core.targets import TOKENIZER_FILES, Target, find_target
 DIT_TOLERANCE = 5e-5
 RELATIVE_TOLERANCE = 1e-5
 HALF_DECODER_TOLERANCE = 2e-2  # relative L2 of the fp16-mixed decoder: 34 dB below the sound
+MUSIC_LOOPS, MUSIC_SECONDS = 2, 4
 CHECK_SHAPES = {"dit": ((1, 1), (3, 7), (1, 64)), "same-decoder": ((1, 32), (1, 45)), "t5gemma": ((1, 1),)}
 
 
@@ -100,8 +103,7 @@ class Exporter:
         run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
         written, nodes = graph.save(model, path), len(list(model.graph))
         error = max(
-            relative_error(self._run_onnx(source, example), self._run_onnx(path, example))
-            for example in self._examples(target)
+            relative_error(self._run_onnx(source, [latent]), self._run_onnx(path, [latent])) for latent in self._music()
         )
         return self._keep(target, path, written, nodes, error, HALF_DECODER_TOLERANCE, inputs, settings)
 
@@ -117,6 +119,8 @@ class Exporter:
         forward = module.waveform if isinstance(module, DecoderContract) else module
         with torch.inference_mode():
             wanted = [forward(*example).numpy() for example in self._examples(target)]
+        if target.kind == "same-decoder":
+            tolerance = max(tolerance, self._rounding(module, wanted, target))
         model = export.export_module(module, target.kind, export.example_inputs(target.kind))
         written, nodes = graph.save(model, path), len(list(model.graph))
         clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
@@ -129,6 +133,28 @@ class Exporter:
             found = [self._run_onnx(path, example) for example in self._examples(target)]
         error = max(measure(first, second) for first, second in zip(wanted, found, strict=True))
         return self._keep(target, path, written, nodes, error, tolerance, inputs, settings)
+
+    def _music(self) -> list[torch.Tensor]:
+        """Latents (1, C, L) of made-up loops: 16 bits are judged on music, a decoder is not made for noise."""
+        autoencoder = native.load_autoencoder(self._weights, self._geometry.autoencoder)
+        loops = [torch.from_numpy(render(draw_piece(seed, MUSIC_SECONDS)))[None] for seed in range(MUSIC_LOOPS)]
+        with torch.inference_mode():
+            return [autoencoder.encode(loop).latents for loop in loops]
+
+    def _rounding(self, decoder: nn.Module, wanted: list[np.ndarray], target: Target) -> float:
+        """How far the decoder's own fp32 samples are from its fp64 ones.
+
+        Trained sin(pi g) gates amplify rounding to 1e-4: no other order of the same sums can be held to less.
+        """
+        exact = decoder.double()
+        assert isinstance(exact, DecoderContract)
+        with torch.inference_mode():
+            errors = [
+                relative_error(exact.waveform(latent.double()).numpy(), samples)
+                for (latent,), samples in zip(self._examples(target), wanted, strict=True)
+            ]
+        decoder.float()  # exact: every value was fp32 before
+        return max(errors)
 
     def _keep(
         self, target: Target, path: Path, written: list[Path], nodes: int, error: float, tolerance: float,

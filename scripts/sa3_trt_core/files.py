@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,16 @@ def write_atomic_bytes(path: Path, data: bytes) -> None:
 def write_atomic_text(path: Path, text: str) -> None:
     """Write a whole text file in UTF-8, atomically."""
     write_atomic_bytes(path, text.encode("utf-8"))
+
+
+def replace_folder(finished: Path, target: Path) -> None:
+    """Put a finished folder where an older one may lie; the old one is gone only when the new one is in place."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    finished.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

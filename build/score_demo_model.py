@@ -1,0 +1,147 @@
+"""Score a demonstration checkpoint on held-out pieces: autoencoder, tempo and key of what it plays, in-painting."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sa3_trt_core.errors import Parser, integer_type, run_command
+from sa3_trt_core.shapes import MAX_BATCH
+
+FORMS = ("deployed", "request")
+TOOLS = ("torch", "numpy", "diffusers", "transformers", "tokenizers", "onnxruntime", "onnxruntime-gpu")
+
+LABELS = {
+    "generated": "generated",
+    "chance": "generated, against the other captions",
+    "data": "the data itself",
+    "data_through_autoencoder": "the data through the autoencoder",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="score_demo_model.py", description=__doc__)
+    line.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a native checkpoint")
+    line.add_argument("--onnx-root", type=Path, metavar="ROOT", help="also compare its fp32 and FP16-mixed DiT there")
+    line.add_argument("--prompts", type=integer_type(1, 1000), default=32, help="held-out captions (default 32)")
+    line.add_argument("--seconds", type=integer_type(2, 30, "seconds"), default=10, help="a clip (default 10)")
+    line.add_argument(
+        "--loops", type=integer_type(1, 1000), default=16, help="held-out loops for the autoencoder (default 16)"
+    )
+    line.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps (default 8)")
+    line.add_argument("--batch", type=integer_type(1, MAX_BATCH), default=8, help="clips at a time (default 8)")
+    line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the first clip (default 0)")
+    line.add_argument("--form", choices=FORMS, default="deployed", help="of the captions (default deployed)")
+    line.add_argument("--out", type=Path, metavar="DIR", help="write the first clips and pictures of them there")
+    line.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure everything, then show it. The exit code says that it ran, not that it is good."""
+    args = parser().parse_args(argv)
+
+    from sa3_build.demo import score
+    from sa3_build.demo.subject import Subject
+    from sa3_trt_core import files
+
+    if args.out:
+        files.require_writable(args.out / "prompt_00_generated.wav", "--out")
+    graphs = score.rollout_graphs(args.onnx_root) if args.onnx_root else None
+    timings: dict[str, float] = {}
+    with timed(timings, "load"):
+        subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch)
+    document = about(args)
+    with timed(timings, "autoencoder"):
+        loops = score.held_out_loops(subject, max(args.prompts, args.loops), args.form)
+        document["autoencoder"] = score.autoencoder_score(subject, loops[: args.loops])
+    with timed(timings, "text_to_audio"):
+        document |= score.text_to_audio_score(subject, loops[: args.prompts], args.seed, args.out)
+    with timed(timings, "inpainting"):
+        document["inpainting"] = score.inpainting_score(subject, loops[: score.INPAINTED], args.seed)
+    with timed(timings, "rollouts"):
+        first = loops[: min(score.ROLLED_OUT, args.prompts)]
+        document["rollouts"] = score.rollout_score(subject, first, args.seed, graphs) if graphs else None
+    document["seconds"] = timings
+    if args.json:
+        print(json.dumps(document, indent=2, allow_nan=False))
+    else:
+        print("\n\n".join(tables(document)))
+    return 0
+
+
+@contextmanager
+def timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    """Note the seconds that a block takes."""
+    started = time.monotonic()
+    yield
+    timings[name] = round(time.monotonic() - started, 2)
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on: the checkpoint, the settings, the tools and the threads."""
+    import torch
+
+    from sa3_build.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+    from sa3_trt_core import files, manifest
+
+    names = ("prompts", "seconds", "loops", "steps", "batch", "seed", "form")
+    return {
+        "checkpoint": {name: files.sha256_of(args.checkpoint / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
+        "settings": {name: getattr(args, name) for name in names},
+        "tools": manifest.tool_versions(TOOLS),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def tables(document: dict[str, Any]) -> Iterator[str]:
+    """The document for people, one table a part."""
+    from sa3_trt_core.console import format_seconds, table
+
+    settings, coded, painted = (document[name] for name in ("settings", "autoencoder", "inpainting"))
+    rows = [[name.replace("_", " "), *map(cell, found.values())] for name, found in coded["si_sdr_db"].items()]
+    yield table((f"SI-SDR of {settings['loops']} loops, dB", "mean", "worst", "best"), rows)
+    latent = coded["latent"]
+    yield f"latents: mean {cell(latent['mean'])}, deviation {cell(latent['std'])}"
+    rows = []
+    for name, found in document["rates"].items():
+        shares = [f"{found[kind]['hits']}/{found['of']} {percent(found[kind]['rate'])}" for kind in
+                  ("tempo", "key", "notes")]  # fmt: skip
+        rows.append([LABELS[name], *shares])
+    yield table((f"{settings['prompts']} {settings['form']} captions", "tempo within 4 %", "key", "its notes"), rows)
+    rows = [
+        [name, *(cell(painted[name].get(kind, {}).get("mean")) for kind in ("latent_relative_l2", "si_sdr_db"))]
+        for name in ("conditioned", "unconditioned", "autoencoder")
+    ]
+    yield table((f"kept part of {len(painted['loops'])} in-painted loops", "latent rel L2", "SI-SDR, dB"), rows)
+    rolled = document["rollouts"]
+    if rolled:
+        half, export = rolled["worst"]["half"], rolled["worst"]["export"]
+        yield (
+            f"whole rollouts, worst cosine: FP16-mixed against fp32 {half} ({rolled['owed']} is owed), "
+            f"fp32 against the checkpoint {export}"
+        )
+    again = document["repeated"]
+    same = "the same samples" if again["identical_samples"] else "OTHER SAMPLES"
+    yield f"{again['clips']} clips a second time: {same}; {format_seconds(sum(document['seconds'].values()))} in all"
+
+
+def cell(value: float | None) -> str:
+    """A figure in a table."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def percent(rate: float | None) -> str:
+    """A rate in a table."""
+    return "-" if rate is None else f"({100 * rate:.1f} %)"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

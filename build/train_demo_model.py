@@ -1,0 +1,62 @@
+"""Train the demonstration model that the repository ships: made-up loops, an autoencoder, a DiT, its distillation."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="train_demo_model.py", description=__doc__)
+    line.add_argument("--work", type=Path, required=True, help="folder of the training state and of the encoded loops")
+    line.add_argument(
+        "--minutes", type=number_type(0.001, 600, "minutes"), help="stop and save after so long; the same line goes on"
+    )
+    line.add_argument("--ship", type=Path, help="once captions are learned, write 16-bit weights into this folder")
+    line.add_argument("--start-from", type=Path, help="go on from shipped weights, when --work holds no state")
+    line.add_argument("--copy-state", type=Path, help="copy the state there at the end (a machine that keeps nothing)")
+    line.add_argument("--workers", type=integer_type(1, 256), help="rendering processes (default: cores less two)")
+    line.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, on any CPU: for tests")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train until done or the time is over."""
+    args = parser().parse_args(argv)
+
+    from sa3_trt_core import files
+
+    files.require_writable(args.work / "state" / "state.json", "--work")
+    for folder in filter(None, (args.ship, args.copy_state)):
+        files.require_writable(folder / "README.md", str(folder))
+
+    import torch
+
+    from sa3_build.demo import plan, ship, state
+    from sa3_build.demo.run import Run
+    from sa3_build.demo.trainer import Deadline
+
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
+    if device.type == "cpu" and not args.tiny:
+        raise ToolError("training needs an NVIDIA GPU", "--tiny runs the same code on a CPU, to no musical end")
+    if args.start_from and not (args.work / "state" / state.INDEX).is_file():
+        state.start(args.work / "state", ship.read_state(args.start_from), args.start_from / ship.TOKENIZER_FILE)
+    run = Run(args.work, plan.TINY if args.tiny else plan.FULL, device, Deadline(args.minutes), args.workers)
+    stage = run.go()
+    if args.copy_state:
+        state.copy(run.folder, args.copy_state)
+    if args.ship and stage in ("distillation", "done"):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        made_with = {"device": name, "torch": torch.__version__}
+        ship.write_shipped(run.state, run.plan, run.folder / ship.TOKENIZER_FILE, args.ship, made_with)
+        print(f"{args.ship}: {ship.shipped_bytes(args.ship) / 1e6:.1f} MB")
+    print(f"{args.work}: {stage}" + ("" if stage == "done" else f", step {run.state.step}: the same command goes on"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
