@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -273,3 +274,17 @@ def test_spoilt_weights_are_named_and_nothing_is_written(
 def test_sizes_belong_to_random_weights(tmp_path: Path, flag: str) -> None:
     two_lines(run(make_demo_checkpoint.main, ["--out", tmp_path / "a", *flag.split()]), flag.split(maxsplit=1)[0])
     assert listing(tmp_path) == {}
+
+
+def test_a_run_saves_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a stage, it goes on from the last save and not from the stage's beginning."""
+    monkeypatch.setattr(trainer, "KEEP_SECONDS", 0.0)
+    weights = torch.nn.Parameter(torch.ones(4))
+    stage = plan.StagePlan(steps=5, batch=1, learning_rate=0.1, warmup=1)
+    seen = []
+    trainer.train(
+        "flow", stage, [weights], lambda step: {"total": (weights**2).sum()}, 2, trainer.Deadline(None),
+        lambda step, notes: seen.append((step, weights.detach().clone())),
+    )  # fmt: skip
+    assert [step for step, _ in seen] == [3, 4, 5]
+    assert all(later.sum() < earlier.sum() for (_, earlier), (_, later) in itertools.pairwise(seen))

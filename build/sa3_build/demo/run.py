@@ -19,7 +19,7 @@ from sa3_build.demo.music import TEMPOS, draw_piece
 from sa3_build.demo.plan import VOCABULARY, TrainingPlan
 from sa3_build.demo.pool import LoopPool
 from sa3_build.demo.state import TrainingState
-from sa3_build.demo.trainer import Deadline
+from sa3_build.demo.trainer import Deadline, Keep
 from sa3_build.geometry import Geometry
 
 STAGES = ("autoencoder", "flow", "distillation", "done")
@@ -45,6 +45,7 @@ class Run:
         self.tokenizer: Any = tokenizer_of(self.folder, tokenizer_texts(), VOCABULARY)
         self._pool: LoopPool | None = None
         self._latents: torch.Tensor | None = None
+        self._noted: list[dict[str, Any]] = []
 
     def go(self) -> str:
         """Train until all is done or the time is over; returns the stage that is under way, or "done"."""
@@ -67,8 +68,9 @@ class Run:
             autoencoder = native.build_autoencoder(self.geometry.autoencoder).to(self.device)
             stage_autoencoder.wake(autoencoder)
         step, notes = stage_autoencoder.train_autoencoder(
-            autoencoder, self.plan, self._loops(), self.state.step, self.deadline, self.device
-        )
+            autoencoder, self.plan, self._loops(), self.state.step, self.deadline, self.device,
+            self._keeper("autoencoder"),
+        )  # fmt: skip
         finished = step >= self.plan.autoencoder.steps
         self.state.replace("autoencoder", autoencoder.state_dict())
         if finished:
@@ -83,7 +85,7 @@ class Run:
         torch.manual_seed(self.plan.seed + 1)
         model = self._model("model" if self.state.step else None)
         step, notes, result = stage_flow.train_flow(
-            model, self.plan, self._latent_set(), self.state.step, self.deadline, self.device
+            model, self.plan, self._latent_set(), self.state.step, self.deadline, self.device, self._keeper("model")
         )
         finished = step >= self.plan.flow.steps
         if finished:
@@ -96,16 +98,28 @@ class Run:
     def _distillation(self) -> None:
         model, teacher = self._model("model"), self._model("teacher")
         step, notes, result = stage_flow.train_distillation(
-            model, teacher, self.plan, self._latent_set(), self.state.step, self.deadline, self.device
-        )
+            model, teacher, self.plan, self._latent_set(), self.state.step, self.deadline, self.device,
+            self._keeper("model"),
+        )  # fmt: skip
         self.state.replace("model", result.state_dict())
         finished = step >= self.plan.distillation.steps
         if finished:
             self.state.drop("teacher")
         self._advance(step, notes, finished)
 
+    def _keeper(self, part: str) -> Keep:
+        """Saves what a stage has reached; the notes of earlier stages stay before its own."""
+        self._noted = list(self.state.notes)
+
+        def keep(module: torch.nn.Module, step: int, notes: list[dict[str, Any]]) -> None:
+            self.state.replace(part, module.state_dict())
+            self.state.step, self.state.notes = step, self._noted + notes
+            state.save(self.folder, self.state)
+
+        return keep
+
     def _advance(self, step: int, notes: list[dict[str, Any]], finished: bool) -> None:
-        self.state.notes += notes
+        self.state.notes = self._noted + notes
         self.state.step = step
         if finished:
             self.state.stage, self.state.step = STAGES[STAGES.index(self.state.stage) + 1], 0

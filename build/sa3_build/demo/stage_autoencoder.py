@@ -10,7 +10,7 @@ import torch
 from sa3_build.demo.losses import reconstruction_loss
 from sa3_build.demo.plan import TrainingPlan
 from sa3_build.demo.pool import FULL_SCALE, LoopPool
-from sa3_build.demo.trainer import Deadline, seeded, train
+from sa3_build.demo.trainer import Deadline, Keep, seeded, train
 from sa3_trt_core.shapes import SAMPLES_PER_FRAME
 
 STD_DECAY = 0.99  # of the running deviation of the latents
@@ -19,7 +19,13 @@ START_SCALE = 0.3  # of the matrices that end a branch: diffusers begins them at
 
 
 def train_autoencoder(
-    autoencoder: Any, plan: TrainingPlan, pool: LoopPool, first: int, deadline: Deadline, device: torch.device
+    autoencoder: Any,
+    plan: TrainingPlan,
+    pool: LoopPool,
+    first: int,
+    deadline: Deadline,
+    device: torch.device,
+    keep: Keep,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Train encoder and decoder in place on random crops; returns the steps done and the loss notes.
 
@@ -48,7 +54,10 @@ def train_autoencoder(
         with torch.autocast(device.type, enabled=False):
             return reconstruction_loss(decoded.float(), audio)
 
-    done = train("autoencoder", plan.autoencoder, autoencoder.parameters(), loss_of, first, deadline)
+    done = train(
+        "autoencoder", plan.autoencoder, autoencoder.parameters(), loss_of, first, deadline,
+        lambda step, notes: keep(autoencoder, step, notes),
+    )  # fmt: skip
     autoencoder.eval().requires_grad_(False)
     return done
 

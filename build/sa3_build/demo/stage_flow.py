@@ -9,7 +9,7 @@ import torch
 from sa3_build.demo.latents import Batch, LatentSet
 from sa3_build.demo.model import DemoModel
 from sa3_build.demo.plan import TrainingPlan
-from sa3_build.demo.trainer import Deadline, running_mean, seeded, train
+from sa3_build.demo.trainer import Deadline, Keep, running_mean, seeded, train
 from sa3_trt_core import schedule
 
 GRID_STEPS = 8  # the sampler's own
@@ -33,7 +33,13 @@ def draw_sigmas(generator: torch.Generator, rows: int, device: torch.device) -> 
 
 
 def train_flow(
-    model: DemoModel, plan: TrainingPlan, data: LatentSet, first: int, deadline: Deadline, device: torch.device
+    model: DemoModel,
+    plan: TrainingPlan,
+    data: LatentSet,
+    first: int,
+    deadline: Deadline,
+    device: torch.device,
+    keep: Keep,
 ) -> tuple[int, list[dict[str, Any]], DemoModel]:
     """Rectified flow: the velocity of x = (1 - sigma) x0 + sigma noise is noise - x0 (Liu et al. 2022).
 
@@ -56,14 +62,15 @@ def train_flow(
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     done, notes = train(
-        "flow", plan.flow, parameters, loss_of, first, deadline, lambda: average.update_parameters(model)
-    )
+        "flow", plan.flow, parameters, loss_of, first, deadline,
+        lambda step, so_far: keep(average.module, step, so_far), lambda: average.update_parameters(model),
+    )  # fmt: skip
     return done, notes, cast(DemoModel, average.module) if done > first else model
 
 
 def train_distillation(
     model: DemoModel, teacher: DemoModel, plan: TrainingPlan, data: LatentSet, first: int, deadline: Deadline,
-    device: torch.device,
+    device: torch.device, keep: Keep,
 ) -> tuple[int, list[dict[str, Any]], DemoModel]:  # fmt: skip
     """Consistency distillation (Song et al. 2023): from one noise level to the next, the denoised latent is the same.
 
@@ -97,8 +104,9 @@ def train_distillation(
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     done, notes = train(
-        "distillation", plan.distillation, parameters, loss_of, first, deadline, lambda: target.update_parameters(model)
-    )
+        "distillation", plan.distillation, parameters, loss_of, first, deadline,
+        lambda step, so_far: keep(follower, step, so_far), lambda: target.update_parameters(model),
+    )  # fmt: skip
     return done, notes, follower if done > first else model
 
 

@@ -17,7 +17,9 @@ from sa3_trt_core.console import Progress
 
 LAST_SHARE = 0.03  # of the peak learning rate, at the last step
 NOTE_EVERY = 250  # steps
+KEEP_SECONDS = 60.0
 LARGEST_GRADIENT = 1.0  # norm
+Keep = Callable[[nn.Module, int, list[dict[str, Any]]], None]  # a module, the steps done, the losses noted
 STAGE_NUMBERS = {"autoencoder": 1, "flow": 2, "distillation": 3}
 
 
@@ -57,18 +59,20 @@ def train(
     loss_of: Callable[[int], dict[str, torch.Tensor]],
     first: int,
     deadline: Deadline,
+    keep: Callable[[int, list[dict[str, Any]]], None],
     after_step: Callable[[], None] | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
     """Run the optimiser from step `first` to the stage's end or the deadline; returns the steps done and loss notes.
 
-    `loss_of(step)` gives named losses with a "total". AdamW, gradients cut to norm 1. Raises FloatingPointError when a
+    `loss_of(step)` gives named losses with a "total"; `keep(steps, notes)` is called every `KEEP_SECONDS`, so that a
+    machine that is taken away takes little with it. AdamW, gradients cut to norm 1. Raises FloatingPointError when a
     noted loss is not finite.
     """
     held = list(parameters)
     device = held[0].device
     optimiser = torch.optim.AdamW(held, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     notes: list[dict[str, Any]] = []
-    step, text = first, ""
+    step, text, kept = first, "", time.monotonic()
     with Progress(f"train {stage}", plan.steps, "steps") as progress:
         progress.count = first
         while step < plan.steps and not deadline.passed():
@@ -90,4 +94,7 @@ def train(
                 notes.append({"stage": stage, "step": step, **values})
                 text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             progress.advance(1, text)
+            if time.monotonic() - kept > KEEP_SECONDS:
+                keep(step, notes)
+                kept = time.monotonic()
     return step, notes
