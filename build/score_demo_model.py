@@ -116,6 +116,9 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
                   ("tempo", "key", "notes")]  # fmt: skip
         rows.append([LABELS[name], *shares])
     yield table((f"{settings['prompts']} {settings['form']} captions", "tempo within 4 %", "key", "its notes"), rows)
+    bands = document["balance_db"]
+    rows = [[LABELS[name], *map(cell, levels.values())] for name, levels in bands.items()]
+    yield table(("level less the data's, dB", *bands["generated"]), rows)
     rows = [
         [name, *(cell(painted[name].get(kind, {}).get("mean")) for kind in ("latent_relative_l2", "si_sdr_db"))]
         for name in ("conditioned", "unconditioned", "autoencoder")

@@ -151,6 +151,22 @@ def test_si_sdr_at_its_ends() -> None:
         listen.si_sdr(one, np.zeros(3))
 
 
+@pytest.mark.parametrize("hertz", [60.0, 700.0, 5000.0])
+def test_levels_are_those_of_the_band_that_sounds(hertz: float) -> None:
+    tone = 0.1 * np.sin(2 * np.pi * hertz * np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE)
+    levels = listen.band_levels(np.stack([tone, tone]), SAMPLE_RATE)
+    (band,) = [name for name in levels if name != "all" and inside(name, hertz)]
+    assert levels[band] == pytest.approx(-20.0, abs=0.5) and levels["all"] == pytest.approx(-20.0, abs=0.5)
+    assert all(level < -50.0 for name, level in levels.items() if name not in (band, "all"))
+    softer = listen.band_levels(np.stack([tone, tone]) / 2, SAMPLE_RATE)
+    assert softer[band] == pytest.approx(levels[band] - 6.02, abs=0.01)
+
+
+def inside(band: str, hertz: float) -> bool:
+    low, high = band.removesuffix(" Hz").split("-")
+    return float(low) <= hertz < float(high)
+
+
 def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Palette indices (height, width) and colours (n, 3) of an 8-bit palette PNG without filters, checksums checked."""
     assert data[:8] == b"\x89PNG\r\n\x1a\n"

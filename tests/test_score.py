@@ -202,6 +202,15 @@ def test_agreement_counts_the_tolerance_the_key_and_its_relative() -> None:
     assert score.agreement(heard, pieces, [(3, 0)])["notes"] == {"hits": 0, "rate": 0.0}
 
 
+def test_level_differences_are_of_each_band() -> None:
+    generator = np.random.default_rng(0)
+    noise = [(3000 * generator.standard_normal((44100, 2))).astype(np.int16) for _ in range(2)]
+    same = score.level_differences(noise, noise)
+    assert set(same.values()) == {0.0} and "all" in same
+    assert score.level_differences([one // 2 for one in noise], noise)["all"] == pytest.approx(-6.0, abs=0.1)
+    assert score.level_differences([0 * one for one in noise], noise)["all"] is None
+
+
 def test_a_figure_that_is_not_finite_is_null() -> None:
     assert [score.number(value) for value in (1 / 3, float("inf"), float("nan"))] == [0.333333, None, None]
     assert score.summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "least": 1.0, "greatest": 6.0}

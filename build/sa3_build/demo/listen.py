@@ -109,6 +109,21 @@ def si_sdr(reference: ArrayLike, estimate: ArrayLike) -> float:
         return float("-inf") if kept == 0.0 else float(10.0 * (np.log10(kept) - np.log10(rest)))
 
 
+def band_levels(samples: ArrayLike, sample_rate: float) -> dict[str, float]:
+    """Level in dB of a clip in bands from BAND_EDGES, and "all": what a dull or soft copy lacks.
+
+    samples (N, 2), (2, N) or (N,); 0 dB is a sine of amplitude 1; silence is -inf.
+    """
+    power = np.square(spectra(_mono(samples), PICTURE_WINDOW, PICTURE_WINDOW // 2)).mean(axis=0)
+    edges = np.searchsorted(np.fft.rfftfreq(PICTURE_WINDOW, 1.0 / sample_rate), BAND_EDGES)
+    bands = {f"{low:g}-{high:g} Hz": (first, last) for (low, high), (first, last) in
+             zip(pairwise(BAND_EDGES), pairwise(edges), strict=True)}  # fmt: skip
+    bands["all"] = (int(edges[0]), int(edges[-1]))
+    with np.errstate(divide="ignore"):
+        # A sine's power lies in about 1.5 bins of a Hann window.
+        return {name: float(10.0 * np.log10(power[first:last].sum() / 1.5)) for name, (first, last) in bands.items()}
+
+
 def spectrogram_png(path: Path, samples: ArrayLike, sample_rate: float = SAMPLE_RATE) -> None:
     """Write a picture of a clip, atomically: time to the right, pitch upwards, loudness from black to pale yellow.
 

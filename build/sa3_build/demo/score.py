@@ -122,9 +122,14 @@ def text_to_audio_score(subject: Subject, loops: Sequence[Loop], seed: int, out:
          **{name: shown(found[index]) for name, found in heard.items()}}
         for index, (row, piece) in enumerate(zip(rows, pieces, strict=True))
     ]  # fmt: skip
+    rendered, decoded = ([getattr(loop, side) for loop in loops] for side in ("rendered", "decoded"))
+    balance = {
+        "generated": level_differences(clips, rendered),
+        "data_through_autoencoder": level_differences(decoded, rendered),
+    }
     identical = all(np.array_equal(one, two) for one, two in zip(clips, second, strict=False))
     repeated = {"clips": len(again), "identical_samples": identical}
-    return {"rates": rates, "prompts": prompts, "repeated": repeated}
+    return {"rates": rates, "prompts": prompts, "balance_db": balance, "repeated": repeated}
 
 
 def _clips(subject: Subject, rows: Sequence[Row], progress: Progress) -> list[Pcm]:
@@ -165,6 +170,15 @@ def agreement(heard: Sequence[Heard], pieces: Sequence[Piece], pairs: Sequence[t
         hits["notes"] += key is not None and listen.same_notes(key, wanted)
     of = len(pairs)
     return {"of": of, **{name: {"hits": n, "rate": round(n / of, 4) if of else None} for name, n in hits.items()}}
+
+
+def level_differences(clips: Sequence[Pcm], wanted: Sequence[Pcm]) -> dict[str, float | None]:
+    """How much louder clips are than what they should be like, in dB a band, mean over clips; None for silence."""
+    levels = [[listen.band_levels(pcm / FULL_SCALE, SAMPLE_RATE) for pcm in side] for side in (clips, wanted)]
+    return {
+        band: number(float(np.mean([one[band] - other[band] for one, other in zip(*levels, strict=True)])), digits=3)
+        for band in levels[0][0]
+    }
 
 
 def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict[str, Any]:
