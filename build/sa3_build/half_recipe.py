@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 
 from sa3_build import compare, export, graph
+from sa3_build.adoption import adopt
 from sa3_build.passes.base import naming, run_passes
-from sa3_build.passes.clean import SortTopologically
+from sa3_build.passes.clean import FoldWeights
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.passes.mixed import MixPrecision
 from sa3_trt_core import manifest, schedule, shapes
@@ -44,7 +45,8 @@ def build_half(source: Path, output: Path, min_cosine: float) -> Half | None:
     if manifest.is_current(output, inputs, settings)[0]:
         return None
     with naming(source):
-        results = run_passes(model, [SortTopologically(), MixPrecision(find_dit_islands)])
+        adopt(model)
+        results = run_passes(model, [FoldWeights(), MixPrecision(find_dit_islands)])
     graph.drop_exporter_notes(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp", dir=output.parent) as scratch:

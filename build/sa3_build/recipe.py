@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import compare, graph, modelopt_ptq, proof, ptq
+from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq
 from sa3_build.calib import CalibrationSet, ChosenRows, summary
 from sa3_build.passes.base import PassResult, naming, run_passes
-from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
+from sa3_build.passes.clean import FoldWeights, RenameNodes
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
@@ -136,7 +136,8 @@ class Fp8Recipe:
 
     def _clean(self) -> Mapping[str, Any]:
         model = graph.load(self._source)
-        results = run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
+        results = [*adoption.adopt(model), *adoption.remix(model)]
+        results += run_passes(model, [FoldWeights(), RenameNodes()])
         find_dit_islands(model)
         graph.drop_exporter_notes(model)
         graph.save(model, self._work / "clean.onnx")
@@ -256,7 +257,7 @@ def require_half(model: ir.Model, source: Path) -> None:
     if any(node.op_type in proof.QDQ for node in model.graph):
         raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
     with naming(source):
-        model.graph.sort()
+        adoption.adopt(model)
         find_dit_islands(model)
         trunk = {product.weight for product in ptq.select_products(model).quantized}
     wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
@@ -274,4 +275,4 @@ def _counted(rows: Any, progress: console.Progress) -> Any:
 
 
 def _result(result: PassResult) -> dict[str, Any]:
-    return {"name": result.name, **result.counts}
+    return {"name": result.name, **result.counts, **({"notes": list(result.notes)} if result.notes else {})}
