@@ -101,7 +101,7 @@ class Fp8Recipe:
             Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
             Stage("scales", ("quantized.onnx", "amax.npy"), ("dit_fp8.onnx",), self._scales),
-            Stage("parity", ("dit_fp8.onnx",), (), self._parity),
+            Stage("parity", ("clean.onnx", "dit_fp8.onnx"), (), self._parity),
         )
 
     def _open_work(self) -> None:
@@ -136,12 +136,18 @@ class Fp8Recipe:
 
     def _clean(self) -> Mapping[str, Any]:
         model = graph.load(self._source)
-        results = [*adoption.adopt(model), *adoption.remix(model)]
-        results += run_passes(model, [FoldWeights(), RenameNodes()])
+        results = adoption.adopt(model)
+        remixed = adoption.remix(model)
+        results += [*remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
         find_dit_islands(model)
         graph.drop_exporter_notes(model)
         graph.save(model, self._work / "clean.onnx")
-        return {"passes": [_result(result) for result in results]}
+        found: dict[str, Any] = {"passes": [_result(result) for result in results]}
+        if remixed:
+            found["cosine with the source as it was mixed"] = adoption.require_same_network(
+                self._source, self._work / "clean.onnx"
+            )
+        return found
 
     def _selection(self) -> ptq.Selection:
         return ptq.select_products(graph.load(self._work / "clean.onnx"))
@@ -219,7 +225,8 @@ class Fp8Recipe:
         rows = ChosenRows(self._calibration, frozenset(wanted))
         sides = []
         with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
-            for path in (self._source, self._work / "dit_fp8.onnx"):
+            # The clean graph, not the source: what a source of another recipe has wrong is put right in it.
+            for path in (self._work / "clean.onnx", self._work / "dit_fp8.onnx"):
                 with OnnxRuntimeEngine(path) as engine:
                     sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
         parity = compare.parity_by_sigma(*sides)
@@ -266,6 +273,8 @@ def require_half(model: ir.Model, source: Path) -> None:
             f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
             "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
         )
+    with naming(source):
+        adoption.remix(model)
 
 
 def _counted(rows: Any, progress: console.Progress) -> Any:
