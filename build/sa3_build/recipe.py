@@ -40,6 +40,7 @@ class Settings:
     weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
     min_cosine: float
     parity_rows: int
+    free_batch: bool = True  # a batch axis that the source fixes at 1 becomes dynamic
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Fp8Recipe:
         self._source, self._output, self._settings = source, output, settings
         model = graph.load(source)
         graph.require_contract(model, "dit", source)
-        require_half(model, source)
+        require_half(model, source, settings.free_batch)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
         files.require_writable(output, "graph")
@@ -136,9 +137,9 @@ class Fp8Recipe:
 
     def _clean(self) -> Mapping[str, Any]:
         model = graph.load(self._source)
-        results = adoption.adopt(model)
+        adopted = adoption.adopt(model, self._settings.free_batch)
         remixed = adoption.remix(model)
-        results += [*remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
+        results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
         find_dit_islands(model)
         graph.drop_exporter_notes(model)
         graph.save(model, self._work / "clean.onnx")
@@ -147,6 +148,8 @@ class Fp8Recipe:
             found["cosine with the source as it was mixed"] = adoption.require_same_network(
                 self._source, self._work / "clean.onnx"
             )
+        if adopted.freed:
+            found["rows together against one by one"] = adoption.require_rows_alike(self._work / "clean.onnx")
         return found
 
     def _selection(self) -> ptq.Selection:
@@ -259,12 +262,12 @@ class Fp8Recipe:
         return report
 
 
-def require_half(model: ir.Model, source: Path) -> None:
+def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
     """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
     if any(node.op_type in proof.QDQ for node in model.graph):
         raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
     with naming(source):
-        adoption.adopt(model)
+        adoption.adopt(model, free_batch)
         find_dit_islands(model)
         trunk = {product.weight for product in ptq.select_products(model).quantized}
     wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]

@@ -42,8 +42,8 @@ class Pass(Protocol):
 class GraphNotRecognised(ToolError):
     """A graph without the structure that a pass looks for: refused whole, never half converted."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"the graph was not recognised: {what}", HINT)
+    def __init__(self, what: str, hint: str = HINT) -> None:
+        super().__init__(f"the graph was not recognised: {what}", hint)
 
 
 @contextlib.contextmanager
