@@ -15,6 +15,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--input", type=Path, required=True, metavar="dit.onnx", help="the fp32 DiT graph")
     line.add_argument("--onnx", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="graph to write")
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.99999, help="gate on the denoised latent")
+    line.add_argument(
+        "--free-batch", action=argparse.BooleanOptionalAction, default=True,
+        help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
+    )  # fmt: skip
     return line
 
 
@@ -29,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.half_recipe import build_half
     from sa3_trt_core import console
 
-    made = build_half(args.input, args.onnx, args.min_cosine)
+    made = build_half(args.input, args.onnx, args.min_cosine, args.free_batch)
     if made is None:
         print(f"{args.onnx} is current")
         return 0

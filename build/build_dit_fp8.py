@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
+    line.add_argument(
+        "--free-batch", action=argparse.BooleanOptionalAction, default=True,
+        help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
+    )  # fmt: skip
     line.add_argument("--force", action="store_true", help="build even if the artefact is current")
     return line
 
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from sa3_build.recipe import Fp8Recipe, Settings
 
-    settings = Settings(args.ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows)
+    settings = Settings(args.ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows, args.free_batch)
     recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings)
     if not args.force and manifest.is_current(args.onnx, recipe.inputs, asdict(settings))[0]:
         print(f"{args.onnx} is current")

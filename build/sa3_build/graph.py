@@ -172,13 +172,18 @@ def ancestors(values: Iterable[ir.Value | None], stop: Callable[[ir.Node], bool]
     return found
 
 
+def gives_sizes(node: ir.Node) -> bool:
+    """Does this node say how large a tensor is? Behind it there is no data."""
+    return node.op_type in ("Shape", "Size")
+
+
 def graph_inputs_behind(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
     """For every node of a sorted graph: the names of the graph inputs that it depends on through data."""
     names = {value: frozenset([str(value.name)]) for value in model.graph.inputs}
     behind: dict[ir.Node, frozenset[str]] = {}
     for node in model.graph:
         union: frozenset[str] = frozenset()
-        if node.op_type not in ("Shape", "Size"):
+        if not gives_sizes(node):
             for value in node.inputs:
                 if value is not None:
                     producer = value.producer()

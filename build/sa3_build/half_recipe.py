@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 
 from sa3_build import compare, export, graph
+from sa3_build.adoption import adopt, require_rows_alike
 from sa3_build.passes.base import naming, run_passes
-from sa3_build.passes.clean import SortTopologically
+from sa3_build.passes.clean import FoldWeights
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.passes.mixed import MixPrecision
 from sa3_trt_core import manifest, schedule, shapes
@@ -32,19 +33,22 @@ class Half:
     bytes: int
 
 
-def build_half(source: Path, output: Path, min_cosine: float) -> Half | None:
+def build_half(source: Path, output: Path, min_cosine: float, free_batch: bool = True) -> Half | None:
     """Write the FP16-mixed twin of an fp32 DiT; None when the one that is there is current.
+
+    A batch axis fixed at 1 is freed unless `free_batch` says no.
 
     Raises ToolError for a graph that is no fp32 DiT, GateError when the result is too far from it.
     """
     model = graph.load(source)
     graph.require_contract(model, "dit", source)
     inputs = {file.name: sha256_of(file) for file in graph.files_of(source)}
-    settings = {"min_cosine": min_cosine, "opset": model.opset_imports.get("", 0)}
+    settings = {"min_cosine": min_cosine, "opset": model.opset_imports.get("", 0), "free_batch": free_batch}
     if manifest.is_current(output, inputs, settings)[0]:
         return None
     with naming(source):
-        results = run_passes(model, [SortTopologically(), MixPrecision(find_dit_islands)])
+        freed = adopt(model, free_batch).freed
+        results = run_passes(model, [FoldWeights(), MixPrecision(find_dit_islands)])
     graph.drop_exporter_notes(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp", dir=output.parent) as scratch:
@@ -58,6 +62,8 @@ def build_half(source: Path, output: Path, min_cosine: float) -> Half | None:
             reference = compare.denoise_rows(engine, check_rows())
         with OnnxRuntimeEngine(trial) as engine:
             candidate = compare.denoise_rows(engine, check_rows())
+        if freed:
+            require_rows_alike(trial)
     parity = compare.parity_by_sigma(reference, candidate)
     worst = min(p.worst_cosine for p in parity)
     if not worst >= min_cosine:

@@ -6,6 +6,7 @@ because it leaves a fixed headroom of 12.4x and calibrates nothing per sigma.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import onnx_ir as ir
 
 from sa3_build import graph
 from sa3_build.calib import CalibrationSet, ChosenRows, tensors
-from sa3_build.passes.base import GraphNotRecognised
+from sa3_build.passes.base import GraphNotRecognised, described
 from sa3_build.passes.fp8_weights import E4M3_MAX
 from sa3_build.passes.islands import LATENT, SCALAR_INPUTS
 from sa3_trt_core.console import Progress
@@ -75,6 +76,7 @@ def select_products(model: ir.Model) -> Selection:
         weight, activation = graph.weight_of(node), node.inputs[0]
         assert activation is not None
         if weight is None:
+            _require_two_activations(node, behind)
             excluded[str(node.name)] = "attention core: no weight"
         elif behind[node] <= SCALAR_INPUTS:
             excluded[str(node.name)] = "front end: timestep and duration embedding"
@@ -204,6 +206,16 @@ def quantized_source(dequantize: ir.Node) -> ir.Value | None:
     stored = dequantize.inputs[0]
     quantize = stored.producer() if stored is not None else None
     return quantize.inputs[0] if quantize is not None else None
+
+
+def _require_two_activations(node: ir.Node, behind: Mapping[ir.Node, frozenset[str]]) -> None:
+    """A product without a weight that we see must not have one all the same, or it would stay in 16 bits unnoticed."""
+    for value in node.inputs[:2]:
+        producer = value.producer() if value is not None else None
+        fixed = not behind[producer] if producer is not None else value is not None and value.is_initializer()
+        if fixed and value is not None:
+            made_by = described(producer) if producer is not None else f"initializer {value.name}"
+            raise GraphNotRecognised(f"{described(node)} takes a weight from where none is known: {made_by}")
 
 
 def _scale_of(dequantize: ir.Node) -> float:

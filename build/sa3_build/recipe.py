@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import compare, graph, modelopt_ptq, proof, ptq
+from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq
 from sa3_build.calib import CalibrationSet, ChosenRows, summary
 from sa3_build.passes.base import PassResult, naming, run_passes
-from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
+from sa3_build.passes.clean import FoldWeights, RenameNodes
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
@@ -43,6 +43,7 @@ class Settings:
     weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
     min_cosine: float
     parity_rows: int
+    free_batch: bool = True  # a batch axis that the source fixes at 1 becomes dynamic
     rules: int = RULES
 
 
@@ -77,7 +78,7 @@ class Fp8Recipe:
         self._source, self._output, self._settings = source, output, settings
         model = graph.load(source)
         graph.require_contract(model, "dit", source)
-        require_half(model, source)
+        require_half(model, source, settings.free_batch)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
         files.require_writable(output, "graph")
@@ -105,7 +106,7 @@ class Fp8Recipe:
             Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
             Stage("scales", ("quantized.onnx", "amax.npy"), ("dit_fp8.onnx",), self._scales),
-            Stage("parity", ("dit_fp8.onnx",), (), self._parity),
+            Stage("parity", ("clean.onnx", "dit_fp8.onnx"), (), self._parity),
         )
 
     def _open_work(self) -> None:
@@ -140,11 +141,20 @@ class Fp8Recipe:
 
     def _clean(self) -> Mapping[str, Any]:
         model = graph.load(self._source)
-        results = run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
+        adopted = adoption.adopt(model, self._settings.free_batch)
+        remixed = adoption.remix(model)
+        results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
         find_dit_islands(model)
         graph.drop_exporter_notes(model)
         graph.save(model, self._work / "clean.onnx")
-        return {"passes": [_result(result) for result in results]}
+        found: dict[str, Any] = {"passes": [_result(result) for result in results]}
+        if remixed:
+            found["cosine with the source as it was mixed"] = adoption.require_same_network(
+                self._source, self._work / "clean.onnx"
+            )
+        if adopted.freed:
+            found["rows together against one by one"] = adoption.require_rows_alike(self._work / "clean.onnx")
+        return found
 
     def _selection(self) -> ptq.Selection:
         return ptq.select_products(graph.load(self._work / "clean.onnx"))
@@ -222,7 +232,8 @@ class Fp8Recipe:
         rows = ChosenRows(self._calibration, frozenset(wanted))
         sides = []
         with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
-            for path in (self._source, self._work / "dit_fp8.onnx"):
+            # The clean graph, not the source: what a source of another recipe has wrong is put right in it.
+            for path in (self._work / "clean.onnx", self._work / "dit_fp8.onnx"):
                 with OnnxRuntimeEngine(path) as engine:
                     sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
         parity = compare.parity_by_sigma(*sides)
@@ -255,12 +266,12 @@ class Fp8Recipe:
         return report
 
 
-def require_half(model: ir.Model, source: Path) -> None:
+def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
     """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
     if any(node.op_type in proof.QDQ for node in model.graph):
         raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
     with naming(source):
-        model.graph.sort()
+        adoption.adopt(model, free_batch)
         find_dit_islands(model)
         trunk = {product.weight for product in ptq.select_products(model).quantized}
     wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
@@ -269,6 +280,8 @@ def require_half(model: ir.Model, source: Path) -> None:
             f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
             "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
         )
+    with naming(source):
+        adoption.remix(model)
 
 
 def _counted(rows: Any, progress: console.Progress) -> Any:
@@ -278,4 +291,4 @@ def _counted(rows: Any, progress: console.Progress) -> Any:
 
 
 def _result(result: PassResult) -> dict[str, Any]:
-    return {"name": result.name, **result.counts}
+    return {"name": result.name, **result.counts, **({"notes": list(result.notes)} if result.notes else {})}

@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from sa3_trt_core.errors import ToolError
 
+HINT = "give a DiT exported by build/export_onnx.py, or one of the published style"
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -40,8 +42,8 @@ class Pass(Protocol):
 class GraphNotRecognised(ToolError):
     """A graph without the structure that a pass looks for: refused whole, never half converted."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"the graph was not recognised: {what}", "give a DiT exported by build/export_onnx.py")
+    def __init__(self, what: str, hint: str = HINT) -> None:
+        super().__init__(f"the graph was not recognised: {what}", hint)
 
 
 @contextlib.contextmanager
@@ -61,6 +63,12 @@ def run_passes(model: ir.Model, passes: Iterable[Pass]) -> list[PassResult]:
         results.append(one.call(model))
         one.ensures(model)
     return results
+
+
+def described(node: ir.Node) -> str:
+    """A node as a refusal names it: its own name, or its first output's when it has none, and its op."""
+    domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+    return f"node {node.name or node.outputs[0].name} ({domain}{node.op_type})"
 
 
 def check_sorted(model: ir.Model) -> None:

@@ -86,23 +86,34 @@ class FoldWeights:
 
     @staticmethod
     def _folded(model: ir.Model, value: ir.Value, source: ir.Value) -> ir.Value:
-        chain = []
+        """The weight as the product reads it; computed when it is written, so that no second copy lies in memory."""
+        chain: list[ir.Node] = []
         while value is not source:
             node = value.producer()
             assert node is not None and node.inputs[0] is not None
-            chain.append(node)
+            chain.insert(0, node)
             value = node.inputs[0]
-        assert source.const_value is not None
-        array = source.const_value.numpy()
-        for node in reversed(chain):
+        stored = source.const_value
+        assert stored is not None
+        dtype, order = stored.dtype, list(range(len(stored.shape)))
+        for node in chain:
             if node.op_type == "Transpose":
                 perm = node.attributes.get("perm")
-                array = np.transpose(array, perm.as_ints() if perm is not None else None)
+                order = [order[axis] for axis in perm.as_ints()] if perm is not None else order[::-1]
             else:
-                array = array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
-        folded = ir.val(
-            f"{source.name}.folded{len(model.graph.initializers)}", const_value=ir.tensor(np.ascontiguousarray(array))
-        )
+                dtype = ir.DataType(node.attributes["to"].as_int())
+
+        def fold() -> ir.TensorProtocol:
+            array = stored.numpy()
+            for node in chain:
+                if node.op_type == "Cast":  # every one of them: a chain may round on its way
+                    array = array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
+            return ir.tensor(np.ascontiguousarray(np.transpose(array, order)), name=name)
+
+        name = f"{source.name}.folded{len(model.graph.initializers)}"
+        shape = ir.Shape([stored.shape.numpy()[axis] for axis in order])
+        tensor = ir.LazyTensor(fold, dtype=dtype, shape=shape, name=name)
+        folded = ir.val(name, dtype=dtype, shape=shape, const_value=tensor)
         model.graph.register_initializer(folded)
         return folded
 

@@ -34,7 +34,7 @@ class InsertQuantizers:
         pairs = 0
         for node in self._nodes(model):
             activation, weight = node.inputs[0], node.inputs[1]
-            assert activation is not None and weight is not None and weight.shape is not None
+            assert activation is not None and weight is not None
             if activation not in shared:
                 shared[activation] = _pair(model, node, activation, None)
                 pairs += 1
@@ -57,8 +57,11 @@ class InsertQuantizers:
 
 def _pair(model: ir.Model, before: ir.Node, value: ir.Value, axis: int | None) -> ir.Value:
     """QuantizeLinear and DequantizeLinear of one value; per tensor, or per channel along `axis`."""
-    assert value.dtype is not None and value.shape is not None
-    shape = () if axis is None else (int(value.shape.numpy()[axis]),)
+    assert value.dtype is not None
+    shape: tuple[int, ...] = ()
+    if axis is not None:  # a weight; the shape of an activation need not be known
+        assert value.shape is not None
+        shape = (int(value.shape.numpy()[axis]),)
     scale = _constant(model, f"{value.name}_scale", np.ones(shape, value.dtype.numpy()))
     zero = _constant(model, f"{value.name}_zero_point", np.zeros(shape, ml_dtypes.float8_e4m3fn))
     attributes = {} if axis is None else {"axis": axis}

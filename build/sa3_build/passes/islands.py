@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph
-from sa3_build.passes.base import GraphNotRecognised
+from sa3_build.passes.base import GraphNotRecognised, described
 
 SCALAR_INPUTS = frozenset({"t", "seconds_total"})
 LATENT = "x"
@@ -37,6 +37,22 @@ MOVERS = frozenset(
         "Tile",
     )
 )
+# What a trunk is made of besides them. Anything else may need fp32 for a reason that nobody has looked into.
+TRUNK_OPS = MOVERS | {
+    "Add",
+    "Cast",
+    "Conv",
+    "DequantizeLinear",
+    "Div",
+    "Gemm",
+    "MatMul",
+    "Mul",
+    "QuantizeLinear",
+    "Sigmoid",
+    "Softmax",
+    "Sub",
+}
+NORM_OPS = ("ReduceMean", "Pow", "Sqrt", "Reciprocal")
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,11 @@ class Islands:
 
 
 def find_dit_islands(model: ir.Model) -> Islands:
-    """The fp32 islands of a DiT. Raises GraphNotRecognised when one kind is absent: then it is no DiT that we know."""
+    """The fp32 islands of a DiT.
+
+    Raises GraphNotRecognised when one kind is absent, or when a node of the trunk is none that a DiT has: then it is no
+    DiT that we know, and what would become of its precision is a guess.
+    """
     behind = graph.graph_inputs_behind(model)
     norms, count = rms_norms(model)
     front_end = frozenset(
@@ -70,7 +90,10 @@ def find_dit_islands(model: ir.Model) -> Islands:
         raise GraphNotRecognised("no Fourier features of t and seconds_total were found")
     if not rotary:
         raise GraphNotRecognised("no rotary position embedding was found")
-    return Islands(norms, count, front_end, rotary)
+    constants = _constants_of(front_end | rotary | norms, behind)
+    found = Islands(norms, count, front_end, rotary, constants)
+    _require_known_trunk(model, behind, found.all())
+    return found
 
 
 def find_decoder_islands(model: ir.Model) -> Islands:
@@ -130,8 +153,11 @@ def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) 
     trig = {node for node in tables if node.op_type in ("Cos", "Sin")}
     if not trig:
         return frozenset()
-    made_of_trig = {node for node in tables if node in trig or graph.ancestors(node.inputs) & trig}
-    angles = set().union(*(graph.ancestors(node.inputs) for node in trig)) & tables
+    # A length is read from rotated tensors too: what Shape gives is made of no table.
+    made_of_trig = {
+        node for node in tables if node in trig or graph.ancestors(node.inputs, stop=graph.gives_sizes) & trig
+    }
+    angles = set().union(*(graph.ancestors(node.inputs, stop=graph.gives_sizes) for node in trig)) & tables
     rotations = {
         node
         for node in model.graph
@@ -148,6 +174,40 @@ def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) 
 def is_float(node: ir.Node) -> bool:
     """Does this node give floating point numbers?"""
     return any(value.dtype is not None and value.dtype.is_floating_point() for value in node.outputs)
+
+
+def _constants_of(islands: frozenset[ir.Node], behind: Mapping[ir.Node, frozenset[str]]) -> frozenset[ir.Node]:
+    """Float nodes that depend on no data and feed an island: a frequency table behind an Unsqueeze must not round."""
+    found: set[ir.Node] = set()
+    queue = list(islands)
+    while queue:
+        for value in queue.pop().inputs:
+            node = _producer(value)
+            if node is None or node in found | islands or behind[node] or not is_float(node) or _leaves_fp32(node):
+                continue
+            found.add(node)
+            queue.append(node)
+    return frozenset(found)
+
+
+def _require_known_trunk(
+    model: ir.Model, behind: Mapping[ir.Node, frozenset[str]], islands: frozenset[ir.Node]
+) -> None:
+    for node in model.graph:
+        if node.domain not in ("", "ai.onnx"):
+            raise GraphNotRecognised(f"{described(node)} is an op of its own kind")
+        if node.op_type == "Range" and _is_short(node.outputs[0]):
+            raise GraphNotRecognised(f"{described(node)} counts in {node.outputs[0].dtype}, which ends at 2048")
+        if node in islands or not behind[node] or behind[node] <= SCALAR_INPUTS or not is_float(node):
+            continue
+        if node.op_type in NORM_OPS:
+            raise GraphNotRecognised(f"{described(node)} belongs to no RMSNorm chain that is known")
+        if node.op_type not in TRUNK_OPS:
+            raise GraphNotRecognised(f"{described(node)} is no op that the trunk of a DiT has")
+
+
+def _is_short(value: ir.Value) -> bool:
+    return value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _leaves_fp32(node: ir.Node) -> bool:

@@ -1,0 +1,148 @@
+"""The fp16 surgery that published FP16-mixed graphs went through, done to a graph of the older exporter.
+
+Norm chains, rotary table and Fourier features stay fp32 behind casts of their own on every edge; the seconds / 384 path
+goes to 16 bits, which is the defect that a strongly typed engine keeps.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from helpers import published_style
+from sa3_build.contract import DitContract
+
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+NORM_CORE = {"Pow", "ReduceMean", "Add", "Sqrt", "Div"}
+FOURIER = {"Mul", "Cos", "Sin", "Concat", "Unsqueeze"}  # the last one stands on the frequencies
+
+
+def write_half(
+    module: DitContract, path: Path, scratch: Path, softmax: int = FLOAT, sidecar: str = "other.bin"
+) -> Path:
+    """The FP16-mixed graph of the published style, batch fixed at 1; `softmax` is the type of that op."""
+    proto = published_style.traced(module, scratch)
+    published_style.count_positions_in_integers(proto)
+    Surgery(proto, softmax).run()
+    published_style.disorder(proto)
+    return published_style.write(proto, path, sidecar)
+
+
+class Surgery:
+    """One conversion. Casts are appended at the end, behind their users."""
+
+    def __init__(self, proto: onnx.ModelProto, softmax: int) -> None:
+        self._graph, self._softmax = proto.graph, softmax
+        inferred = onnx.shape_inference.infer_shapes(proto)
+        values = [*inferred.graph.value_info, *proto.graph.input, *proto.graph.output]
+        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self._types |= {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+        self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self._constants = {node.output[0]: node for node in proto.graph.node if node.op_type == "Constant"}
+        self._users = {}
+        for node in proto.graph.node:
+            for name in node.input:
+                self._users.setdefault(name, []).append(node)
+        self._appended: list[onnx.NodeProto] = []
+
+    def run(self) -> None:
+        rotations = self._rotations()
+        wanted = {}
+        for node in self._graph.node:
+            if self._is_float(node) and node.op_type != "Constant":
+                wanted[node.output[0]] = FLOAT if node.output[0] in rotations else self._wanted(node)
+        self._converted_constants(wanted)
+        for node in self._graph.node:
+            if node.op_type == "Constant":
+                continue
+            if node.output[0] in wanted:
+                kind = wanted[node.output[0]]
+                if node.op_type == "Cast":
+                    node.attribute[0].i = kind
+                    continue
+                for output in node.output:
+                    self._types[output] = kind
+                if node.name.endswith("norm/Mul_1") or "norm_1/Mul_1" in node.name:
+                    self._chain_in_front(node)
+        for node in self._graph.node:
+            if node.op_type not in ("Constant", "Cast"):
+                kind = wanted.get(node.output[0], FLOAT)
+                for index, name in enumerate(node.input):
+                    if self._types.get(name) in (FLOAT, FLOAT16) and self._types[name] != kind:
+                        node.input[index] = self._cast(name, kind)
+            elif node.op_type == "Cast" and node.output[0] in wanted:
+                self._types[node.output[0]] = wanted[node.output[0]]
+        self._restore_output()
+        self._graph.node.extend(self._appended)
+
+    def _wanted(self, node: onnx.NodeProto) -> int:
+        name, op = node.name, node.op_type
+        last = name.rpartition("/")[2]
+        if "norm" in name:
+            return FLOAT if op in NORM_CORE or last in ("Mul", "Cast") else FLOAT16
+        if name.startswith("/duration/"):
+            return FLOAT if op in FOURIER else FLOAT16  # Clip, Sub and Div by 384 in 16 bits: the defect
+        if "timestep_features" in name or name in ("/dit/Cast", "/dit/Unsqueeze") or "rotary" in name:
+            return FLOAT
+        return self._softmax if op == "Softmax" else FLOAT16
+
+    def _rotations(self) -> set[str]:
+        """What the rotary table is made of after the Einsum, and the products and sums that rotate by it."""
+        tables = {n.output[0] for n in self._graph.node if n.op_type in ("Cos", "Sin") and "self_attn" in n.name}
+        makers = {output: node for node in self._graph.node for output in node.output}
+        above, found = [makers[name].input[0] for name in tables], set(tables)
+        while above:
+            name = above.pop()
+            if name in makers and makers[name].op_type in ("Slice", "Unsqueeze", "Concat", "Einsum"):
+                found.add(name)
+                above.append(makers[name].input[0])
+        products = {user.output[0] for name in tables for user in self._users[name]}
+        sums = {user.output[0] for name in products for user in self._users[name] if user.op_type == "Add"}
+        return found | products | sums
+
+    def _is_float(self, node: onnx.NodeProto) -> bool:
+        return any(self._types.get(name) == FLOAT for name in node.output)
+
+    def _converted_constants(self, wanted: dict[str, int]) -> None:
+        """A number that only 16-bit nodes read becomes a 16-bit number, in its place and under its name."""
+        for name, kind in list(self._types.items()):
+            users = [user for user in self._users.get(name, []) if user.op_type != "Constant"]
+            if kind != FLOAT or not users or any(wanted.get(user.output[0], FLOAT) == FLOAT for user in users):
+                continue
+            if name in self._initializers:
+                self._initializers[name].CopyFrom(_halved(self._initializers[name], name))
+            elif name in self._constants:
+                stored = self._constants[name].attribute[0]
+                stored.t.CopyFrom(_halved(stored.t, ""))
+            elif all(user.op_type in ("Transpose", "Cast") for user in users):
+                continue
+            else:
+                continue
+            self._types[name] = FLOAT16
+
+    def _chain_in_front(self, gamma: onnx.NodeProto) -> None:
+        """Mul(fp32) -> Cast fp16 -> Cast fp32 -> Cast fp16 -> Mul gamma."""
+        name = gamma.input[0]
+        for kind in (FLOAT16, FLOAT, FLOAT16):
+            name = self._cast(name, kind)
+        gamma.input[0] = name
+
+    def _cast(self, name: str, kind: int) -> str:
+        result = f"/surgery/Cast_{len(self._appended)}"
+        self._appended.append(helper.make_node("Cast", [name], [result], result, to=kind))
+        self._types[result] = kind
+        return result
+
+    def _restore_output(self) -> None:
+        (output,) = self._graph.output
+        (maker,) = [node for node in self._graph.node if output.name in node.output]
+        maker.output[0] = "/surgery/velocity"
+        self._types["/surgery/velocity"] = FLOAT16
+        self._appended.append(helper.make_node("Cast", ["/surgery/velocity"], [output.name], "/surgery/last", to=FLOAT))
+
+
+def _halved(tensor: TensorProto, name: str) -> TensorProto:
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), name)

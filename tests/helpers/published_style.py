@@ -1,0 +1,133 @@
+"""Make DiT graphs of the published style for real: the older exporter, its names and habits, at opset 17.
+
+`write_single` gives the fp32 graph; published_half.py makes the fp16 one of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from sa3_build import checkpoint, export
+from sa3_build.contract import DitContract
+from sa3_build.geometry import load_geometry
+from sa3_trt_core.shapes import CONTRACTS
+
+OPSET = 17
+SIDECAR = "weights-of-somebody.bin"
+INLINE = 1024  # bytes; smaller tensors stay in the graph file
+PLACES = {"duration.": "seconds_total.embedder.embedding.", "dit.prompt_padding_embedding": "padding_embedding"}
+
+
+def legacy_module(folder: Path) -> DitContract:
+    """The torch DiT of a native checkpoint, fp32."""
+    geometry = load_geometry(folder / "model_config.json")
+    stored = checkpoint.NativeWeights(folder / "model.safetensors")
+    dit = checkpoint.load_dit(stored, geometry.dit)
+    return DitContract(dit, checkpoint.load_duration_embedder(stored, geometry.conditioner)).eval()
+
+
+def traced(module: DitContract, scratch: Path, batch: int | None = 1) -> onnx.ModelProto:
+    """The module through PyTorch's older exporter, with published names; `batch` None gives a dynamic batch axis."""
+    contract = CONTRACTS["dit"]
+    specs = (*contract.inputs, *contract.outputs)
+    free = ("L",) if batch else ("B", "L")
+    axes = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in free} for spec in specs}
+    path = scratch / "traced.onnx"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module, tuple(export.example_inputs("dit", batch=batch or 2, frames=34)), str(path), dynamo=False,
+            opset_version=OPSET, do_constant_folding=False, input_names=[spec.name for spec in contract.inputs],
+            output_names=["velocity"], dynamic_axes={name: found for name, found in axes.items() if found},
+        )  # fmt: skip
+    proto = onnx.load(path)
+    del proto.graph.value_info[:]
+    name_as_published(proto)
+    return proto
+
+
+def name_as_published(proto: onnx.ModelProto) -> None:
+    """`dit.transformer.layers.N....weight` and `/transformer/layers.N/...`, the native names."""
+    for tensor in proto.graph.initializer:
+        rename(proto, tensor.name, published_name(tensor.name))
+    for node in proto.graph.node:
+        node.name = node.name.replace("/dit/transformer_blocks", "/transformer/layers")
+
+
+def published_name(name: str) -> str:
+    for ours, theirs in PLACES.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    if not name.startswith("dit."):
+        return name
+    return "dit." + checkpoint.native_dit_key(name.removeprefix("dit.")).removeprefix(checkpoint.DIT_PREFIX)
+
+
+def rename(proto: onnx.ModelProto, old: str, new: str) -> None:
+    for tensor in proto.graph.initializer:
+        if tensor.name == old:
+            tensor.name = new
+    for node in proto.graph.node:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+
+
+def count_positions_in_integers(proto: onnx.ModelProto) -> None:
+    """The published rotary table: Range over integers, Cast, Div by a scale of one, Einsum."""
+    (counter,) = [node for node in proto.graph.node if node.op_type == "Range"]
+    numbers = [numpy_helper.from_array(np.int64(value), f"/rotary/{value}") for value in (0, 1)]
+    proto.graph.initializer.extend([*numbers, numpy_helper.from_array(np.float32(1), "/rotary/scale")])
+    steps = next(node for node in proto.graph.node if counter.input[1] in node.output).input[0]
+    result = counter.output[0]
+    counter.input[:] = ["/rotary/0", steps, "/rotary/1"]
+    counter.output[0] = "/rotary/steps"
+    cast = helper.make_node("Cast", ["/rotary/steps"], ["/rotary/wide"], "/rotary/Cast", to=TensorProto.FLOAT)
+    divide = helper.make_node("Div", ["/rotary/wide", "/rotary/scale"], [result], "/rotary/Div")
+    at = list(proto.graph.node).index(counter) + 1
+    for node in (divide, cast):
+        proto.graph.node.insert(at, node)
+
+
+def append_redundant_casts(proto: onnx.ModelProto, every: int = 9) -> None:
+    """In front of every n-th sum two casts that change nothing, appended behind all of their users."""
+    sums = [node for node in proto.graph.node if node.op_type == "Add" and "norm" in node.name]
+    for index, node in enumerate(sums[::every]):
+        source = node.input[0]
+        names = [f"/appended/{index}/{step}" for step in range(2)]
+        node.input[0] = names[1]
+        for before, after in zip((source, names[0]), names, strict=True):
+            proto.graph.node.append(helper.make_node("Cast", [before], [after], after, to=TensorProto.FLOAT))
+
+
+def disorder(proto: onnx.ModelProto, every: int = 11) -> None:
+    """Move about a tenth of the nodes to the end, behind their users."""
+    nodes = list(proto.graph.node)
+    moved = nodes[5::every]
+    kept = [node for index, node in enumerate(nodes) if index < 5 or (index - 5) % every]
+    del proto.graph.node[:]
+    proto.graph.node.extend([*kept, *moved])
+
+
+def write(proto: onnx.ModelProto, path: Path, sidecar: str = SIDECAR) -> Path:
+    """Save with a sidecar of any name; small tensors inline."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(
+        proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=sidecar, size_threshold=INLINE
+    )
+    return path
+
+
+def write_single(module: DitContract, path: Path, scratch: Path, batch: int | None = 1) -> Path:
+    """The fp32 graph of the published style."""
+    proto = traced(module, scratch, batch)
+    count_positions_in_integers(proto)
+    append_redundant_casts(proto)
+    disorder(proto)
+    return write(proto, path)
