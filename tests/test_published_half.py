@@ -22,6 +22,7 @@ from sa3_build import compare, graph, ptq
 from sa3_build.calib import tensors
 from sa3_build.half_recipe import check_rows
 from sa3_build.passes.islands import find_dit_islands
+from sa3_build.passes.lift import reasons_to_lift
 from sa3_build.recipe import report_path
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
@@ -105,6 +106,23 @@ def test_the_attention_core_is_one_type_afterwards(half: Path) -> None:
         assert all(use.node in core for use in softmax.outputs[0].uses())
 
 
+def test_an_fp32_softmax_alone_is_reason_enough(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Our own graph with casts around one softmax: nothing else is wrong with it, and it cannot fuse."""
+    proto = onnx.load(onnx_of(tiny_onnx, "sa3-m"))
+    ours = graph.load(onnx_of(tiny_onnx, "sa3-m"))
+    assert reasons_to_lift(ours, find_dit_islands(ours)) == []
+    softmax = next(node for node in proto.graph.node if node.op_type == "Softmax")
+    single, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    before = onnx.helper.make_node("Cast", [softmax.input[0]], ["/theirs/in"], "/theirs/in", to=single)
+    after = onnx.helper.make_node("Cast", ["/theirs/out"], [softmax.output[0]], "/theirs/out", to=half)
+    softmax.input[0], softmax.output[0] = "/theirs/in", "/theirs/out"
+    proto.graph.node.extend([before, after])
+    del proto.graph.value_info[:]
+    path = published_style.write(proto, tmp_path / "dit_fp16mixed.onnx")
+    found = clean(path)
+    assert {str(node.outputs[0].dtype) for node in found.graph if node.op_type == "Softmax"} == {"FLOAT16"}
+
+
 def test_every_weight_is_the_source_weight_bit_for_bit(half: Path) -> None:
     """fp16 -> fp32 -> fp16 gives the same number, and folding only turns it."""
     proto = onnx.load(half)
@@ -135,6 +153,21 @@ def test_the_fp8_graph_is_as_right_as_ours(
     assert report["stages"]["clean"]["cosine with the source as it was mixed"] > 0.99999
     (lifted,) = [one for one in report["stages"]["clean"]["passes"] if one["name"] == "lift-to-fp32"]
     assert lifted["notes"][0] == "node /duration/Clip (Clip) must be fp32 and gives fp16"
+
+
+def test_parity_is_measured_against_what_was_put_right(half: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    """At 183.25 s the source itself is wrong by more than FP8 is: against it a good graph would look bad."""
+    with np.load(tiny_calib) as stored:
+        rows = {key: stored[key] for key in stored.files}
+    rows["seconds_total"] = np.full_like(rows["seconds_total"], 183.25)
+    np.savez(tmp_path / "long.npz", **rows)
+    line = ["--input", half, "--calib", tmp_path / "long.npz", "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
+    made(build_dit_fp8.main, [*line, "--parity-rows", 4])
+    parity = json.loads(report_path(tmp_path / "dit_fp8.onnx").read_text())["stages"]["parity"]
+    with OnnxRuntimeEngine(half) as first, OnnxRuntimeEngine(tmp_path / "dit_fp8.onnx") as second:
+        chosen = [{key: value[:1] for key, value in rows.items()}]
+        sides = [compare.denoise_rows(engine, chosen) for engine in (first, second)]
+    assert parity["worst"] > 0.998 > compare.parity_by_sigma(*sides)[0].worst_cosine
 
 
 def test_modelopt_puts_the_same_pairs_and_scales(half: Path, quantised: Path, tiny_calib: Path, tmp_path: Path) -> None:

@@ -76,13 +76,13 @@ def reasons_to_lift(model: ir.Model, islands: Islands) -> list[str]:
     Islands must be fp32, and the attention core one 16-bit type from the first product to the second: with an fp32
     softmax between them it cannot fuse.
     """
-    found = []
+    found, stay = [], islands.all()
     for node in model.graph:
-        if node in islands.all() and any(value.dtype == HALF for value in node.outputs):
+        if node in stay and any(value.dtype == HALF for value in node.outputs):
             found.append(f"{described(node)} must be fp32 and gives fp16")
         elif node.op_type == "Softmax" and node.outputs[0].dtype == SINGLE:
             found.append(f"{described(node)} is an fp32 island in the attention core")
-        elif node.op_type in graph.PRODUCTS and node not in islands.all() and node.outputs[0].dtype == SINGLE:
+        elif node.op_type in graph.PRODUCTS and node not in stay and node.outputs[0].dtype == SINGLE:
             found.append(f"{described(node)} is a product in fp32")
     return found
 
