@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import made
+from conftest import made, onnx_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +24,7 @@ from sa3_build.passes.base import GraphNotRecognised, run_passes
 from sa3_build.passes.fold_shapes import FoldShapes
 from sa3_build.passes.free_batch import FreeBatch
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.errors import GateError
 from sa3_trt_core.shapes import CONTRACTS
 
 B, L = symbol("B"), symbol("L")
@@ -209,6 +210,29 @@ def test_what_was_folded_for_one_row_is_opened_again(published: dict[str, Path],
     assert freed.counts == {"freed": 1, "nodes added": tokens + keys_and_values}
     graph.save(again, tmp_path / "freed.onnx")
     assert rows_differ(tmp_path / "freed.onnx") < 1e-5
+
+
+def add_to_velocity(source: Path, path: Path, op_type: str, *inputs: str, **attributes: int) -> Path:
+    """A graph whose velocity has something added to it."""
+    proto = onnx.load(source)
+    maker = next(node for node in proto.graph.node if "velocity" in node.output)
+    maker.output[0] = "/theirs/velocity"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "/theirs/first_axis"))
+    more = onnx.helper.make_node(op_type, ["/theirs/velocity", *inputs], ["/theirs/more"], **attributes)
+    proto.graph.node.extend([more, onnx.helper.make_node("Add", ["/theirs/velocity", "/theirs/more"], ["velocity"])])
+    return published_style.write(proto, path)
+
+
+def test_the_gates_see_rows_that_mix_and_another_network(tiny_onnx: Path, tmp_path: Path) -> None:
+    """What the passes promise is measured as well: each gate on a graph that breaks it, and on one that does not."""
+    good = onnx_of(tiny_onnx, "sa3-m-fp32")
+    assert adoption.require_rows_alike(good) < 1e-5 and adoption.require_same_network(good, good) > 1 - 1e-9
+    mixing = add_to_velocity(good, tmp_path / "a" / "dit.onnx", "ReduceMean", "/theirs/first_axis", keepdims=1)
+    with pytest.raises(GateError, match="rows differ from the same rows one by one"):
+        adoption.require_rows_alike(mixing)
+    other = add_to_velocity(good, tmp_path / "b" / "dit.onnx", "Sigmoid")
+    with pytest.raises(GateError, match="mixed again is another network"):
+        adoption.require_same_network(good, other)
 
 
 def test_the_batch_stays_where_that_is_asked(published: dict[str, Path], tmp_path: Path) -> None:

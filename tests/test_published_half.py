@@ -129,7 +129,7 @@ def test_every_weight_is_the_source_weight_bit_for_bit(half: Path) -> None:
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     model = clean(half)
     products = ptq.select_products(model).quantized
-    assert len(products) == 7 * DEPTH + 4
+    assert len(products) == 7 * DEPTH + 2
     for product in products:
         found = model.graph.initializers[product.weight].const_value.numpy()
         name = next(name for name in stored if product.weight.startswith(name))

@@ -103,17 +103,17 @@ def test_it_becomes_fp16_mixed_as_ours_does(published: Path, half: Path, tiny_on
 def test_the_same_activations_enter_the_same_products(
     published: Path, tiny_onnx: Path, tiny_calib: Path, tmp_path: Path
 ) -> None:
-    """In fp32, where no rounding stands between: 0.1 % is asked, rounding gives 1e-5."""
+    """In fp32, where no rounding stands between: 0.01 % is asked, the two differ by 3e-7."""
     ours = placed_amax(onnx_of(tiny_onnx, "sa3-m-fp32"), tmp_path, tiny_calib)
     theirs = placed_amax(published, tmp_path, tiny_calib)
-    assert theirs == pytest.approx(ours, rel=1e-4) and len(theirs) == 7 * DEPTH + 4
+    assert theirs == pytest.approx(ours, rel=1e-4) and len(theirs) == 7 * DEPTH + 2
 
 
 def test_it_becomes_fp8_as_ours_does(quantised: Path, half: Path, tiny_fp8: Path, tiny_calib: Path) -> None:
     """The same products with the same scales: weights' equal, activations' within two steps of fp16."""
     ours = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
     theirs = placed_scales(half, quantised)
-    assert theirs.keys() == ours.keys() and len(ours) == 7 * DEPTH + 4
+    assert theirs.keys() == ours.keys() and len(ours) == 7 * DEPTH + 2
     for place, (activation, weight) in ours.items():
         assert theirs[place][0] == pytest.approx(activation, rel=2e-3), place
         assert np.array_equal(theirs[place][1], weight), place
