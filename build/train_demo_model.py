@@ -20,6 +20,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--start-from", type=Path, help="go on from shipped weights, when --work holds no state")
     line.add_argument("--copy-state", type=Path, help="copy the state there at the end (a machine that keeps nothing)")
     line.add_argument("--workers", type=integer_type(1, 256), help="rendering processes (default: cores less two)")
+    line.add_argument(
+        "--shorten", type=integer_type(1, 1_000_000), nargs=3, metavar=("STEPS", "ROWS", "LOOPS"),
+        help="so many steps for the stage under way instead of the plan's, also without a GPU",
+    )  # fmt: skip
     line.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, on any CPU: for tests")
     return line
 
@@ -41,12 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.demo.trainer import Deadline
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
-    if device.type == "cpu" and not args.tiny:
-        raise ToolError("training needs an NVIDIA GPU", "--tiny runs the same code on a CPU, to no musical end")
+    if device.type == "cpu" and not args.tiny and not args.shorten:
+        raise ToolError(
+            "training needs an NVIDIA GPU",
+            "--tiny runs the same code on a CPU, to no musical end; --shorten 700 16 1000 is a stage of 90 minutes",
+        )
     if args.start_from and not (args.work / "state" / state.INDEX).is_file():
         state.start(args.work / "state", ship.read_state(args.start_from), args.start_from / ship.TOKENIZER_FILE)
-    run = Run(args.work, plan.TINY if args.tiny else plan.FULL, device, Deadline(args.minutes), args.workers)
-    stage = run.go()
+    wanted = plan.TINY if args.tiny else plan.FULL
+    if args.shorten:
+        under_way = state.load(args.work / "state").stage
+        if under_way == "done":
+            raise ToolError(f"{args.work} has been trained to the end", "name another --work folder")
+        wanted = plan.shortened(wanted, under_way, *args.shorten)
+    run = Run(args.work, wanted, device, Deadline(args.minutes), args.workers)
+    stage = run.go(1) if args.shorten else run.go()
     if args.copy_state:
         state.copy(run.folder, args.copy_state)
     if args.ship and stage in ("distillation", "done"):

@@ -226,6 +226,22 @@ def test_training_goes_on_from_shipped_weights_that_are_not_distilled(trained: P
     assert all(torch.equal(text[0][key], text[1][key]) for key in text[0])  # distillation leaves the text encoder alone
 
 
+def test_a_shortened_stage_is_one_stage_of_its_own_size(trained: Path, tmp_path: Path) -> None:
+    """For machines without a GPU: so many steps and rows from so many loops, then the next stage is left for later."""
+    shipped = shutil.copytree(trained / "shipped", tmp_path / "shipped")
+    made = json.loads((shipped / "training.json").read_text())
+    (shipped / "training.json").write_text(json.dumps({**made, "stage": "flow", "step": 0}))
+    line = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped, "--ship", tmp_path / "more"]
+    done = run(train_demo_model.main, [*line, "--shorten", 2, 1, 3])
+    assert done.code == 0 and "distillation, step 0" in done.out and "2/2 steps" in done.err, done.err
+    written = json.loads((tmp_path / "more" / "training.json").read_text())
+    assert (written["plan"]["loops"], written["plan"]["flow"]["steps"], written["plan"]["flow"]["batch"]) == (3, 2, 1)
+    assert written["plan"]["flow"]["learning_rate"] == pytest.approx(plan.TINY.flow.learning_rate / 2**0.5)
+    assert written["stage"] == "distillation"
+    assert "done" in run(train_demo_model.main, [*line, "--shorten", 1, 1, 3]).out
+    two_lines(run(train_demo_model.main, [*line, "--shorten", 1, 1, 3]), "trained to the end")
+
+
 def test_full_training_needs_a_gpu(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         two_lines(run(train_demo_model.main, ["--work", tmp_path / "work"]), "GPU")

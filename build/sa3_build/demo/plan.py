@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sa3_build.demo_text import DemoSize
 
@@ -58,6 +60,19 @@ FULL = TrainingPlan(
     distillation=StagePlan(steps=3_600, batch=128, learning_rate=3e-4),
     compile=True,
 )  # fmt: skip
+
+
+def shortened(plan: TrainingPlan, stage: str, steps: int, rows: int, loops: int) -> TrainingPlan:
+    """A plan whose `stage` has so many steps of so many rows from the first `loops` pieces, for machines without a GPU.
+
+    The learning rate falls with the root of the rows; the warm-up is a tenth of the steps. Nothing is compiled.
+    """
+    full: StagePlan = getattr(plan, stage)
+    rate = full.learning_rate * math.sqrt(rows / full.batch)
+    shorter = StagePlan(steps, rows, rate, warmup=max(1, min(full.warmup, steps // 10)))
+    changed: dict[str, Any] = {stage: shorter}
+    return replace(plan, loops=loops, compile=False, **changed)
+
 
 TINY = TrainingPlan(
     size=DemoSize(

@@ -47,11 +47,12 @@ class Run:
         self._latents: torch.Tensor | None = None
         self._noted: list[dict[str, Any]] = []
 
-    def go(self) -> str:
-        """Train until all is done or the time is over; returns the stage that is under way, or "done"."""
+    def go(self, stages: int = len(STAGES)) -> str:
+        """Train at most so many stages, or until the time is over; returns the stage that is under way, or "done"."""
         torch.backends.cuda.matmul.allow_tf32 = True
+        last = STAGES[min(STAGES.index(self.state.stage) + stages, len(STAGES) - 1)]
         try:
-            while self.state.stage != "done" and not self.deadline.passed():
+            while self.state.stage != last and not self.deadline.passed():
                 {"autoencoder": self._autoencoder, "flow": self._flow, "distillation": self._distillation}[
                     self.state.stage
                 ]()
