@@ -261,7 +261,7 @@ def _objects(entries: list[Length | None]) -> Numbers:
 
 
 _RULES: dict[str, Callable[[Shapes, ir.Node, Shape], Sequence[Shape | None]]] = {
-    "Transpose": _transpose, "ReduceMean": _reduce, "ReduceSum": _reduce, "Squeeze": _squeeze,
+    "Transpose": _transpose, "ReduceMax": _reduce, "ReduceMean": _reduce, "ReduceSum": _reduce, "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze, "Reshape": _reshape, "Slice": _slice, "Split": _split, "Gather": _gather,
     "Concat": _concat, "Expand": _expand, "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Range": _range,
     "Einsum": _einsum,

@@ -39,6 +39,7 @@ MOVERS = frozenset(
 )
 # What a trunk is made of besides them. Anything else may need fp32 for a reason that nobody has looked into.
 TRUNK_OPS = MOVERS | {
+    "Abs",
     "Add",
     "Cast",
     "Conv",
@@ -48,6 +49,7 @@ TRUNK_OPS = MOVERS | {
     "MatMul",
     "Mul",
     "QuantizeLinear",
+    "ReduceMax",
     "Sigmoid",
     "Softmax",
     "Sub",
