@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+
+if TYPE_CHECKING:
+    from sa3_build.recipe import Fp8Recipe
 
 DEFAULT_HEADROOM = 2.0
 
@@ -28,8 +31,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"activation scale = amax * headroom / 448 (default {DEFAULT_HEADROOM:g}, see build/NOTES.md)",
     )  # fmt: skip
     line.add_argument(
-        "--ptq", choices=("modelopt", "direct"), default="modelopt",
-        help="who places Q/DQ pairs; direct is our own inserter and needs far less memory (default modelopt)",
+        "--ptq", choices=("auto", "modelopt", "direct"), default="auto",
+        help="who places Q/DQ pairs: ModelOpt, or our own inserter in far less memory; the pairs and scales are the "
+        "same (default auto: ModelOpt where its memory is there)",
     )  # fmt: skip
     line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
@@ -38,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
         help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
     )  # fmt: skip
+    line.add_argument("--work-dir", type=Path, metavar="D", help="for what lies between (default: beside the output)")
+    line.add_argument("--keep-intermediates", action="store_true", help="leave the working folder where it is")
+    line.add_argument("--dry-run", action="store_true", help="check the inputs, print what it would take, and stop")
     line.add_argument("--force", action="store_true", help="build even if the artefact is current")
     return line
 
@@ -56,16 +63,32 @@ def main(argv: list[str] | None = None) -> int:
                 "--engine needs an NVIDIA GPU and none is visible", "leave it out; build on the GPU's machine"
             )
 
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
+    from sa3_build import graph, resources
     from sa3_build.recipe import Fp8Recipe, Settings
 
-    settings = Settings(args.ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows, args.free_batch)
-    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings)
-    if not args.force and manifest.is_current(args.onnx, recipe.inputs, asdict(settings))[0]:
+    def recipe_of(ptq: str) -> Fp8Recipe:
+        settings = Settings(ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows, args.free_batch)
+        return Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
+
+    chosen, why = resources.choose_ptq(graph.bytes_of(args.input)) if args.ptq == "auto" else (args.ptq, "as asked")
+    recipe = recipe_of(chosen)
+    # Either way makes the same pairs and scales: what one made is current for the other.
+    either = ("modelopt", "direct") if args.ptq == "auto" else (chosen,)
+    current = any(
+        manifest.is_current(args.onnx, recipe.inputs, asdict(replace(recipe.settings, ptq=ptq)))[0] for ptq in either
+    )
+    if args.dry_run:
+        _show_plan(recipe, why, current and not args.force)
+        return 0
+    if current and not args.force:
         print(f"{args.onnx} is current")
     else:
+        print(f"--ptq {chosen}: {why}", file=sys.stderr)
         _print(recipe.run(), args.onnx)
+        if args.keep_intermediates:
+            print(f"intermediate graphs: {recipe.work}")
     if args.engine is not None and arch is not None:
         from sa3_build.compile import compile_engine
         from sa3_trt_core.targets import dit_target
@@ -73,6 +96,18 @@ def main(argv: list[str] | None = None) -> int:
         built = compile_engine(args.onnx, dit_target("medium", "fp8"), "tensorrt", arch, args.engine)
         print(f"{built.path}: {built.bytes} bytes")
     return 0
+
+
+def _show_plan(recipe: Fp8Recipe, why: str, current: bool) -> None:
+    """The stages, and what they take; nothing has been written."""
+    from sa3_trt_core import console
+
+    print(console.table(("stage", "leaves"), [list(stage) for stage in recipe.plan]))
+    needs = recipe.needs
+    print(f"--ptq {recipe.settings.ptq}: {why}")
+    sizes = (f"{name} {console.format_bytes(size)}" for name, size in needs.by_name.items())
+    print(f"about: {', '.join(sizes)}; working folder {recipe.work}")
+    print("the artefact is current: nothing would be done" if current else "nothing was written")
 
 
 def _print(report: dict[str, Any], artefact: Path) -> None:

@@ -93,7 +93,7 @@ class Subject:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         watched = {f"activation_{index}": name for index, name in enumerate(group)}
-        with OnnxRuntimeEngine(self.source, graph.observed(self.source, watched)) as engine:
+        with OnnxRuntimeEngine(self.source, graph.observed(self.source, watched), low_memory=True) as engine:
             for row in self.rows:
                 found = engine.run(tensors(row))
                 sigma = round(float(row["t"][0]), 6)

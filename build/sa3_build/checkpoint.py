@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -185,8 +185,9 @@ class NativeWeights:
 
         if not path.is_file():
             raise ToolError(f"no such checkpoint file: {path}", f"name the {WEIGHTS_FILE} of a native checkpoint")
+        self._open = lambda: safe_open(str(path), framework="pt", device="cpu")
         try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
+            self._opened: Any = self._open()
         except (SafetensorError, OSError) as error:
             raise ToolError(f"{path} is not a whole safetensors file ({error})", "download or make it again") from None
         self._path = path
@@ -194,6 +195,16 @@ class NativeWeights:
         for key in sorted(self.keys):
             if not key.startswith((DIT_PREFIX, AUTOENCODER_PREFIX, CONDITIONER_PREFIX)):
                 raise ToolError(f"{path}: unexpected tensor {key}", "this is not a native Stable Audio 3 checkpoint")
+
+    def release(self) -> None:
+        """Let go of the mapped file: what was read of it stays in memory until then. It is opened again when needed."""
+        self._opened = None
+
+    @property
+    def _file(self) -> Any:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
 
     def take(self, key: str, shape: torch.Size) -> torch.Tensor:
         """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""

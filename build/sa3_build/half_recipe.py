@@ -58,20 +58,20 @@ def build_half(source: Path, output: Path, min_cosine: float, free_batch: bool =
             onnx.checker.check_model(str(trial), full_check=True)
         except onnx.checker.ValidationError as error:
             raise ToolError(f"the converted graph is not valid ONNX ({error})", "report this with the graph") from None
-        with OnnxRuntimeEngine(source) as engine:
+        with OnnxRuntimeEngine(source, low_memory=True) as engine:
             reference = compare.denoise_rows(engine, check_rows())
-        with OnnxRuntimeEngine(trial) as engine:
+        with OnnxRuntimeEngine(trial, low_memory=True) as engine:
             candidate = compare.denoise_rows(engine, check_rows())
         if freed:
             require_rows_alike(trial)
-    parity = compare.parity_by_sigma(reference, candidate)
-    worst = min(p.worst_cosine for p in parity)
-    if not worst >= min_cosine:
-        raise GateError(
-            f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
-            "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
-        )
-    written = graph.save(model, output)
+        parity = compare.parity_by_sigma(reference, candidate)
+        worst = min(p.worst_cosine for p in parity)
+        if not worst >= min_cosine:
+            raise GateError(
+                f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
+                "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
+            )
+        written = graph.move(trial, output)
     gates = {"worst denoised cosine": worst, "parity": [asdict(p) for p in parity]}
     manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
     return Half(results[-1].counts, worst, sum(file.stat().st_size for file in written))

@@ -121,7 +121,7 @@ def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet
     watched = {f"amax_{index}": name for index, name in enumerate(selection.activations)}
     amax = np.zeros((calibration.rows, len(watched)), np.float32)
     with (
-        OnnxRuntimeEngine(source, graph.observed(source, watched, _largest_magnitude)) as engine,
+        OnnxRuntimeEngine(source, graph.observed(source, watched, _largest_magnitude), low_memory=True) as engine,
         Progress("activation amax", calibration.rows) as progress,
     ):
         for index, row in enumerate(calibration):
@@ -168,7 +168,7 @@ def apply_scales(
         worst = list(theirs)[int(np.argmax(np.abs(ratios / np.median(ratios) - 1)))]
         raise GateError(
             f"ModelOpt's calibration and ours disagree by {spread:.2%} (worst at {worst})",
-            "run again with --work-dir kept and compare; the calibration rows may have changed under the run",
+            "the calibration rows may have changed under the run; else --keep-intermediates and compare the graphs",
         )
     return {
         "activation scales": len(theirs),
