@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -125,7 +126,9 @@ class Exporter:
         written, nodes = graph.save(model, path), len(list(model.graph))
         clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
         # The module and its graph are of one size with the session to come: never both in memory.
+        graph.forget_weights(model)
         del module, model, forward
+        gc.collect()
         self._weights.release()
         measure = max_error if target.kind == "dit" else relative_error
         if target.kind == "same-decoder":

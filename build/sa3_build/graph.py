@@ -171,6 +171,12 @@ def drop_exporter_notes(model: ir.Model) -> None:
                 value.doc_string = None
 
 
+def forget_weights(model: ir.Model) -> None:
+    """Let go of every tensor of a graph that is not needed any more; rewrite rules of onnxscript keep graphs alive."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
     """The value of an initializer or of a Constant node's output; None for anything computed."""
     if value is None:
