@@ -118,7 +118,7 @@ def test_what_is_not_recognised_is_left_with_a_reason(single: Path) -> None:
     model = adopted(single)
     softmax = next(node for node in model.graph if node.op_type == "Softmax")
     values = softmax.outputs[0].uses()[0].node
-    twin = ir.node("Identity", [values.inputs[1]], name="a_v_of_its_own")
+    twin = ir.node("Neg", [values.inputs[1]], name="a_v_of_its_own")
     twin.outputs[0].name, twin.outputs[0].type = "a_v_of_its_own", values.inputs[1].type
     model.graph.insert_before(values, twin)
     values.replace_input_with(1, twin.outputs[0])
