@@ -148,11 +148,13 @@ def _tell(prompt: str, wavs: list[Path]) -> None:
 
 
 def _show(demo: Demo, report: dict[str, Any], engines: str) -> None:
-    from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
+    from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
 
     print(console.table(("stage", "seconds", "made"), demo.rows))
     print("\nFP8 against FP16-mixed, denoised latent, on the calibration rows:")
-    print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in report["stages"]["parity"]["parity"]])))
+    parity = report["stages"]["parity"]
+    print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in parity["parity"]])))
+    print(f"\n{console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in parity['by kind']]))}")
     if engines:
         print(f"\n{engines}", end="")
 
