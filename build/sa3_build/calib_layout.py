@@ -76,8 +76,9 @@ def read_layout(path: Path) -> Layout:
                 frames = _column(archive, FRAMES, path, rows, np.dtype(np.int32))
                 kinds = _column(archive, KIND, path, rows, np.dtype(np.uint8))
             else:
-                length = found["x"][2] if len(found["x"]) == 3 else 0
-                frames, kinds = [length] * rows, [0] * rows
+                if len(found["x"]) != 3:
+                    raise bad(path, f"member x has shape {list(found['x'])}, expected [{rows}, 256, L]")
+                frames, kinds = [found["x"][2]] * rows, [0] * rows
     except UNREADABLE as error:
         raise bad(path, f"is not an npz archive ({error})") from None
     for row, (length, kind) in enumerate(zip(frames, kinds, strict=True)):
