@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--out", type=Path, default=Path("output"), help="folder of the WAV files (default output/)")
     line.add_argument("--seconds", type=number_type(1, 120, "seconds"), default=10.0, help="of sound (default 10)")
     line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the sound (default 0)")
-    line.add_argument("--prompts", type=integer_type(1, 47), default=3, help="to calibrate on (default 3: every kind of row)")
+    line.add_argument(
+        "--prompts", type=integer_type(1, 47), default=3, help="to calibrate on (default 3: every kind of row)"
+    )
     line.add_argument("--no-engines", action="store_true", help="leave the TensorRT engines out")
     return line
 
