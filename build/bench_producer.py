@@ -83,7 +83,7 @@ def steps(args: argparse.Namespace, work: Path) -> list[tuple[str, list[str]]]:
         ("export DiT", [*export, "--only", "dit"]),
         ("export decoder", [*export, "--only", "decoder", "--only", "decoder-fp16"]),
         ("FP16-mixed", ["build_dit_fp16mixed.py", "--input", dit, "--onnx", half]),
-        ("calibration", [*capture, "--duration", args.duration]),
+        ("calibration", [*capture, "--duration", args.duration, "--cover", "text"]),
         ("FP8", [*quantise, "--parity-rows", "8"]),
     ]
     if args.arch:

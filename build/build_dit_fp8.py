@@ -111,7 +111,7 @@ def _show_plan(recipe: Fp8Recipe, why: str, current: bool) -> None:
 
 
 def _print(report: dict[str, Any], artefact: Path) -> None:
-    from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
+    from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
     from sa3_build.recipe import report_path
     from sa3_trt_core import console
 
@@ -124,6 +124,9 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     print(f"{stages['quantize']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]
     print(console.table(PARITY_HEADER, parity_rows(parity)))
+    print(console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in stages["parity"]["by kind"]])))
+    worst = stages["shares"]["worst"]
+    print(f"at most {worst['saturated']:.1e} of an activation saturates, {worst['subnormal']:.1%} is subnormal")
     print(f"{artefact}, report {report_path(artefact).name}")
 
 

@@ -285,6 +285,15 @@ def test_a_dead_activation_is_named(at_run_time: Path, selection: ptq.Selection)
         ptq.apply_scales(graph.load(at_run_time), selection, amax, headroom=1.0)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_dead_weight_is_named(at_run_time: Path, selection: ptq.Selection, value: float) -> None:
+    result, product = graph.load(at_run_time), selection.quantized[2]
+    weight = result.graph.initializers[product.weight]
+    weight.const_value = ir.tensor(np.full_like(weight.const_value.numpy(), value), name=weight.name)
+    with pytest.raises(ptq.ToolError, match=f"weight {product.weight} of {product.node} is zero throughout"):
+        ptq.apply_scales(result, selection, amax_of(result, selection), headroom=1.0)
+
+
 def test_a_calibration_that_disagrees_with_modelopts_is_refused(at_run_time: Path, selection: ptq.Selection) -> None:
     result = graph.load(at_run_time)
     amax = amax_of(result, selection)

@@ -50,8 +50,8 @@ class Subject:
         whole = CalibrationSet.open(calibration)
         whole.check_values()
         self.source, self.calibration = source, calibration
-        chosen = range(whole.rows) if limit is None else compare.parity_selection(whole.sigmas(), limit)
-        self.rows = ChosenRows(whole, frozenset(chosen))
+        everything = ChosenRows(whole, frozenset(range(whole.rows)))
+        self.rows = everything if limit is None else compare.parity_rows_of(whole, limit)
         self._selection = ptq.select_products(model)
         self._places = places(model, self._selection)
 
@@ -184,7 +184,7 @@ def document(subjects: Iterable[tuple[Subject, Sequence[Activation]]], headroom:
             "calib": str(subject.calibration),
             "sha256": input_digests(subject.source, subject.calibration),
             "rows": subject.rows.rows,
-            "latent_frames": subject.rows.whole.frames,
+            "latent_frames": sorted(set(subject.rows.lengths())),
             "activations": [_without_nan(asdict(one)) for one in activations],
         }
         for subject, activations in subjects

@@ -136,8 +136,9 @@ def apply_scales(
 ) -> dict[str, Any]:
     """Set every scale of a quantised graph: activations amax * headroom / 448, weights amax / 448 a channel.
 
-    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row, and, when the
-    graph is `calibrated` (by ModelOpt), GateError if that calibration saw other activations than we did.
+    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row or a weight
+    that is zero throughout, and, when the graph is `calibrated` (by ModelOpt), GateError if that calibration saw other
+    activations than we did.
     """
     by_name = {str(node.name): node for node in model.graph}
     largest = dict(zip(selection.activations, amax.max(axis=0), strict=True))
@@ -159,8 +160,7 @@ def apply_scales(
             scales.append(_scale_of(pairs[0]))
         weight = graph.constant_of(quantized_source(pairs[1]))
         assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
-        axis = pairs[1].attributes.get_int("axis", 1)
-        channel = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
+        channel = _channel_amax(pairs[1], product)
         floored += _set_scale(pairs[1], channel / E4M3_MAX)
     ratios = np.array([largest[name] / scale for name, scale in theirs.items()])
     spread = float(ratios.max() / ratios.min() - 1) if len(ratios) else 0.0
@@ -177,6 +177,20 @@ def apply_scales(
         "at the floor": floored,
         "agreement with ModelOpt": spread if calibrated else None,
     }
+
+
+def _channel_amax(dequantize: ir.Node, product: Product) -> np.ndarray:
+    """The largest magnitude of every channel of a weight behind a Q/DQ pair. Raises ToolError when all are zero."""
+    axis = dequantize.attributes.get_int("axis", 1)
+    weight = graph.constant_of(quantized_source(dequantize))
+    assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
+    found: np.ndarray = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
+    if not 0 < found.max() < np.inf:  # NaN too
+        raise ToolError(
+            f"weight {product.weight} of {product.node} is zero throughout or not finite",
+            "the checkpoint or the graph is damaged: export the DiT again",
+        )
+    return found
 
 
 def wanted_scale(amax: float, headroom: float) -> np.ndarray:

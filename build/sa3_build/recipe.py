@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq, resources
-from sa3_build.calib import CalibrationSet, ChosenRows, summary
+from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq, ranges, resources
+from sa3_build.calib import CalibrationSet, summary
 from sa3_build.linked import save_linked
 from sa3_build.passes.base import PassResult, naming, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
@@ -109,6 +109,7 @@ class Fp8Recipe:
             Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
             Stage("scales", ("quantized.onnx", "amax.npy"), (made,), self._scales),
+            Stage("shares", ("clean.onnx", made), (), self._shares),
             Stage("parity", ("clean.onnx", made), (), self._parity),
         )
 
@@ -159,25 +160,7 @@ class Fp8Recipe:
         amax = ptq.measure_amax(self.work / "clean.onnx", self._selection, self._calibration)
         with files.atomic_path(self.work / "amax.npy") as temporary:
             np.save(temporary, amax)
-        return {"rows": len(amax), "amax": self._amax_by_sigma(amax)}
-
-    def _amax_by_sigma(self, amax: np.ndarray) -> list[dict[str, Any]]:
-        selection = self._selection
-        sigmas = np.round(self._calibration.sigmas(), 6)
-        users: dict[str, list[str]] = {}
-        for product in selection.quantized:
-            users.setdefault(product.activation, []).append(product.node)
-        return [
-            {
-                "activation": name,
-                "products": users[name],
-                "amax": float(amax[:, column].max()),
-                "by sigma": {
-                    f"{s:g}": float(amax[sigmas == s, column].max()) for s in sorted(set(sigmas), reverse=True)
-                },
-            }
-            for column, name in enumerate(selection.activations)
-        ]
+        return {"rows": len(amax), "amax": ranges.amax_table(amax, self._selection, self._calibration)}
 
     def _scales(self) -> Mapping[str, Any]:
         source, result = graph.load(self.work / "clean.onnx"), graph.load(self.work / "quantized.onnx")
@@ -199,11 +182,17 @@ class Fp8Recipe:
         claims = [{"claim": check.claim, "looked at": check.looked_at, "holds": check.holds} for check in checks]
         return {**counts, "proof": claims, "excluded": selection.excluded}
 
+    def _shares(self) -> Mapping[str, Any]:
+        """On the rows of the parity, which hold every kind and sigma: a run of every row would double the time."""
+        rows = compare.parity_rows_of(self._calibration, self.settings.parity_rows)
+        scales = ranges.scales_of(self.work / self._made, self._selection)
+        found = ranges.measure_shares(self.work / "clean.onnx", scales, rows)
+        return {"rows": rows.rows, "worst": ranges.worst_shares(found), "shares": found}
+
     def _parity(self) -> Mapping[str, Any]:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        wanted = compare.parity_selection(self._calibration.sigmas(), self.settings.parity_rows)
-        rows = ChosenRows(self._calibration, frozenset(wanted))
+        rows = compare.parity_rows_of(self._calibration, self.settings.parity_rows)
         sides = []
         with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
             # The clean graph, not the source: what a source of another recipe has wrong is put right in it.
@@ -218,7 +207,8 @@ class Fp8Recipe:
                 "calibrate on more prompts, or lower --min-cosine if you know why",
                 console.table(compare.PARITY_HEADER, compare.parity_rows(parity)),
             )
-        return {"parity": [asdict(p) for p in parity], "worst": worst}
+        kinds = compare.parity_by_kind(sides[0], sides[1], rows.kinds())
+        return {"parity": [asdict(p) for p in parity], "by kind": [asdict(p) for p in kinds], "worst": worst}
 
     def _finish(self) -> dict[str, Any]:
         """Put the graph, the report and the manifest in place, in that order."""

@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sa3_trt_core.sampler import Conditioning
 
 
@@ -18,3 +20,11 @@ def null_conditioning(cond: Conditioning) -> Conditioning:
     import torch
 
     return replace(cond, t5_hidden=torch.zeros_like(cond.t5_hidden), t5_mask=torch.ones_like(cond.t5_mask))
+
+
+def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
+    """The velocity that guidance steps with: without + cfg * (with_text - without), all (B, C, L).
+
+    cfg 1 is the text's own velocity, more than 1 goes beyond it. Source: classifier-free guidance (Ho, Salimans 2022).
+    """
+    return without + cfg * (with_text - without)
