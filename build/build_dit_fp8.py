@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+
+if TYPE_CHECKING:
+    from sa3_build.settings import Settings
 
 DEFAULT_HEADROOM = 2.0
 
@@ -32,6 +35,18 @@ def parser() -> argparse.ArgumentParser:
         help="who places Q/DQ pairs; direct is our own inserter and needs far less memory (default modelopt)",
     )  # fmt: skip
     line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
+    line.add_argument(
+        "--target-cosine", type=number_type(0, 0.999999), metavar="C",
+        help="leave the fewest products in 16 bits that hold this denoised cosine on every parity row",
+    )  # fmt: skip
+    line.add_argument(
+        "--max-fp16-products", type=integer_type(0, 10**6), metavar="N",
+        help="with --target-cosine: at most this many; if they do not reach it, nothing is written",
+    )  # fmt: skip
+    line.add_argument(
+        "--recipe", choices=("ours", "reference"), default="ours",
+        help="reference: the published recipe's choices, to compare with and not for use; it sets --ptq and --headroom",
+    )  # fmt: skip
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument(
@@ -56,13 +71,11 @@ def main(argv: list[str] | None = None) -> int:
                 "--engine needs an NVIDIA GPU and none is visible", "leave it out; build on the GPU's machine"
             )
 
-    from dataclasses import asdict
+    from sa3_build.recipe import Fp8Recipe
 
-    from sa3_build.recipe import Fp8Recipe, Settings
-
-    settings = Settings(args.ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows, args.free_batch)
+    settings = _settings(args)
     recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings)
-    if not args.force and manifest.is_current(args.onnx, recipe.inputs, asdict(settings))[0]:
+    if not args.force and manifest.is_current(args.onnx, recipe.inputs, settings.noted())[0]:
         print(f"{args.onnx} is current")
     else:
         _print(recipe.run(), args.onnx)
@@ -75,6 +88,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _settings(args: argparse.Namespace) -> Settings:
+    from sa3_build import published_recipe
+    from sa3_build.settings import Settings
+
+    if args.max_fp16_products is not None and args.target_cosine is None:
+        raise ToolError("--max-fp16-products limits --target-cosine, which is not given", "give both or neither")
+    reference = args.recipe == "reference"
+    if reference and args.target_cosine is not None:
+        raise ToolError("--recipe reference has no --target-cosine", "leave one of them out")
+    return Settings(
+        "direct" if reference else args.ptq,  # ModelOpt gives every output channel its own scale
+        published_recipe.HEADROOM if reference else args.headroom,
+        args.weights, args.min_cosine, args.parity_rows, args.free_batch,
+        target_cosine=args.target_cosine, max_fp16_products=args.max_fp16_products, recipe=args.recipe,
+    )  # fmt: skip
+
+
 def _print(report: dict[str, Any], artefact: Path) -> None:
     from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
     from sa3_build.recipe import report_path
@@ -85,6 +115,9 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     print(console.table(("stage", "seconds"), rows))
     for check in stages["scales"]["proof"]:
         print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
+    if "sensitivity" in stages:
+        kept, forwards = len(stages["sensitivity"]["kept"]), stages["sensitivity"]["forwards"]
+        print(f"{kept} products stay in 16 bits for the target cosine ({forwards} forwards)")
     share = stages["quantize"]["fp8 share of token products"]
     print(f"{stages['quantize']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]

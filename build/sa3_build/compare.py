@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa3_build.calib import tensors
+from sa3_build.calib import CalibrationSet, ChosenRows, tensors
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
@@ -94,3 +94,8 @@ def parity_selection(sigmas: list[float], limit: int) -> set[int]:
         step = max(1, len(rows) // each)
         chosen.update(rows[::step][:each])
     return chosen
+
+
+def parity_rows_of(calibration: CalibrationSet, limit: int) -> ChosenRows:
+    """The rows that the parity runs on."""
+    return ChosenRows(calibration, frozenset(parity_selection(calibration.sigmas(), limit)))

@@ -17,34 +17,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq
+from sa3_build import adoption, compare, frontier, graph, modelopt_ptq, proof, ptq, published_recipe, sensitivity
+from sa3_build.accepted import require_half
 from sa3_build.calib import CalibrationSet, ChosenRows, summary
-from sa3_build.passes.base import PassResult, naming, run_passes
+from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
+from sa3_build.settings import Settings
 from sa3_trt_core import console, files, manifest
-from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.errors import GateError
 
 REPORT_SUFFIX = ".report.json"
 REPORT_FORMAT = 1
-
-
-RULES = 2  # raised when the same settings come to mean other files: artefacts of older rules are stale
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the result depends on besides its two inputs."""
-
-    ptq: str  # "modelopt", or "direct": our own inserter, for machines without ModelOpt's memory
-    headroom: float
-    weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
-    min_cosine: float
-    parity_rows: int
-    free_batch: bool = True  # a batch axis that the source fixes at 1 becomes dynamic
-    rules: int = RULES
 
 
 @dataclass(frozen=True)
@@ -101,10 +87,12 @@ class Fp8Recipe:
         return finished
 
     def _stages(self) -> tuple[Stage, ...]:
+        search = Stage("sensitivity", ("clean.onnx", "amax.npy"), (), self._search)
         return (
             Stage("clean", (), ("clean.onnx",), self._clean),
-            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
+            *([search] if self._settings.target_cosine is not None else []),
+            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("scales", ("quantized.onnx", "amax.npy"), ("dit_fp8.onnx",), self._scales),
             Stage("parity", ("clean.onnx", "dit_fp8.onnx"), (), self._parity),
         )
@@ -113,7 +101,7 @@ class Fp8Recipe:
         """Keep a working folder that was made for these inputs and settings; throw away any other."""
         note = {
             "inputs": self._inputs,
-            "settings": asdict(self._settings),
+            "settings": self._settings.noted(),
             "tools": manifest.tool_versions(manifest.TOOLS),
         }
         try:
@@ -156,8 +144,25 @@ class Fp8Recipe:
             found["rows together against one by one"] = adoption.require_rows_alike(self._work / "clean.onnx")
         return found
 
-    def _selection(self) -> ptq.Selection:
-        return ptq.select_products(graph.load(self._work / "clean.onnx"))
+    def _candidates(self, model: ir.Model | None = None) -> ptq.Selection:
+        chosen_by = published_recipe if self._settings.recipe == "reference" else ptq
+        return chosen_by.select_products(model or graph.load(self._work / "clean.onnx"))
+
+    def _selection(self, model: ir.Model | None = None) -> ptq.Selection:
+        kept = self._stages_done["sensitivity"]["kept"] if self._settings.target_cosine is not None else ()
+        return ptq.keep(self._candidates(model), kept)
+
+    def _rows(self) -> CalibrationSet | ChosenRows:
+        whole = self._calibration
+        return published_recipe.rows_of(whole) if self._settings.recipe == "reference" else whole
+
+    def _search(self) -> Mapping[str, Any]:
+        return sensitivity.search(
+            self._work / "clean.onnx",
+            np.load(self._work / "amax.npy"),
+            compare.parity_rows_of(self._calibration, self._settings.parity_rows),
+            self._settings,
+        )
 
     def _quantize(self) -> Mapping[str, Any]:
         selection = self._selection()
@@ -182,14 +187,14 @@ class Fp8Recipe:
         shutil.rmtree(scratch)
 
     def _amax(self) -> Mapping[str, Any]:
-        amax = ptq.measure_amax(self._work / "clean.onnx", self._selection(), self._calibration)
+        amax = ptq.measure_amax(self._work / "clean.onnx", self._candidates(), self._rows())
         with files.atomic_path(self._work / "amax.npy") as temporary:
             np.save(temporary, amax)
         return {"rows": len(amax), "amax": self._amax_by_sigma(amax)}
 
     def _amax_by_sigma(self, amax: np.ndarray) -> list[dict[str, Any]]:
-        selection = self._selection()
-        sigmas = np.round(self._calibration.sigmas(), 6)
+        selection = self._candidates()
+        sigmas = np.round(self._rows().sigmas(), 6)
         users: dict[str, list[str]] = {}
         for product in selection.quantized:
             users.setdefault(product.activation, []).append(product.node)
@@ -207,8 +212,10 @@ class Fp8Recipe:
 
     def _scales(self) -> Mapping[str, Any]:
         source, result = graph.load(self._work / "clean.onnx"), graph.load(self._work / "quantized.onnx")
-        selection = ptq.select_products(source)
-        amax = np.load(self._work / "amax.npy")
+        selection = self._selection(source)
+        amax = np.load(self._work / "amax.npy")[:, ptq.columns(self._candidates(source), selection)]
+        if self._settings.recipe == "reference":
+            amax = published_recipe.bounded(amax)
         check = self._settings.ptq == "modelopt"
         counts = ptq.apply_scales(result, selection, amax, self._settings.headroom, check)
         if self._settings.weights == "fp8":
@@ -228,8 +235,7 @@ class Fp8Recipe:
     def _parity(self) -> Mapping[str, Any]:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        wanted = compare.parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
-        rows = ChosenRows(self._calibration, frozenset(wanted))
+        rows = compare.parity_rows_of(self._calibration, self._settings.parity_rows)
         sides = []
         with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
             # The clean graph, not the source: what a source of another recipe has wrong is put right in it.
@@ -238,9 +244,10 @@ class Fp8Recipe:
                     sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
         parity = compare.parity_by_sigma(*sides)
         worst = min(p.worst_cosine for p in parity)
-        if not worst >= self._settings.min_cosine:
+        wanted = max(self._settings.min_cosine, self._settings.target_cosine or 0.0)
+        if not worst >= wanted:
             raise GateError(
-                f"worst denoised cosine {worst:.6f} is under {self._settings.min_cosine:g}; nothing was written",
+                f"worst denoised cosine {worst:.6f} is under {wanted:g}; nothing was written",
                 "calibrate on more prompts, or lower --min-cosine if you know why",
                 console.table(compare.PARITY_HEADER, compare.parity_rows(parity)),
             )
@@ -249,39 +256,23 @@ class Fp8Recipe:
     def _finish(self) -> dict[str, Any]:
         """Put the graph, the report and the manifest in place, in that order."""
         written = graph.save(graph.load(self._work / "dit_fp8.onnx"), self._output)
+        if "sensitivity" in self._stages_done:
+            written.append(frontier.plot(self._stages_done["sensitivity"]["frontier"], self._output))
         report = {
             "format": REPORT_FORMAT,
             "artefact": self._output.name,
             "inputs": self._inputs,
             "outputs": {file.name: files.sha256_of(file) for file in written},
             "tools": self._note["tools"],
-            "settings": asdict(self._settings),
+            "settings": self._settings.noted(),
             "calibration": summary(self._calibration, self._ranges),
             "stages": self._stages_done,
         }
         path = report_path(self._output)
         files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
         gates = {"proof": "holds", "worst denoised cosine": self._stages_done["parity"]["worst"]}
-        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self._inputs, asdict(self._settings), gates)
+        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self._inputs, self._settings.noted(), gates)
         return report
-
-
-def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
-    """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
-    if any(node.op_type in proof.QDQ for node in model.graph):
-        raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
-    with naming(source):
-        adoption.adopt(model, free_batch)
-        find_dit_islands(model)
-        trunk = {product.weight for product in ptq.select_products(model).quantized}
-    wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
-    if wide:
-        raise ToolError(
-            f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
-            "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
-        )
-    with naming(source):
-        adoption.remix(model)
 
 
 def _counted(rows: Any, progress: console.Progress) -> Any:
