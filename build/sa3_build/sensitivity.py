@@ -74,6 +74,8 @@ class Sensitivity:
                 raise self._not_reached(points, target, most_products)
             chosen = found
             points[chosen] = replace(points[chosen], measured=self._run_all(order, chosen, target))
+            if min(self._measure(order, points, chosen).values()) < target:  # more probes: measure the rest again
+                points[chosen + 1 :] = [replace(point, measured=None) for point in points[chosen + 1 :]]
         kept = tuple(product.node for effect in order[:chosen] for product in effect.unit.products)
         return Outcome(kept, frontier.document(order, points, target, chosen), self._dit.forwards)
 
