@@ -36,6 +36,8 @@ def test_a_drift_above_the_largest_control_has_no_size(found: float) -> None:
 def test_a_control_that_falls_back_does_not_break_the_reading() -> None:
     sizes = [drift.equivalent(height, [1e-6, 5e-5, 4e-5, 9e-4]) for height in (1e-6, 2e-5, 1e-4, 9e-4)]
     assert sizes == sorted(sizes) and sizes[0] == pytest.approx(1e-3) and sizes[-1] == pytest.approx(3e-2)
+    between = drift.equivalent(8e-5, [1e-6, 5e-5, 4e-5, 9e-4])  # the third control counts as 5e-5
+    assert between == pytest.approx(1e-2 * 3 ** (math.log(1.6) / math.log(18)))
 
 
 @pytest.fixture(scope="module")
