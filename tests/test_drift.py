@@ -76,13 +76,13 @@ def test_the_start_alone_is_soon_replaced_by_noise(
     done = run(compare_rollouts.main, [*line, "--prompts", 1, "--rows", 1, "--perturb", "start"])
     assert done.code == 0, done.err
     start = json.loads(out.read_text())["controls"][0]
-    assert start[0] > start[3] > every_step[3]
+    assert start[3] < 1 - 1e-12 and 1 - min(start) < (1 - every_step[3]) / 10
 
 
 def test_rows_and_shares_stand_beside_the_rollouts(compared: Done, document_path: Path, tiny_fp8: Path) -> None:
     same, fp8 = json.loads(document_path.read_text())["candidates"]
     stages = json.loads(report_path(tiny_fp8 / FP8).read_text())["stages"]
-    assert set(same["worst_by_sigma"].values()) == {pytest.approx(1.0, abs=1e-12)} and same["fp8_share"] == 0.0
+    assert min(same["worst_by_sigma"].values()) == pytest.approx(1.0, abs=1e-12) and same["fp8_share"] == 0.0
     assert fp8["fp8_share"] == pytest.approx(stages["quantize"]["fp8 share of token products"], rel=1e-12)
     assert len(fp8["worst_by_sigma"]) == 4 and 0.99 < min(fp8["worst_by_sigma"].values()) < 0.9999999
     words = [line for line in compared.out.splitlines() if str(tiny_fp8 / FP8) in line and "%" in line]
