@@ -36,6 +36,18 @@ def parser() -> argparse.ArgumentParser:
         "same (default auto: ModelOpt where its memory is there)",
     )  # fmt: skip
     line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
+    line.add_argument(
+        "--target-cosine", type=number_type(0, 0.999999), metavar="C",
+        help="leave the fewest products in 16 bits that hold this denoised cosine on every parity row",
+    )  # fmt: skip
+    line.add_argument(
+        "--max-fp16-products", type=integer_type(0, 10**6), metavar="N",
+        help="with --target-cosine: at most this many; if they do not reach it, nothing is written",
+    )  # fmt: skip
+    line.add_argument(
+        "--recipe", choices=("ours", "reference"), default="ours",
+        help="reference: the published recipe's choices, to compare with and not for use; it sets --ptq and --headroom",
+    )  # fmt: skip
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument(
@@ -63,21 +75,17 @@ def main(argv: list[str] | None = None) -> int:
                 "--engine needs an NVIDIA GPU and none is visible", "leave it out; build on the GPU's machine"
             )
 
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
-    from sa3_build import graph, resources
-    from sa3_build.recipe import Fp8Recipe, Settings
+    from sa3_build.recipe import Fp8Recipe
+    from sa3_build.settings import from_arguments
 
-    def recipe_of(ptq: str) -> Fp8Recipe:
-        settings = Settings(ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows, args.free_batch)
-        return Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
-
-    chosen, why = resources.choose_ptq(graph.bytes_of(args.input)) if args.ptq == "auto" else (args.ptq, "as asked")
-    recipe = recipe_of(chosen)
+    settings, why = from_arguments(args)
+    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
     # Either way makes the same pairs and scales: what one made is current for the other.
-    either = ("modelopt", "direct") if args.ptq == "auto" else (chosen,)
+    either = ("modelopt", "direct") if args.ptq == "auto" else (settings.ptq,)
     current = any(
-        manifest.is_current(args.onnx, recipe.inputs, asdict(replace(recipe.settings, ptq=ptq)))[0] for ptq in either
+        manifest.is_current(args.onnx, recipe.inputs, replace(settings, ptq=ptq).noted())[0] for ptq in either
     )
     if args.dry_run:
         _show_plan(recipe, why, current and not args.force)
@@ -85,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     if current and not args.force:
         print(f"{args.onnx} is current")
     else:
-        print(f"--ptq {chosen}: {why}", file=sys.stderr)
+        print(f"--ptq {settings.ptq}: {why}", file=sys.stderr)
         _print(recipe.run(), args.onnx)
         if args.keep_intermediates:
             print(f"intermediate graphs: {recipe.work}")
@@ -120,6 +128,9 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     print(console.table(("stage", "seconds"), rows))
     for check in stages["scales"]["proof"]:
         print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
+    if "sensitivity" in stages:
+        kept, forwards = len(stages["sensitivity"]["kept"]), stages["sensitivity"]["forwards"]
+        print(f"{kept} products stay in 16 bits for the target cosine ({forwards} forwards)")
     share = stages["quantize"]["fp8 share of token products"]
     print(f"{stages['quantize']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]

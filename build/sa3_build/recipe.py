@@ -9,44 +9,41 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq, ranges, resources
-from sa3_build.calib import CalibrationSet, summary
+from sa3_build import (
+    adoption,
+    compare,
+    frontier,
+    graph,
+    modelopt_ptq,
+    proof,
+    ptq,
+    published_recipe,
+    ranges,
+    resources,
+    sensitivity,
+)
+from sa3_build.accepted import needs_of, require_half
+from sa3_build.calib import CalibrationSet, ChosenRows, summary
 from sa3_build.linked import save_linked
-from sa3_build.passes.base import PassResult, naming, run_passes
+from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
+from sa3_build.settings import Settings
 from sa3_build.stages import Stage, WorkingFolder
 from sa3_trt_core import console, files, manifest
-from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.errors import GateError
 
 REPORT_SUFFIX = ".report.json"
 REPORT_FORMAT = 1
-
-
-RULES = 2  # raised when the same settings come to mean other files: artefacts of older rules are stale
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the result depends on besides its two inputs."""
-
-    ptq: str  # "modelopt", or "direct": our own inserter, for machines without ModelOpt's memory
-    headroom: float
-    weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
-    min_cosine: float
-    parity_rows: int
-    free_batch: bool = True  # a batch axis that the source fixes at 1 becomes dynamic
-    rules: int = RULES
 
 
 def report_path(artefact: Path) -> Path:
@@ -82,7 +79,7 @@ class Fp8Recipe:
         self.work = ((work or output.parent) / f".{output.stem}.partial").resolve()
         files.require_writable(self.work / "stages.json", "--work-dir")
         self.inputs = input_digests(source, calibration)
-        note = {"inputs": self.inputs, "settings": asdict(settings), "tools": manifest.tool_versions(manifest.TOOLS)}
+        note = {"inputs": self.inputs, "settings": settings.noted(), "tools": manifest.tool_versions(manifest.TOOLS)}
         self._folder = WorkingFolder(self.work, note)
         self._made = Path("result") / output.name
 
@@ -104,10 +101,12 @@ class Fp8Recipe:
 
     def _stages(self) -> tuple[Stage, ...]:
         made = str(self._made)
+        search = Stage("sensitivity", ("clean.onnx", "amax.npy"), (), self._search)
         return (
             Stage("clean", (), ("clean.onnx",), self._clean),
-            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
+            *([search] if self.settings.target_cosine is not None else []),
+            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("scales", ("quantized.onnx", "amax.npy"), (made,), self._scales),
             Stage("shares", ("clean.onnx", made), (), self._shares),
             Stage("parity", ("clean.onnx", made), (), self._parity),
@@ -131,8 +130,27 @@ class Fp8Recipe:
         return found
 
     @cached_property
+    def _candidates(self) -> ptq.Selection:
+        chosen_by = published_recipe if self.settings.recipe == "reference" else ptq
+        return chosen_by.select_products(graph.load(self.work / "clean.onnx"))
+
+    @cached_property
     def _selection(self) -> ptq.Selection:
-        return ptq.select_products(graph.load(self.work / "clean.onnx"))
+        kept = self._folder.done["sensitivity"]["kept"] if self.settings.target_cosine is not None else ()
+        return ptq.keep(self._candidates, kept)
+
+    @cached_property
+    def _rows(self) -> CalibrationSet | ChosenRows:
+        whole = self._calibration
+        return published_recipe.rows_of(whole) if self.settings.recipe == "reference" else whole
+
+    @cached_property
+    def _parity_rows(self) -> ChosenRows:
+        return compare.parity_rows_of(self._calibration, self.settings.parity_rows)
+
+    def _search(self) -> Mapping[str, Any]:
+        amax = np.load(self.work / "amax.npy")
+        return sensitivity.search(self.work / "clean.onnx", amax, self._parity_rows, self.settings)
 
     def _quantize(self) -> Mapping[str, Any]:
         selection = self._selection
@@ -157,15 +175,17 @@ class Fp8Recipe:
         shutil.rmtree(scratch)
 
     def _amax(self) -> Mapping[str, Any]:
-        amax = ptq.measure_amax(self.work / "clean.onnx", self._selection, self._calibration)
+        amax = ptq.measure_amax(self.work / "clean.onnx", self._candidates, self._rows)
         with files.atomic_path(self.work / "amax.npy") as temporary:
             np.save(temporary, amax)
-        return {"rows": len(amax), "amax": ranges.amax_table(amax, self._selection, self._calibration)}
+        return {"rows": len(amax), "amax": ranges.amax_table(amax, self._candidates, self._rows)}
 
     def _scales(self) -> Mapping[str, Any]:
         source, result = graph.load(self.work / "clean.onnx"), graph.load(self.work / "quantized.onnx")
         selection = self._selection
-        amax = np.load(self.work / "amax.npy")
+        amax = np.load(self.work / "amax.npy")[:, ptq.columns(self._candidates, selection)]
+        if self.settings.recipe == "reference":
+            amax = published_recipe.bounded(amax)
         check = self.settings.ptq == "modelopt"
         counts = ptq.apply_scales(result, selection, amax, self.settings.headroom, check)
         if self.settings.weights == "fp8":
@@ -184,7 +204,7 @@ class Fp8Recipe:
 
     def _shares(self) -> Mapping[str, Any]:
         """On the rows of the parity, which hold every kind and sigma: a run of every row would double the time."""
-        rows = compare.parity_rows_of(self._calibration, self.settings.parity_rows)
+        rows = self._parity_rows
         scales = ranges.scales_of(self.work / self._made, self._selection)
         found = ranges.measure_shares(self.work / "clean.onnx", scales, rows)
         return {"rows": rows.rows, "worst": ranges.worst_shares(found), "shares": found}
@@ -192,7 +212,7 @@ class Fp8Recipe:
     def _parity(self) -> Mapping[str, Any]:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        rows = compare.parity_rows_of(self._calibration, self.settings.parity_rows)
+        rows = self._parity_rows
         sides = []
         with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
             # The clean graph, not the source: what a source of another recipe has wrong is put right in it.
@@ -201,9 +221,10 @@ class Fp8Recipe:
                     sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
         parity = compare.parity_by_sigma(*sides)
         worst = min(p.worst_cosine for p in parity)
-        if not worst >= self.settings.min_cosine:
+        wanted = max(self.settings.min_cosine, self.settings.target_cosine or 0.0)
+        if not worst >= wanted:
             raise GateError(
-                f"worst denoised cosine {worst:.6f} is under {self.settings.min_cosine:g}; nothing was written",
+                f"worst denoised cosine {worst:.6f} is under {wanted:g}; nothing was written",
                 "calibrate on more prompts, or lower --min-cosine if you know why",
                 console.table(compare.PARITY_HEADER, compare.parity_rows(parity)),
             )
@@ -218,51 +239,23 @@ class Fp8Recipe:
             written = graph.save(graph.load(made), self._output)
         else:
             written = graph.move(made, self._output)
+        if "sensitivity" in self._folder.done:
+            written.append(frontier.plot(self._folder.done["sensitivity"]["frontier"], self._output))
         report = {
             "format": REPORT_FORMAT,
             "artefact": self._output.name,
             "inputs": self.inputs,
             "outputs": {file.name: files.sha256_of(file) for file in written},
             "tools": self._folder.note["tools"],
-            "settings": asdict(self.settings),
+            "settings": self.settings.noted(),
             "calibration": summary(self._calibration, self._ranges),
             "stages": self._folder.done,
         }
         path = report_path(self._output)
         files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
         gates = {"proof": "holds", "worst denoised cosine": self._folder.done["parity"]["worst"]}
-        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self.inputs, asdict(self.settings), gates)
+        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self.inputs, self.settings.noted(), gates)
         return report
-
-
-def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
-    """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
-    if any(node.op_type in proof.QDQ for node in model.graph):
-        raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
-    with naming(source):
-        adoption.adopt(model, free_batch)
-        find_dit_islands(model)
-        trunk = {product.weight for product in ptq.select_products(model).quantized}
-    wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
-    if wide:
-        raise ToolError(
-            f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
-            "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
-        )
-    with naming(source):
-        adoption.remix(model)
-
-
-def needs_of(model: ir.Model, source: Path, settings: Settings) -> resources.Estimate:
-    """What quantising an adopted DiT needs of memory and disk."""
-    run_passes(model, [FoldWeights()])
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    held = [tensor for tensor in tensors.values() if tensor is not None]
-    rewritten = sum(tensor.nbytes for tensor in held if not isinstance(tensor, graph.StoredTensor))
-    quantised = [tensors[product.weight] for product in ptq.select_products(model).quantized]
-    total = sum(file.stat().st_size for file in graph.files_of(source))
-    in_fp8 = sum(tensor.nbytes for tensor in quantised if tensor is not None)
-    return resources.estimate(total, in_fp8, rewritten, settings.ptq, settings.weights)
 
 
 def _counted(rows: Any, progress: console.Progress) -> Any:
