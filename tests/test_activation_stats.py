@@ -86,7 +86,7 @@ def test_figures_are_those_of_the_tensors(tiny_fp8: Path, tiny_calib: Path, docu
     found = document["models"][0]["activations"]
     watched = {f"w{index}": one["tensor"] for index, one in enumerate(found)}
     whole: dict[tuple[str, float], list[np.ndarray]] = {}
-    with OnnxRuntimeEngine(tiny_fp8 / HALF, graph.observed(tiny_fp8 / HALF, watched)) as engine:
+    with OnnxRuntimeEngine(tiny_fp8 / HALF, graph.observed(tiny_fp8 / HALF, watched), low_memory=True) as engine:
         for row in CalibrationSet.open(tiny_calib):
             values = engine.run(tensors(row))
             for output, name in watched.items():

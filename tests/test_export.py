@@ -106,7 +106,7 @@ def test_the_half_dit_is_16_bit_between_its_islands(tiny_onnx: Path) -> None:
     for node in model.graph:
         if node.op_type in half:
             half[node.op_type].append(str(node.outputs[0].dtype))
-    assert set(half["Softmax"]) == {"FLOAT16"} and len(half["Softmax"]) == 4
+    assert set(half["Softmax"]) == {"FLOAT16"} and len(half["Softmax"]) == 2  # one a pair of halves
     assert set(half["Sin"]) == set(half["ReduceMean"]) == {"FLOAT"}
     core = [node for node in model.graph if node.op_type == "MatMul" and graph.weight_of(node) is None]
     assert len(core) == 8

@@ -14,6 +14,7 @@ import pytest
 from helpers.commands import ROOT, kill_when, listing, run, two_lines
 from sa3_build import compare, frontier, graph, ptq, published_recipe
 from sa3_build.calib import CalibrationSet
+from sa3_build.calib_layout import Layout
 from sa3_build.frontier import Effect
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
@@ -234,5 +235,7 @@ def test_the_published_choices_are_made_and_proved(tiny_onnx: Path, tiny_calib: 
 
 
 def test_the_published_recipe_looks_at_the_last_rows_only(tiny_calib: Path) -> None:
-    assert sorted(published_recipe.rows_of(CalibrationSet(tiny_calib, 40, 70)).indices) == list(range(24, 40))
+    assert sorted(
+        published_recipe.rows_of(CalibrationSet(tiny_calib, Layout(False, (70,) * 40, ("text",) * 40))).indices
+    ) == list(range(24, 40))
     assert published_recipe.rows_of(CalibrationSet.open(tiny_calib)).rows == 8
