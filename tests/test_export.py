@@ -57,13 +57,15 @@ def test_the_decoder_at_any_length(modules, tiny_onnx: Path, frames: int) -> Non
     assert np.abs(found - wanted).max() <= 1  # one step of 16 bits, where rounding falls the other way
 
 
-@pytest.mark.parametrize("frames", [32, 33, 120])
+@pytest.mark.parametrize("frames", [33, 90])
 def test_the_encoder_at_any_length(modules, tiny_checkpoint: Path, tiny_onnx: Path, frames: int) -> None:
-    """The graph against its module, and against diffusers' own encoder with its dense mask."""
+    """The graph against its module, and once against diffusers' own encoder with its dense mask."""
     inputs = export.example_inputs("same-encoder", 1, frames, seed=frames)
     wanted, found = both(modules, tiny_onnx, "same-l-encoder", inputs)
     assert found.shape == (1, 256, frames)
     assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) <= 1e-5
+    if frames != 33:
+        return
     geometry = load_geometry(tiny_checkpoint / "model_config.json")
     stored = checkpoint.NativeWeights(tiny_checkpoint / "model.safetensors")
     with torch.inference_mode():
