@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument(
         "--duration", type=number_type(0.5, 120, "seconds"), default=5.0, help="of them (default 5: L 120)"
     )
-    line.add_argument("--ptq", choices=("modelopt", "direct"), default="direct", help="who quantises (default direct)")
+    line.add_argument(
+        "--ptq", choices=("auto", "modelopt", "direct"), default="direct", help="who quantises (default direct)"
+    )
     line.add_argument("--arch", help="also compile sa3-m-fp8 with TensorRT-RTX, e.g. sm_89")
     line.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return line
@@ -81,7 +83,7 @@ def steps(args: argparse.Namespace, work: Path) -> list[tuple[str, list[str]]]:
         ("export DiT", [*export, "--only", "dit"]),
         ("export decoder", [*export, "--only", "decoder", "--only", "decoder-fp16"]),
         ("FP16-mixed", ["build_dit_fp16mixed.py", "--input", dit, "--onnx", half]),
-        ("calibration", [*capture, "--duration", args.duration]),
+        ("calibration", [*capture, "--duration", args.duration, "--cover", "text"]),
         ("FP8", [*quantise, "--parity-rows", "8"]),
     ]
     if args.arch:
@@ -115,7 +117,8 @@ def _bytes_under(folder: Path, hidden: bool) -> int:
         for name in names:
             if (below or name.startswith(".")) == hidden:
                 try:
-                    total += os.path.getsize(os.path.join(base, name))
+                    found = os.stat(os.path.join(base, name))
+                    total += 0 if hidden and found.st_nlink > 1 else found.st_size  # linked: another file's bytes
                 except FileNotFoundError:
                     continue  # renamed into place between the listing and the look
     return total

@@ -19,6 +19,12 @@ def parser() -> argparse.ArgumentParser:
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
         help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
     )  # fmt: skip
+    for flag, what in (
+        ("--bake-rope", "make the rotary table a constant, read up to the length of the run"),
+        ("--stack-attention", "one attention call for both halves of differential attention"),
+        ("--pad-k", "pad products whose K is no multiple of 16 (the local embedding: 257) with zeros"),
+    ):
+        line.add_argument(flag, action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
     return line
 
 
@@ -31,12 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     files.require_writable(args.onnx, "graph")
 
     from sa3_build.half_recipe import build_half
+    from sa3_build.shaping import Shaping
     from sa3_trt_core import console
 
-    made = build_half(args.input, args.onnx, args.min_cosine, args.free_batch)
+    shaping = Shaping(args.bake_rope, args.stack_attention, args.pad_k)
+    made = build_half(args.input, args.onnx, args.min_cosine, args.free_batch, shaping)
     if made is None:
         print(f"{args.onnx} is current")
         return 0
+    for one in made.shape:
+        print(f"{one.name}: {', '.join(f'{count} {name}' for name, count in one.counts.items())}")
+        for note in one.notes:
+            print(f"  {note}")
     counts = ", ".join(f"{count} {name}" for name, count in made.counts.items())
     print(f"{args.onnx}: {counts}; worst denoised cosine {made.worst:.8f}, {console.format_bytes(made.bytes)}")
     return 0

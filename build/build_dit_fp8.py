@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+
+if TYPE_CHECKING:
+    from sa3_build.recipe import Fp8Recipe
 
 DEFAULT_HEADROOM = 2.0
 
@@ -28,16 +31,32 @@ def parser() -> argparse.ArgumentParser:
         help=f"activation scale = amax * headroom / 448 (default {DEFAULT_HEADROOM:g}, see build/NOTES.md)",
     )  # fmt: skip
     line.add_argument(
-        "--ptq", choices=("modelopt", "direct"), default="modelopt",
-        help="who places Q/DQ pairs; direct is our own inserter and needs far less memory (default modelopt)",
+        "--ptq", choices=("auto", "modelopt", "direct"), default="auto",
+        help="who places Q/DQ pairs: ModelOpt, or our own inserter in far less memory; the pairs and scales are the "
+        "same (default auto: ModelOpt where its memory is there)",
     )  # fmt: skip
     line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
+    line.add_argument(
+        "--target-cosine", type=number_type(0, 0.999999), metavar="C",
+        help="leave the fewest products in 16 bits that hold this denoised cosine on every parity row",
+    )  # fmt: skip
+    line.add_argument(
+        "--max-fp16-products", type=integer_type(0, 10**6), metavar="N",
+        help="with --target-cosine: at most this many; if they do not reach it, nothing is written",
+    )  # fmt: skip
+    line.add_argument(
+        "--recipe", choices=("ours", "reference"), default="ours",
+        help="reference: the published recipe's choices, to compare with and not for use; it sets --ptq and --headroom",
+    )  # fmt: skip
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument(
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
         help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
     )  # fmt: skip
+    line.add_argument("--work-dir", type=Path, metavar="D", help="for what lies between (default: beside the output)")
+    line.add_argument("--keep-intermediates", action="store_true", help="leave the working folder where it is")
+    line.add_argument("--dry-run", action="store_true", help="check the inputs, print what it would take, and stop")
     line.add_argument("--force", action="store_true", help="build even if the artefact is current")
     return line
 
@@ -56,16 +75,28 @@ def main(argv: list[str] | None = None) -> int:
                 "--engine needs an NVIDIA GPU and none is visible", "leave it out; build on the GPU's machine"
             )
 
-    from dataclasses import asdict
+    from dataclasses import replace
 
-    from sa3_build.recipe import Fp8Recipe, Settings
+    from sa3_build.recipe import Fp8Recipe
+    from sa3_build.settings import from_arguments
 
-    settings = Settings(args.ptq, args.headroom, args.weights, args.min_cosine, args.parity_rows, args.free_batch)
-    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings)
-    if not args.force and manifest.is_current(args.onnx, recipe.inputs, asdict(settings))[0]:
+    settings, why = from_arguments(args)
+    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
+    # Either way makes the same pairs and scales: what one made is current for the other.
+    either = ("modelopt", "direct") if args.ptq == "auto" else (settings.ptq,)
+    current = any(
+        manifest.is_current(args.onnx, recipe.inputs, replace(settings, ptq=ptq).noted())[0] for ptq in either
+    )
+    if args.dry_run:
+        _show_plan(recipe, why, current and not args.force)
+        return 0
+    if current and not args.force:
         print(f"{args.onnx} is current")
     else:
+        print(f"--ptq {settings.ptq}: {why}", file=sys.stderr)
         _print(recipe.run(), args.onnx)
+        if args.keep_intermediates:
+            print(f"intermediate graphs: {recipe.work}")
     if args.engine is not None and arch is not None:
         from sa3_build.compile import compile_engine
         from sa3_trt_core.targets import dit_target
@@ -75,8 +106,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _show_plan(recipe: Fp8Recipe, why: str, current: bool) -> None:
+    """The stages, and what they take; nothing has been written."""
+    from sa3_trt_core import console
+
+    print(console.table(("stage", "leaves"), [list(stage) for stage in recipe.plan]))
+    needs = recipe.needs
+    print(f"--ptq {recipe.settings.ptq}: {why}")
+    sizes = (f"{name} {console.format_bytes(size)}" for name, size in needs.by_name.items())
+    print(f"about: {', '.join(sizes)}; working folder {recipe.work}")
+    print("the artefact is current: nothing would be done" if current else "nothing was written")
+
+
 def _print(report: dict[str, Any], artefact: Path) -> None:
-    from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
+    from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
     from sa3_build.recipe import report_path
     from sa3_trt_core import console
 
@@ -85,10 +128,16 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     print(console.table(("stage", "seconds"), rows))
     for check in stages["scales"]["proof"]:
         print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
+    if "sensitivity" in stages:
+        kept, forwards = len(stages["sensitivity"]["kept"]), stages["sensitivity"]["forwards"]
+        print(f"{kept} products stay in 16 bits for the target cosine ({forwards} forwards)")
     share = stages["quantize"]["fp8 share of token products"]
     print(f"{stages['quantize']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]
     print(console.table(PARITY_HEADER, parity_rows(parity)))
+    print(console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in stages["parity"]["by kind"]])))
+    worst = stages["shares"]["worst"]
+    print(f"at most {worst['saturated']:.1e} of an activation saturates, {worst['subnormal']:.1%} is subnormal")
     print(f"{artefact}, report {report_path(artefact).name}")
 
 

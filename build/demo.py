@@ -28,7 +28,9 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--out", type=Path, default=Path("output"), help="folder of the WAV files (default output/)")
     line.add_argument("--seconds", type=number_type(1, 120, "seconds"), default=10.0, help="of sound (default 10)")
     line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the sound (default 0)")
-    line.add_argument("--prompts", type=integer_type(1, 47), default=6, help="calibration prompts (default 6)")
+    line.add_argument(
+        "--prompts", type=integer_type(1, 47), default=3, help="to calibrate on (default 3: every kind of row)"
+    )
     line.add_argument("--no-engines", action="store_true", help="leave the TensorRT engines out")
     return line
 
@@ -148,11 +150,13 @@ def _tell(prompt: str, wavs: list[Path]) -> None:
 
 
 def _show(demo: Demo, report: dict[str, Any], engines: str) -> None:
-    from sa3_build.compare import PARITY_HEADER, SigmaParity, parity_rows
+    from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
 
     print(console.table(("stage", "seconds", "made"), demo.rows))
     print("\nFP8 against FP16-mixed, denoised latent, on the calibration rows:")
-    print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in report["stages"]["parity"]["parity"]])))
+    parity = report["stages"]["parity"]
+    print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in parity["parity"]])))
+    print(f"\n{console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in parity['by kind']]))}")
     if engines:
         print(f"\n{engines}", end="")
 

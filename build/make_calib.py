@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from sa3_trt_core.errors import Parser, integer_type, number_type, run_command
 from sa3_trt_core.shapes import MAX_SECONDS, MIN_SECONDS
 
+EPILOG = """Rows: prompts x steps of text; twice as many with --cover deployment, where 3 prompts hold every kind and 9
+every kind at 3 durations (144 rows of 8 steps). Each row is a forward of the DiT here, and two in build_dit_fp8.py."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    line = Parser(prog="make_calib.py", description=__doc__)
+    line = Parser(prog="make_calib.py", description=__doc__, epilog=EPILOG)
     line.add_argument(
         "--model-config", type=Path, required=True, metavar="F", help="the checkpoint's model_config.json"
     )
@@ -21,9 +25,14 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument(
         "--duration",
         type=number_type(MIN_SECONDS, MAX_SECONDS, "seconds"),
-        default=54.0,
-        help="seconds (default 54: L 646)",
+        nargs="+",
+        help="seconds; several take turns (default 54 10 120: L 646, 174 and 1292; for text 54)",
     )
+    line.add_argument(
+        "--cover", choices=("deployment", "text"), default="deployment",
+        help="deployment: beside its text a prompt gives in-painting, audio to audio or null rows of guidance, in turn "
+        "(default); text: text alone",
+    )  # fmt: skip
     line.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps a prompt (default 8)")
     line.add_argument(
         "--seed", type=integer_type(0, 2**31 - 1), default=1528, help="of the first prompt (default 1528)"
@@ -40,35 +49,42 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     import reprompt
-    from sa3_build import calib
+    from sa3_build import calib, coverage
+    from sa3_build.calib_writer import CalibrationWriter
     from sa3_build.capture import CaptureSettings, CheckpointModel, capture, choose_prompts
     from sa3_trt_core import files, manifest
     from sa3_trt_core.console import format_bytes
 
     files.require_writable(args.out, "calibration set")
     prompts = choose_prompts(reprompt.calibration_prompts(), args.prompts)
-    settings = CaptureSettings(prompts, args.duration, args.steps, args.seed)
+    seconds = tuple(args.duration or coverage.DEFAULT_SECONDS[args.cover])
+    settings = CaptureSettings(prompts, seconds, args.steps, args.seed, args.cover)
     model = CheckpointModel(args.model_config, args.checkpoint, args.device)
     inputs = {file.name: files.sha256_of(file) for file in (args.model_config, args.checkpoint)}
     recorded = {
         "prompts": list(prompts),
-        "seconds": args.duration,
+        "seconds": list(seconds),
         "steps": args.steps,
         "seed": args.seed,
-        "sigmas": "sigmoid(8.2 u - 2), u from 1 to 0; first 1, last 0",
+        "sigmas": "sigmoid(8.2 u - 2), u from 1 to 0; first 1, last 0; times sigma_max",
+        "cover": args.cover,
+        "generations": [asdict(one) for turn in settings.generations for one in turn],
     }
     if manifest.is_current(args.out, inputs, recorded)[0]:
         print(f"{args.out} is current")
         return 0
-    rows = len(prompts) * args.steps
-    writer = calib.CalibrationWriter(args.out, rows, settings.frames, {**recorded, "inputs": inputs})
+    rows = settings.rows()
+    frames, kinds = [row.frames for row in rows], [row.kind for row in rows]
+    writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
     manifest.manifest_path(args.out).unlink(missing_ok=True)
     capture(model, settings, writer)
 
     made = calib.CalibrationSet.open(args.out)
     found = calib.summary(made, made.check_values())
     manifest.write_manifest(args.out, "calibration", [args.out], inputs, recorded, found)
-    print(f"{args.out}: {made.rows} rows, L {made.frames}, {format_bytes(args.out.stat().st_size)}")
+    print(f"{args.out}: {made.rows} rows, {format_bytes(args.out.stat().st_size)}")
+    for kind, lengths in found["kinds"].items():
+        print(f"  {kind:<8}" + ", ".join(f"{count} rows of L {length}" for length, count in lengths.items()))
     print("sigmas: " + ", ".join(f"{sigma:.4f}" for sigma in found["sigmas"]))
     for key, (low, high) in found["ranges"].items():
         print(f"  {key:<15} {low:>10.4f} .. {high:.4f}")

@@ -49,13 +49,13 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def tiny_calib(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration set: 2 prompts of 4 steps, 8 rows of 70 latent frames. Read only."""
+    """A calibration set: 2 prompts of 4 steps, 8 text rows of 70 latent frames, in the rectangular form. Read only."""
     import make_calib
 
     path = tmp_path_factory.mktemp("tiny") / "sa3-m.calib.npz"
     config, weights = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
     line = ["--model-config", config, "--checkpoint", weights, "--out", path]
-    made(make_calib.main, [*line, "--prompts", 2, "--duration", 0.5, "--steps", 4])
+    made(make_calib.main, [*line, "--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text"])
     return path
 
 

@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.commands import kill_when, run
-from sa3_build.calib import KEYS, CalibrationSet, CalibrationWriter, row_shape
+from sa3_build.calib import CalibrationSet
+from sa3_build.calib_layout import KEYS, row_shape
+from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.capture import CheckpointModel
 from sa3_trt_core import manifest, schedule, shapes
 from sa3_trt_core.sampler import denoised
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = ("--prompts", "2", "--duration", "0.5", "--steps", "4")  # of the fixture tiny_calib
+SETTINGS = ("--prompts", "2", "--duration", "0.5", "--steps", "4", "--cover", "text")  # of the fixture tiny_calib
 
 
 def command(checkpoint: Path, out: Path, *more: str) -> list[str]:
@@ -66,7 +68,8 @@ def test_rows_are_the_models_own_trajectory(tiny_checkpoint: Path, tiny_calib: P
 def test_the_summary_says_what_was_captured(tiny_checkpoint: Path, tiny_calib: Path) -> None:
     made = manifest.read_manifest(tiny_calib)
     assert made.gates["rows"] == 8
-    assert made.gates["latent_frames"] == shapes.latent_frames(0.5)
+    assert made.gates["latent_frames"] == [shapes.latent_frames(0.5)]
+    assert made.gates["kinds"] == {"text": {str(shapes.latent_frames(0.5)): 8}}
     assert made.gates["sigmas"] == pytest.approx(schedule.sigmas(4)[:-1].tolist(), abs=1e-6)
     low, high = made.gates["ranges"]["x"]
     assert low < -2 < 2 < high
@@ -75,17 +78,21 @@ def test_the_summary_says_what_was_captured(tiny_checkpoint: Path, tiny_calib: P
 
 
 def test_a_killed_capture_resumes_and_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a.calib.npz"
-    line = [sys.executable, str(ROOT / "build/make_calib.py")]
-    line += command(tiny_checkpoint, out, *["--prompts", "12", "--duration", "4", "--steps", "8"])
+    """Rows of every kind and two lengths; the killed run goes on at the prompt that it was in."""
+    out, whole = tmp_path / "a.calib.npz", tmp_path / "b.calib.npz"
+
+    def line(target: Path) -> list[str]:
+        size = ["--prompts", "4", "--duration", "4", "0.5", "--steps", "4"]
+        return [sys.executable, str(ROOT / "build/make_calib.py"), *command(tiny_checkpoint, target, *size)]
+
     note = tmp_path / f".{out.name}.partial" / "progress.json"
-    kill_when(line, lambda: note.exists() and json.loads(note.read_text())["done"] >= 16)
+    kill_when(line(out), lambda: note.exists() and json.loads(note.read_text())["done"] >= 8)
     assert not out.exists()
-    again = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert "96/96" in again.stderr
+    done = json.loads(note.read_text())["done"]
+    again = subprocess.run(line(out), capture_output=True, text=True, check=True)
+    assert done in (8, 16, 24) and "32/32" in again.stderr
     assert not note.parent.exists()
-    whole = tmp_path / "b.calib.npz"
-    subprocess.run([*line[:-7], str(whole), *line[-6:]], capture_output=True, check=True)
+    subprocess.run(line(whole), capture_output=True, check=True)
     assert out.read_bytes() == whole.read_bytes()
 
 

@@ -136,7 +136,7 @@ def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_ca
     kill_when(line, lambda: stages.exists() and "quantize" in json.loads(stages.read_text())["done"])
     assert not out.exists()
     again = subprocess.run(line, capture_output=True, text=True, check=True)
-    assert "ModelOpt" not in again.stderr and "parity" in again.stderr
+    assert "ModelOpt max calibration" not in again.stderr and "parity" in again.stderr
     assert not stages.parent.exists()
     for name in (out.name, f"{out.name}.data"):
         assert (tmp_path / name).read_bytes() == (tiny_fp8 / FP8).with_name(name).read_bytes()
@@ -283,6 +283,15 @@ def test_a_dead_activation_is_named(at_run_time: Path, selection: ptq.Selection)
     amax[:, 1] = 0.0
     with pytest.raises(ptq.ToolError, match=f"activation {selection.activations[1]} of .* is 0 in every row"):
         ptq.apply_scales(graph.load(at_run_time), selection, amax, headroom=1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_dead_weight_is_named(at_run_time: Path, selection: ptq.Selection, value: float) -> None:
+    result, product = graph.load(at_run_time), selection.quantized[2]
+    weight = result.graph.initializers[product.weight]
+    weight.const_value = ir.tensor(np.full_like(weight.const_value.numpy(), value), name=weight.name)
+    with pytest.raises(ptq.ToolError, match=f"weight {product.weight} of {product.node} is zero throughout"):
+        ptq.apply_scales(result, selection, amax_of(result, selection), headroom=1.0)
 
 
 def test_a_calibration_that_disagrees_with_modelopts_is_refused(at_run_time: Path, selection: ptq.Selection) -> None:

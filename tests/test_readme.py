@@ -69,8 +69,10 @@ def test_the_demo_shows_stages_parity_and_engines(demo: str, checkout: Path) -> 
     for stage in ("checkpoint", "export to ONNX", "DiT to FP16-mixed", "calibration capture", "DiT to FP8", "engines"):
         assert re.search(rf"^{stage} +\d+\.\d +\d+\.\d [kMG]B$", demo, re.MULTILINE), stage
     for sigma in SIGMAS:
-        row = re.search(rf"^{sigma} +6 +(0\.\d+)", demo, re.MULTILINE)
+        row = re.search(rf"^{sigma} +4 +(0\.\d+)", demo, re.MULTILINE)
         assert row is not None and float(row[1]) >= 0.99, sigma
+    for kind in ("text", "inpaint", "audio", "null"):
+        assert re.search(rf"^{kind} +\d+ +0\.99\d+", demo, re.MULTILINE), kind
     for name in ENGINES:
         for arch in ("sm_89", "sm_120"):
             engine = paths.engine_path(Path("output/demo/models"), arch, find_target(name), "tensorrt_rtx")

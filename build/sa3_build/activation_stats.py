@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from sa3_build import compare, graph, ptq
+from sa3_build.accepted import require_half
 from sa3_build.calib import CalibrationSet, ChosenRows, tensors
 from sa3_build.product_kinds import KINDS, places
-from sa3_build.recipe import input_digests, require_half
+from sa3_build.recipe import input_digests
 from sa3_build.tally import Statistics, Tally
 from sa3_trt_core import manifest, shapes
 from sa3_trt_core.console import Progress
@@ -50,8 +51,8 @@ class Subject:
         whole = CalibrationSet.open(calibration)
         whole.check_values()
         self.source, self.calibration = source, calibration
-        chosen = range(whole.rows) if limit is None else compare.parity_selection(whole.sigmas(), limit)
-        self.rows = ChosenRows(whole, frozenset(chosen))
+        everything = ChosenRows(whole, frozenset(range(whole.rows)))
+        self.rows = everything if limit is None else compare.parity_rows_of(whole, limit)
         self._selection = ptq.select_products(model)
         self._places = places(model, self._selection)
 
@@ -93,7 +94,7 @@ class Subject:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         watched = {f"activation_{index}": name for index, name in enumerate(group)}
-        with OnnxRuntimeEngine(self.source, graph.observed(self.source, watched)) as engine:
+        with OnnxRuntimeEngine(self.source, graph.observed(self.source, watched), low_memory=True) as engine:
             for row in self.rows:
                 found = engine.run(tensors(row))
                 sigma = round(float(row["t"][0]), 6)
@@ -184,7 +185,7 @@ def document(subjects: Iterable[tuple[Subject, Sequence[Activation]]], headroom:
             "calib": str(subject.calibration),
             "sha256": input_digests(subject.source, subject.calibration),
             "rows": subject.rows.rows,
-            "latent_frames": subject.rows.whole.frames,
+            "latent_frames": sorted(set(subject.rows.lengths())),
             "activations": [_without_nan(asdict(one)) for one in activations],
         }
         for subject, activations in subjects

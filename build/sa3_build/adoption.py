@@ -75,7 +75,7 @@ def require_same_network(source: Path, adopted: Path) -> float:
 
     sides = []
     for path in (source, adopted):
-        with OnnxRuntimeEngine(path) as engine:
+        with OnnxRuntimeEngine(path, low_memory=True) as engine:
             sides.append(compare.denoise_rows(engine, _exact_rows()))
     worst = min(one.worst_cosine for one in compare.parity_by_sigma(*sides))
     if not worst >= MIN_COSINE:
@@ -97,7 +97,7 @@ def require_rows_alike(path: Path) -> float:
     tensors = export.example_inputs("dit", batch=3, frames=ROWS_FRAMES)
     names = [spec.name for spec in CONTRACTS["dit"].inputs]
     feeds = dict(zip(names, tensors, strict=True))
-    with OnnxRuntimeEngine(path) as engine:
+    with OnnxRuntimeEngine(path, low_memory=True) as engine:
         together = engine.run(feeds)["velocity"].numpy()
         one_by_one = [engine.run({name: t[row : row + 1] for name, t in feeds.items()})["velocity"] for row in range(3)]
     worst = max(compare.relative(one.numpy(), together[row : row + 1]) for row, one in enumerate(one_by_one))

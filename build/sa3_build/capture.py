@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sa3_build import checkpoint as native
 from sa3_build import text_encoder
-from sa3_build.calib import KEYS, CalibrationWriter
+from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.contract import DitContract
+from sa3_build.coverage import Generation, generations, in_painting, keep_mask, started_from
 from sa3_build.geometry import load_geometry
 from sa3_trt_core import schedule, shapes
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.guidance import guided, null_conditioning
 from sa3_trt_core.sampler import Conditioning, ping_pong, row_noise
 
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """What the rows depend on besides the checkpoint. Prompt i is generated with seed + i."""
+    """What the rows depend on besides the checkpoint. `seconds` are the durations, in turn; `cover` as in coverage."""
 
     prompts: tuple[str, ...]
-    seconds: float
+    seconds: tuple[float, ...]
     steps: int
     seed: int
+    cover: str
 
     @property
-    def frames(self) -> int:
-        """Latent frames of every row."""
-        return shapes.latent_frames(self.seconds, shapes.frame_cap(self.seconds))
+    def generations(self) -> list[tuple[Generation, ...]]:
+        """What each prompt gives."""
+        return generations(len(self.prompts), self.seconds, self.seed, self.cover)
+
+    def rows(self) -> list[Generation]:
+        """The generation of every row, in order."""
+        return [one for turn in self.generations for one in turn for _ in range(self.steps)]
 
 
 class CheckpointModel:
@@ -83,28 +89,73 @@ class CheckpointModel:
         return ping_pong(self, row_noise([seed], shapes.LATENT_CHANNELS, frames), schedule.sigmas(steps), cond)
 
 
+class _Recorded:
+    """A DiT that writes a calibration row of every velocity it is asked for."""
+
+    def __init__(self, model: CheckpointModel, writer: CalibrationWriter, progress: Progress) -> None:
+        self._model, self._writer, self._progress = model, writer, progress
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        row = {"x": x, "t": t, **vars(cond)}
+        self._writer.append({key: value.detach().cpu().numpy() for key, value in row.items()})
+        velocity = self._model.velocity(x, t, cond)
+        self._progress.advance()
+        return velocity
+
+    def close(self) -> None:
+        """Nothing is held beyond this object."""
+
+
+class _Guided:
+    """Two forwards a step, of which the null rows are recorded: x is then what guided generation visits."""
+
+    def __init__(self, model: CheckpointModel, recorded: _Recorded, cfg: float) -> None:
+        self._model, self._recorded, self._cfg = model, recorded, cfg
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        without = self._recorded.velocity(x, t, null_conditioning(cond))
+        return guided(self._model.velocity(x, t, cond), without, self._cfg)
+
+    def close(self) -> None:
+        """Nothing is held beyond this object."""
+
+
 def capture(model: CheckpointModel, settings: CaptureSettings, writer: CalibrationWriter) -> None:
-    """Generate every prompt and let a hook on the DiT record what it was fed; goes on where `writer` stands.
+    """Generate what every prompt gives and record what the DiT is fed; goes on where `writer` stands.
 
-    One prompt is the unit of resumption: a step cannot be repeated without the noise before it.
+    One prompt is the unit of resumption: a step cannot be repeated without the noise, and what is made of a prompt's
+    latents not without them.
     """
-
-    def record(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
-        writer.append({key: value.detach().cpu().numpy() for key, value in zip(KEYS, inputs, strict=True)})
-
-    handle = model.module.register_forward_pre_hook(record)
-    first = writer.done // settings.steps
-    try:
-        with Progress("calibration", len(settings.prompts) * settings.steps) as progress:
-            if first:
-                progress.advance(first * settings.steps, "resumed")
-            for index in range(first, len(settings.prompts)):
-                model.generate(settings.prompts[index], settings.seconds, settings.steps, settings.seed + index)
-                writer.commit()
-                progress.advance(settings.steps)
-    finally:
-        handle.remove()
+    done = 0
+    with Progress("calibration", writer.rows) as progress:
+        if writer.done:
+            progress.advance(writer.done, "resumed")
+        recorded = _Recorded(model, writer, progress)
+        for turn in settings.generations:
+            done += len(turn) * settings.steps
+            if done <= writer.done:
+                continue
+            latents: torch.Tensor | None = None
+            for generation in turn:
+                latents = _generate(model, recorded, settings, generation, latents)
+            writer.commit()
     writer.finish()
+
+
+def _generate(
+    model: CheckpointModel, recorded: _Recorded, settings: CaptureSettings, one: Generation,
+    latents: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Latents (1, 256, L) of one generation, its rows recorded; `latents` are the prompt's own, made just before."""
+    cond = model.conditioning(settings.prompts[one.prompt], one.seconds, one.frames)
+    noise = row_noise([one.seed], shapes.LATENT_CHANNELS, one.frames)
+    if one.kind == "inpaint" and latents is not None:
+        local = in_painting(latents, keep_mask(one.seconds, one.frames, one.spans))
+        cond = replace(cond, local_add_cond=local.to(cond.local_add_cond.device))
+    if one.kind == "audio" and latents is not None:
+        noise = started_from(latents, one.sigma_max, noise)
+    engine = _Guided(model, recorded, one.cfg) if one.kind == "null" else recorded
+    return ping_pong(engine, noise, schedule.sigmas(settings.steps, one.sigma_max), cond)
 
 
 def choose_prompts(available: Sequence[str], count: int | None) -> tuple[str, ...]:

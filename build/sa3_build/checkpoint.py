@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,22 +16,22 @@ from torch import nn
 
 from sa3_build.geometry import AutoencoderGeometry, ConditionerGeometry, DitGeometry, Geometry
 from sa3_build.hush import hushed
-from sa3_trt_core.errors import ToolError
+from sa3_build.native_weights import (
+    AUTOENCODER_PREFIX,
+    CONDITIONER_PREFIX,
+    DIT_PREFIX,
+    WEIGHTS_FILE,  # noqa: F401  (offered here beside CONFIG_FILE)
+    NativeWeights,
+)
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderSAME, StableAudio3DiTModel
 
-WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "model_config.json"
 TRUNK_NORM_EPS = 1e-5  # diffusers has 1e-6 here; q/k norms are 1e-6 on both sides (7e-5 in the output if missed)
 
-DIT_PREFIX = "model.model."
 PADDING_KEY = "conditioner.conditioners.prompt.padding_embedding"
-CONDITIONER_PREFIX = "conditioner."
 DURATION_PREFIX = "conditioner.conditioners.seconds_total.embedder.embedding.1."
-AUTOENCODER_PREFIX = "pretransform.model."
-# Buffers that the native file stores and diffusers derives, or that have no elements.
-DERIVED_SUFFIXES = (".rope.inv_freq", "bottleneck.noise_scaling_factor")
 
 _BLOCK_NAMES = ((".ff.proj_in.", ".ff.ff.0.proj."), (".ff.proj_out.", ".ff.ff.2."))
 _DIT_NAMES = (
@@ -174,55 +173,6 @@ def build_duration_embedder(geometry: ConditionerGeometry) -> nn.Module:
     return embedder.eval()
 
 
-class NativeWeights:
-    """The tensors of one model.safetensors, taken by native key, with the leftovers known at the end.
-
-    Raises ToolError when the file is absent, torn or not safetensors.
-    """
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            raise ToolError(f"no such checkpoint file: {path}", f"name the {WEIGHTS_FILE} of a native checkpoint")
-        try:
-            self._file = safe_open(str(path), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ToolError(f"{path} is not a whole safetensors file ({error})", "download or make it again") from None
-        self._path = path
-        self.keys = frozenset(self._file.keys())
-        for key in sorted(self.keys):
-            if not key.startswith((DIT_PREFIX, AUTOENCODER_PREFIX, CONDITIONER_PREFIX)):
-                raise ToolError(f"{path}: unexpected tensor {key}", "this is not a native Stable Audio 3 checkpoint")
-
-    def take(self, key: str, shape: torch.Size) -> torch.Tensor:
-        """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
-        self.require(key, shape)
-        tensor: torch.Tensor = self._file.get_tensor(key)
-        return tensor.to(torch.float32)
-
-    def require(self, key: str, shape: torch.Size) -> None:
-        """Raise ToolError naming the key when a tensor is absent or of another shape; reads the file's header only."""
-        if key not in self.keys:
-            raise ToolError(
-                f"{self._path}: tensor {key} is missing", "the checkpoint does not fit its model_config.json"
-            )
-        found = tuple(self._file.get_slice(key).get_shape())
-        if found != tuple(shape):
-            raise ToolError(
-                f"{self._path}: tensor {key} has shape {list(found)}, expected {list(shape)}",
-                "the checkpoint does not fit its model_config.json",
-            )
-
-    def refuse_leftovers(self, prefix: str, used: Iterable[str]) -> None:
-        """Raise ToolError naming the first tensor under `prefix` that nothing has taken."""
-        for key in sorted(self.keys.difference(used)):
-            if key.startswith(prefix) and not key.endswith(DERIVED_SUFFIXES):
-                raise ToolError(
-                    f"{self._path}: unexpected tensor {key}", "the checkpoint does not fit its model_config.json"
-                )
-
-
 def check(weights: NativeWeights, geometry: Geometry) -> None:
     """Compare the whole file with its config by names and shapes, before anything is loaded or written.
 
@@ -274,8 +224,9 @@ def fill(module: nn.Module, weights: NativeWeights, name: Callable[[str], str], 
     """Give every tensor of `module` the native tensor called `name(key)`."""
     state = {}
     for key, placeholder in module.state_dict().items():
-        tensor = weights.take(name(key), placeholder.shape)
-        state[key] = regroup_qkv(tensor) if differential and key.endswith(".to_qkv.weight") else tensor
+        turned = differential and key.endswith(".to_qkv.weight")
+        native, shape = name(key), placeholder.shape
+        state[key] = regroup_qkv(weights.copy(native, shape)) if turned else weights.take(native, shape)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
 

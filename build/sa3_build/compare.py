@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa3_build.calib import tensors
+from sa3_build.calib import CalibrationSet, ChosenRows, tensors
+from sa3_build.calib_layout import KINDS
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
@@ -20,6 +21,17 @@ class SigmaParity:
     """Agreement of the denoised x - sigma v at one sigma, over rows."""
 
     sigma: float
+    rows: int
+    worst_cosine: float
+    mean_cosine: float
+    worst_relative: float
+
+
+@dataclass(frozen=True)
+class KindParity:
+    """Agreement of the denoised x - sigma v over the rows of one kind."""
+
+    kind: str
     rows: int
     worst_cosine: float
     mean_cosine: float
@@ -44,20 +56,36 @@ def parity_by_sigma(
 ) -> list[SigmaParity]:
     """Compare the denoised latents of two DiTs on the same rows, highest sigma first."""
     found: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for (sigma, _), pair in zip(reference, _pairs(reference, candidate), strict=True):
+        found[round(sigma, 6)].append(pair)
+    return [SigmaParity(sigma, len(pairs), *_put_together(pairs)) for sigma, pairs in sorted(found.items())[::-1]]
+
+
+def parity_by_kind(
+    reference: Sequence[tuple[float, np.ndarray]], candidate: Sequence[tuple[float, np.ndarray]], kinds: Sequence[str]
+) -> list[KindParity]:
+    """The same by the kind of row, in the order of `KINDS`; `kinds` is that of every row."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for kind, pair in zip(kinds, _pairs(reference, candidate), strict=True):
+        found[kind].append(pair)
+    return [KindParity(kind, len(found[kind]), *_put_together(found[kind])) for kind in KINDS if kind in found]
+
+
+def _pairs(
+    reference: Sequence[tuple[float, np.ndarray]], candidate: Sequence[tuple[float, np.ndarray]]
+) -> list[tuple[float, float]]:
+    """Cosine and relative L2 of every row."""
+    found = []
     for (sigma, first), (other, second) in zip(reference, candidate, strict=True):
         assert sigma == other, "the two DiTs were run on different rows"
         wide = first.astype(np.float64), second.astype(np.float64)
-        found[round(sigma, 6)].append((cosine(*wide), relative(*wide)))
-    return [
-        SigmaParity(
-            sigma,
-            len(pairs),
-            min(c for c, _ in pairs),
-            float(np.mean([c for c, _ in pairs])),
-            max(r for _, r in pairs),
-        )
-        for sigma, pairs in sorted(found.items(), reverse=True)
-    ]
+        found.append((cosine(*wide), relative(*wide)))
+    return found
+
+
+def _put_together(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Worst and mean cosine, worst relative L2."""
+    return min(c for c, _ in pairs), float(np.mean([c for c, _ in pairs])), max(r for _, r in pairs)
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:
@@ -72,25 +100,38 @@ def relative(reference: np.ndarray, candidate: np.ndarray) -> float:
     return float(np.linalg.norm(candidate - reference) / length) if length else float("nan")
 
 
-def parity_rows(parity: Sequence[SigmaParity]) -> list[list[str]]:
-    """Table cells: sigma, rows, worst and mean cosine, worst relative L2."""
+def parity_rows(parity: Sequence[SigmaParity | KindParity]) -> list[list[str]]:
+    """Table cells: sigma or kind, rows, worst and mean cosine, worst relative L2."""
     return [
-        [f"{p.sigma:.4f}", str(p.rows), f"{p.worst_cosine:.6f}", f"{p.mean_cosine:.6f}", f"{p.worst_relative:.2e}"]
+        [
+            p.kind if isinstance(p, KindParity) else f"{p.sigma:.4f}", str(p.rows), f"{p.worst_cosine:.6f}",
+            f"{p.mean_cosine:.6f}", f"{p.worst_relative:.2e}",
+        ]
         for p in parity
-    ]
+    ]  # fmt: skip
 
 
 PARITY_HEADER = ("sigma", "rows", "worst cosine", "mean cosine", "worst rel L2")
+KIND_HEADER = ("rows are", *PARITY_HEADER[1:])
 
 
-def parity_selection(sigmas: list[float], limit: int) -> set[int]:
-    """Which rows the parity runs on: at most `limit`, spread over the set, the same number at every sigma."""
-    by_sigma: dict[float, list[int]] = {}
-    for index, sigma in enumerate(sigmas):
-        by_sigma.setdefault(round(sigma, 6), []).append(index)
-    each = max(1, limit // len(by_sigma))
+def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
+    """Which rows stand for a set: at most `limit`, but one at least of every kind at every sigma.
+
+    The same number of each, spread over the set; `kinds` is that of every row, none given where there is one only.
+    """
+    groups: dict[tuple[str, float], list[int]] = {}
+    for index, (kind, sigma) in enumerate(zip(kinds or [""] * len(sigmas), sigmas, strict=True)):
+        groups.setdefault((kind, round(sigma, 6)), []).append(index)
+    each = max(1, limit // len(groups))
     chosen: set[int] = set()
-    for rows in by_sigma.values():
-        step = max(1, len(rows) // each)
-        chosen.update(rows[::step][:each])
+    for number, members in enumerate(groups.values()):
+        step = max(1, len(members) // each)
+        first = number % step  # other prompts, masks and lengths at the next sigma
+        chosen.update(members[first::step][:each])
     return chosen
+
+
+def parity_rows_of(calibration: CalibrationSet, limit: int) -> ChosenRows:
+    """The rows that the parity runs on."""
+    return ChosenRows(calibration, frozenset(parity_selection(calibration.sigmas(), limit, calibration.kinds())))

@@ -15,9 +15,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from sa3_build import graph
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.clean import FoldWeights
 from sa3_trt_core.shapes import CONTRACTS, SAMPLES_PER_FRAME, GraphContract, TensorSpec
 
 OPSET = 19
@@ -36,7 +39,7 @@ def export_module(module: nn.Module, kind: str, inputs: Sequence[torch.Tensor]) 
             module,
             tuple(inputs),
             dynamo=True,
-            optimize=True,
+            optimize=False,
             opset_version=OPSET,
             input_names=[spec.name for spec in contract.inputs],
             output_names=[spec.name for spec in contract.outputs],
@@ -45,6 +48,9 @@ def export_module(module: nn.Module, kind: str, inputs: Sequence[torch.Tensor]) 
         )
     assert program is not None
     model = program.model
+    del program
+    optimize_ir(model, should_fold=_small)
+    run_passes(model, [FoldWeights()])
     name_interface(model, contract)
     graph.drop_exporter_notes(model)
     return model
@@ -75,6 +81,12 @@ def name_interface(model: ir.Model, contract: GraphContract) -> None:
     for values, specs in ((model.graph.inputs, contract.inputs), (model.graph.outputs, contract.outputs)):
         for value, spec in zip(values, specs, strict=True):
             value.shape = ir.Shape([dim if isinstance(dim, int) else str(dim) for dim in spec.dims])
+
+
+def _small(node: ir.Node) -> bool | None:
+    """Leave a weight's Transpose to our own pass: the optimizer holds every folded weight in memory, 6 GB in all."""
+    stored = node.inputs[0].const_value if node.op_type == "Transpose" and node.inputs[0] is not None else None
+    return False if stored is not None and stored.nbytes > graph.SIDECAR_THRESHOLD else None
 
 
 def _dynamic_shapes(contract: GraphContract) -> tuple[Mapping[int, Any], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,10 @@ class Exporter:
         written, nodes = graph.save(model, path), len(list(model.graph))
         clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
         # The module and its graph are of one size with the session to come: never both in memory.
+        graph.forget_weights(model)
         del module, model, forward
+        gc.collect()
+        self._weights.release()
         measure = max_error if target.kind == "dit" else relative_error
         if target.kind == "same-decoder":
             found = self._run_samples(path, clip, self._examples(target))
@@ -195,14 +199,14 @@ class Exporter:
         """The decoder's samples (1, 2, N) in front of its Clip."""
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        with OnnxRuntimeEngine(path, graph.observed(path, {"samples": clip})) as engine:
+        with OnnxRuntimeEngine(path, graph.observed(path, {"samples": clip}), low_memory=True) as engine:
             return [engine.run({"latent": latent})["samples"].numpy() for (latent,) in examples]
 
     @staticmethod
     def _run_onnx(path: Path, example: list[torch.Tensor]) -> np.ndarray:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        with OnnxRuntimeEngine(path) as engine:
+        with OnnxRuntimeEngine(path, low_memory=True) as engine:
             outputs = engine.run(dict(zip(engine.input_names, example, strict=True)))
         return next(iter(outputs.values())).numpy()
 

@@ -1,7 +1,7 @@
 """Load, check, save and walk ONNX graphs: what every pass and command needs of a graph.
 
-Tensors stay in their sidecar file until they are used (onnx_ir maps them), so a graph of several gigabytes costs little
-memory here.
+Tensors stay in their sidecar file and are read each time they are used, so that a graph of several gigabytes never lies
+in memory: a mapped file would stay resident once its weights have been looked at.
 """
 
 from __future__ import annotations
@@ -30,6 +30,27 @@ def load(path: Path) -> ir.Model:
 
     Raises ToolError when the file is absent, is not ONNX, or names external data outside its folder.
     """
+    model = _mapped(path)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.dtype.bitwidth >= 8:
+            value.const_value = StoredTensor(value.const_value)
+    return model
+
+
+class StoredTensor(ir.LazyTensor):
+    """A tensor in a sidecar; `numpy` reads it from the file every time and nothing is kept."""
+
+    def __init__(self, stored: ir.ExternalTensor) -> None:
+        self.stored = stored
+        super().__init__(self._read, stored.dtype, ir.Shape(stored.shape.numpy()), name=stored.name)
+
+    def _read(self) -> ir.TensorProtocol:
+        dtype, count = self.dtype.numpy(), int(np.prod(self.shape.numpy()))
+        flat = np.fromfile(self.stored.path, dtype, count, offset=self.stored.offset or 0)
+        return ir.tensor(flat.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
+
+
+def _mapped(path: Path) -> ir.Model:
     if not path.is_file():
         raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
     hub.external_data_names(path)
@@ -48,22 +69,36 @@ def save(model: ir.Model, path: Path) -> list[Path]:
     before, so that a kill between the renames leaves an artefact that every reader takes for incomplete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sidecar = f"{path.name}.data"
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
     try:
-        ir.save(model, scratch / path.name, external_data=sidecar, size_threshold_bytes=SIDECAR_THRESHOLD)
-        written = [scratch / name for name in (sidecar, path.name) if (scratch / name).exists()]
-        for file in written:
-            _sync(file)
-        manifest.manifest_path(path).unlink(missing_ok=True)
-        for file in written:
-            os.replace(file, path.parent / file.name)
-        _sync(path.parent)
-        if len(written) == 1:
-            (path.parent / sidecar).unlink(missing_ok=True)
+        ir.save(model, scratch / path.name, external_data=sidecar_of(path.name), size_threshold_bytes=SIDECAR_THRESHOLD)
+        return move(scratch / path.name, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move(made: Path, path: Path) -> list[Path]:
+    """Put a graph of the same name that `save` wrote elsewhere on the disk in place; returns the files.
+
+    The sidecar goes first, and an older manifest before it: a kill between leaves what every reader takes for
+    incomplete.
+    """
+    assert made.name == path.name, "the sidecar's name stands in the graph"
+    written = [file for file in (made.with_name(sidecar_of(made.name)), made) if file.exists()]
+    for file in written:
+        _sync(file)
+    manifest.manifest_path(path).unlink(missing_ok=True)
+    for file in written:
+        os.replace(file, path.parent / file.name)
+    _sync(path.parent)
+    if len(written) == 1:
+        (path.parent / sidecar_of(path.name)).unlink(missing_ok=True)
     return [path.parent / file.name for file in written]
+
+
+def sidecar_of(name: str) -> str:
+    """The name of the sidecar that `save` writes beside a graph."""
+    return f"{name}.data"
 
 
 def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None) -> bytes:
@@ -72,7 +107,7 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None)
     `watched` maps the name of each new output to the name of a value; `watch` gives the nodes from that value to the
     output (default: the value as it is).
     """
-    model = load(path)
+    model = _mapped(path)
     values = {value.name: value for value in model.graph.inputs}
     values.update((value.name, value) for node in model.graph for value in node.outputs)
     for output, name in watched.items():
@@ -86,6 +121,13 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None)
 def files_of(path: Path) -> list[Path]:
     """The graph file and every sidecar that it names."""
     return [path, *(path.parent / name for name in hub.external_data_names(path))]
+
+
+def bytes_of(path: Path) -> int:
+    """The size of a graph with its sidecars. Raises ToolError when one is absent."""
+    if not path.is_file():
+        raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
+    return sum(file.stat().st_size for file in files_of(path) if file.is_file())
 
 
 def require_contract(model: ir.Model, kind: str, source: Path) -> GraphContract:
@@ -127,6 +169,12 @@ def drop_exporter_notes(model: ir.Model) -> None:
             if value is not None:
                 value.metadata_props.clear()
                 value.doc_string = None
+
+
+def forget_weights(model: ir.Model) -> None:
+    """Let go of every tensor of a graph that is not needed any more; rewrite rules of onnxscript keep graphs alive."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:

@@ -12,16 +12,18 @@ import onnx
 
 from sa3_build import compare, export, graph
 from sa3_build.adoption import adopt, require_rows_alike
-from sa3_build.passes.base import naming, run_passes
+from sa3_build.passes.base import PassResult, naming, run_passes
 from sa3_build.passes.clean import FoldWeights
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.passes.mixed import MixPrecision
+from sa3_build.shaping import Shaping
 from sa3_trt_core import manifest, schedule, shapes
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.files import sha256_of
 
 CHECK_FRAMES = 120  # a 5 s generation
+SHAPED = Shaping()
 
 
 @dataclass(frozen=True)
@@ -29,26 +31,30 @@ class Half:
     """What a conversion did."""
 
     counts: dict[str, int]
+    shape: tuple[PassResult, ...]
     worst: float
     bytes: int
 
 
-def build_half(source: Path, output: Path, min_cosine: float, free_batch: bool = True) -> Half | None:
+def build_half(
+    source: Path, output: Path, min_cosine: float, free_batch: bool = True, shaping: Shaping = SHAPED
+) -> Half | None:
     """Write the FP16-mixed twin of an fp32 DiT; None when the one that is there is current.
 
-    A batch axis fixed at 1 is freed unless `free_batch` says no.
+    A batch axis fixed at 1 is freed unless `free_batch` says no; `shaping` says which parts are rewritten.
 
     Raises ToolError for a graph that is no fp32 DiT, GateError when the result is too far from it.
     """
     model = graph.load(source)
     graph.require_contract(model, "dit", source)
     inputs = {file.name: sha256_of(file) for file in graph.files_of(source)}
-    settings = {"min_cosine": min_cosine, "opset": model.opset_imports.get("", 0), "free_batch": free_batch}
+    opset = model.opset_imports.get("", 0)
+    settings = {"min_cosine": min_cosine, "opset": opset, "free_batch": free_batch, **asdict(shaping)}
     if manifest.is_current(output, inputs, settings)[0]:
         return None
     with naming(source):
         freed = adopt(model, free_batch).freed
-        results = run_passes(model, [FoldWeights(), MixPrecision(find_dit_islands)])
+        results = run_passes(model, [FoldWeights(), *shaping.passes(), MixPrecision(find_dit_islands)])
     graph.drop_exporter_notes(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp", dir=output.parent) as scratch:
@@ -58,23 +64,28 @@ def build_half(source: Path, output: Path, min_cosine: float, free_batch: bool =
             onnx.checker.check_model(str(trial), full_check=True)
         except onnx.checker.ValidationError as error:
             raise ToolError(f"the converted graph is not valid ONNX ({error})", "report this with the graph") from None
-        with OnnxRuntimeEngine(source) as engine:
+        with OnnxRuntimeEngine(source, low_memory=True) as engine:
             reference = compare.denoise_rows(engine, check_rows())
-        with OnnxRuntimeEngine(trial) as engine:
+        with OnnxRuntimeEngine(trial, low_memory=True) as engine:
             candidate = compare.denoise_rows(engine, check_rows())
         if freed:
             require_rows_alike(trial)
-    parity = compare.parity_by_sigma(reference, candidate)
-    worst = min(p.worst_cosine for p in parity)
-    if not worst >= min_cosine:
-        raise GateError(
-            f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
-            "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
-        )
-    written = graph.save(model, output)
-    gates = {"worst denoised cosine": worst, "parity": [asdict(p) for p in parity]}
+        parity = compare.parity_by_sigma(reference, candidate)
+        worst = min(p.worst_cosine for p in parity)
+        if not worst >= min_cosine:
+            raise GateError(
+                f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
+                "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
+            )
+        written = graph.move(trial, output)
+    shape = tuple(results[1:-1])
+    gates = {
+        "worst denoised cosine": worst,
+        "parity": [asdict(p) for p in parity],
+        "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in shape],
+    }
     manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
-    return Half(results[-1].counts, worst, sum(file.stat().st_size for file in written))
+    return Half(results[-1].counts, shape, worst, sum(file.stat().st_size for file in written))
 
 
 def check_rows() -> Iterator[dict[str, np.ndarray]]:

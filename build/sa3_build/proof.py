@@ -72,7 +72,7 @@ def _placement(result: ir.Model, selection: Selection) -> Check:
             continue
         if _scale_size(activation) != 1:
             failures.append(f"{node.name} has {_scale_size(activation)} activation scales, TensorRT takes one a tensor")
-        if _scale_size(weight) != product.n:
+        if _scale_size(weight) != (1 if product.channel_axis is None else product.n):
             failures.append(f"{node.name} has {_scale_size(weight)} weight scales for {product.n} output channels")
     failures += [f"{name} is gone" for name in wanted]
     return Check("trunk products are quantised on both sides and no other product is", looked, tuple(failures))

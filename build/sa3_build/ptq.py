@@ -6,7 +6,7 @@ because it leaves a fixed headroom of 12.4x and calibrates nothing per sigma.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,23 @@ from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import GateError, ToolError
 
 FP16_SCALE_FLOOR = 2.0**-14  # the smallest normal fp16: below it a stored scale loses bits, and TensorRT refuses zero
+KEPT = "kept: target cosine"  # why a product that could be quantised is not
 SCALE_AGREEMENT = 0.005  # ModelOpt's scales are stored in fp16 and come from the same rows
 
 
 @dataclass(frozen=True)
 class Product:
-    """One weighted product of the graph: node, weight and activation by name, K and N."""
+    """One weighted product of the graph: node, weight and activation by name, K and N.
+
+    `channel_axis` is the weight's axis of output channels, None when the whole weight has one scale.
+    """
 
     node: str
     weight: str
     activation: str
     k: int
     n: int
-    channel_axis: int
+    channel_axis: int | None
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,7 @@ def select_products(model: ir.Model) -> Selection:
     for node in model.graph:
         if node.op_type not in graph.PRODUCTS:
             continue
-        weight, activation = graph.weight_of(node), node.inputs[0]
-        assert activation is not None
+        weight = graph.weight_of(node)
         if weight is None:
             _require_two_activations(node, behind)
             excluded[str(node.name)] = "attention core: no weight"
@@ -87,15 +90,36 @@ def select_products(model: ir.Model) -> Selection:
             excluded[str(node.name)] = "velocity out" if node in last else "latent in"
             elsewhere += int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
         else:
-            k, n = weight.shape.numpy() if weight.shape is not None else (0, 0)
-            transposed = bool(node.attributes.get_int("transB", 0))
-            if transposed:
-                k, n = n, k
-            axis = 0 if transposed else 1
-            quantized.append(Product(str(node.name), str(weight.name), str(activation.name), k, n, axis))
+            quantized.append(product_of(node, weight))
     if not quantized:
         raise GraphNotRecognised("no weighted product of the trunk was found")
     return Selection(tuple(quantized), excluded, elsewhere)
+
+
+def product_of(node: ir.Node, weight: ir.Value, per_channel: bool = True) -> Product:
+    """A weighted product as a selection names it."""
+    k, n = weight.shape.numpy() if weight.shape is not None else (0, 0)
+    transposed = bool(node.attributes.get_int("transB", 0))
+    if transposed:
+        k, n = n, k
+    axis = (0 if transposed else 1) if per_channel else None
+    activation = node.inputs[0]
+    assert activation is not None
+    return Product(str(node.name), str(weight.name), str(activation.name), k, n, axis)
+
+
+def keep(selection: Selection, nodes: Collection[str]) -> Selection:
+    """A selection with some of its products left in 16 bits, because a target cosine asks for it."""
+    kept = [product for product in selection.quantized if product.node in nodes]
+    quantized = tuple(product for product in selection.quantized if product.node not in nodes)
+    excluded = {**selection.excluded, **dict.fromkeys((product.node for product in kept), KEPT)}
+    return Selection(quantized, excluded, selection.token_macs_elsewhere + sum(one.k * one.n for one in kept))
+
+
+def columns(measured: Selection, wanted: Selection) -> list[int]:
+    """Where the activations of `wanted` stand among those that `measured` gave amax for."""
+    place = {name: column for column, name in enumerate(measured.activations)}
+    return [place[name] for name in wanted.activations]
 
 
 def _last_products(model: ir.Model) -> set[ir.Node]:
@@ -121,7 +145,7 @@ def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet
     watched = {f"amax_{index}": name for index, name in enumerate(selection.activations)}
     amax = np.zeros((calibration.rows, len(watched)), np.float32)
     with (
-        OnnxRuntimeEngine(source, graph.observed(source, watched, _largest_magnitude)) as engine,
+        OnnxRuntimeEngine(source, graph.observed(source, watched, _largest_magnitude), low_memory=True) as engine,
         Progress("activation amax", calibration.rows) as progress,
     ):
         for index, row in enumerate(calibration):
@@ -136,8 +160,9 @@ def apply_scales(
 ) -> dict[str, Any]:
     """Set every scale of a quantised graph: activations amax * headroom / 448, weights amax / 448 a channel.
 
-    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row, and, when the
-    graph is `calibrated` (by ModelOpt), GateError if that calibration saw other activations than we did.
+    Returns counts and the range of scales. Raises ToolError for an activation that was zero in every row or a weight
+    that is zero throughout, and, when the graph is `calibrated` (by ModelOpt), GateError if that calibration saw other
+    activations than we did.
     """
     by_name = {str(node.name): node for node in model.graph}
     largest = dict(zip(selection.activations, amax.max(axis=0), strict=True))
@@ -159,8 +184,7 @@ def apply_scales(
             scales.append(_scale_of(pairs[0]))
         weight = graph.constant_of(quantized_source(pairs[1]))
         assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
-        axis = pairs[1].attributes.get_int("axis", 1)
-        channel = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
+        channel = _channel_amax(pairs[1], product)
         floored += _set_scale(pairs[1], channel / E4M3_MAX)
     ratios = np.array([largest[name] / scale for name, scale in theirs.items()])
     spread = float(ratios.max() / ratios.min() - 1) if len(ratios) else 0.0
@@ -168,7 +192,7 @@ def apply_scales(
         worst = list(theirs)[int(np.argmax(np.abs(ratios / np.median(ratios) - 1)))]
         raise GateError(
             f"ModelOpt's calibration and ours disagree by {spread:.2%} (worst at {worst})",
-            "run again with --work-dir kept and compare; the calibration rows may have changed under the run",
+            "the calibration rows may have changed under the run; else --keep-intermediates and compare the graphs",
         )
     return {
         "activation scales": len(theirs),
@@ -177,6 +201,23 @@ def apply_scales(
         "at the floor": floored,
         "agreement with ModelOpt": spread if calibrated else None,
     }
+
+
+def _channel_amax(dequantize: ir.Node, product: Product) -> np.ndarray:
+    """The largest magnitude of every channel of a weight behind a Q/DQ pair, or of all of it.
+
+    Raises ToolError when all of it is zero.
+    """
+    axis = None if product.channel_axis is None else dequantize.attributes.get_int("axis", 1)
+    weight = graph.constant_of(quantized_source(dequantize))
+    assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
+    found: np.ndarray = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
+    if not 0 < found.max() < np.inf:  # NaN too
+        raise ToolError(
+            f"weight {product.weight} of {product.node} is zero throughout or not finite",
+            "the checkpoint or the graph is damaged: export the DiT again",
+        )
+    return found
 
 
 def wanted_scale(amax: float, headroom: float) -> np.ndarray:

@@ -8,53 +8,42 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from sa3_build import adoption, compare, graph, modelopt_ptq, proof, ptq
+from sa3_build import (
+    adoption,
+    compare,
+    frontier,
+    graph,
+    modelopt_ptq,
+    proof,
+    ptq,
+    published_recipe,
+    ranges,
+    resources,
+    sensitivity,
+)
+from sa3_build.accepted import needs_of, require_half
 from sa3_build.calib import CalibrationSet, ChosenRows, summary
-from sa3_build.passes.base import PassResult, naming, run_passes
+from sa3_build.linked import save_linked
+from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
 from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
+from sa3_build.settings import Settings
+from sa3_build.stages import Stage, WorkingFolder
 from sa3_trt_core import console, files, manifest
-from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.errors import GateError
 
 REPORT_SUFFIX = ".report.json"
 REPORT_FORMAT = 1
-
-
-RULES = 2  # raised when the same settings come to mean other files: artefacts of older rules are stale
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the result depends on besides its two inputs."""
-
-    ptq: str  # "modelopt", or "direct": our own inserter, for machines without ModelOpt's memory
-    headroom: float
-    weights: str  # "fp8": stored as E4M3; "fp16": stored as they were, quantised when they are read
-    min_cosine: float
-    parity_rows: int
-    free_batch: bool = True  # a batch axis that the source fixes at 1 becomes dynamic
-    rules: int = RULES
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step: what it needs, what it leaves in the working folder, and how it is done."""
-
-    name: str
-    needs: tuple[str, ...]
-    leaves: tuple[str, ...]
-    run: Callable[[], Mapping[str, Any]]
 
 
 def report_path(artefact: Path) -> Path:
@@ -70,218 +59,203 @@ def input_digests(source: Path, calibration: Path) -> dict[str, str]:
 class Fp8Recipe:
     """One build of `output`. `run` does it; everything before is checks that write nothing.
 
-    Raises ToolError for inputs that are not a FP16-mixed DiT or not a calibration set, GateError when a proof or the
-    parity gate says no.
+    What lies between the stages is in a hidden folder in `work` (default: beside the output), which is removed at the
+    end unless `keep`. Raises ToolError for inputs that are not a FP16-mixed DiT or not a calibration set, or when the
+    disk is too small; GateError when a proof or the parity gate says no.
     """
 
-    def __init__(self, source: Path, calibration: Path, output: Path, settings: Settings) -> None:
-        self._source, self._output, self._settings = source, output, settings
+    def __init__(
+        self, source: Path, calibration: Path, output: Path, settings: Settings, work: Path | None = None,
+        keep: bool = False,
+    ) -> None:  # fmt: skip
+        self._source, self._output, self.settings, self._keep = source, output, settings, keep
         model = graph.load(source)
         graph.require_contract(model, "dit", source)
         require_half(model, source, settings.free_batch)
+        self.needs = needs_of(model, source, settings)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
         files.require_writable(output, "graph")
-        self._work = output.with_name(f".{output.stem}.partial").resolve()
-        self._inputs = input_digests(source, calibration)
-        self._stages_done: dict[str, Any] = {}
+        self.work = ((work or output.parent) / f".{output.stem}.partial").resolve()
+        files.require_writable(self.work / "stages.json", "--work-dir")
+        self.inputs = input_digests(source, calibration)
+        note = {"inputs": self.inputs, "settings": settings.noted(), "tools": manifest.tool_versions(manifest.TOOLS)}
+        self._folder = WorkingFolder(self.work, note)
+        self._made = Path("result") / output.name
 
     @property
-    def inputs(self) -> dict[str, str]:
-        """sha256 by file name."""
-        return self._inputs
+    def plan(self) -> list[tuple[str, str]]:
+        """Each stage and what it leaves."""
+        return [(stage.name, ", ".join(stage.leaves) or "the report") for stage in self._stages()]
 
     def run(self) -> dict[str, Any]:
         """Build; returns the report that lies beside the artefact."""
-        self._open_work()
+        resources.require_disk(self.work, self.needs.disk)
+        self._folder.open()
         for stage in self._stages():
-            self._run_stage(stage)
+            self._folder.run(stage)
         finished = self._finish()
-        shutil.rmtree(self._work, ignore_errors=True)
+        if not self._keep:
+            self._folder.remove()
         return finished
 
     def _stages(self) -> tuple[Stage, ...]:
+        made = str(self._made)
+        search = Stage("sensitivity", ("clean.onnx", "amax.npy"), (), self._search)
         return (
             Stage("clean", (), ("clean.onnx",), self._clean),
-            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
-            Stage("scales", ("quantized.onnx", "amax.npy"), ("dit_fp8.onnx",), self._scales),
-            Stage("parity", ("clean.onnx", "dit_fp8.onnx"), (), self._parity),
+            *([search] if self.settings.target_cosine is not None else []),
+            Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
+            Stage("scales", ("quantized.onnx", "amax.npy"), (made,), self._scales),
+            Stage("shares", ("clean.onnx", made), (), self._shares),
+            Stage("parity", ("clean.onnx", made), (), self._parity),
         )
-
-    def _open_work(self) -> None:
-        """Keep a working folder that was made for these inputs and settings; throw away any other."""
-        note = {
-            "inputs": self._inputs,
-            "settings": asdict(self._settings),
-            "tools": manifest.tool_versions(manifest.TOOLS),
-        }
-        try:
-            saved = json.loads((self._work / "stages.json").read_text())
-        except (OSError, ValueError):
-            saved = {}
-        if saved.get("note") == note:
-            self._stages_done = saved["done"]
-        else:
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir(parents=True)
-        self._note = note
-
-    def _run_stage(self, stage: Stage) -> None:
-        if stage.name in self._stages_done and all((self._work / name).exists() for name in stage.leaves):
-            return
-        for name in stage.needs:
-            assert (self._work / name).exists(), f"stage {stage.name} needs {name}"
-        started = time.monotonic()
-        done = dict(stage.run())
-        done["seconds"] = round(time.monotonic() - started, 2)
-        self._stages_done[stage.name] = done
-        note = {"note": self._note, "done": self._stages_done}
-        files.write_atomic_text(self._work / "stages.json", json.dumps(note))
 
     def _clean(self) -> Mapping[str, Any]:
         model = graph.load(self._source)
-        adopted = adoption.adopt(model, self._settings.free_batch)
+        adopted = adoption.adopt(model, self.settings.free_batch)
         remixed = adoption.remix(model)
         results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
         find_dit_islands(model)
         graph.drop_exporter_notes(model)
-        graph.save(model, self._work / "clean.onnx")
+        save_linked(model, self.work / "clean.onnx")
         found: dict[str, Any] = {"passes": [_result(result) for result in results]}
         if remixed:
             found["cosine with the source as it was mixed"] = adoption.require_same_network(
-                self._source, self._work / "clean.onnx"
+                self._source, self.work / "clean.onnx"
             )
         if adopted.freed:
-            found["rows together against one by one"] = adoption.require_rows_alike(self._work / "clean.onnx")
+            found["rows together against one by one"] = adoption.require_rows_alike(self.work / "clean.onnx")
         return found
 
+    @cached_property
+    def _candidates(self) -> ptq.Selection:
+        chosen_by = published_recipe if self.settings.recipe == "reference" else ptq
+        return chosen_by.select_products(graph.load(self.work / "clean.onnx"))
+
+    @cached_property
     def _selection(self) -> ptq.Selection:
-        return ptq.select_products(graph.load(self._work / "clean.onnx"))
+        kept = self._folder.done["sensitivity"]["kept"] if self.settings.target_cosine is not None else ()
+        return ptq.keep(self._candidates, kept)
+
+    @cached_property
+    def _rows(self) -> CalibrationSet | ChosenRows:
+        whole = self._calibration
+        return published_recipe.rows_of(whole) if self.settings.recipe == "reference" else whole
+
+    @cached_property
+    def _parity_rows(self) -> ChosenRows:
+        return compare.parity_rows_of(self._calibration, self.settings.parity_rows)
+
+    def _search(self) -> Mapping[str, Any]:
+        amax = np.load(self.work / "amax.npy")
+        return sensitivity.search(self.work / "clean.onnx", amax, self._parity_rows, self.settings)
 
     def _quantize(self) -> Mapping[str, Any]:
-        selection = self._selection()
-        if self._settings.ptq == "modelopt":
+        selection = self._selection
+        if self.settings.ptq == "modelopt":
             self._modelopt(selection)
         else:
-            model = graph.load(self._work / "clean.onnx")
+            model = graph.load(self.work / "clean.onnx")
             axes = {product.node: product.channel_axis for product in selection.quantized}
             run_passes(model, [InsertQuantizers(axes)])
-            graph.save(model, self._work / "quantized.onnx")
+            save_linked(model, self.work / "quantized.onnx")
         return {"quantised products": len(selection.quantized), "fp8 share of token products": selection.fp8_share}
 
     def _modelopt(self, selection: ptq.Selection) -> None:
-        scratch = modelopt_ptq.scratch_folder(self._work)
+        scratch = modelopt_ptq.scratch_folder(self.work)
         private = scratch / "source.onnx"
-        graph.save(graph.load(self._work / "clean.onnx"), private)
+        graph.save(graph.load(self.work / "clean.onnx"), private)
         modelopt_ptq.quantize_fp8(private, scratch / "quantized.onnx", selection, self._calibration)
         model = graph.load(scratch / "quantized.onnx")
         graph.drop_exporter_notes(model)
         model.graph.sort()
-        graph.save(model, self._work / "quantized.onnx")
+        graph.save(model, self.work / "quantized.onnx")
         shutil.rmtree(scratch)
 
     def _amax(self) -> Mapping[str, Any]:
-        amax = ptq.measure_amax(self._work / "clean.onnx", self._selection(), self._calibration)
-        with files.atomic_path(self._work / "amax.npy") as temporary:
+        amax = ptq.measure_amax(self.work / "clean.onnx", self._candidates, self._rows)
+        with files.atomic_path(self.work / "amax.npy") as temporary:
             np.save(temporary, amax)
-        return {"rows": len(amax), "amax": self._amax_by_sigma(amax)}
-
-    def _amax_by_sigma(self, amax: np.ndarray) -> list[dict[str, Any]]:
-        selection = self._selection()
-        sigmas = np.round(self._calibration.sigmas(), 6)
-        users: dict[str, list[str]] = {}
-        for product in selection.quantized:
-            users.setdefault(product.activation, []).append(product.node)
-        return [
-            {
-                "activation": name,
-                "products": users[name],
-                "amax": float(amax[:, column].max()),
-                "by sigma": {
-                    f"{s:g}": float(amax[sigmas == s, column].max()) for s in sorted(set(sigmas), reverse=True)
-                },
-            }
-            for column, name in enumerate(selection.activations)
-        ]
+        return {"rows": len(amax), "amax": ranges.amax_table(amax, self._candidates, self._rows)}
 
     def _scales(self) -> Mapping[str, Any]:
-        source, result = graph.load(self._work / "clean.onnx"), graph.load(self._work / "quantized.onnx")
-        selection = ptq.select_products(source)
-        amax = np.load(self._work / "amax.npy")
-        check = self._settings.ptq == "modelopt"
-        counts = ptq.apply_scales(result, selection, amax, self._settings.headroom, check)
-        if self._settings.weights == "fp8":
+        source, result = graph.load(self.work / "clean.onnx"), graph.load(self.work / "quantized.onnx")
+        selection = self._selection
+        amax = np.load(self.work / "amax.npy")[:, ptq.columns(self._candidates, selection)]
+        if self.settings.recipe == "reference":
+            amax = published_recipe.bounded(amax)
+        check = self.settings.ptq == "modelopt"
+        counts = ptq.apply_scales(result, selection, amax, self.settings.headroom, check)
+        if self.settings.weights == "fp8":
             counts = {**counts, **run_passes(result, [StoreWeightsAsFp8()])[0].counts}
         checks = proof.prove(source, result, selection)
         failures = proof.failures_of(checks)
         if failures:
             raise GateError(
                 f"the proof of {self._output.name} failed ({len(failures)} contradictions); nothing was written",
-                f"the intermediate graphs lie in {self._work}; report this with the lines below",
+                f"the intermediate graphs lie in {self.work}; report this with the lines below",
                 "\n".join(failures),
             )
-        graph.save(result, self._work / "dit_fp8.onnx")
+        graph.save(result, self.work / self._made)
         claims = [{"claim": check.claim, "looked at": check.looked_at, "holds": check.holds} for check in checks]
         return {**counts, "proof": claims, "excluded": selection.excluded}
+
+    def _shares(self) -> Mapping[str, Any]:
+        """On the rows of the parity, which hold every kind and sigma: a run of every row would double the time."""
+        rows = self._parity_rows
+        scales = ranges.scales_of(self.work / self._made, self._selection)
+        found = ranges.measure_shares(self.work / "clean.onnx", scales, rows)
+        return {"rows": rows.rows, "worst": ranges.worst_shares(found), "shares": found}
 
     def _parity(self) -> Mapping[str, Any]:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        wanted = compare.parity_selection(self._calibration.sigmas(), self._settings.parity_rows)
-        rows = ChosenRows(self._calibration, frozenset(wanted))
+        rows = self._parity_rows
         sides = []
         with console.Progress("parity with the source graph", 2 * rows.rows) as progress:
             # The clean graph, not the source: what a source of another recipe has wrong is put right in it.
-            for path in (self._work / "clean.onnx", self._work / "dit_fp8.onnx"):
-                with OnnxRuntimeEngine(path) as engine:
+            for path in (self.work / "clean.onnx", self.work / self._made):
+                with OnnxRuntimeEngine(path, low_memory=True) as engine:
                     sides.append(compare.denoise_rows(engine, _counted(rows, progress)))
         parity = compare.parity_by_sigma(*sides)
         worst = min(p.worst_cosine for p in parity)
-        if not worst >= self._settings.min_cosine:
+        wanted = max(self.settings.min_cosine, self.settings.target_cosine or 0.0)
+        if not worst >= wanted:
             raise GateError(
-                f"worst denoised cosine {worst:.6f} is under {self._settings.min_cosine:g}; nothing was written",
+                f"worst denoised cosine {worst:.6f} is under {wanted:g}; nothing was written",
                 "calibrate on more prompts, or lower --min-cosine if you know why",
                 console.table(compare.PARITY_HEADER, compare.parity_rows(parity)),
             )
-        return {"parity": [asdict(p) for p in parity], "worst": worst}
+        kinds = compare.parity_by_kind(sides[0], sides[1], rows.kinds())
+        return {"parity": [asdict(p) for p in parity], "by kind": [asdict(p) for p in kinds], "worst": worst}
 
     def _finish(self) -> dict[str, Any]:
         """Put the graph, the report and the manifest in place, in that order."""
-        written = graph.save(graph.load(self._work / "dit_fp8.onnx"), self._output)
+        made = self.work / self._made
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        if self._keep or made.stat().st_dev != self._output.parent.stat().st_dev:
+            written = graph.save(graph.load(made), self._output)
+        else:
+            written = graph.move(made, self._output)
+        if "sensitivity" in self._folder.done:
+            written.append(frontier.plot(self._folder.done["sensitivity"]["frontier"], self._output))
         report = {
             "format": REPORT_FORMAT,
             "artefact": self._output.name,
-            "inputs": self._inputs,
+            "inputs": self.inputs,
             "outputs": {file.name: files.sha256_of(file) for file in written},
-            "tools": self._note["tools"],
-            "settings": asdict(self._settings),
+            "tools": self._folder.note["tools"],
+            "settings": self.settings.noted(),
             "calibration": summary(self._calibration, self._ranges),
-            "stages": self._stages_done,
+            "stages": self._folder.done,
         }
         path = report_path(self._output)
         files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
-        gates = {"proof": "holds", "worst denoised cosine": self._stages_done["parity"]["worst"]}
-        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self._inputs, asdict(self._settings), gates)
+        gates = {"proof": "holds", "worst denoised cosine": self._folder.done["parity"]["worst"]}
+        manifest.write_manifest(self._output, "dit_fp8", [*written, path], self.inputs, self.settings.noted(), gates)
         return report
-
-
-def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
-    """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
-    if any(node.op_type in proof.QDQ for node in model.graph):
-        raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
-    with naming(source):
-        adoption.adopt(model, free_batch)
-        find_dit_islands(model)
-        trunk = {product.weight for product in ptq.select_products(model).quantized}
-    wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
-    if wide:
-        raise ToolError(
-            f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
-            "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
-        )
-    with naming(source):
-        adoption.remix(model)
 
 
 def _counted(rows: Any, progress: console.Progress) -> Any:

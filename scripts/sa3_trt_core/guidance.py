@@ -39,7 +39,10 @@ class GuidedVelocity(Closing):
 
 
 def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
-    """The guided velocity (B, C, L): without + cfg (with_text - without); cfg 1 gives with_text to the bit."""
+    """The guided velocity (B, C, L): without + cfg (with_text - without); cfg 1 gives with_text to the bit.
+
+    Source: classifier-free guidance (Ho, Salimans 2022).
+    """
     return with_text + (cfg - 1.0) * (with_text - without)
 
 

@@ -119,6 +119,12 @@ class DropDeadCasts:
                 assert source is None or source.dtype != node.outputs[0].dtype, f"{node.name} changes nothing"
 
 
+def type_like(value: ir.Value, like: ir.Value) -> None:
+    """Give a new value the element type of another."""
+    if like.dtype is not None:
+        value.dtype = like.dtype
+
+
 def replace_uses(value: ir.Value, other: ir.Value) -> None:
     """Let every node that reads `value` read `other`."""
     for use in list(value.uses()):

@@ -119,6 +119,8 @@ class FoldWeights:
 
 
 def _drop_unused(model: ir.Model) -> int:
-    before = len(list(model.graph))
+    before, held = len(list(model.graph)), dict(model.graph.initializers)
     RemoveUnusedNodesPass()(model)
+    for name in held.keys() - model.graph.initializers.keys():
+        held[name].const_value = None  # whoever still holds the value would hold the weight
     return before - len(list(model.graph))

@@ -16,13 +16,13 @@ FIRST_OPSET = 19  # the first with FP8 types
 class InsertQuantizers:
     """One pair on every activation (shared by the products that read it), one a weight, scales of one for now.
 
-    `products` maps a product's node name to the axis of its output channels in the weight. Needs direct fp16 or fp32
-    weights. The caller sets the scales.
+    `products` maps a product's node name to the axis of its output channels in the weight, or to None for one scale
+    for all of it. Needs direct fp16 or fp32 weights. The caller sets the scales.
     """
 
     name = "insert-qdq"
 
-    def __init__(self, products: Mapping[str, int]) -> None:
+    def __init__(self, products: Mapping[str, int | None]) -> None:
         self._products = dict(products)
 
     def requires(self, model: ir.Model) -> None:

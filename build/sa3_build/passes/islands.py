@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from sa3_build import graph
 from sa3_build.passes.base import GraphNotRecognised, described
+from sa3_build.passes.rotary_table import reads_baked_table
 
 SCALAR_INPUTS = frozenset({"t", "seconds_total"})
 LATENT = "x"
@@ -152,7 +153,7 @@ def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) 
         and node.op_type not in ("Constant", "ConstantOfShape")
         and not _leaves_fp32(node)
     }
-    trig = {node for node in tables if node.op_type in ("Cos", "Sin")}
+    trig = {node for node in tables if node.op_type in ("Cos", "Sin") or reads_baked_table(node)}
     if not trig:
         return frozenset()
     # A length is read from rotated tensors too: what Shape gives is made of no table.

@@ -21,6 +21,7 @@ _NUMPY_TYPES = {
     "tensor(int32)": "int32",
 }
 SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
+NO_PACKED_WEIGHTS = "session.disable_prepacking"
 FATAL_ONLY = 4  # its errors reach the user as ours, once
 LONGEST_REASON = 240
 
@@ -28,8 +29,11 @@ LONGEST_REASON = 240
 class OnnxRuntimeEngine(Closing):
     """One ONNX file in a session, on the GPU if ONNX Runtime and the machine have one, else on the CPU."""
 
-    def __init__(self, path: Path, variant: bytes | None = None) -> None:
+    def __init__(self, path: Path, variant: bytes | None = None, low_memory: bool = False) -> None:
         """`variant` is run in place of the file's own graph, with the sidecars of the file.
+
+        `low_memory` leaves the weights in their mapped file: ONNX Runtime would else pack a copy of every fp32 weight
+        and fold an fp32 copy of every fp16 one, 6 GB at full size; a step is a little slower for it.
 
         Raises ToolError if the file is no ONNX graph that ONNX Runtime can run, or a sidecar is missing.
         """
@@ -41,6 +45,9 @@ class OnnxRuntimeEngine(Closing):
         options = onnxruntime.SessionOptions()
         # FP8 Q/DQ pairs run on the CPU only at this level: the higher ones fuse them into products that do not exist.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        if low_memory:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
         options.log_severity_level = FATAL_ONLY
         if variant is not None:
             options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))

@@ -1,0 +1,90 @@
+"""The tensors of a native checkpoint's one safetensors file, by their native names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sa3_trt_core.errors import ToolError
+
+WEIGHTS_FILE = "model.safetensors"
+DIT_PREFIX = "model.model."
+CONDITIONER_PREFIX = "conditioner."
+AUTOENCODER_PREFIX = "pretransform.model."
+# Buffers that the native file stores and diffusers derives, or that have no elements.
+DERIVED_SUFFIXES = (".rope.inv_freq", "bottleneck.noise_scaling_factor")
+
+
+class NativeWeights:
+    """The tensors of one model.safetensors, taken by native key, with the leftovers known at the end.
+
+    Raises ToolError when the file is absent, torn or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise ToolError(f"no such checkpoint file: {path}", f"name the {WEIGHTS_FILE} of a native checkpoint")
+        self._open = lambda: safe_open(str(path), framework="pt", device="cpu")
+        try:
+            self._opened: Any = self._open()
+        except (SafetensorError, OSError) as error:
+            raise ToolError(f"{path} is not a whole safetensors file ({error})", "download or make it again") from None
+        self._path = path
+        self.keys = frozenset(self._file.keys())
+        for key in sorted(self.keys):
+            if not key.startswith((DIT_PREFIX, AUTOENCODER_PREFIX, CONDITIONER_PREFIX)):
+                raise ToolError(f"{path}: unexpected tensor {key}", "this is not a native Stable Audio 3 checkpoint")
+
+    def release(self) -> None:
+        """Let go of the mapped file: what was read of it stays in memory until then. It is opened again when needed."""
+        self._opened = None
+
+    @property
+    def _file(self) -> Any:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def take(self, key: str, shape: torch.Size) -> torch.Tensor:
+        """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
+        self.require(key, shape)
+        tensor: torch.Tensor = self._file.get_tensor(key)
+        return tensor.to(torch.float32)
+
+    def copy(self, key: str, shape: torch.Size) -> torch.Tensor:
+        """One tensor in fp32, read instead of mapped: for one that is rearranged, or it would lie in memory twice."""
+        self.require(key, shape)
+        if self._file.get_slice(key).get_dtype() != "F32":
+            return self.take(key, shape)
+        with self._path.open("rb") as file:  # safetensors: length of the header, the header, the data
+            length = int.from_bytes(file.read(8), "little")
+            start, end = json.loads(file.read(length))[key]["data_offsets"]
+            file.seek(8 + length + start)
+            return torch.frombuffer(bytearray(file.read(end - start)), dtype=torch.float32).reshape(shape)
+
+    def require(self, key: str, shape: torch.Size) -> None:
+        """Raise ToolError naming the key when a tensor is absent or of another shape; reads the file's header only."""
+        if key not in self.keys:
+            raise ToolError(
+                f"{self._path}: tensor {key} is missing", "the checkpoint does not fit its model_config.json"
+            )
+        found = tuple(self._file.get_slice(key).get_shape())
+        if found != tuple(shape):
+            raise ToolError(
+                f"{self._path}: tensor {key} has shape {list(found)}, expected {list(shape)}",
+                "the checkpoint does not fit its model_config.json",
+            )
+
+    def refuse_leftovers(self, prefix: str, used: Iterable[str]) -> None:
+        """Raise ToolError naming the first tensor under `prefix` that nothing has taken."""
+        for key in sorted(self.keys.difference(used)):
+            if key.startswith(prefix) and not key.endswith(DERIVED_SUFFIXES):
+                raise ToolError(
+                    f"{self._path}: unexpected tensor {key}", "the checkpoint does not fit its model_config.json"
+                )

@@ -1,0 +1,213 @@
+"""Make the rotary table a constant: cos and sin of every position there can be, read up to the length of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from sa3_build import graph
+from sa3_build.lengths import Length, symbol
+from sa3_build.passes.adopt import drop_unused_initializers, replace_uses, type_like
+from sa3_build.passes.base import PassResult, check_sorted, described
+from sa3_build.passes.fold_shapes import declared, follow
+from sa3_build.shape_numbers import Numbers
+from sa3_build.symbolic import Shapes
+from sa3_trt_core.shapes import MAX_FRAMES
+
+TRIG = {"Cos": np.cos, "Sin": np.sin}
+FEW_FRAMES = 5  # a table of another length must begin with the same rows
+MOST_TOKENS = 4096  # in front of the latent; more would be no memory tokens
+
+
+class Left(Exception):
+    """Why a place is left as it is."""
+
+
+class BakeRope:
+    """Replace Cos and Sin of a rotary angle by a slice 0..T of a constant table; T stays a value of the graph.
+
+    Angles are computed as the graph does, step by step in its own types, and their cosines in float64: the table is
+    the graph's own to a rounding of fp32. Every angle that depends on no data is baked, or none is.
+    """
+
+    name = "bake-rope"
+
+    def requires(self, model: ir.Model) -> None:
+        check_sorted(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        behind = graph.graph_inputs_behind(model)
+        trig = [node for node in model.graph if node.op_type in TRIG and not behind[node]]
+        before = len(model.graph)
+        tables: list[tuple[np.ndarray, ir.Value]] = []
+        try:
+            shapes = followed(model)
+            angles = _Angles(shapes, model.opset_imports.get("", 0))
+            found = [(node, *angles.table(node)) for node in trig]
+        except Left as why:
+            return PassResult(self.name, {"baked": 0, "left": len(trig)}, (str(why),))
+        starts: dict[tuple[int, Length], ir.Value] = {}
+        for node, table, length, limit in found:
+            index = _index_of(tables, table, model)
+            if (index, length) not in starts:
+                starts[index, length] = _sliced(model, node, tables[index][1], limit)
+            replace_uses(node.outputs[0], starts[index, length])
+        if trig:
+            RemoveUnusedNodesPass()(model)
+            drop_unused_initializers(model)
+        counts = {"baked": len(trig), "tables": len(tables), "nodes removed": before - len(model.graph)}
+        return PassResult(self.name, counts, () if trig else ("no Cos or Sin of a position was found",))
+
+    def ensures(self, model: ir.Model) -> None:
+        check_sorted(model)
+
+
+def followed(model: ir.Model) -> Shapes:
+    """The shapes of every value, as far as they follow from the inputs'."""
+    shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
+    for node in model.graph:
+        follow(shapes, node)
+    return shapes
+
+
+class _Angles:
+    """Evaluates what stands behind a Cos or Sin, at lengths of our choosing."""
+
+    def __init__(self, shapes: Shapes, opset: int) -> None:
+        self._shapes, self._opset = shapes, opset
+        self._done: dict[tuple[ir.Value, int], np.ndarray] = {}
+
+    def table(self, trig: ir.Node) -> tuple[np.ndarray, Length, ir.Value]:
+        """The table of one Cos or Sin for the most frames, its length at run time, and the value that holds that."""
+        angle = trig.inputs[0]
+        assert angle is not None
+        nodes = self._cone(angle)
+        limits = {self._limit(node) for node in nodes if node.op_type == "Range"}
+        if len(limits) != 1:
+            raise Left(f"{described(trig)} depends on {len(limits)} Range nodes")
+        length, limit = limits.pop()
+        few, most = (self._evaluated(angle, nodes, length, frames) for frames in (FEW_FRAMES, MAX_FRAMES))
+        sizes = (length.constant + FEW_FRAMES, length.constant + MAX_FRAMES)
+        if (len(few), len(most)) != sizes or not np.array_equal(few, most[: len(few)]):
+            raise Left(f"{described(trig)} is no table with one row a position")
+        table = TRIG[trig.op_type](most.astype(np.float64))
+        return table.astype(np.float32), length, limit
+
+    def _limit(self, counter: ir.Node) -> tuple[Length, ir.Value]:
+        """How far a Range counts: L and the memory tokens, as an integer value."""
+        value = counter.inputs[1]
+        while value is not None and (maker := value.producer()) is not None and maker.op_type == "Cast":
+            value = maker.inputs[0]
+        numbers = self._shapes.numbers(value)
+        length = numbers.reshape(-1)[0] if numbers is not None and numbers.size == 1 else None
+        start, step = (_single(self._shapes, counter.inputs[place]) for place in (0, 2))
+        if value is None or not isinstance(length, Length) or (start, step) != (0.0, 1.0):
+            raise Left(f"{described(counter)} does not count 0, 1, ... to a length that is known")
+        if [count for _, count in length.terms] != [1] or not 0 <= length.constant <= MOST_TOKENS:
+            raise Left(f"{described(counter)} counts to {length}, not to the frames and some tokens")
+        return length, value
+
+    def _cone(self, angle: ir.Value) -> list[ir.Node]:
+        """The nodes that compute an angle, but for the arithmetic of lengths, in order."""
+        ordered: dict[ir.Node, None] = {}
+
+        def visit(value: ir.Value | None) -> None:
+            node = value.producer() if value is not None else None
+            if node is None or node in ordered or self._numbers(value) is not None:
+                return
+            if graph.gives_sizes(node):
+                raise Left(f"{described(node)} gives a size that is not known")
+            for operand in node.inputs:
+                visit(operand)
+            ordered[node] = None
+
+        visit(angle)
+        return list(ordered)
+
+    def _evaluated(self, angle: ir.Value, nodes: list[ir.Node], length: Length, frames: int) -> np.ndarray:
+        if (angle, frames) not in self._done:
+            name = length.terms[0][0]
+            known: dict[str, np.ndarray] = {}
+            made = {value for node in nodes for value in node.outputs}
+            for value in {value for node in nodes for value in node.inputs if value is not None and value not in made}:
+                known[str(value.name)] = self._number(value, name, frames)
+            proto = onnx.helper.make_graph(
+                [ir.to_proto(node) for node in nodes], "angle",
+                [onnx.helper.make_tensor_value_info(key, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+                 for key, array in known.items()],
+                [onnx.helper.make_tensor_value_info(str(angle.name), onnx.TensorProto.FLOAT, None)],
+            )  # fmt: skip
+            whole = onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
+            results = ReferenceEvaluator(whole).run(None, known)
+            assert isinstance(results, list)
+            self._done[angle, frames] = np.asarray(results[0])
+        return self._done[angle, frames]
+
+    def _numbers(self, value: ir.Value | None) -> Numbers | None:
+        """The entries of a value when every one is known."""
+        numbers = self._shapes.numbers(value)
+        return None if numbers is None or any(entry is None for entry in numbers.reshape(-1)) else numbers
+
+    def _number(self, value: ir.Value, name: str, frames: int) -> np.ndarray:
+        constant = graph.constant_of(value)
+        if constant is not None:
+            return constant
+        numbers = self._numbers(value)
+        if numbers is None or value.dtype is None:
+            raise Left(f"{value.name}, which an angle is made of, is not known")
+        return np.array([_at(entry, name, frames) for entry in numbers.reshape(-1)], value.dtype.numpy()).reshape(
+            numbers.shape
+        )
+
+
+def _at(entry: object, name: str, frames: int) -> object:
+    """A length when the symbol `name` is `frames`."""
+    if not isinstance(entry, Length):
+        return entry
+    bound = entry - symbol(name).times(dict(entry.terms).get(name, 0)) + dict(entry.terms).get(name, 0) * frames
+    if bound.number is None:
+        raise Left(f"an angle depends on {entry}")
+    return bound.number
+
+
+def _single(shapes: Shapes, value: ir.Value | None) -> float | None:
+    numbers = shapes.numbers(value)
+    entry = numbers.reshape(-1)[0] if numbers is not None and numbers.size == 1 else None
+    plain = entry.number if isinstance(entry, Length) else entry
+    return None if plain is None else float(plain)
+
+
+def _index_of(tables: list[tuple[np.ndarray, ir.Value]], table: np.ndarray, model: ir.Model) -> int:
+    """Which table this is; a new one becomes an initializer."""
+    for index, (known, _) in enumerate(tables):
+        if known.shape == table.shape and np.array_equal(known, table):
+            return index
+    name = f"rotary_table_{len(tables)}"
+    value = ir.val(name, const_value=ir.tensor(table, name=name))
+    model.graph.register_initializer(value)
+    tables.append((table, value))
+    return len(tables) - 1
+
+
+def _sliced(model: ir.Model, node: ir.Node, table: ir.Value, limit: ir.Value) -> ir.Value:
+    name = f"{table.name}_{node.outputs[0].name}"
+    length = ir.node("Reshape", [limit, _vector(model, f"{name}_flat", [-1])], name=f"{name}_length")
+    axes = [_vector(model, f"{name}_{which}", [0]) for which in ("from", "axis")]
+    rows = ir.node("Slice", [table, axes[0], length.outputs[0], axes[1]], name=f"{name}_rows")
+    length.outputs[0].shape, rows.outputs[0].shape = ir.Shape([1]), node.outputs[0].shape
+    for one, like in ((length, limit), (rows, node.outputs[0])):
+        one.outputs[0].name = f"{one.name}_value"
+        type_like(one.outputs[0], like)
+    model.graph.insert_before(node, [length, rows])
+    return rows.outputs[0]
+
+
+def _vector(model: ir.Model, name: str, numbers: Iterable[int]) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(np.array(list(numbers), np.int64), name=name))
+    model.graph.register_initializer(value)
+    return value
