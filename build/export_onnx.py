@@ -1,4 +1,4 @@
-"""Export a native checkpoint as ONNX graphs: text encoder, DiT (fp32) and SAME decoder (fp32 and FP16-mixed)."""
+"""Export a native checkpoint as ONNX graphs: text encoder, DiT, SAME decoder (and FP16-mixed) and encoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 
 from sa3_trt_core.errors import Parser, run_command
 
-PARTS = {"text": "text_encoder", "dit": "dit", "decoder": "decoder", "decoder-fp16": "half_decoder"}
+PARTS = {
+    "text": "text_encoder",
+    "dit": "dit",
+    "decoder": "decoder",
+    "decoder-fp16": "half_decoder",
+    "encoder": "encoder",
+}
 
 
 def parser() -> argparse.ArgumentParser:

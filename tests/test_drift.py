@@ -13,30 +13,32 @@ import pytest
 
 from helpers.commands import Done, run, two_lines
 from sa3_build import drift
-from sa3_build.calib import CalibrationSet, CalibrationWriter
+from sa3_build.calib import CalibrationSet
+from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.recipe import report_path
 from sa3_trt_core.targets import dit_target
 
 HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
 CONTROLS = [1e-6, 9e-6, 1e-4, 9e-4]  # 1 - cosine goes with the square of the size
+SIZES = drift.CONTROLS[: len(CONTROLS)]
 
 
 @pytest.mark.parametrize(
     ("found", "wanted"), [(1e-6, 1e-3), (3e-6, math.sqrt(3) * 1e-3), (9e-4, 3e-2), (1e-8, 1e-4), (0.0, 0.0)]
 )
 def test_a_drift_is_read_between_the_controls_and_below_them(found: float, wanted: float) -> None:
-    assert drift.equivalent(found, CONTROLS) == pytest.approx(wanted, rel=1e-6)
+    assert drift.equivalent(found, CONTROLS, SIZES) == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("found", [1e-3, math.nan])
 def test_a_drift_above_the_largest_control_has_no_size(found: float) -> None:
-    assert drift.equivalent(found, CONTROLS) == math.inf
+    assert drift.equivalent(found, CONTROLS, SIZES) == math.inf
 
 
 def test_a_control_that_falls_back_does_not_break_the_reading() -> None:
-    sizes = [drift.equivalent(height, [1e-6, 5e-5, 4e-5, 9e-4]) for height in (1e-6, 2e-5, 1e-4, 9e-4)]
+    sizes = [drift.equivalent(height, [1e-6, 5e-5, 4e-5, 9e-4], SIZES) for height in (1e-6, 2e-5, 1e-4, 9e-4)]
     assert sizes == sorted(sizes) and sizes[0] == pytest.approx(1e-3) and sizes[-1] == pytest.approx(3e-2)
-    between = drift.equivalent(8e-5, [1e-6, 5e-5, 4e-5, 9e-4])  # the third control counts as 5e-5
+    between = drift.equivalent(8e-5, [1e-6, 5e-5, 4e-5, 9e-4], SIZES)  # the third control counts as 5e-5
     assert between == pytest.approx(1e-2 * 3 ** (math.log(1.6) / math.log(18)))
 
 

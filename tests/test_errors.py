@@ -111,7 +111,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--precision", "int4"], "invalid choice"),
         (["--backend", "torch"], "not there yet"),
         (["--out", "/proc/x.wav"], "cannot write --out"),
-        (["--out", "x.mp3"], "does not end in .wav"),
+        (["--out", "x.mp3"], "does not end in .wav or .flac"),
         (["--save-latents", "/proc/x.npz"], "cannot write --save-latents"),
         (["--onnx-root", "absent"], "no such ONNX folder"),
         (["--onnx-root", "."], "tokenizer.json"),
@@ -134,8 +134,8 @@ def test_the_plan_is_shown_without_a_file(folder: Path, capsys: pytest.CaptureFi
     assert sa3_trt.main([*arguments, "--seed", "7", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [stage["target"] for stage in plan["stages"]] == ["t5gemma", "sa3-m-fp8", "same-l-decoder"]
-    assert plan["frames"] == 646
-    assert plan["out"] == "output/sad-s-ge-90-bpm_7.wav"
+    (row,) = plan["rows"]
+    assert (row["frames"], row["out"]) == (646, "output/sad-s-ge-90-bpm_7.wav")
     assert sa3_trt.main(["--prompt", "", "--dry-run", "--seed", "1"]) == 0  # an empty prompt is allowed
     assert "output/untitled_1.wav" in capsys.readouterr().out
     assert os.listdir(folder) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sa3_build import checkpoint, export, graph, text_encoder
-from sa3_build.contract import DecoderContract, DitContract, TextContract
+from sa3_build.contract import DecoderContract, DitContract, EncoderContract, TextContract
 from sa3_build.geometry import load_geometry
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import TOKENIZER_FILES, find_target
@@ -24,6 +24,7 @@ def modules(tiny_checkpoint: Path) -> dict[str, torch.nn.Module]:
     return {
         "sa3-m-fp32": DitContract(dit, checkpoint.load_duration_embedder(stored, geometry.conditioner)),
         "same-l-decoder-fp32": DecoderContract(checkpoint.load_autoencoder(stored, geometry.autoencoder)),
+        "same-l-encoder": EncoderContract(checkpoint.load_autoencoder(stored, geometry.autoencoder)),
         "t5gemma": TextContract(text_encoder.load_text_encoder(tiny_checkpoint / "t5gemma-b-b-ul2")),
     }
 
@@ -56,6 +57,22 @@ def test_the_decoder_at_any_length(modules, tiny_onnx: Path, frames: int) -> Non
     assert np.abs(found - wanted).max() <= 1  # one step of 16 bits, where rounding falls the other way
 
 
+@pytest.mark.parametrize("frames", [33, 90])
+def test_the_encoder_at_any_length(modules, tiny_checkpoint: Path, tiny_onnx: Path, frames: int) -> None:
+    """The graph against its module, and once against diffusers' own encoder with its dense mask."""
+    inputs = export.example_inputs("same-encoder", 1, frames, seed=frames)
+    wanted, found = both(modules, tiny_onnx, "same-l-encoder", inputs)
+    assert found.shape == (1, 256, frames)
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) <= 1e-5
+    if frames != 33:
+        return
+    geometry = load_geometry(tiny_checkpoint / "model_config.json")
+    stored = checkpoint.NativeWeights(tiny_checkpoint / "model.safetensors")
+    with torch.inference_mode():
+        dense = checkpoint.load_autoencoder(stored, geometry.autoencoder).encode(inputs[0]).latents.numpy()
+    assert np.linalg.norm(found - dense) / np.linalg.norm(dense) <= 1e-5
+
+
 def test_the_half_decoder_is_close(modules, tiny_onnx: Path) -> None:
     inputs = export.example_inputs("same-decoder", 1, 40, seed=5)
     wanted, _ = both(modules, tiny_onnx, "same-l-decoder-fp32", inputs)
@@ -79,7 +96,9 @@ def test_the_text_encoder_follows_its_mask(modules, tiny_onnx: Path, tokens: int
     assert np.allclose(other[0, :tokens], found[0, :tokens], atol=1e-6)
 
 
-@pytest.mark.parametrize("target", ["sa3-m-fp32", "sa3-m", "same-l-decoder-fp32", "same-l-decoder", "t5gemma"])
+@pytest.mark.parametrize(
+    "target", ["sa3-m-fp32", "sa3-m", "same-l-decoder-fp32", "same-l-decoder", "same-l-encoder", "t5gemma"]
+)
 def test_graphs_keep_the_contract(tiny_onnx: Path, target: str) -> None:
     """Names, types, symbolic axes; valid ONNX; no trace of the machine that made it."""
     path = tiny_onnx / find_target(target).onnx[0]

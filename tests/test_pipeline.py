@@ -33,7 +33,7 @@ def test_latents_are_the_models_own(tiny_checkpoint: Path, tiny_onnx: Path, tmp_
     """fp32 engines against the checkpoint in torch, prompt to latents."""
     saved = tmp_path / "l.npz"
     more = ["--seconds", seconds, "--seed", "11", "--precision", "fp32", "--save-latents", str(saved)]
-    assert generate(tiny_onnx, tmp_path / "x.wav", *more)["frames"] == frames
+    assert generate(tiny_onnx, tmp_path / "x.wav", *more)["rows"][0]["frames"] == frames
     model = CheckpointModel(tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors", "cpu")
     wanted = model.generate(PROMPT, float(seconds), 8, 11).numpy()
     with np.load(saved, allow_pickle=False) as found:

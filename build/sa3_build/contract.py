@@ -92,17 +92,51 @@ class DecoderContract(nn.Module):
         frames = hidden.transpose(1, 2).unsqueeze(2)  # (1, T, 1, C)
         batch, count, _, channels = frames.shape
         fresh = block.new_tokens.unsqueeze(0).expand(batch, count, block.stride, channels)
-        tokens = torch.cat([frames, fresh], dim=2)  # (1, T, 1 + stride, C)
-        segment = tokens.shape[2]
-        masks = window_masks(count, segment, block.sliding_window, tokens)
-        rotary = block.transformers[0].attn.rope(count * segment, tokens.device)
-        table = (rotary.cos(), rotary.sin())
-        for layer in block.transformers:
-            tokens = tokens + local_attention(layer.attn, layer.norm_attn(tokens), table, masks)
-            tokens = tokens + layer.ff(layer.norm_ff(tokens))
+        tokens = windowed(block, torch.cat([frames, fresh], dim=2))
         tokens = tokens[:, :, 1:].reshape(batch, count * block.stride, channels)
         mapped: torch.Tensor = block.mapping(tokens.transpose(1, 2))
         return mapped
+
+
+class EncoderContract(nn.Module):
+    """The SAME encoder: latent (1, C, N / 4096) from audio (1, 2, N), N a multiple of 4096.
+
+    The same exact block form as the decoder's: a segment is `stride` patches and the new token that becomes the latent.
+    """
+
+    def __init__(self, autoencoder: AutoencoderSAME) -> None:
+        super().__init__()
+        remove_weight_norms(autoencoder.encoder)
+        self.autoencoder = autoencoder
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        encoder = self.autoencoder.encoder
+        # Cut here and not by patch_embed, which pads to whole patches: a branch on the length that no graph can hold.
+        patches = audio.unflatten(-1, (-1, self.autoencoder.patch_embed.patch_size))  # (1, 2, T, P)
+        hidden = patches.transpose(2, 3).flatten(1, 2)  # (1, 2 P, T)
+        for block in encoder.blocks:
+            hidden = self._resample(block, hidden)
+        latent: torch.Tensor = self.autoencoder.bottleneck.encode(encoder.proj(hidden.transpose(1, 2)).transpose(1, 2))
+        return latent
+
+    def _resample(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """One resampling block in encoder form: (1, C, T * stride) -> (1, C', T)."""
+        frames = block.mapping(hidden).transpose(1, 2).unflatten(1, (-1, block.stride))  # (1, T, stride, C')
+        batch, count, _, channels = frames.shape
+        fresh = block.new_tokens.unsqueeze(0).expand(batch, count, 1, channels)
+        return windowed(block, torch.cat([frames, fresh], dim=2))[:, :, -1].transpose(1, 2)
+
+
+def windowed(block: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The transformer layers of a resampling block on its segments. tokens (1, T, 1 + stride, C) -> the same shape."""
+    count, segment = tokens.shape[1], tokens.shape[2]
+    masks = window_masks(count, segment, block.sliding_window, tokens)
+    rotary = block.transformers[0].attn.rope(count * segment, tokens.device)
+    table = (rotary.cos(), rotary.sin())
+    for layer in block.transformers:
+        tokens = tokens + local_attention(layer.attn, layer.norm_attn(tokens), table, masks)
+        tokens = tokens + layer.ff(layer.norm_ff(tokens))
+    return tokens
 
 
 def window_masks(count: int, segment: int, window: int, like: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from sa3_trt_core.errors import ToolError
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONTROLS = (1e-3, 3e-3, 1e-2, 3e-2)  # relative L2 of what is added to what the DiT reads
+CONTROLS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # relative L2 of what is added to what the DiT reads
 EVERY_STEP, START = "every-step", "start"  # where: at each step, or to the start alone, which ping-pong soon replaces
 STEPS = 8
 OTHER_SEEDS = 10**6  # of perturbations: apart from those of the noise, which are the prompts' places

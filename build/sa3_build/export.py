@@ -21,7 +21,7 @@ from torch import nn
 from sa3_build import graph
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import FoldWeights
-from sa3_trt_core.shapes import CONTRACTS, GraphContract, TensorSpec
+from sa3_trt_core.shapes import CONTRACTS, SAMPLES_PER_FRAME, GraphContract, TensorSpec
 
 OPSET = 19
 
@@ -59,7 +59,7 @@ def export_module(module: nn.Module, kind: str, inputs: Sequence[torch.Tensor]) 
 def example_inputs(kind: str, batch: int = 2, frames: int = 34, seed: int = 0) -> list[torch.Tensor]:
     """Random tensors in the contract's shapes: what the exporter traces with and what the checks run on."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"B": batch, "L": frames, "N": frames * 4096}
+    sizes = {"B": batch, "L": frames, "N": frames * SAMPLES_PER_FRAME}
     tensors = []
     for spec in CONTRACTS[kind].inputs:
         shape = [_extent(dim, sizes) for dim in spec.dims]
@@ -90,7 +90,8 @@ def _small(node: ir.Node) -> bool | None:
 
 
 def _dynamic_shapes(contract: GraphContract) -> tuple[Mapping[int, Any], ...]:
-    dims = {"B": torch.export.Dim("B", min=1, max=64), "L": torch.export.Dim("L", min=1, max=8192)}
+    dims: dict[str, Any] = {"B": torch.export.Dim("B", min=1, max=64), "L": torch.export.Dim("L", min=1, max=8192)}
+    dims["N"] = SAMPLES_PER_FRAME * dims["L"]  # whole frames only, which the exporter proves from this
     return tuple(_dynamic_axes(spec, dims) for spec in contract.inputs)
 
 

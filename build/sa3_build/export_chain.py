@@ -15,7 +15,7 @@ from torch import nn
 
 from sa3_build import checkpoint as native
 from sa3_build import export, graph, text_encoder
-from sa3_build.contract import DecoderContract, DitContract, TextContract
+from sa3_build.contract import DecoderContract, DitContract, EncoderContract, TextContract
 from sa3_build.demo.music import draw_piece
 from sa3_build.demo.synth import render
 from sa3_build.geometry import Geometry, load_geometry
@@ -33,7 +33,13 @@ DIT_TOLERANCE = 5e-5
 RELATIVE_TOLERANCE = 1e-5
 HALF_DECODER_TOLERANCE = 2e-2  # relative L2 of the fp16-mixed decoder: 34 dB below the sound
 MUSIC_LOOPS, MUSIC_SECONDS = 2, 4
-CHECK_SHAPES = {"dit": ((1, 1), (3, 7), (1, 64)), "same-decoder": ((1, 32), (1, 45)), "t5gemma": ((1, 1),)}
+_CODEC_SHAPES = ((1, 32), (1, 45))
+CHECK_SHAPES = {
+    "dit": ((1, 1), (3, 7), (1, 64)),
+    "same-decoder": _CODEC_SHAPES,
+    "same-encoder": _CODEC_SHAPES,
+    "t5gemma": ((1, 1),),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,14 @@ class Exporter:
 
         return self._export("same-l-decoder-fp32", self._inputs, load)
 
+    def encoder(self) -> Exported:
+        """same-l encoder in fp32: it runs once a request, before the first step, so 16 bits would save nothing."""
+
+        def load() -> nn.Module:
+            return EncoderContract(native.load_autoencoder(self._weights, self._geometry.autoencoder))
+
+        return self._export("same-l-encoder", self._inputs, load)
+
     def half_decoder(self) -> Exported:
         """same-l decoder, FP16-mixed, made from the fp32 one and compared with it."""
         source = self._path(find_target("same-l-decoder-fp32"))
@@ -120,7 +134,7 @@ class Exporter:
         forward = module.waveform if isinstance(module, DecoderContract) else module
         with torch.inference_mode():
             wanted = [forward(*example).numpy() for example in self._examples(target)]
-        if target.kind == "same-decoder":
+        if target.kind in ("same-decoder", "same-encoder"):
             tolerance = max(tolerance, self._rounding(module, wanted, target))
         model = export.export_module(module, target.kind, export.example_inputs(target.kind))
         written, nodes = graph.save(model, path), len(list(model.graph))
@@ -145,19 +159,19 @@ class Exporter:
         with torch.inference_mode():
             return [autoencoder.encode(loop).latents for loop in loops]
 
-    def _rounding(self, decoder: nn.Module, wanted: list[np.ndarray], target: Target) -> float:
-        """How far the decoder's own fp32 samples are from its fp64 ones.
+    def _rounding(self, codec: nn.Module, wanted: list[np.ndarray], target: Target) -> float:
+        """How far the autoencoder's own fp32 results are from its fp64 ones.
 
         Trained sin(pi g) gates amplify rounding to 1e-4: no other order of the same sums can be held to less.
         """
-        exact = decoder.double()
-        assert isinstance(exact, DecoderContract)
+        exact = codec.double()
+        forward = exact.waveform if isinstance(exact, DecoderContract) else exact
         with torch.inference_mode():
             errors = [
-                relative_error(exact.waveform(latent.double()).numpy(), samples)
-                for (latent,), samples in zip(self._examples(target), wanted, strict=True)
+                relative_error(forward(example.double()).numpy(), found)
+                for (example,), found in zip(self._examples(target), wanted, strict=True)
             ]
-        decoder.float()  # exact: every value was fp32 before
+        codec.float()  # exact: every value was fp32 before
         return max(errors)
 
     def _keep(

@@ -1,3 +1,30 @@
-"""The runtime library of Stable Audio 3 on NVIDIA GPUs: tables, files, engines, sampler."""
+"""The runtime library of Stable Audio 3 on NVIDIA GPUs: tables, files, engines, sampler.
+
+    from sa3_trt_core import Generator, Request
+
+    with Generator.load(dit="medium", precision="fp8") as generator:
+        result = generator.generate(Request("slow piano, 70 BPM", seconds=54, seed=1))
+
+`result.audio` is fp32 (samples, 2) at 44.1 kHz. Importing this package alone loads nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sa3_trt_core.pipeline import Generator, Result
+    from sa3_trt_core.request import Request
 
 __version__ = "0.1.0"
+__all__ = ["Generator", "Request", "Result", "__version__"]
+
+_HOMES = {"Generator": "pipeline", "Result": "pipeline", "Request": "request"}
+
+
+def __getattr__(name: str) -> object:
+    """The names of the Python door, each loaded on its first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

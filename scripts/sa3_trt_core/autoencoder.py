@@ -1,9 +1,10 @@
-"""From latents to samples: decode, mute what is beyond the valid frames, cut to the length asked for."""
+"""Between samples and latents: encode, decode, mute what is beyond the valid frames, cut to the length asked for."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sa3_trt_core.engines.base import pick
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import AUDIO_CHANNELS, MIN_CODEC_FRAMES, SAMPLES_PER_FRAME, output_samples, valid_frames
 
@@ -16,11 +17,33 @@ FULL_SCALE = 32767
 LIMITER_CEILING = 1.0  # the value at which that input of some builds changes nothing below full scale
 
 
-def decode(engine: GraphEngine, latents: Tensor) -> Tensor:
-    """int16 samples (L*4096, 2) from latents (1, 256, L), either flavour of decoder.
+def encode(engine: GraphEngine, audio: Tensor) -> Tensor:
+    """Latents (1, 256, L) fp32 from samples (2, L * 4096).
 
-    `pcm` is int32 (1, L*4096, 2), clipped and scaled already; `audio` is float (1, 2, L*4096) within +-1. Fewer than
-    32 frames are padded with zero frames to the decoder's least length and cut again. Raises ToolError.
+    Fewer than 32 frames are padded with silence to the encoder's least length and cut again. Raises ToolError.
+    """
+    import torch
+    from torch.nn import functional
+
+    frames = audio.shape[-1] // SAMPLES_PER_FRAME
+    missing = max(0, MIN_CODEC_FRAMES - frames) * SAMPLES_PER_FRAME
+    latents = pick(engine.run({"audio": functional.pad(audio, (0, missing)).unsqueeze(0)}), "latent").float()
+    if not bool(torch.isfinite(latents).all()):
+        raise ToolError("the audio encoder gave values that are not finite", "build it again, or export it in fp32")
+    return latents[..., :frames].contiguous()
+
+
+def is_clipped(engine: GraphEngine) -> bool:
+    """Whether a decoder gives samples that are cut to full scale already: what was above it cannot be had back."""
+    return "pcm" in engine.output_names and "limiter_ceiling" not in engine.input_names
+
+
+def decode(engine: GraphEngine, latents: Tensor) -> Tensor:
+    """fp32 samples (L*4096, 2) from latents (1, 256, L), either flavour of decoder; full scale is 1.
+
+    `pcm` is int32 (1, L*4096, 2) in 16-bit steps, as a rule clipped already; `audio` is float (1, 2, L*4096), which may
+    lie beyond full scale. Fewer than 32 frames are padded with zero frames to the decoder's least length and cut again.
+    Raises ToolError.
     """
     import torch
     from torch.nn import functional
@@ -32,18 +55,17 @@ def decode(engine: GraphEngine, latents: Tensor) -> Tensor:
         inputs["limiter_ceiling"] = torch.tensor(LIMITER_CEILING)
     outputs = engine.run(inputs)
     if "pcm" in outputs:
-        samples = outputs["pcm"][0].clamp(-FULL_SCALE, FULL_SCALE)
+        samples = outputs["pcm"][0].float() / FULL_SCALE
     elif "audio" in outputs:
-        audio = outputs["audio"][0].float()
-        if not bool(torch.isfinite(audio).all()):
+        samples = outputs["audio"][0].float().T
+        if not bool(torch.isfinite(samples).all()):
             raise ToolError("the decoder gave values that are not finite", "build it again, or try --precision fp32")
-        samples = (audio.clamp(-1.0, 1.0) * FULL_SCALE).round().T
     else:
         raise ToolError(f"the decoder gives {', '.join(outputs)}, not pcm or audio", "use a SAME decoder")
     wanted = (padded.shape[-1] * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
     if tuple(samples.shape) != wanted:
         raise ToolError(f"the decoder gave samples of shape {tuple(samples.shape)}, not {wanted}", "use a SAME decoder")
-    return samples[: frames * SAMPLES_PER_FRAME].to(torch.int16).contiguous()
+    return samples[: frames * SAMPLES_PER_FRAME].contiguous()
 
 
 def finish(samples: Tensor, seconds: float) -> Tensor:

@@ -36,6 +36,19 @@ def current_arch() -> str | None:
     return f"sm_{major.value}{minor.value}"
 
 
+def memory_in_use() -> int | None:
+    """Bytes of the first visible GPU that are taken, by anybody: engines own memory that PyTorch does not see.
+
+    None without a GPU that PyTorch can use.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def tensorrt_module(backend: str) -> ModuleType | None:
     """The module of a TensorRT backend, or None. Type stubs alone import as an empty package, so ask for Builder."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ from sa3_trt_core.files import sha256_of, write_atomic_text
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
 LARGEST = 4 << 20  # bytes; a manifest is a few kB, so more than this is something else
+IDENTITY_LETTERS = 16  # of a SHA-256
 TOOLS = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt", "tensorrt", "tensorrt_rtx")
 
 
@@ -113,6 +115,15 @@ def verify_manifest(artefact: Path, deep: bool = False) -> str | None:
         if deep and sha256_of(file) != record.sha256:
             return f"{name} is not the file that its manifest describes"
     return None
+
+
+def identity(artefact: Path) -> str | None:
+    """A short name of an artefact's content, from the digests in its manifest; None where there is no manifest."""
+    manifest = read_manifest(artefact)
+    if manifest is None:
+        return None
+    digests = json.dumps(sorted((name, record.sha256) for name, record in manifest.files.items()))
+    return hashlib.sha256(digests.encode()).hexdigest()[:IDENTITY_LETTERS]
 
 
 def is_current(artefact: Path, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[bool, str]:

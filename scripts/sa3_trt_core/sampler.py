@@ -52,16 +52,22 @@ def ping_pong(
     sigmas: Tensor,
     cond: Conditioning,
     on_step: Callable[[int, float], None] | None = None,
+    start: Tensor | None = None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Latents (B, C, L) from the noise's first draw: d = x - s_i v, then x = (1 - s_{i+1}) d + s_{i+1} noise.
 
     The noise of the last step is drawn too, and multiplied by 0: the generator then stands where the model's own does.
-    `on_step(i, sigma)` is called after each step. Raises ToolError when a velocity is not finite.
+    `start` (B, C, L) is what audio to audio starts from: (1 - s_0) start + s_0 noise. `kept` is what to put back after
+    every step: latents (B, C, L) and a mask (B, 1, L) of 1 where. `on_step(i, sigma)` is called after each step.
+    Raises ToolError when a velocity is not finite.
     Source: the model's own generation (facts.md, section 2).
     """
     import torch
 
     x = next(noise)
+    if start is not None:
+        x = (1.0 - sigmas[0]) * start + sigmas[0] * x
     for step in range(len(sigmas) - 1):
         now, after = sigmas[step], sigmas[step + 1]
         velocity = engine.velocity(x, now.expand(x.shape[0]).contiguous(), cond)
@@ -71,6 +77,8 @@ def ping_pong(
                 "the engine or its ONNX is damaged or overflows: build it again, or try --precision fp32",
             )
         x = (1.0 - after) * denoised(x, velocity, now) + after * next(noise)
+        if kept is not None:
+            x = torch.where(kept[1] > 0, kept[0], x)
         if on_step is not None:
             on_step(step, float(now))
     return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -121,6 +122,14 @@ def latent_frames(seconds: float, cap: int = DEFAULT_FRAME_CAP) -> int:
     """
     frames = _ceil_frames(int((seconds + PADDING_SECONDS) * SAMPLE_RATE))
     return min(frames + frames % 2, cap)
+
+
+def legacy_latent_frames(seconds: float) -> int:
+    """How many latent frames the published TensorRT runtime generates: no padding, not made even.
+
+    Source: optimized/tensorRT/scripts/sa3_trt_core.py of github.com/Stability-AI/stable-audio-3, commit 0450443.
+    """
+    return max(1, math.ceil(seconds * SAMPLE_RATE / SAMPLES_PER_FRAME))
 
 
 def valid_frames(seconds: float, frames: int) -> int:

@@ -65,7 +65,7 @@ def _dit(dit: str, folder: str, stem: Precision, onnx: tuple[str, ...], produced
 def _same(  # one line a row in the table below
     name: str, kind: str, onnx: tuple[str, ...], engine: str, precision: Precision, summary: str
 ) -> Target:
-    ours = name.startswith("same-l-decoder")
+    ours = name.startswith("same-l-")
     return Target(
         name=name,
         kind=kind,
@@ -107,8 +107,8 @@ TARGETS: tuple[Target, ...] = (
     _same("same-s-encoder", "same-encoder", ("same-s/enc_dynamic_bf16.onnx",), "same-s/enc_dynamic_bf16", "fp32",
           "audio encoder of the small models"),
     _same("same-s-decoder", "same-decoder", _SAME_S, "same-s/dec_bf16", "fp32", "audio decoder of the small models"),
-    _same("same-l-encoder", "same-encoder", ("same-l/enc_dynamic_triton_swa.onnx",), "same-l/enc_dynamic_triton_swa",
-          "fp16mixed", "audio encoder of medium"),
+    _same("same-l-encoder", "same-encoder", ("same-l/enc_fp32.onnx", "same-l/enc_dynamic_triton_swa.onnx"),
+          "same-l/enc_dynamic_triton_swa", "fp16mixed", "audio encoder of medium"),
     _same("same-l-decoder", "same-decoder", ("same-l/dec_fp16.onnx", "same-l/dec_dynamic_triton_swa.onnx"),
           "same-l/dec_fp16", "fp16mixed", "audio decoder of medium"),
     _dit("sm-music", "sa3-sm-music", "fp16mixed", _HALF, _FP16.format("sa3-sm-music")),
@@ -172,6 +172,11 @@ def decoder_for(dit: str, precision: str) -> Target:
     """The decoder that goes with a DiT: SAME-L for medium, SAME-S for the small ones; fp32 only with fp32."""
     base = "same-l-decoder" if dit == "medium" else "same-s-decoder"
     return find_target(f"{base}-fp32" if precision == "fp32" else base)
+
+
+def encoder_for(dit: str) -> Target:
+    """The audio encoder that goes with a DiT, at every precision: it runs once a request."""
+    return find_target("same-l-encoder" if dit == "medium" else "same-s-encoder")
 
 
 def _unknown(name: str, good: Sequence[str], what: str = "target") -> ToolError:

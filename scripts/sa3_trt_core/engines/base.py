@@ -18,6 +18,7 @@ class GraphEngine(Protocol):
     """A loaded graph: named tensors in, named tensors out, on the device of the first input."""
 
     input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def close(self) -> None: ...

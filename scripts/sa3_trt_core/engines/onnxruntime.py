@@ -64,6 +64,7 @@ class OnnxRuntimeEngine(Closing):
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.input_names = tuple(self._inputs)
+        self.output_names = tuple(self._outputs)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""

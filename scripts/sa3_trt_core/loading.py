@@ -1,0 +1,113 @@
+"""Which engines a model needs, where their files lie, and opening them: each once, on its first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core import engines, hub, manifest, paths, targets
+from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.text import Tokenizer
+
+if TYPE_CHECKING:
+    from sa3_trt_core.engines.base import GraphEngine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before a file is opened: a target and a backend for each stage, and where their files lie.
+
+    `stages` are those opened at once, in the order they run; the audio encoder is opened when it is first needed
+    unless it stands among them.
+    """
+
+    targets: Mapping[str, targets.Target]
+    backends: Mapping[str, str]
+    stages: tuple[str, ...]
+    precision: str
+    onnx_root: Path | None
+    models_dir: Path
+
+
+def make_plan(
+    dit: str, precision: str, backend: str = "auto", onnx_root: str | Path | None = None,
+    models_dir: str | Path | None = None, audio_input: bool = False,
+) -> Plan:  # fmt: skip
+    """Decide everything that needs no file to be opened. Raises ToolError."""
+    chosen = {
+        "text": targets.find_target(targets.TEXT_ENCODER),
+        "encode": targets.encoder_for(dit),
+        "dit": targets.dit_target(dit, precision),
+        "decoder": targets.decoder_for(dit, precision),
+    }
+    folder = Path(models_dir) if models_dir is not None else paths.default_models_dir()
+    return Plan(
+        targets=chosen,
+        backends={stage: engines.pick_backend(backend, target, folder) for stage, target in chosen.items()},
+        stages=tuple(stage for stage in chosen if audio_input or stage != "encode"),
+        precision=precision,
+        onnx_root=paths.onnx_root_from(onnx_root),
+        models_dir=folder,
+    )
+
+
+class EngineSet(Closing):
+    """The tokenizer and the engines of a plan; after closing, asking for an engine raises RuntimeError."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Find every file of the plan's stages, so that a missing one is told before minutes of loading.
+
+        Raises ToolError.
+        """
+        self.plan = plan
+        self._sources: dict[str, Path] = {}
+        self._open: dict[str, GraphEngine] = {}
+        self._stack = ExitStack()
+        self._closed = False
+        # An opt-in file may not be published: that is told first. The small tokenizer, behind a licence, comes next.
+        opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
+        for stage in opt_in:
+            self._source(stage)
+        tokenizer = hub.resolve_tokenizer(plan.onnx_root)
+        for stage in plan.stages:
+            self._source(stage)
+        self.tokenizer = Tokenizer(tokenizer)
+
+    def load(self, on_engine: Callable[[str], None] | None = None) -> None:
+        """Open the engines of the plan's stages; `on_engine(name)` is called after each. Raises ToolError."""
+        for stage in self.plan.stages:
+            self.engine(stage)
+            if on_engine is not None:
+                on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+
+    def engine(self, stage: str) -> GraphEngine:
+        """The open engine of a stage: text, encode, dit or decoder. Raises ToolError when it cannot be opened."""
+        if self._closed:
+            raise RuntimeError("these engines are closed")
+        if stage not in self._open:
+            target, backend = self.plan.targets[stage], self.plan.backends[stage]
+            source = self._source(stage)
+            found = engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
+            self._open[stage] = self._stack.enter_context(found)
+        return self._open[stage]
+
+    def identity(self, stage: str) -> str | None:
+        """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
+        return manifest.identity(self._source(stage))
+
+    def close(self) -> None:
+        """Close every engine, whatever the others do."""
+        self._closed = True
+        self._open.clear()
+        self._stack.close()
+
+    def _source(self, stage: str) -> Path:
+        if stage not in self._sources:
+            plan = self.plan
+            self._sources[stage] = engines.source_path(
+                plan.targets[stage], plan.backends[stage], plan.onnx_root, plan.models_dir
+            )
+        return self._sources[stage]
