@@ -48,6 +48,7 @@ class OnnxRuntimeEngine(Closing):
         if low_memory:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
+            options.enable_mem_pattern = options.enable_cpu_mem_arena = False
         options.log_severity_level = FATAL_ONLY
         if variant is not None:
             options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
