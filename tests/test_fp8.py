@@ -54,7 +54,7 @@ def test_the_trunk_is_quantised_and_the_rest_is_not(selection: ptq.Selection, re
     assert reasons.count("attention core: no weight") == 4 * depth  # both halves of attention in one call
     assert sum("front end" in reason for reason in reasons) == 7
     assert [reasons.count(reason) for reason in ("latent in", "velocity out")] == [1, 1]
-    assert len(selection.excluded) == 2 * depth + 8 * depth + 7 + 2
+    assert len(selection.excluded) == 2 * depth + 4 * depth + 7 + 2
     assert report["stages"]["quantize"]["quantised products"] == len(selection.quantized)
 
 
