@@ -1,0 +1,216 @@
+"""The Triton kernels of a DiT step: what stands between two products, each in one pass over its rows.
+
+A product gives 16-bit sums that still lack their channel's scale and bias; the kernel that reads them applies both in
+fp32. What feeds an FP8 product is written as E4M3 codes by the kernel that makes it. Lengths are run-time numbers: no
+kernel is compiled again for another one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+E4M3_MAX = tl.constexpr(448.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
+HEAD = tl.constexpr(64)  # channels of a head
+TAIL = tl.constexpr(16)  # keys at a time beyond the last whole block: 257 leave 1, and memory tokens 6
+
+
+@triton.jit
+def _store(pointers, values, inverse_scale, mask, to_fp8: tl.constexpr):
+    """Write fp32 values as fp16, or as E4M3 codes of values / scale, saturated."""
+    if to_fp8:
+        codes = tl.minimum(tl.maximum(values * inverse_scale, -E4M3_MAX), E4M3_MAX)
+        tl.store(pointers, codes.to(tl.float8e4nv), mask=mask)
+    else:
+        tl.store(pointers, values.to(tl.float16), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "memory", "local_row", "local_token", "branch_row", "norm_row"])
+def residual_norm(
+    hidden, sums, multiplier, addend, local, gain, shift, hidden_out, normed, inverse_scale, tokens, memory,
+    local_row, local_token, branch_row, norm_row, epsilon, width: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+    has_sums: tl.constexpr, has_multiplier: tl.constexpr, has_addend: tl.constexpr, has_local: tl.constexpr,
+    has_norm: tl.constexpr, has_shift: tl.constexpr, to_fp8: tl.constexpr,
+):  # fmt: skip
+    """`rows` tokens: add a branch and the local embedding to the residual, normalise, modulate, quantise.
+
+    Vectors are read once for all tokens of the program: they are as large as the tokens themselves.
+    """
+    position = tl.program_id(0) * rows + tl.arange(0, rows)
+    row = tl.program_id(1)
+    channel = tl.arange(0, block)
+    inside = channel < width
+    here = (position < tokens)[:, None] & inside[None, :]
+    at = (row.to(tl.int64) * tokens + position)[:, None] * width + channel[None, :]
+    value = tl.load(hidden + at, mask=here, other=0.0).to(tl.float32)
+    if has_sums:
+        branch = tl.load(sums + at, mask=here, other=0.0).to(tl.float32)
+        if has_multiplier:
+            branch *= tl.load(multiplier + row * branch_row + channel, mask=inside, other=0.0)[None, :]
+        if has_addend:
+            branch += tl.load(addend + row * branch_row + channel, mask=inside, other=0.0)[None, :]
+        value += branch
+    if has_local:
+        place = row.to(tl.int64) * local_row + (position - memory).to(tl.int64) * local_token
+        told = here & (position >= memory)[:, None]
+        value += tl.load(local + place[:, None] + channel[None, :], mask=told, other=0.0).to(tl.float32)
+    if has_sums or has_local:
+        rounded = value.to(tl.float16)
+        tl.store(hidden_out + at, rounded, mask=here)
+        value = rounded.to(tl.float32)
+    if has_norm:
+        inverse = tl.rsqrt(tl.sum(value * value, axis=1) / width + epsilon)
+        result = value * inverse[:, None] * tl.load(gain + row * norm_row + channel, mask=inside, other=0.0)[None, :]
+        if has_shift:
+            result += tl.load(shift + row * norm_row + channel, mask=inside, other=0.0)[None, :]
+        _store(normed + at, result, inverse_scale, here, to_fp8)
+
+
+@triton.jit
+def _part(sums, ratio, at, channel, mask, has_ratio: tl.constexpr):
+    value = tl.load(sums + at + channel, mask=mask, other=0.0).to(tl.float32)
+    if has_ratio:
+        value *= tl.load(ratio + channel, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def norm_rope(
+    sums, ratio, q_gamma, k_gamma, cosine, sine, result, tokens, epsilon, heads: tl.constexpr, stride: tl.constexpr,
+    block: tl.constexpr, has_ratio: tl.constexpr,
+):  # fmt: skip
+    """One token, `block` of the 4 * heads heads of q1, q2, k1, k2: norm, and the rotation of the first 32 channels.
+
+    Channel i turns with channel i + 16; the others stay.
+    """
+    token = tl.program_id(0)
+    head = tl.program_id(1) * block + tl.arange(0, block)
+    pair, rest = tl.arange(0, HEAD // 4), tl.arange(0, HEAD // 2)
+    mask = (head < 4 * heads)[:, None]
+    is_key = (head >= 2 * heads)[:, None]
+    at = token.to(tl.int64) * stride
+    c1 = head[:, None] * HEAD + pair[None, :]
+    c2, c3 = c1 + HEAD // 4, head[:, None] * HEAD + HEAD // 2 + rest[None, :]
+    x1 = _part(sums, ratio, at, c1, mask, has_ratio)
+    x2 = _part(sums, ratio, at, c2, mask, has_ratio)
+    x3 = _part(sums, ratio, at, c3, mask, has_ratio)
+    squares = tl.sum(x1 * x1 + x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)
+    inverse = tl.rsqrt(squares / HEAD + epsilon)[:, None]
+    x1 *= inverse * tl.where(is_key, tl.load(k_gamma + pair)[None, :], tl.load(q_gamma + pair)[None, :])
+    second = pair + HEAD // 4
+    x2 *= inverse * tl.where(is_key, tl.load(k_gamma + second)[None, :], tl.load(q_gamma + second)[None, :])
+    third = rest + HEAD // 2
+    x3 *= inverse * tl.where(is_key, tl.load(k_gamma + third)[None, :], tl.load(q_gamma + third)[None, :])
+    turn = (token % tokens) * (HEAD // 2) + pair
+    cos, sin = tl.load(cosine + turn)[None, :], tl.load(sine + turn)[None, :]
+    out = result + token.to(tl.int64) * (4 * heads * HEAD)
+    tl.store(out + c1, (x1 * cos - x2 * sin).to(tl.float16), mask=mask)
+    tl.store(out + c2, (x2 * cos + x1 * sin).to(tl.float16), mask=mask)
+    tl.store(out + c3, x3.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def _attend(query, key, value, largest, total, gathered, scale, valid, masked: tl.constexpr, bounded: tl.constexpr):
+    """One more block of keys for one half: the running softmax of Milakov and Gimelshein (2018).
+
+    If `bounded`, `largest` is one number that is subtracted instead of the running maximum: nothing is rescaled.
+    """
+    scores = tl.dot(query, key)
+    if masked:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    if bounded:
+        weights = tl.exp2(scores * scale - largest)
+        total += tl.sum(weights, axis=1)
+        gathered = tl.dot(weights.to(tl.float16), value, gathered)
+    else:
+        higher = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
+        correction = tl.exp2(largest - higher)
+        total = total * correction + tl.sum(weights, axis=1)
+        gathered = tl.dot(weights.to(tl.float16), value, gathered * correction[:, None])
+        largest = higher
+    return largest, total, gathered
+
+
+@triton.jit(do_not_specialize=["tokens", "keys"])
+def differential_attention(
+    query, key, value, query_ratio, query_gamma, value_ratio, result, inverse_scale, tokens, keys, epsilon,
+    subtracted, heads: tl.constexpr, query_stride: tl.constexpr, key_stride: tl.constexpr, value_stride: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, norm_query: tl.constexpr, has_query_ratio: tl.constexpr,
+    has_value_ratio: tl.constexpr, bounded: tl.constexpr, to_fp8: tl.constexpr,
+):  # fmt: skip
+    """softmax(q1 k1^T / 8) v - softmax(q2 k2^T / 8) v for one head and `rows` queries, v read once for both halves.
+
+    `query` (B, tokens, 2 heads, 64), `key` (B, keys, 2 heads, 64), `value` (B, keys, heads, 64), rows a stride apart.
+    """
+    block, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    dim = tl.arange(0, HEAD)
+    token = block * rows + tl.arange(0, rows)
+    here = (token < tokens)[:, None]
+    first, second = head * HEAD + dim, (heads + head) * HEAD + dim
+    at = (row * tokens + token)[:, None] * query_stride
+    one = tl.load(query + at + first[None, :], mask=here, other=0.0)
+    two = tl.load(query + at + second[None, :], mask=here, other=0.0)
+    if norm_query:
+        gamma = tl.load(query_gamma + dim)[None, :]
+        wide, wider = one.to(tl.float32), two.to(tl.float32)
+        if has_query_ratio:
+            wide *= tl.load(query_ratio + first)[None, :]
+            wider *= tl.load(query_ratio + second)[None, :]
+        one = (wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD + epsilon)[:, None] * gamma).to(tl.float16)
+        two = (wider * tl.rsqrt(tl.sum(wider * wider, axis=1) / HEAD + epsilon)[:, None] * gamma).to(tl.float16)
+    scale = 0.125 * LOG2_E
+    zero = tl.zeros([rows], dtype=tl.float32)
+    s1, s2 = zero, zero
+    if bounded:
+        m1, m2 = subtracted, subtracted
+    else:
+        m1, m2 = zero - float("inf"), zero - float("inf")
+    a1 = tl.zeros([rows, HEAD], dtype=tl.float32)
+    a2 = tl.zeros([rows, HEAD], dtype=tl.float32)
+    column = tl.arange(0, columns)
+    keys_at, values_at = key + row * keys * key_stride, value + row * keys * value_stride
+    whole = (keys // columns) * columns
+    for start in range(0, whole, columns):
+        place = start + column
+        k1 = tl.load(keys_at + place[None, :] * key_stride + first[:, None])
+        k2 = tl.load(keys_at + place[None, :] * key_stride + second[:, None])
+        v = tl.load(values_at + place[:, None] * value_stride + first[None, :])
+        m1, s1, a1 = _attend(one, k1, v, m1, s1, a1, scale, place < keys, False, bounded)
+        m2, s2, a2 = _attend(two, k2, v, m2, s2, a2, scale, place < keys, False, bounded)
+    for start in range(whole, keys, TAIL):
+        place = start + tl.arange(0, TAIL)
+        valid = place < keys
+        k1 = tl.load(keys_at + place[None, :] * key_stride + first[:, None], mask=valid[None, :], other=0.0)
+        k2 = tl.load(keys_at + place[None, :] * key_stride + second[:, None], mask=valid[None, :], other=0.0)
+        v = tl.load(values_at + place[:, None] * value_stride + first[None, :], mask=valid[:, None], other=0.0)
+        m1, s1, a1 = _attend(one, k1, v, m1, s1, a1, scale, valid, True, bounded)
+        m2, s2, a2 = _attend(two, k2, v, m2, s2, a2, scale, valid, True, bounded)
+    out = a1 / s1[:, None] - a2 / s2[:, None]
+    if has_value_ratio:
+        out *= tl.load(value_ratio + first)[None, :]
+    place = (row * tokens + token)[:, None] * (heads * HEAD) + first[None, :]
+    _store(result + place, out, inverse_scale, here, to_fp8)
+
+
+@triton.jit(do_not_specialize=["count"])
+def gated(
+    sums, ratio, bias, result, inverse_scale, count, inner: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+    has_ratio: tl.constexpr, to_fp8: tl.constexpr,
+):  # fmt: skip
+    """a * silu(g) for `rows` of `count` tokens and `block` channels; a and g are the halves of a product's result."""
+    token = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.program_id(1) * block + tl.arange(0, block)
+    inside = channel < inner
+    mask = (token < count)[:, None] & inside[None, :]
+    at = token.to(tl.int64)[:, None] * (2 * inner) + channel[None, :]
+    value = tl.load(sums + at, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(sums + at + inner, mask=mask, other=0.0).to(tl.float32)
+    if has_ratio:
+        value *= tl.load(ratio + channel, mask=inside, other=0.0)[None, :]
+        gate *= tl.load(ratio + inner + channel, mask=inside, other=0.0)[None, :]
+    value += tl.load(bias + channel, mask=inside, other=0.0)[None, :]
+    gate += tl.load(bias + inner + channel, mask=inside, other=0.0)[None, :]
+    place = token.to(tl.int64)[:, None] * inner + channel[None, :]
+    _store(result + place, value * gate * tl.sigmoid(gate), inverse_scale, mask, to_fp8)

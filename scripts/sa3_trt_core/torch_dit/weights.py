@@ -1,0 +1,132 @@
+"""The packed DiT: one safetensors file with every tensor by its role, and its sizes in the file's header."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from sa3_trt_core.errors import ToolError
+
+FORMAT = "sa3-dit-1"
+HEAD_CHANNELS = 64  # the kernels are written for it
+E4M3_MAX = 448.0
+FP16_MAX = 65504.0
+BLOCK_PRODUCTS = (
+    "self_qkv", "self_out", "cross_q", "cross_kv", "cross_out", "ff_in", "ff_out", "local_in", "local_out"
+)  # fmt: skip
+BLOCK_NORMS = ("self_norm", "cross_norm", "ff_norm", "self_q_norm", "self_k_norm", "cross_q_norm", "cross_k_norm")
+ENDS = ("input", "output", "context_in", "context_out")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a packed DiT is: its widths, its norms' epsilons, the longest duration (s) and what its graph can do."""
+
+    width: int
+    depth: int
+    heads: int
+    inner: int
+    memory: int
+    norm_epsilon: float
+    head_epsilon: float
+    seconds_range: float
+    null_rows: bool  # a row whose t5_hidden is zero throughout has zero cross tokens
+    precision: str
+
+
+@dataclass(frozen=True)
+class Product:
+    """One weighted product, weight (N, K), and what turns its stored sums into its result: * ratio + bias, (N,) fp32.
+
+    In 16 bits: sums are the result less the bias, `ratio` and `activation_scale` are None. In FP8: the activation is
+    coded as x / activation_scale, and sums are the products of codes times `sum_scale`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    ratio: Tensor | None
+    activation_scale: float | None
+    sum_scale: float
+
+
+class Packed:
+    """The tensors of one packed DiT on one device, by role."""
+
+    def __init__(self, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
+        self.sizes = sizes
+        self._tensors = dict(tensors)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Self:
+        """A packed file. Raises ToolError when it is not one, or not whole."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                sizes = _sizes(path, file.metadata() or {})
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise ToolError(f"{path} is no whole packed DiT ({error})", "build it again") from None
+        missing = sorted(set(expected(sizes)) - set(tensors))
+        if missing:
+            raise ToolError(f"{path}: tensor {missing[0]} is missing", "build it again")
+        return cls(sizes, tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that is no product's."""
+        return self._tensors[name]
+
+    def product(self, name: str) -> Product:
+        """A weighted product by its role."""
+        weight = self._tensors[f"{name}.weight"]
+        bias = self._tensors.get(f"{name}.bias")
+        if f"{name}.activation_scale" not in self._tensors:
+            return Product(weight, bias, None, None, 1.0)
+        activation = float(self._tensors[f"{name}.activation_scale"])
+        scale = sum_scale(weight.shape[1])
+        return Product(weight, bias, self._tensors[f"{name}.weight_scale"] * (activation / scale), activation, scale)
+
+
+def sum_scale(terms: int) -> float:
+    """The power of two with which a sum of so many products of E4M3 codes always fits fp16.
+
+    The scales of activation and channel come afterwards, in fp32: so no choice of them can overflow, and what is lost
+    below fp16's smallest normal is a millionth of such a sum.
+    """
+    return 2.0 ** -math.ceil(math.log2(terms * E4M3_MAX * E4M3_MAX / FP16_MAX))
+
+
+def expected(sizes: Sizes) -> Iterator[str]:
+    """The name of every tensor that a packed file of these sizes must hold."""
+    yield from ("padding", "memory", "cosine", "sine", "preprocess", "postprocess")
+    yield from ("time.frequencies", "seconds.frequencies")
+    for layer in ("time.0", "time.2", "seconds", "modulation.0", "modulation.2"):
+        yield from (f"{layer}.weight", f"{layer}.bias")
+    yield from ("global.0.weight", "global.2.weight")
+    yield from (f"{name}.weight" for name in ENDS)
+    for block in range(sizes.depth):
+        yield from (f"blocks.{block}.{name}.weight" for name in BLOCK_PRODUCTS)
+        yield from (f"blocks.{block}.{name}.bias" for name in ("ff_in", "ff_out", "local_in", "local_out"))
+        yield from (f"blocks.{block}.{name}" for name in (*BLOCK_NORMS, "modulation"))
+
+
+def header(sizes: Sizes) -> dict[str, str]:
+    """What stands in a packed file's header."""
+    return {"format": FORMAT, "sizes": json.dumps(asdict(sizes), sort_keys=True)}
+
+
+def _sizes(path: Path, metadata: dict[str, str]) -> Sizes:
+    try:
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"format {metadata['format']}")
+        stated: dict[str, Any] = json.loads(metadata["sizes"])
+        return Sizes(**{field.name: stated[field.name] for field in fields(Sizes)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ToolError(f"{path} is no packed DiT of this version ({error})", "build it again") from None
