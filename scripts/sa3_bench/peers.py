@@ -1,0 +1,116 @@
+"""What is timed: our engine in two precisions, diffusers eager, compiled, and compiled with torchao's float8."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sa3_bench.subject import duration_token, packed_of
+from sa3_trt_core.torch_dit.model import Dit
+from sa3_trt_core.torch_dit.plain import PlainOps
+from sa3_trt_core.torch_dit.runner import CONDITIONING, Runner
+from sa3_trt_core.torch_dit.weights import Packed
+
+OURS = ("fp8", "fp16mixed")
+EAGER, COMPILED, TORCHAO = "diffusers fp16", "diffusers fp16 compiled", "diffusers torchao float8 compiled"
+PEERS = (EAGER, COMPILED, TORCHAO)
+WARM_RUNS = 3
+MOST_SHAPES = 64  # compiled for each; beyond its limit Dynamo silently runs eagerly
+Step = Callable[[], Tensor]
+
+
+class Ours:
+    """Our engine on packed weights; `prepare` gives a step that replays its graph."""
+
+    def __init__(self, packed: Packed, device: torch.device) -> None:
+        tables = packed.tensor("cosine"), packed.tensor("sine")
+        if device.type == "cuda":
+            from sa3_trt_core.torch_dit.fused import FusedOps
+            from sa3_trt_core.torch_dit.tune import tuned
+
+            self.tiles = tuned(packed.sizes, device)
+            self._runner = Runner(Dit(packed, FusedOps(*tables, self.tiles)), device)
+        else:
+            self._runner = Runner(Dit(packed, PlainOps(*tables)), device)
+
+    def prepare(self, inputs: dict[str, Tensor]) -> Step:
+        told = {name: inputs[name].cpu() for name in CONDITIONING}
+        return self._runner.prepared(inputs["x"], inputs["t"].cpu(), told)
+
+    def call(self, inputs: dict[str, Tensor]) -> Step:
+        """A whole call as the sampler makes it: from the CPU and back, its work on the host included."""
+        here = {name: value.cpu() for name, value in inputs.items()}
+        told = {name: here[name] for name in CONDITIONING}
+        return lambda: self._runner.velocity(here["x"], here["t"], told).cpu()
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+class Diffusers:
+    """diffusers' module in fp16: eager, or its blocks compiled and the forward replayed as a CUDA graph."""
+
+    def __init__(self, module: Any, packed: Packed, kind: str) -> None:
+        self._packed, self._kind = packed, kind
+        self._module = copy.deepcopy(module).half()
+        if kind == TORCHAO:
+            from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+            quantize_(self._module, Float8DynamicActivationFloat8WeightConfig(), _is_trunk)
+        if kind != EAGER:
+            torch._dynamo.config.recompile_limit = MOST_SHAPES
+            for block in self._module.transformer_blocks:
+                block.compile(dynamic=False)
+
+    def prepare(self, inputs: dict[str, Tensor]) -> Step:
+        half = {name: value.half() for name, value in inputs.items()}
+        token = duration_token(self._packed, inputs["seconds_total"]).half()
+        keep = half["t5_mask"].unsqueeze(-1) > 0.5
+        text = torch.where(keep, half["t5_hidden"], self._module.prompt_padding_embedding)
+        context = torch.cat([text, token.unsqueeze(1)], dim=1)
+
+        def forward() -> Tensor:
+            found: Tensor = self._module(
+                half["x"], inputs["t"], encoder_hidden_states=context, global_hidden_states=token,
+                local_add_cond=half["local_add_cond"], return_dict=False,
+            )[0]  # fmt: skip
+            return found
+
+        return forward if self._kind == EAGER else _graphed(forward)
+
+    def close(self) -> None:
+        torch.compiler.reset()
+
+
+def _graphed(forward: Step) -> Step:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_RUNS):
+            forward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = forward()
+
+    def step() -> Tensor:
+        graph.replay()
+        return found
+
+    return step
+
+
+def _is_trunk(part: nn.Module, name: str) -> bool:
+    """The products that our recipe quantises."""
+    return isinstance(part, nn.Linear) and "transformer_blocks" in name and "local" not in name
+
+
+def make(name: str, module: Any, packed: Packed, device: torch.device) -> Ours | Diffusers:
+    """A contestant by name, on the weights of `module`."""
+    if name in OURS:
+        return Ours(packed if packed.sizes.precision == name else packed_of(module, name), device)
+    return Diffusers(module, packed, name)
