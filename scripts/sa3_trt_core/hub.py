@@ -66,6 +66,11 @@ def resolve_onnx(target: Target, onnx_root: Path | None, offline: bool = False, 
     return path
 
 
+def resolve_file(names: list[str], target: Target, offline: bool = False, revision: str | None = None) -> Path | None:
+    """The first of these paths of the hub's repository that there is, in the cache; or None. Raises ToolError."""
+    return _find(HUB_REPOSITORY, names, target.revision, revision, offline)
+
+
 def local_tokenizer(root: Path) -> Path | None:
     """tokenizer.json under a local root, or None unless its config is there too."""
     files = [root / name for name in TOKENIZER_FILES]

@@ -14,6 +14,8 @@ HUB_REVISION = (
     "main"  # of a target with no pin of its own; a commit here or there makes every machine take the same bytes
 )
 HUB_FOLDER = "onnx"  # every ONNX path below is under this folder of the hub repository
+PREBUILT_FOLDER = "tensorRT"  # <arch>/<folder>/<stem>.trt below it
+PREBUILT_TENSORRT = "10.15.1.29"  # what the hub's engines were built with; they run with no other
 CHECKPOINT_REPOSITORY = "stabilityai/stable-audio-3-medium"
 CHECKPOINT_TOKENIZER_FOLDER = "t5gemma-b-b-ul2"
 TOKENIZER_FILES = ("t5gemma/tokenizer.json", "t5gemma/tokenizer_config.json")  # under an ONNX root
