@@ -138,7 +138,7 @@ def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None
             os.fsync(file.fileno())
     except Exception as error:
         size_is_wrong = isinstance(error, OSError) and error.errno is None  # how the client says so
-        if not _is_transport(error) and not size_is_wrong:
+        if not is_transport(error) and not size_is_wrong:
             raise
         if partial.stat().st_size > size:
             partial.unlink()
@@ -195,12 +195,13 @@ def _told(repository: str, name: str, revision: str) -> Iterator[None]:
     except OSError as error:
         raise ToolError(f"cannot store {name}: {error.strerror or error}", "free disk space or set HF_HOME") from None
     except Exception as error:
-        if _is_transport(error):
+        if is_transport(error):
             raise unreachable(repository, name) from None
         raise
 
 
-def _is_transport(error: Exception) -> bool:
+def is_transport(error: Exception) -> bool:
+    """Whether an error is of the connection: the client passes those of its transport on as they are."""
     return type(error).__module__.startswith(_TRANSPORT)
 
 

@@ -298,6 +298,7 @@ def client_at(address: str, cache: Any, token: str = "") -> Iterator[None]:
         patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)  # bytes that a broken connection may cost
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache) + ".token")
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # what is spoken here is git's large file storage
         patch.delenv("HF_TOKEN", raising=False)
         patch.delenv("SA3_ONNX_DIR", raising=False)
         if token:
