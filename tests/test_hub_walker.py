@@ -68,6 +68,22 @@ def test_a_sidecar_outside_the_folder_is_refused(tmp_path: Path, location: str) 
         hub.external_data_names(path)
 
 
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "root" / "m.onnx", model(external("a", "w.data")))
+    (tmp_path / "secret").write_bytes(b"\0" * 8)
+    sidecar = path.parent / "w.data"
+    for target in (tmp_path / "secret", Path("../secret"), Path("/etc/hostname"), Path("w.data")):
+        sidecar.symlink_to(target)
+        with pytest.raises(ToolError, match="is not a file in its own folder"):
+            hub.external_data_names(path)
+        sidecar.unlink()
+    (path.parent / "real.data").write_bytes(b"\0" * 8)
+    sidecar.symlink_to("real.data")
+    assert hub.external_data_names(path) == ["w.data"]
+    (tmp_path / "linked").symlink_to(path.parent)
+    assert hub.external_data_names(tmp_path / "linked" / "m.onnx") == ["w.data"]
+
+
 @pytest.mark.parametrize(
     "garbage", [b"", b"\0", b"hello, this is no model", b"\xff" * 64, b"PK\x03\x04" + b"\0" * 60, b"\x08\x09"]
 )
