@@ -34,6 +34,11 @@ class _Malformed(Exception):
     """The bytes are not the protobuf message that they should be."""
 
 
+def unfinished_marker(onnx_path: Path) -> Path:
+    """What stands beside a graph while it and its sidecar are replaced by new ones."""
+    return onnx_path.with_name(f".{onnx_path.name}.unfinished")
+
+
 def external_data_names(onnx_path: Path) -> list[str]:
     """The distinct sidecar files that the tensors of an ONNX file name, in order, relative to its folder.
 
@@ -41,6 +46,11 @@ def external_data_names(onnx_path: Path) -> list[str]:
     protobuf, or names a sidecar that is absolute, empty or outside the file's folder: such a path would read any file
     of the machine into a model.
     """
+    if unfinished_marker(onnx_path).exists():
+        raise ToolError(
+            f"{onnx_path} was being replaced when that run was killed, so its weights may be another's",
+            "run the command that makes it again",
+        )
     try:
         with onnx_path.open("rb") as file:
             if file.seek(0, 2) == 0:
