@@ -6,6 +6,7 @@ import argparse
 import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -13,6 +14,7 @@ from typing import NoReturn
 USAGE_EXIT = 2
 GATE_EXIT = 3
 INTERRUPT_EXIT = 130
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words for it
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -111,7 +113,9 @@ def _disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return True
     words = str(error)
-    if any(os.strerror(number) in words or f"os error {number})" in words for number in _NO_ROOM):
+    if _CUT_SHORT.fullmatch(words) or any(
+        os.strerror(number) in words or f"os error {number})" in words for number in _NO_ROOM
+    ):
         return True
     before = error.__cause__ or error.__context__
     return before is not None and _disk_is_full(before)

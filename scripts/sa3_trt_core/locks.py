@@ -17,15 +17,19 @@ from sa3_trt_core.errors import ToolError
 def held(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path` (made if need be) while the block runs; another holder is told of and waited for.
 
-    The kernel drops the lock when its process dies, kill -9 included, so that there are no stale ones. Raises ToolError
-    if the file cannot be made.
+    The kernel drops the lock when its process dies, kill -9 included, so that there are no stale ones. Folders that
+    were made for the file go with it when they are empty. Raises ToolError if the file cannot be made.
     """
+    made = [folder for folder in path.parents if not folder.exists()]
     file = _locked(path, what)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: whoever waits sees that its file is gone, and opens anew
         file.close()
+        with contextlib.suppress(OSError):  # not empty, or somebody else's by now
+            for folder in made:
+                folder.rmdir()
 
 
 def lock_path(artefact: Path) -> Path:

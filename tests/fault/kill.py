@@ -19,7 +19,7 @@ from pathlib import Path
 from fault import place
 from fault.place import Child, Command, fresh, hub_for, torn, visible
 
-SLOW_SECONDS, SLOW_EVERY = 8.0, 3  # a command that takes longer has one turn while the others have three
+SLOW_SECONDS, SLOW_EVERY = 8.0, 4  # a command that takes longer has one turn while the others have four
 OLDER = {  # other settings, so that the older files have other bytes
     "fp8": ["--headroom", 4],
     "calib": ["--seed", 9],
