@@ -7,8 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from sa3_trt_core import console, device, manifest, paths, targets
+from sa3_build import engine_state
+from sa3_trt_core import console, device, paths, targets
 from sa3_trt_core.errors import Parser, ToolError, run_command
+
+States = list[tuple[targets.Target, engine_state.State]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,14 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     models = args.models_dir or paths.default_models_dir()
     backend = args.backend or ("tensorrt" if device.tensorrt_module("tensorrt") else "tensorrt_rtx")
     arch = paths.parse_arches(args.arch)[0] if args.arch else device.current_arch()
+    onnx_root = paths.onnx_root_from(args.onnx_root)
+    states = [(target, engine_state.state_of(target, models, arch, backend, onnx_root)) for target in targets.TARGETS]
     if args.list or not (args.missing or sys.stdin.isatty()):
-        return _list(models, arch, backend, args.json)
+        return _list(states, f"{models}/{arch or '-'}", args.json)
     if arch is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"
         )
-    missing = [t for t in targets.missing_candidates() if state_of(t, models, arch, backend)[0] != "current"]
-    chosen = missing if args.missing else _ask(models, arch, backend, missing)
+    missing = [target for target, state in states if not target.opt_in and state.name != engine_state.CURRENT]
+    chosen = missing if args.missing else _ask(states, missing)
     if not chosen:
         print("nothing to build")
         return 0
@@ -50,35 +55,27 @@ def main(argv: list[str] | None = None) -> int:
     return build_from_onnx.main([*line, *(["--onnx-root", args.onnx_root] if args.onnx_root else [])])
 
 
-def state_of(target: targets.Target, models: Path, arch: str | None, backend: str) -> tuple[str, str]:
-    """The state of one engine ("missing", "current" or "stale: why") and its size."""
-    if arch is None:
-        return "no GPU", "-"
-    path = paths.engine_path(models, arch, target, backend)
-    if not path.is_file():
-        return "missing", "-"
-    try:
-        reason = manifest.verify_manifest(path)
-    except ToolError as error:
-        reason = error.message
-    return f"stale: {reason}" if reason else "current", console.format_bytes(path.stat().st_size)
-
-
-def _list(models: Path, arch: str | None, backend: str, as_json: bool) -> int:
-    states = [(target, *state_of(target, models, arch, backend)) for target in targets.TARGETS]
+def _list(states: States, place: str, as_json: bool) -> int:
     if as_json:
-        print(json.dumps([{"name": t.name, "state": s, "opt_in": t.opt_in, "size": z} for t, s, z in states], indent=2))
+        found = [
+            {"name": t.name, "state": s.name, "reason": s.reason, "opt_in": t.opt_in, "bytes": s.bytes}
+            for t, s in states
+        ]
+        print(json.dumps(found, indent=2))
     else:
-        rows = [[t.name, t.summary, s + (" (opt-in)" if t.opt_in else ""), z] for t, s, z in states]
-        print(console.table(("target", "what", f"state in {models}/{arch or '-'}", "size"), rows))
+        rows = [[t.name, t.summary, str(s) + (" (opt-in)" if t.opt_in else ""), _size(s)] for t, s in states]
+        print(console.table(("target", "what", f"state in {place}", "size"), rows))
     return 0
 
 
-def _ask(models: Path, arch: str, backend: str, missing: list[targets.Target]) -> list[targets.Target]:
+def _size(state: engine_state.State) -> str:
+    return console.format_bytes(state.bytes) if state.bytes else "-"
+
+
+def _ask(states: States, missing: list[targets.Target]) -> list[targets.Target]:
     """The menu. Opt-in targets have their own number and are in no other choice."""
-    for number, target in enumerate(targets.TARGETS, 1):
-        state, size = state_of(target, models, arch, backend)
-        print(f"{number:3}  {target.name:<20} {target.summary:<38} {state} {size}")
+    for number, (target, state) in enumerate(states, 1):
+        print(f"{number:3}  {target.name:<20} {target.summary:<38} {state} {_size(state)}")
     print(f"  m  build all missing ({len(missing)})\n  q  quit")
     try:
         answer = input("> ").strip().lower()

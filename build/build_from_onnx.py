@@ -6,29 +6,40 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sa3_trt_core import console, device, files, hub, paths, targets
-from sa3_trt_core.errors import Parser, ToolError, run_command
+from sa3_trt_core import console, device, paths, targets
+from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
 
-if TYPE_CHECKING:
-    from sa3_build.compile import Built
+EXITS = "Exit code: 0 all engines are there, 2 a mistake or an engine that failed, 3 a gate of --engine-report said no."
+MOST_BUILDS = 20
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    line = Parser(prog="build_from_onnx.py", description=__doc__)
+    line = Parser(prog="build_from_onnx.py", description=__doc__, epilog=EXITS)
     line.add_argument("names", nargs="*", metavar="NAME", help="targets or groups; --list shows them")
     line.add_argument(
         "--backend", choices=device.TENSORRT_BACKENDS, default=None, help="default: tensorrt if installed"
     )
     line.add_argument("--arch", help="sm_89,sm_120 (default: this machine's GPU)")
     line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
+    line.add_argument("--revision", metavar="R", help="the hub's commit or branch, instead of the pinned one")
+    line.add_argument("--offline", action="store_true", help="take the hub's files from its cache only")
     line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
     line.add_argument("--list", action="store_true", help="show every target and leave")
     line.add_argument("--dry-run", action="store_true", help="show what would be built and leave; needs no GPU")
     line.add_argument("--json", action="store_true", help="one JSON document on stdout")
     line.add_argument("--force", action="store_true", help="build even what is current")
+    line.add_argument(
+        "--best-of",
+        type=integer_type(1, MOST_BUILDS),
+        default=1,
+        metavar="N",
+        help="keep the fastest of N builds (GPU)",
+    )
+    line.add_argument("--engine-report", action="store_true", help="count FP8 products, fused attention, islands (GPU)")
+    line.add_argument("--prebuilt", action="store_true", help="take the hub's engines where they are of this TensorRT")
     return line
 
 
@@ -50,22 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return _show_plan(plan, backend, onnx_root, args.json)
 
-    from sa3_build import compile as compiler
+    from sa3_build import build_many
 
-    for target, arch, out in plan:
-        compiler.require_arch(target, backend, arch)
-        files.require_writable(out, "engine")
-    compiler.load_backend(backend)
-    sources = {target.name: hub.resolve_onnx(target, onnx_root) for target in chosen}
-    for target in chosen:
-        compiler.check_graph(sources[target.name], target)
-    built = []
-    with console.Progress("engines", len(plan), "engines") as progress:
-        for target, arch, out in plan:
-            one = compiler.compile_engine(sources[target.name], target, backend, arch, out, args.force)
-            built.append((target.name, arch, one))
-            progress.advance(note=f"{target.name} {arch}")
-    _report(built, args.json)
+    options = build_many.Options(
+        backend, onnx_root, args.revision, args.offline, args.force, args.best_of, args.engine_report, args.prebuilt
+    )
+    jobs = [build_many.Job(*one) for one in plan]
+    build_many.require_possible(jobs, options)
+    outcomes = build_many.build_all(jobs, options)
+    documents = [outcome.by_name for outcome in outcomes]
+    print(json.dumps(documents, indent=2) if args.json else build_many.summary(outcomes))
+    build_many.require_all(outcomes)
     return 0
 
 
@@ -104,9 +110,18 @@ def _described(target: targets.Target) -> dict[str, Any]:
 def _show_plan(
     plan: list[tuple[targets.Target, str, Path]], backend: str, onnx_root: Path | None, as_json: bool
 ) -> int:
+    from sa3_build import engine_state
+
     source = str(onnx_root) if onnx_root else targets.HUB_REPOSITORY
     steps = [
-        {"target": target.name, "arch": arch, "backend": backend, "from": f"{source}: {target.onnx[0]}", "to": str(out)}
+        {
+            "target": target.name,
+            "arch": arch,
+            "backend": backend,
+            "from": f"{source}: {target.onnx[0]}",
+            "to": str(out),
+            "state": str(engine_state.state_of_path(out, target, arch, backend, onnx_root)),
+        }
         for target, arch, out in plan
     ]
     if as_json:
@@ -114,21 +129,6 @@ def _show_plan(
     else:
         print(console.table(tuple(steps[0]), [list(step.values()) for step in steps]))
     return 0
-
-
-def _report(built: list[tuple[str, str, Built]], as_json: bool) -> None:
-    if as_json:
-        document = [
-            {"target": n, "arch": a, "path": str(b.path), "bytes": b.bytes, "seconds": b.seconds, "reused": b.reused}
-            for n, a, b in built
-        ]
-        print(json.dumps(document, indent=2))
-        return
-    rows = [
-        [n, a, "current" if b.reused else console.format_seconds(b.seconds), console.format_bytes(b.bytes), str(b.path)]
-        for n, a, b in built
-    ]
-    print(console.table(("target", "arch", "built in", "size", "engine"), rows))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Export what is not current."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import files
+    from sa3_trt_core import files, locks
 
     files.require_writable(args.onnx_root / "probe", "ONNX folder")
 
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
 
     exporter = Exporter(args.model_dir, args.onnx_root)
     wanted = [part for part in PARTS if not args.only or part in args.only]
-    with Progress("export", len(wanted), "graphs") as progress:
+    lock = locks.held(locks.lock_path(args.onnx_root / "export"), f"an export to {args.onnx_root}")
+    with lock, Progress("export", len(wanted), "graphs") as progress:
         for part in wanted:
             made = getattr(exporter, PARTS[part])()
             progress.advance(note=made.target)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build import calib, coverage
     from sa3_build.calib_writer import CalibrationWriter
     from sa3_build.capture import CaptureSettings, CheckpointModel, capture, choose_prompts
-    from sa3_trt_core import files, manifest
+    from sa3_trt_core import files, locks, manifest
     from sa3_trt_core.console import format_bytes
 
     files.require_writable(args.out, "calibration set")
@@ -75,13 +75,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = settings.rows()
     frames, kinds = [row.frames for row in rows], [row.kind for row in rows]
-    writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
-    manifest.manifest_path(args.out).unlink(missing_ok=True)
-    capture(model, settings, writer)
-
-    made = calib.CalibrationSet.open(args.out)
-    found = calib.summary(made, made.check_values())
-    manifest.write_manifest(args.out, "calibration", [args.out], inputs, recorded, found)
+    with locks.held(locks.lock_path(args.out), f"the capture of {args.out}"):
+        writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
+        manifest.manifest_path(args.out).unlink(missing_ok=True)
+        capture(model, settings, writer)
+        made = calib.CalibrationSet.open(args.out)
+        found = calib.summary(made, made.check_values())
+        manifest.write_manifest(args.out, "calibration", [args.out], inputs, recorded, found)
     print(f"{args.out}: {made.rows} rows, {format_bytes(args.out.stat().st_size)}")
     for kind, lengths in found["kinds"].items():
         print(f"  {kind:<8}" + ", ".join(f"{count} rows of L {length}" for length, count in lengths.items()))

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     _require_folder(out)
 
     import reprompt
-    from sa3_trt_core import files, manifest
+    from sa3_trt_core import files, locks, manifest
 
     shipped = Path(reprompt.__file__).with_name("demo_model")
     inputs = {} if args.random else _digests(shipped)
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build import demo_checkpoint as demo
     from sa3_build.demo import ship
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
+    lock = locks.held(locks.lock_path(out), f"the making of {out}")
+    with lock, tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
         if args.random:

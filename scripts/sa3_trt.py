@@ -67,6 +67,8 @@ def _add_model(parse: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     group.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
+    group.add_argument("--revision", metavar="R", help="the hub's commit or branch, instead of the pinned one")
+    group.add_argument("--offline", action="store_true", help="take the hub's files from its cache only")
 
 
 def _add_sampling(parse: argparse.ArgumentParser) -> None:
@@ -131,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _job(args: argparse.Namespace) -> Job:
     """Decide everything that needs no file but the prompts file to be opened. Raises ToolError."""
     plan = make_plan(
-        args.dit, args.precision, args.backend, args.onnx_root, args.models_dir, args.init_audio is not None
-    )
+        args.dit, args.precision, args.backend, args.onnx_root, args.models_dir, args.init_audio is not None,
+        args.revision, args.offline,
+    )  # fmt: skip
     rows = _rows(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     requests = [
@@ -187,7 +190,8 @@ def _run(job: Job, args: argparse.Namespace) -> report.Totals:
         importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
         generator = Generator.load(
             args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
-            audio_input=args.init_audio is not None, on_engine=lambda note: progress.advance(note=note),
+            audio_input=args.init_audio is not None, revision=args.revision, offline=args.offline,
+            on_engine=lambda note: progress.advance(note=note),
         )  # fmt: skip
     with generator:
         totals.add({"load": time.perf_counter() - started})

@@ -10,10 +10,9 @@ import build_from_onnx
 import onnx
 import pytest
 
-import build
 from helpers.commands import run
 from sa3_trt_core import manifest, paths
-from sa3_trt_core.targets import TARGETS, dit_target, find_target
+from sa3_trt_core.targets import dit_target, find_target
 
 pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
 RTX = ["--backend", "tensorrt_rtx"]
@@ -103,30 +102,10 @@ def test_a_file_that_is_no_such_graph_is_refused(tiny_fp8: Path, tmp_path: Path,
     assert not models.exists()
 
 
-def test_opt_in_is_in_no_group_and_not_in_missing(engines: tuple[Path, list[dict]], tiny_fp8: Path) -> None:
+def test_opt_in_is_in_no_group(engines: tuple[Path, list[dict]]) -> None:
     for group in ("all", "all-fp32", "all-both"):
         plan = run(build_from_onnx.main, [group, *RTX, "--arch", "sm_89", "--dry-run", "--json"])[1]
         names = [step["target"] for step in json.loads(plan)]
         assert names and "sa3-m-fp8" not in names
     plan = run(build_from_onnx.main, ["sa3-m-fp8", *RTX, "--arch", "sm_89", "--dry-run", "--json"])[1]
     assert [step["target"] for step in json.loads(plan)] == ["sa3-m-fp8"]
-    models = tiny_fp8 / "nothing-here"
-    line = ["--missing", *RTX, "--arch", "sm_89", "--models-dir", str(models), "--onnx-root", str(tiny_fp8)]
-    code, _, errors = run(build.main, line)
-    assert code == 2 and "same-s-encoder" in " ".join(t.name for t in TARGETS) and "fp8" not in errors.splitlines()[0]
-
-
-def test_the_menu_shows_states(engines: tuple[Path, list[dict]]) -> None:
-    models, _ = engines
-    line = ["--list", "--json", *RTX, "--arch", "sm_120", "--models-dir", str(models)]
-    states = {entry["name"]: entry["state"] for entry in json.loads(run(build.main, line)[1])}
-    assert len(states) == len(TARGETS)
-    assert {name for name, state in states.items() if state == "current"} == set(NAMES)
-    torn = paths.engine_path(models, "sm_120", find_target("t5gemma"), "tensorrt_rtx")
-    whole = torn.read_bytes()
-    try:
-        torn.write_bytes(whole[:-1])
-        states = {entry["name"]: entry["state"] for entry in json.loads(run(build.main, line)[1])}
-        assert states["t5gemma"].startswith("stale: ")
-    finally:
-        torn.write_bytes(whole)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub
 import onnx
 import pytest
-from huggingface_hub import errors as hub_errors
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from sa3_trt_core import hub
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.targets import HUB_REPOSITORY, find_target
+from sa3_trt_core.targets import find_target
 
 
 def external(name: str, location: str) -> TensorProto:
@@ -70,6 +66,22 @@ def test_a_sidecar_outside_the_folder_is_refused(tmp_path: Path, location: str) 
     path = save(tmp_path / "m.onnx", model(external("a", location)))
     with pytest.raises(ToolError, match="is not a file in its own folder"):
         hub.external_data_names(path)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "root" / "m.onnx", model(external("a", "w.data")))
+    (tmp_path / "secret").write_bytes(b"\0" * 8)
+    sidecar = path.parent / "w.data"
+    for target in (tmp_path / "secret", Path("../secret"), Path("/etc/hostname"), Path("w.data")):
+        sidecar.symlink_to(target)
+        with pytest.raises(ToolError, match="is not a file in its own folder"):
+            hub.external_data_names(path)
+        sidecar.unlink()
+    (path.parent / "real.data").write_bytes(b"\0" * 8)
+    sidecar.symlink_to("real.data")
+    assert hub.external_data_names(path) == ["w.data"]
+    (tmp_path / "linked").symlink_to(path.parent)
+    assert hub.external_data_names(tmp_path / "linked" / "m.onnx") == ["w.data"]
 
 
 @pytest.mark.parametrize(
@@ -133,111 +145,6 @@ def test_the_local_folder_is_searched_by_every_name(tmp_path: Path) -> None:
     assert hub.local_onnx(tmp_path, target) == older
     ours = save(tmp_path / target.onnx[0], model())
     assert hub.resolve_onnx(target, tmp_path) == ours
-
-
-def test_a_given_folder_is_the_only_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: pytest.fail("the hub was asked"))
-    with pytest.raises(ToolError) as caught:
-        hub.resolve_onnx(find_target("sa3-m-fp8"), tmp_path)
-    assert "build/build_dit_fp8.py" in caught.value.hint
-    with pytest.raises(ToolError, match=r"tokenizer\.json"):
-        hub.resolve_tokenizer(tmp_path)
-
-
-class Hub:
-    """Stands for the hub's client: a folder of files, or an error for every question."""
-
-    def __init__(self, folder: Path, failure: Callable[[], Exception] | None = None) -> None:
-        self.folder, self.failure, self.asked = folder, failure, list[str]()
-
-    def __call__(self, repository: str, name: str, local_files_only: bool = False) -> str:
-        self.asked.append(name)
-        if self.failure is not None:
-            raise self.failure()
-        path = self.folder / name
-        if not path.is_file():
-            raise hub_errors.EntryNotFoundError(name)
-        return str(path)
-
-
-def test_the_hub_gives_graph_and_sidecar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = find_target("sa3-m")
-    path = save(tmp_path / "onnx" / target.onnx[1], model(external("a", "odd name.data")))
-    fake = Hub(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake)
-    with pytest.raises(ToolError, match=r"odd name\.data of sa3-m is not published"):
-        hub.resolve_onnx(target, None)
-    (path.parent / "odd name.data").write_bytes(b"\0" * 8)
-    assert hub.resolve_onnx(target, None) == path
-    assert fake.asked[-1] == "onnx/sa3-m/odd name.data"
-
-
-def test_what_is_not_published_says_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Hub(tmp_path))
-    with pytest.raises(ToolError) as caught:
-        hub.resolve_onnx(find_target("sa3-m-fp8"), None)
-    assert "not published yet" in caught.value.message
-    assert HUB_REPOSITORY in caught.value.message
-    assert "python build/build_dit_fp8.py" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("failure", "words"),
-    [
-        (lambda: hub_errors.LocalEntryNotFoundError("x"), "cannot be reached"),
-        (lambda: hub_errors.OfflineModeIsEnabled("x"), "cannot be reached"),
-        (lambda: hub_errors.HfHubHTTPError.__mro__[1]("no route"), "cannot be reached"),  # the client's transport error
-        (lambda: OSError(28, "No space left on device"), "No space left"),
-    ],
-)
-def test_hub_failures_are_two_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], Exception], words: str
-) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Hub(tmp_path, failure))
-    with pytest.raises(ToolError, match=words):
-        hub.resolve_onnx(find_target("sa3-m"), None)
-    with pytest.raises(ToolError, match=words):
-        hub.resolve_tokenizer(None)
-
-
-def answered(kind: type[hub_errors.HfHubHTTPError], status: int) -> hub_errors.HfHubHTTPError:
-    transport = importlib.import_module(hub_errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0])
-    request = transport.Request("GET", "https://huggingface.co/x")
-    return kind("no", response=transport.Response(status, request=request))
-
-
-def behind_the_cache(status: int) -> Exception:
-    """What the client raises when the file is not in the cache and the hub answered with an error."""
-    error = hub_errors.LocalEntryNotFoundError("x")
-    error.__cause__ = answered(hub_errors.HfHubHTTPError, status)
-    return error
-
-
-@pytest.mark.parametrize(
-    ("failure", "words", "hint"),
-    [
-        (lambda: answered(hub_errors.GatedRepoError, 403), "does not give", "accept its licence"),
-        (lambda: answered(hub_errors.RepositoryNotFoundError, 404), "does not give", "hf auth login"),
-        (lambda: answered(hub_errors.HfHubHTTPError, 401), "does not give", "hf auth login"),
-        (lambda: behind_the_cache(403), "does not give", "hf auth login"),
-        (lambda: behind_the_cache(503), "answered 503", "later"),
-        (lambda: answered(hub_errors.RemoteEntryNotFoundError, 404), "not published yet", "build/build_dit_fp8.py"),
-    ],
-)
-def test_the_hubs_answers_are_two_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], Exception], words: str, hint: str
-) -> None:
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", Hub(tmp_path, failure))
-    with pytest.raises(ToolError, match=words) as caught:
-        hub.resolve_onnx(find_target("sa3-m-fp8"), None)
-    assert hint in caught.value.hint
-
-
-def test_offline_asks_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ToolError, match="is switched off"):
-        hub.resolve_onnx(find_target("sa3-m"), None, offline=True)
 
 
 def _size(value: int) -> bytes:

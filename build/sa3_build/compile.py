@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_build import graph
-from sa3_trt_core import device, files, hub, manifest, shapes
+from sa3_build import graph, resources, timing
+from sa3_trt_core import device, download, files, hub, locks, manifest, shapes
 from sa3_trt_core.console import format_seconds
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import Target
@@ -25,16 +26,18 @@ if TYPE_CHECKING:
 FP8_ARCHES = ("sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 RTX_ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 HEARTBEAT_SECONDS = 15.0
+CURRENT = "made of the same graph with the same settings"
 
 
 @dataclass(frozen=True)
 class Built:
-    """One finished engine."""
+    """One finished engine; `why` it was built, or why it was kept."""
 
     path: Path
     seconds: float
     bytes: int
     reused: bool
+    why: str = ""
 
 
 def require_arch(target: Target, backend: str, arch: str) -> None:
@@ -97,34 +100,80 @@ def build_settings(target: Target, backend: str, arch: str) -> dict[str, Any]:
     }
 
 
-def compile_engine(onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False) -> Built:
+def compile_engine(
+    onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False, best_of: int = 1
+) -> Built:
     """Build `out` from `onnx`, or keep it when its manifest says it is current.
 
-    Raises ToolError when the graph does not parse, is fixed where the contract is dynamic, or does not compile.
+    `best_of` builds that many and keeps the one that runs fastest on this machine's GPU. Another run that builds the
+    same engine is waited for. Raises ToolError when the graph does not parse, is fixed where the contract is dynamic,
+    does not compile, or the machine is too small.
     """
     require_arch(target, backend, arch)
     check_graph(onnx, target)
     settings = build_settings(target, backend, arch)
     sources = [onnx, *(onnx.parent / name for name in hub.external_data_names(onnx))]
-    inputs = {file.name: files.sha256_of(file) for file in sources}
-    if not force and manifest.is_current(out, inputs, settings)[0]:
-        return Built(out, 0.0, out.stat().st_size, reused=True)
+    inputs = {file.name: _digest(file) for file in sources}
+    current, why = manifest.is_current(out, inputs, settings)
+    if current and not force:
+        return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
     files.require_writable(out, "engine")
-    started = time.monotonic()
+    resources.require_build(sum(file.stat().st_size for file in sources), out.parent)
+    with locks.held(locks.lock_path(out), f"the build of {out}"):
+        current, why = manifest.is_current(out, inputs, settings)
+        if current and not force:
+            return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
+        why = f"--force: {why}" if force else why if out.exists() else "missing"
+        return _built(onnx, target, backend, arch, out, inputs, settings, best_of, why)
+
+
+def _built(  # the order is compile_engine's
+    onnx: Path,
+    target: Target,
+    backend: str,
+    arch: str,
+    out: Path,
+    inputs: dict[str, str],
+    settings: dict[str, Any],
+    best_of: int,
+    why: str,
+) -> Built:
+    """Compile, and put the engine and then its manifest in place. The caller holds the engine's lock."""
+    files.remove_leftovers(out)
+    started, module = time.monotonic(), load_backend(backend)
+    gates: dict[str, Any] = {"compiled": True, "run on a GPU": False}
+    # What was timed before is not timed again; several builds are to differ, so they share nothing.
+    cache = timing.cache_path(out, backend, settings["backend_version"]) if best_of == 1 else None
     with _heartbeat(f"compiling {target.name} for {arch}"):
-        plan = _plan(load_backend(backend), onnx, target, backend, arch)
+        plan = _plan(module, onnx, target, backend, arch, cache)
+        if best_of > 1:
+            plans = [plan, *(_plan(module, onnx, target, backend, arch, None) for _ in range(best_of - 1))]
+            measured = [timing.milliseconds(module, one, target) for one in plans]
+            plan = plans[measured.index(min(measured))]
+            gates |= {"run on a GPU": True, "milliseconds": [round(one, 4) for one in measured]}
     manifest.manifest_path(out).unlink(missing_ok=True)
     with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
         stream.write(plan)
     seconds = time.monotonic() - started
-    gates = {"compiled": True, "run on a GPU": False}
     manifest.write_manifest(out, "engine", [out], inputs, settings, gates)
-    return Built(out, seconds, out.stat().st_size, reused=False)
+    return Built(out, seconds, out.stat().st_size, reused=False, why=why)
 
 
-def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str) -> Any:
-    """The serialised engine, as an object with the buffer protocol."""
+def _digest(file: Path) -> str:
+    """The SHA-256 of a source. Raises ToolError for a file of the hub's cache that is no more what was downloaded."""
+    found, expected = files.sha256_of(file), download.expected_sha256(file)
+    if expected is not None and found != expected:
+        raise ToolError(
+            f"{file} has changed in the hub's cache since it was downloaded",
+            f"delete {file.resolve()} and run the same command again",
+        )
+    return found
+
+
+def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None) -> Any:
+    """The serialised engine, as an object with the buffer protocol; `cache` keeps what TensorRT timed."""
     logger = _logger(module)
+    logger.last = ""
     builder = module.Builder(logger)
     network = builder.create_network(_strongly_typed(module))
     parser = module.OnnxParser(network, logger)
@@ -132,6 +181,9 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str) -> A
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.last
         raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"make the graph again: {target.produced_by}")
     config = builder.create_builder_config()
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # what --engine-report reads
+    if cache is not None and backend == "tensorrt":  # TensorRT-RTX times nothing when it builds
+        timing.read_cache(config, cache)
     if backend == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(module.ComputeCapability, arch.upper().replace("_", "")), 0)
@@ -142,6 +194,8 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str) -> A
             f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'it gave no reason'}",
             f"check that the graph is what {target.produced_by.split()[1]} makes, and that memory and disk are free",
         )
+    if cache is not None and backend == "tensorrt":
+        timing.write_cache(config, cache)
     return plan
 
 
@@ -183,8 +237,12 @@ def _add_profile(
         config.add_optimization_profile(profile)
 
 
+@functools.cache
 def _logger(module: Any) -> Any:
-    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log."""
+    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
+
+    One for the whole process: TensorRT goes on using the first that it was given, and prints when that is gone.
+    """
 
     class Logger(module.ILogger):
         last = ""

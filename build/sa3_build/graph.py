@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from sa3_trt_core import hub, manifest
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.protobuf import unfinished_marker
 from sa3_trt_core.shapes import CONTRACTS, GraphContract
 
 SIDECAR_THRESHOLD = 1024  # bytes; smaller tensors stay in the graph file, as in the published ones
@@ -80,19 +81,23 @@ def save(model: ir.Model, path: Path) -> list[Path]:
 def move(made: Path, path: Path) -> list[Path]:
     """Put a graph of the same name that `save` wrote elsewhere on the disk in place; returns the files.
 
-    The sidecar goes first, and an older manifest before it: a kill between leaves what every reader takes for
-    incomplete.
+    An older manifest goes before, and a marker stands while the two are replaced: a kill between leaves an old graph
+    with a new sidecar, which only the marker tells every reader not to take.
     """
     assert made.name == path.name, "the sidecar's name stands in the graph"
     written = [file for file in (made.with_name(sidecar_of(made.name)), made) if file.exists()]
     for file in written:
         _sync(file)
     manifest.manifest_path(path).unlink(missing_ok=True)
+    marker = unfinished_marker(path)
+    marker.touch()
+    _sync(path.parent)
     for file in written:
         os.replace(file, path.parent / file.name)
-    _sync(path.parent)
     if len(written) == 1:
         (path.parent / sidecar_of(path.name)).unlink(missing_ok=True)
+    _sync(path.parent)
+    marker.unlink()
     return [path.parent / file.name for file in written]
 
 

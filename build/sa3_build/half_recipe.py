@@ -17,7 +17,7 @@ from sa3_build.passes.clean import FoldWeights
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.passes.mixed import MixPrecision
 from sa3_build.shaping import Shaping
-from sa3_trt_core import manifest, schedule, shapes
+from sa3_trt_core import locks, manifest, schedule, shapes
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.files import sha256_of
@@ -77,15 +77,15 @@ def build_half(
                 f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
                 "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
             )
-        written = graph.move(trial, output)
-    shape = tuple(results[1:-1])
-    gates = {
-        "worst denoised cosine": worst,
-        "parity": [asdict(p) for p in parity],
-        "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in shape],
-    }
-    manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
-    return Half(results[-1].counts, shape, worst, sum(file.stat().st_size for file in written))
+        gates = {
+            "worst denoised cosine": worst,
+            "parity": [asdict(p) for p in parity],
+            "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in results[1:-1]],
+        }
+        with locks.held(locks.lock_path(output), f"the making of {output}"):
+            written = graph.move(trial, output)
+            manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
+    return Half(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))
 
 
 def check_rows() -> Iterator[dict[str, np.ndarray]]:

@@ -39,7 +39,7 @@ from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.settings import Settings
 from sa3_build.stages import Stage, WorkingFolder
-from sa3_trt_core import console, files, manifest
+from sa3_trt_core import console, files, locks, manifest
 from sa3_trt_core.errors import GateError
 
 REPORT_SUFFIX = ".report.json"
@@ -91,12 +91,13 @@ class Fp8Recipe:
     def run(self) -> dict[str, Any]:
         """Build; returns the report that lies beside the artefact."""
         resources.require_disk(self.work, self.needs.disk)
-        self._folder.open()
-        for stage in self._stages():
-            self._folder.run(stage)
-        finished = self._finish()
-        if not self._keep:
-            self._folder.remove()
+        with locks.held(locks.lock_path(self._output), f"the build of {self._output}"):
+            self._folder.open()
+            for stage in self._stages():
+                self._folder.run(stage)
+            finished = self._finish()
+            if not self._keep:
+                self._folder.remove()
         return finished
 
     def _stages(self) -> tuple[Stage, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,7 @@ def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, A
     elif bits == "24":  # libsndfile takes the upper 24 of 32 bits
         values = np.round(values.astype(np.float64) * 8388607).astype(np.int32) << 8
     with (
+        _written(path),
         atomic_path(path) as temporary,
         soundfile.SoundFile(
             str(temporary), "w", rate, values.shape[1], BITS[bits], format=FORMATS[path.suffix.lower()]
@@ -124,8 +126,19 @@ def write_wav_16(path: Path, pcm: Tensor | np.ndarray, sample_rate: int = SAMPLE
     samples = np.asarray(pcm)
     if samples.dtype != np.int16 or samples.ndim != 2:
         raise ValueError(f"16-bit samples (N, channels) wanted, not {samples.dtype} {samples.shape}")
-    with atomic_path(path) as temporary:
+    with _written(path), atomic_path(path) as temporary:
         soundfile.write(str(temporary), samples, sample_rate, format="WAV", subtype="PCM_16")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """What libsndfile calls a "System error" while it writes is a disk that takes no more."""
+    import soundfile
+
+    try:
+        yield
+    except soundfile.LibsndfileError as error:
+        raise ToolError(f"cannot write {path}: {error.error_string}", "see that its disk has room") from None
 
 
 def _texts(metadata: Mapping[str, Any], most: int | None) -> tuple[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -12,6 +14,8 @@ from typing import NoReturn
 USAGE_EXIT = 2
 GATE_EXIT = 3
 INTERRUPT_EXIT = 130
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words for it
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class ToolError(Exception):
@@ -66,6 +70,12 @@ def run_command(main: Callable[[], int]) -> int:
         # The reader of our output has gone. Without this, the interpreter complains once more while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        told = ToolError(f"the disk takes no more: {error}", "free some space and run the same command again")
+        print(told.lines(), file=sys.stderr)
+        return told.exit_code
 
 
 def number_type(low: float, high: float, unit: str = "") -> Callable[[str], float]:
@@ -96,6 +106,19 @@ def integer_type(low: int, high: int, unit: str = "") -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for want of room, or what caused the error did; libraries say it in words of their own."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return True
+    words = str(error)
+    if _CUT_SHORT.fullmatch(words) or any(
+        os.strerror(number) in words or f"os error {number})" in words for number in _NO_ROOM
+    ):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and _disk_is_full(before)
 
 
 def _unit(unit: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
@@ -25,7 +26,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     missing. The folder is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.stem[:32]}.{secrets.token_hex(6)}.tmp{path.suffix[-32:]}"
+    temporary = path.parent / _temporary_name(path, secrets.token_hex(6))
     try:
         yield temporary
         _sync(temporary, os.O_RDWR)
@@ -34,6 +35,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed runs of `atomic_path` left beside `path`. Only for who alone may write it (locks.held)."""
+    for old in path.parent.glob(glob.escape(_temporary_name(path, "*")).replace("[*]", "[0-9a-f]" * 12)):
+        old.unlink(missing_ok=True)
 
 
 def write_atomic_bytes(path: Path, data: bytes) -> None:
@@ -91,6 +98,10 @@ def require_writable(path: Path, what: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ToolError(f"cannot write {what} {path}: {ancestor} takes no new files ({reason})", hint) from None
+
+
+def _temporary_name(path: Path, key: str) -> str:
+    return f".{path.stem[:32]}.{key}.tmp{path.suffix[-32:]}"
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core import engines, hub, manifest, paths, targets
+from sa3_trt_core import device, engines, hub, manifest, paths, targets
 from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,11 +31,13 @@ class Plan:
     precision: str
     onnx_root: Path | None
     models_dir: Path
+    revision: str | None = None  # of the hub, instead of the pinned one
+    offline: bool = False  # the hub's cache only
 
 
 def make_plan(
     dit: str, precision: str, backend: str = "auto", onnx_root: str | Path | None = None,
-    models_dir: str | Path | None = None, audio_input: bool = False,
+    models_dir: str | Path | None = None, audio_input: bool = False, revision: str | None = None, offline: bool = False,
 ) -> Plan:  # fmt: skip
     """Decide everything that needs no file to be opened. Raises ToolError."""
     chosen = {
@@ -51,7 +54,19 @@ def make_plan(
         precision=precision,
         onnx_root=paths.onnx_root_from(onnx_root),
         models_dir=folder,
+        revision=revision,
+        offline=offline,
     )
+
+
+def build_command(plan: Plan, arch: str) -> str | None:
+    """The one command that builds every engine of a plan that is missing for an architecture; None when none is."""
+    for backend in device.TENSORRT_BACKENDS:
+        wanted = [plan.targets[stage] for stage in plan.stages if plan.backends[stage] == backend]
+        missing = [t.name for t in wanted if not paths.engine_path(plan.models_dir, arch, t, backend).is_file()]
+        if missing:
+            return f"{engines.rebuild_command(' '.join(missing), backend, arch)} --models-dir {plan.models_dir}"
+    return None
 
 
 class EngineSet(Closing):
@@ -67,11 +82,15 @@ class EngineSet(Closing):
         self._open: dict[str, GraphEngine] = {}
         self._stack = ExitStack()
         self._closed = False
+        arch = device.current_arch()
+        command = build_command(plan, arch) if arch is not None else None
+        if command is not None:
+            raise ToolError(f"{plan.models_dir} has not all engines that are asked for", f"build them: {command}")
         # An opt-in file may not be published: that is told first. The small tokenizer, behind a licence, comes next.
         opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
         for stage in opt_in:
             self._source(stage)
-        tokenizer = hub.resolve_tokenizer(plan.onnx_root)
+        tokenizer = hub.resolve_tokenizer(plan.onnx_root, plan.offline)
         for stage in plan.stages:
             self._source(stage)
         self.tokenizer = Tokenizer(tokenizer)
@@ -108,6 +127,6 @@ class EngineSet(Closing):
         if stage not in self._sources:
             plan = self.plan
             self._sources[stage] = engines.source_path(
-                plan.targets[stage], plan.backends[stage], plan.onnx_root, plan.models_dir
+                plan.targets[stage], plan.backends[stage], plan.onnx_root, plan.models_dir, plan.revision, plan.offline
             )
         return self._sources[stage]

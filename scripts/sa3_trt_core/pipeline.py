@@ -54,16 +54,17 @@ class Generator(Closing):
     def load(
         cls, dit: str = DITS[0], precision: str = PRECISIONS[0], *, backend: str = "auto",
         onnx_root: str | Path | None = None, models_dir: str | Path | None = None, audio_input: bool = False,
-        on_engine: Tell | None = None,
+        revision: str | None = None, offline: bool = False, on_engine: Tell | None = None,
     ) -> Self:  # fmt: skip
         """Find and open a model's engines. Raises ToolError: a file, a package or a GPU that is missing.
 
         `dit` is medium, sm-music or sm-sfx; `precision` fp16mixed, fp32 or fp8; `backend` auto takes built TensorRT
         engines where this machine can run them, else ONNX Runtime. `onnx_root` is a folder of ONNX files (else
         $SA3_ONNX_DIR, else the hub), `models_dir` one of engines (else $SA3_MODELS_DIR, else models/). `audio_input`
-        opens the audio encoder at once and not at the first request that needs it.
+        opens the audio encoder at once and not at the first request that needs it. `revision` is a commit or branch
+        of the hub, `offline` asks its cache only.
         """
-        engines = EngineSet(make_plan(dit, precision, backend, onnx_root, models_dir, audio_input))
+        engines = EngineSet(make_plan(dit, precision, backend, onnx_root, models_dir, audio_input, revision, offline))
         try:
             engines.load(on_engine)
             return cls(engines)

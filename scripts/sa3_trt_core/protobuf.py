@@ -15,6 +15,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 IR_VERSION, GRAPH = 1, 7  # of ModelProto: without both it is no model
 EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 13, 14, 1  # of TensorProto
 _DRIVE = re.compile(r"^[A-Za-z]:")
+_SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]{40}/")
 
 # Message -> field number -> message inside it (onnx.proto). Fields that hold no tensor are skipped unread.
 _CHILDREN: dict[str, dict[int, str]] = {
@@ -33,6 +34,11 @@ class _Malformed(Exception):
     """The bytes are not the protobuf message that they should be."""
 
 
+def unfinished_marker(onnx_path: Path) -> Path:
+    """What stands beside a graph while it and its sidecar are replaced by new ones."""
+    return onnx_path.with_name(f".{onnx_path.name}.unfinished")
+
+
 def external_data_names(onnx_path: Path) -> list[str]:
     """The distinct sidecar files that the tensors of an ONNX file name, in order, relative to its folder.
 
@@ -40,6 +46,11 @@ def external_data_names(onnx_path: Path) -> list[str]:
     protobuf, or names a sidecar that is absolute, empty or outside the file's folder: such a path would read any file
     of the machine into a model.
     """
+    if unfinished_marker(onnx_path).exists():
+        raise ToolError(
+            f"{onnx_path} was being replaced when that run was killed, so its weights may be another's",
+            "run the command that makes it again",
+        )
     try:
         with onnx_path.open("rb") as file:
             if file.seek(0, 2) == 0:
@@ -142,8 +153,22 @@ def _text(data: Buffer, start: int, size: int) -> str:
 def _require_inside(name: str, onnx_path: Path) -> None:
     parts = PurePosixPath(name).parts
     absolute = name.startswith(("/", "\\")) or _DRIVE.match(name) is not None
-    if absolute or not parts or ".." in parts or "\\" in name or "\0" in name:
+    outside = absolute or not parts or ".." in parts or "\\" in name or "\0" in name
+    if outside or _leads_away(onnx_path.parent / name, onnx_path):
         raise ToolError(
             f"{onnx_path} keeps weights in {name!r}, which is not a file in its own folder",
             "do not use this file; get it from its publisher again",
         )
+
+
+def _leads_away(sidecar: Path, onnx_path: Path) -> bool:
+    """Whether a symbolic link takes a sidecar out of the folder of its graph.
+
+    The hub's cache is made of such links: there the graph's own leads to the same place, or the path says so.
+    """
+    try:
+        homes, found = (onnx_path.parent.resolve(), onnx_path.resolve().parent), sidecar.resolve()
+    except (OSError, RuntimeError):  # a ring of links
+        return True
+    cached = _SNAPSHOT.search(onnx_path.as_posix()) is not None
+    return not cached and not any(found.is_relative_to(home) for home in homes)

@@ -10,7 +10,12 @@ from typing import Literal
 from sa3_trt_core.errors import ToolError
 
 HUB_REPOSITORY = "stabilityai/stable-audio-3-optimized"
+HUB_REVISION = (
+    "main"  # of a target with no pin of its own; a commit here or there makes every machine take the same bytes
+)
 HUB_FOLDER = "onnx"  # every ONNX path below is under this folder of the hub repository
+PREBUILT_FOLDER = "tensorRT"  # <arch>/<folder>/<stem>.trt below it
+PREBUILT_TENSORRT = "10.15.1.29"  # what the hub's engines were built with; they run with no other
 CHECKPOINT_REPOSITORY = "stabilityai/stable-audio-3-medium"
 CHECKPOINT_TOKENIZER_FOLDER = "t5gemma-b-b-ul2"
 TOKENIZER_FILES = ("t5gemma/tokenizer.json", "t5gemma/tokenizer_config.json")  # under an ONNX root
@@ -31,6 +36,7 @@ class Target:
 
     `kind` is its contract (shapes.CONTRACTS). `onnx` are paths under an ONNX root, our own name first, then the names
     that the hub has used. `engine` is folder/stem under models/<arch>/. `opt_in`: built only by its own name.
+    `revision` is the hub's commit or branch that the ONNX is taken from.
     """
 
     name: str
@@ -43,6 +49,7 @@ class Target:
     opt_in: bool
     summary: str
     produced_by: str
+    revision: str = HUB_REVISION
 
 
 def _dit(dit: str, folder: str, stem: Precision, onnx: tuple[str, ...], produced_by: str) -> Target:

@@ -36,16 +36,19 @@ def pick_backend(name: str, target: Target, models_dir: Path) -> str:
     return name
 
 
-def source_path(target: Target, backend: str, onnx_root: Path | None, models_dir: Path) -> Path:
+def source_path(
+    target: Target, backend: str, onnx_root: Path | None, models_dir: Path, revision: str | None = None,
+    offline: bool = False,
+) -> Path:  # fmt: skip
     """The file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
     if backend == "onnxruntime":
-        return hub.resolve_onnx(target, onnx_root)
+        return hub.resolve_onnx(target, onnx_root, offline, revision)
     arch = device.current_arch()
     if arch is None:
         raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
     path = paths.engine_path(models_dir, arch, target, backend)
     if not path.is_file():
-        raise ToolError(f"no engine {path}", f"build it: {rebuild_command(target, backend, arch)}")
+        raise ToolError(f"no engine {path}", f"build it: {rebuild_command(target.name, backend, arch)}")
     return path
 
 
@@ -63,9 +66,9 @@ def open_engine(
         return OnnxRuntimeEngine(path)
     from sa3_trt_core.engines.tensorrt import TensorRtEngine
 
-    return TensorRtEngine(path, backend, rebuild_command(target, backend, device.current_arch() or "ARCH"))
+    return TensorRtEngine(path, backend, rebuild_command(target.name, backend, device.current_arch() or "ARCH"))
 
 
-def rebuild_command(target: Target, backend: str, arch: str) -> str:
-    """The command that builds a target's engine."""
-    return f"python build/build_from_onnx.py {target.name} --backend {backend} --arch {arch}"
+def rebuild_command(names: str, backend: str, arch: str) -> str:
+    """The command that builds the engines of targets, named with spaces between."""
+    return f"python build/build_from_onnx.py {names} --backend {backend} --arch {arch}"

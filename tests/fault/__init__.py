@@ -1,0 +1,1 @@
+"""Faults in large: scripts that kill, starve and confuse the commands. Small versions are in the suite."""

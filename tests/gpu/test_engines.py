@@ -1,0 +1,66 @@
+"""TensorRT on this machine's GPU: built, measured, inspected, and run against ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import build_from_onnx
+import pytest
+import torch
+
+from helpers import graphs
+from helpers.commands import run
+from sa3_build.export import example_inputs
+from sa3_trt_core import device, manifest
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.engines.tensorrt import TensorRtEngine
+from sa3_trt_core.shapes import CONTRACTS
+from sa3_trt_core.targets import find_target
+
+BACKENDS = [name for name in device.TENSORRT_BACKENDS if device.tensorrt_module(name) is not None]
+pytestmark = pytest.mark.skipif(
+    device.current_arch() is None or not BACKENDS or not torch.cuda.is_available(), reason="no NVIDIA GPU with TensorRT"
+)
+
+
+def built(name: str, root: Path, models: Path, *words: str) -> tuple[Path, dict]:
+    """One engine by this machine's TensorRT, and what the command printed of it."""
+    line = [name, "--backend", BACKENDS[0], "--onnx-root", root, "--models-dir", models, "--json", *words]
+    done = run(build_from_onnx.main, line)
+    assert done.code == 0, done.err
+    (one,) = json.loads(done.out)
+    return Path(one["path"]), one
+
+
+def test_the_fastest_of_three_is_kept(tmp_path: Path) -> None:
+    target = find_target("same-s-decoder")
+    onnx = tmp_path / target.onnx[0]
+    onnx.parent.mkdir()
+    onnx.write_bytes(graphs.contract("same-decoder"))
+    path, _ = built(target.name, tmp_path, tmp_path / "models", "--best-of", "3")
+    record = manifest.read_manifest(path)
+    assert record is not None and len(record.gates["milliseconds"]) == 3 and record.gates["run on a GPU"] is True
+
+
+@pytest.mark.parametrize("name", ["sa3-m", "sa3-m-fp8"])
+def test_an_engine_gives_what_its_graph_gives(tiny_fp8: Path, tmp_path: Path, name: str) -> None:
+    path, about = built(name, tiny_fp8, tmp_path, "--engine-report")
+    assert about["layers"]["layers"] > 0 and (about["layers"]["fp8_products"] > 0) == name.endswith("fp8")
+    names = [spec.name for spec in CONTRACTS["dit"].inputs]
+    inputs = dict(zip(names, example_inputs("dit", batch=2, frames=70), strict=True))
+    with TensorRtEngine(path, BACKENDS[0]) as engine:
+        found = engine.run(inputs)["velocity"].flatten()
+    with OnnxRuntimeEngine(tiny_fp8 / find_target(name).onnx[0]) as engine:
+        wanted = engine.run(inputs)["velocity"].flatten()
+    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
+
+
+def test_a_second_build_reads_the_timing_cache(tiny_fp8: Path, tmp_path: Path) -> None:
+    if BACKENDS[0] != "tensorrt":
+        pytest.skip("TensorRT-RTX times nothing when it builds")
+    path, _ = built("sa3-m", tiny_fp8, tmp_path)
+    (cache,) = path.parent.parent.glob(".timing-*.cache")
+    cache.write_bytes(b"damaged")
+    built("sa3-m", tiny_fp8, tmp_path, "--force")
+    assert cache.stat().st_size > len(b"damaged")
