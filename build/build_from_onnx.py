@@ -19,9 +19,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = Parser(prog="build_from_onnx.py", description=__doc__, epilog=EXITS)
     line.add_argument("names", nargs="*", metavar="NAME", help="targets or groups; --list shows them")
-    line.add_argument(
-        "--backend", choices=device.TENSORRT_BACKENDS, default=None, help="default: tensorrt if installed"
-    )
+    line.add_argument("--backend", choices=device.BUILT_BACKENDS, default=None, help="default: tensorrt if installed")
     line.add_argument("--arch", help="sm_89,sm_120 (default: this machine's GPU)")
     line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
     line.add_argument("--revision", metavar="R", help="the hub's commit or branch, instead of the pinned one")
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ToolError("name at least one target", "--list shows them; sa3-m-fp8 is built by its own name only")
     chosen = targets.expand(args.names)
     backend = args.backend or ("tensorrt" if device.tensorrt_module("tensorrt") else "tensorrt_rtx")
-    arches = _arches(args.arch)
+    arches = _arches(args.arch, backend)
     onnx_root = paths.onnx_root_from(args.onnx_root)
     models_dir = args.models_dir or paths.default_models_dir()
     plan = [
@@ -75,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _arches(text: str | None) -> list[str]:
+def _arches(text: str | None, backend: str) -> list[str]:
     if text is not None:
         return paths.parse_arches(text)
-    here = device.current_arch()
+    here = device.current_arch() or (paths.NO_GPU if backend == "torch" else None)
     if here is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"

@@ -109,7 +109,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["--seed", "-1"], "outside 0 to"),
         (["--dit", "sm-music", "--precision", "fp8"], "has no fp8 engine"),
         (["--precision", "int4"], "invalid choice"),
-        (["--backend", "torch"], "not there yet"),
+        (["--backend", "torch", "--precision", "fp32"], "fp16mixed and fp8"),
         (["--out", "/proc/x.wav"], "cannot write --out"),
         (["--out", "x.mp3"], "does not end in .wav or .flac"),
         (["--save-latents", "/proc/x.npz"], "cannot write --save-latents"),

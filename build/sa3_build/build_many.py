@@ -78,6 +78,9 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
     for job in jobs:
         compiler.require_arch(job.target, options.backend, job.arch)
         files.require_writable(job.out, "engine")
+    if options.backend == "torch":
+        _require_torch(jobs, options)
+        return
     version = str(compiler.load_backend(options.backend).__version__)
     matches = options.backend == "tensorrt" and version == PREBUILT_TENSORRT
     if options.prebuilt and not matches:
@@ -87,6 +90,15 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
         )
     if matches and not options.prebuilt:
         print("the hub has engines of this very TensorRT: --prebuilt takes them instead of compiling", file=sys.stderr)
+
+
+def _require_torch(jobs: Sequence[Job], options: Options) -> None:
+    from sa3_build import packing
+
+    if options.best_of > 1 or options.report or options.prebuilt:
+        raise ToolError("--best-of, --engine-report and --prebuilt are of TensorRT", "leave them away")
+    for job in jobs:
+        packing.require_packable(job.target)
 
 
 def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
@@ -163,6 +175,10 @@ def _make(job: Job, options: Options) -> compiler.Built:
         size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.offline, options.revision)
         return compiler.Built(job.out, 0.0, size, reused, "prebuilt, of the hub")
     source = hub.resolve_onnx(job.target, options.onnx_root, options.offline, options.revision)
+    if options.backend == "torch":
+        from sa3_build import packing
+
+        return packing.pack_engine(source, job.target, job.arch, job.out, options.force)
     return compiler.compile_engine(
         source, job.target, options.backend, job.arch, job.out, options.force, options.best_of
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_build import graph, resources, timing
-from sa3_trt_core import device, download, files, hub, locks, manifest, shapes
+from sa3_trt_core import device, download, files, hub, locks, manifest, paths, shapes
 from sa3_trt_core.console import format_seconds
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import Target
@@ -42,7 +42,9 @@ class Built:
 
 def require_arch(target: Target, backend: str, arch: str) -> None:
     """Refuse an architecture before anything is read or downloaded. Raises ToolError in the user's words."""
-    if target.precision == "fp8" and arch not in FP8_ARCHES:
+    if arch == paths.NO_GPU and backend != "torch":
+        raise ToolError(f"{backend} builds for NVIDIA GPUs", "give --arch, e.g. --arch sm_89, or --backend torch")
+    if target.precision == "fp8" and arch not in (*FP8_ARCHES, paths.NO_GPU):
         raise ToolError(
             f"{target.name} needs FP8 tensor cores and {arch} has none (they begin with sm_89)",
             f"build the FP16-mixed engine instead: {target.name.removesuffix('-fp8')}",
@@ -60,7 +62,7 @@ def require_arch(target: Target, backend: str, arch: str) -> None:
 
 
 def load_backend(backend: str) -> Any:
-    """The Python module of a backend. Raises ToolError when it is not installed."""
+    """The Python module of a TensorRT backend. Raises ToolError when it is not installed."""
     module = device.tensorrt_module(backend)
     if module is None:
         package = backend.replace("_", "-")

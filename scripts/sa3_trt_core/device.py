@@ -10,6 +10,7 @@ from types import ModuleType
 
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
 TENSORRT_BACKENDS = ("tensorrt", "tensorrt_rtx")
+BUILT_BACKENDS = (*TENSORRT_BACKENDS, "torch")  # those that need an engine file
 
 
 def has_nvidia_gpu() -> bool:

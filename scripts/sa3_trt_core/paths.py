@@ -9,12 +9,13 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import ENGINE_SUFFIX, Target
 
 ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+NO_GPU = "cpu"  # the architecture of a torch engine on a machine without a GPU
 ONNX_ROOT_VARIABLE = "SA3_ONNX_DIR"
 MODELS_VARIABLE = "SA3_MODELS_DIR"
 
 
 def engine_path(models_dir: Path, arch: str, target: Target, backend: str) -> Path:
-    """models/<sm_XX>/<folder>/<stem>.trt for tensorrt, .rtx for tensorrt_rtx (not interchangeable)."""
+    """models/<sm_XX>/<folder>/<stem>.trt for tensorrt, .rtx for tensorrt_rtx, .safetensors for torch."""
     return models_dir / arch / f"{target.engine}{ENGINE_SUFFIX[backend]}"
 
 
@@ -42,7 +43,7 @@ def onnx_root_from(value: str | Path | None) -> Path | None:
 def parse_arches(text: str) -> list[str]:
     """ "sm_89,sm_120" as a list, each once. Raises ToolError for a name that is not an architecture."""
     arches = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    unknown = [arch for arch in arches if arch not in ARCHES]
+    unknown = [arch for arch in arches if arch not in (*ARCHES, NO_GPU)]
     if unknown or not arches:
         raise ToolError(f"unknown GPU architecture {(unknown or [text])[0]!r}", f"known: {', '.join(ARCHES)}")
     return arches

@@ -18,17 +18,21 @@ BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "torch", "onnxruntime")
 def pick_backend(name: str, target: Target, models_dir: Path) -> str:
     """The backend to use for a target: `name` itself, or for "auto" the best whose engine is built and can run here.
 
-    Raises ToolError for a backend that is not there yet or whose package is missing.
+    "torch" is for the DiT alone: ONNX Runtime runs the rest, which is a small part of the time. Raises ToolError for an
+    unknown backend, or one whose package is missing.
     """
+    arch = device.current_arch()
     if name == "auto":
-        arch = device.current_arch()
         for backend in device.TENSORRT_BACKENDS:
             built = arch is not None and paths.engine_path(models_dir, arch, target, backend).is_file()
             if built and device.tensorrt_module(backend) is not None:
                 return backend
-        return "onnxruntime"
+        packed = arch is not None and paths.engine_path(models_dir, arch, target, "torch").is_file()
+        return "torch" if packed else "onnxruntime"
     if name == "torch":
-        raise ToolError("the torch backend is not there yet", "use --backend onnxruntime")
+        if target.kind == "dit" and target.precision == "fp32":
+            raise ToolError("the torch backend runs fp16mixed and fp8, not fp32", "choose one, or another --backend")
+        return "torch" if target.kind == "dit" else "onnxruntime"
     if name not in BACKENDS:
         raise ToolError(f"unknown backend {name!r}", f"known: {', '.join(BACKENDS)}")
     if name not in device.available_backends():
@@ -43,7 +47,7 @@ def source_path(
     """The file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
     if backend == "onnxruntime":
         return hub.resolve_onnx(target, onnx_root, offline, revision)
-    arch = device.current_arch()
+    arch = device.current_arch() or (paths.NO_GPU if backend == "torch" else None)
     if arch is None:
         raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
     path = paths.engine_path(models_dir, arch, target, backend)
@@ -64,6 +68,10 @@ def open_engine(
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path)
+    if backend == "torch":
+        from sa3_trt_core.engines.torch_fp8 import TorchEngine
+
+        return TorchEngine(path, rebuild_command(target.name, backend, device.current_arch() or paths.NO_GPU))
     from sa3_trt_core.engines.tensorrt import TensorRtEngine
 
     return TensorRtEngine(path, backend, rebuild_command(target.name, backend, device.current_arch() or "ARCH"))

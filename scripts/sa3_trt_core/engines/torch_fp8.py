@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sa3_trt_core.torch_dit.model import BlockOps
+    from sa3_trt_core.torch_dit.runner import Runner
     from sa3_trt_core.torch_dit.weights import Packed
 
 FP8_CAPABILITY = (8, 9)
@@ -34,24 +35,19 @@ class TorchEngine(Closing):
         """
         import torch
 
-        from sa3_trt_core.torch_dit.model import Dit
-        from sa3_trt_core.torch_dit.runner import Runner
-        from sa3_trt_core.torch_dit.weights import Packed
-
         again = f"build it again: {rebuild}"
         if not path.is_file():
             raise ToolError(f"no engine {path}", f"build it: {rebuild}")
         reason = manifest.verify_manifest(path)
         if reason is not None:
             raise ToolError(f"{path} is not a finished engine of this project: {reason}", again)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        packed = Packed.load(path, self._device)
         contract = CONTRACTS["dit"]
         self.input_names = tuple(spec.name for spec in contract.inputs)
         self.output_names = tuple(spec.name for spec in contract.outputs)
         self._path = path
-        os.environ.setdefault(CACHE_VARIABLE, str(path.parent.parent / KERNELS_FOLDER))
-        self._runner: Runner | None = Runner(Dit(packed, _operations(packed, self._device, path)), self._device)
+        os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(path)))
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._runner: Runner | None = open_runner(path, place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"velocity": (B, 256, L) fp32} for the six inputs of the contract, on the device of x."""
@@ -68,7 +64,7 @@ class TorchEngine(Closing):
             with torch.inference_mode():
                 found = self._runner.velocity(inputs["x"].float(), inputs["t"].float(), told)
         except torch.OutOfMemoryError:
-            raise ToolError(f"no GPU memory for {path_of(self._path, inputs)}", "free GPU memory, or ask for fewer "
+            raise ToolError(f"no GPU memory for {_asked(self._path, inputs)}", "free GPU memory, or ask for fewer "
                             "--seconds or a smaller --batch") from None  # fmt: skip
         place = inputs["x"].device
         return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
@@ -79,14 +75,34 @@ class TorchEngine(Closing):
         self._runner = None
 
 
-def path_of(path: Path, inputs: Mapping[str, Tensor]) -> str:
+def open_runner(path: Path, device: torch.device) -> Runner:
+    """A packed DiT ready to run: kernels on a GPU, plain PyTorch on a CPU. Raises ToolError."""
+    from sa3_trt_core.torch_dit.model import Dit
+    from sa3_trt_core.torch_dit.runner import Runner
+    from sa3_trt_core.torch_dit.weights import Packed
+
+    packed = Packed.load(path, device)
+    return Runner(Dit(packed, _operations(packed, device, path)), device)
+
+
+def tiles_path(path: Path) -> Path:
+    """Where the tiles of a packed DiT lie, if they were measured."""
+    return path.with_suffix(".tiles.json")
+
+
+def kernels_folder(path: Path) -> Path:
+    """Where Triton's compiled kernels lie: one folder for all engines of an architecture."""
+    return path.parent.parent / KERNELS_FOLDER
+
+
+def _asked(path: Path, inputs: Mapping[str, Tensor]) -> str:
     """What was asked of a file, for a message."""
     rows, _, frames = inputs["x"].shape
     return f"{rows} rows of {frames} latent frames in {path}"
 
 
 def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
-    """Kernels on a GPU, plain PyTorch on a CPU. Raises ToolError for FP8 on a GPU without it."""
+    """What stands between the products. Raises ToolError for FP8 on a GPU without it, and for a missing Triton."""
     import torch
 
     tables = packed.tensor("cosine"), packed.tensor("sine")
@@ -98,9 +114,7 @@ def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
         name = torch.cuda.get_device_name(device)
         raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", "choose --precision fp16mixed")
     try:
-        from sa3_trt_core.torch_dit.fused import FusedOps
+        from sa3_trt_core.torch_dit.fused import FusedOps, read_tiles
     except ImportError as error:
-        raise ToolError(
-            f"the kernels need Triton ({error})", "pip install triton, or choose --backend onnxruntime"
-        ) from None
-    return FusedOps(*tables)
+        raise ToolError(f"the kernels need Triton ({error})", "pip install triton, or take another --backend") from None
+    return FusedOps(*tables, read_tiles(tiles_path(path)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -48,11 +50,21 @@ class ByLength:
     """The tiles for few tokens and for many."""
 
     short: Tiles = Tiles()
-    long: Tiles = Tiles()
+    long: Tiles = Tiles(self_attention=Tile(128, 32, 8, 3), rope=Tile(8, 0, 1))
 
     def at(self, hidden: Tensor) -> Tiles:
         """The tiles for a tensor (B, T, ...)."""
         return self.short if hidden.shape[0] * hidden.shape[1] < LONG_TOKENS else self.long
+
+
+def read_tiles(path: Path) -> ByLength:
+    """The tiles that were measured for a packed DiT; ours of an H100 where they were not."""
+    if not path.is_file():
+        return ByLength()
+    stated = json.loads(path.read_text())
+    return ByLength(
+        *(Tiles(**{name: Tile(**tile) for name, tile in stated[kind].items()}) for kind in ("short", "long"))
+    )
 
 
 class FusedOps:
