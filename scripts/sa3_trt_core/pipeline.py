@@ -1,28 +1,31 @@
-"""Requests to sound: text encoder, audio encoder, sampler and decoder, one batch after the other."""
+"""Requests to sound: text encoder, audio encoder, sampler and decoder, one batch after the other or in a ring."""
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from sa3_trt_core import audio, autoencoder, device, guidance, schedule, text
+from sa3_trt_core import audio, autoencoder, text
+from sa3_trt_core.conditions import Features, conditioning, guidance_of, sigmas_of
 from sa3_trt_core.engines.base import Closing, DiTVelocity
+from sa3_trt_core.guidance import GuidedVelocity
 from sa3_trt_core.loading import EngineSet, make_plan
-from sa3_trt_core.request import FULL_APG, Request, batches
-from sa3_trt_core.sampler import Conditioning, ping_pong, row_noise
+from sa3_trt_core.meter import Meter
+from sa3_trt_core.request import Request, batches, ring_groups
+from sa3_trt_core.ring import RingRow, ring
+from sa3_trt_core.sampler import Trajectory, ping_pong, row_noise
 from sa3_trt_core.shapes import LATENT_CHANNELS, SAMPLES_PER_FRAME
 from sa3_trt_core.targets import DITS, PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sa3_trt_core.engines.base import VelocityEngine
-
 Tell = Callable[[str], None]
+REMEMBERED = 16  # texts and encoded sounds that rows of a ring may share
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,32 @@ class Result:
     audio: Tensor
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Job:
+    """One batch on its way to sound: rows whose batch_key is equal, and what has been found out of them so far."""
+
+    rows: Sequence[Request]
+    meter: Meter
+    features: Features = field(default_factory=dict)
+    inits: Sequence[Tensor | None] = ()
+    latents: Tensor | None = None
+
+
+class _Known:
+    """Texts and sounds that are encoded already, so that each is encoded once; the oldest go first."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sounds: dict[tuple[Path, float, int], Tensor] = {}
+
+    def forget(self, most: int) -> None:
+        """Keep the latest `most` of each."""
+        for words in list(self.texts)[:-most]:
+            del self.texts[words]
+        for sound in list(self.sounds)[:-most]:
+            del self.sounds[sound]
 
 
 class Generator(Closing):
@@ -81,7 +110,8 @@ class Generator(Closing):
 
         `on_stage(note)` is called request.count_stages([request], 1) times: text, init audio, every step, decoder.
         """
-        return self._run([request], on_stage or _silent)[0]
+        ((_, result),) = self.generate_many([request], 1, on_stage)
+        return result
 
     def generate_many(
         self, requests: Sequence[Request], batch: int = 1, on_stage: Tell | None = None
@@ -90,128 +120,130 @@ class Generator(Closing):
 
         A row's sound does not depend on its neighbours. Raises ToolError.
         """
+        tell = on_stage or _silent
         for rows in list(batches(requests, batch)):
-            yield from zip(rows, self._run([requests[row] for row in rows], on_stage or _silent), strict=True)
+            job, known = _Job([requests[row] for row in rows], Meter(len(rows))), _Known()
+            self._read(job, known, tell)
+            self._encode(job, known, tell)
+            self._sample(job, tell)
+            yield from zip(rows, self._decode(job, tell), strict=True)
+
+    def generate_ring(
+        self, requests: Sequence[Request], depth: int, on_stage: Tell | None = None
+    ) -> Iterator[tuple[int, Result]]:
+        """(index of the request, its sound) as they are finished, `depth` of them at different steps in one forward.
+
+        A sound is decoded while the others go on, and its place taken by the next of as many latent frames; requests of
+        another length follow when those are done. Everything else may differ from row to row. The sounds are those of
+        `generate`. `on_stage` is called count_stages(requests, 1) times. Raises ToolError.
+        """
+        tell, groups = on_stage or _silent, ring_groups(requests, depth, self._velocity.most_rows)
+        known = _Known()
+        with ThreadPoolExecutor(max_workers=1) as decoder:
+            for group in groups:
+                under_way = {index: _Job([requests[index]], Meter()) for index in group}
+                rows = ((index, self._ring_row(under_way[index], known, tell)) for index in group)
+                waiting: deque[tuple[int, Future[list[Result]]]] = deque()
+                for index, latents in ring(self._velocity, rows, depth, lambda sigma: tell(f"sigma {sigma:.4f}")):
+                    job = under_way.pop(index)
+                    job.latents = latents
+                    waiting.append((index, decoder.submit(self._decode, job, tell)))
+                    # Handed over as soon as it is ready, and waited for where the decoder falls behind.
+                    while waiting and (waiting[0][1].done() or len(waiting) > depth):
+                        done, sound = waiting.popleft()
+                        yield done, sound.result()[0]
+                while waiting:
+                    done, sound = waiting.popleft()
+                    yield done, sound.result()[0]
 
     def close(self) -> None:
         """Close every engine."""
         self.engines.close()
 
-    def _run(self, rows: Sequence[Request], tell: Tell) -> list[Result]:
-        """One batch: rows whose batch_key is equal."""
+    def _read(self, job: _Job, known: _Known, tell: Tell) -> None:
+        """The features of every text of a batch, prompts and negative prompts."""
         import torch
 
-        first, meter = rows[0], _Meter(len(rows))
+        texts = [row.prompt for row in job.rows]
+        texts += [row.negative_prompt for row in job.rows if row.negative_prompt is not None]
+        with torch.inference_mode(), job.meter.stage("text"):
+            encoder = self.engines.engine("text")
+            for words in dict.fromkeys(texts):
+                if words not in known.texts:
+                    known.texts[words] = text.encode_text(encoder, self.engines.tokenizer, [words])
+        job.features = {words: known.texts[words] for words in texts}
+        tell("text")
+
+    def _encode(self, job: _Job, known: _Known, tell: Tell) -> None:
+        """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
+        import torch
+
+        job.inits = [None] * len(job.rows)
+        if all(row.init_audio is None for row in job.rows):
+            return
+        found: list[Tensor | None] = []
+        with torch.inference_mode(), job.meter.stage("encode"):
+            encoder = self.engines.engine("encode")
+            for row in job.rows:
+                if row.init_audio is None:
+                    found.append(None)
+                    continue
+                key = (row.init_audio, row.init_start, row.frames)
+                if key not in known.sounds:
+                    samples = audio.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
+                    known.sounds[key] = autoencoder.encode(encoder, samples)
+                found.append(known.sounds[key])
+        job.inits = found
+        tell("init audio")
+
+    def _sample(self, job: _Job, tell: Tell) -> None:
+        """The latents (B, 256, L) of a batch."""
+        import torch
+
+        first = job.rows[0]
         with torch.inference_mode():
-            with meter.stage("text"):
-                features = self._features(rows)
-            tell("text")
-            inits: list[Tensor | None] = [None] * len(rows)
-            if any(row.init_audio is not None for row in rows):
-                with meter.stage("encode"):
-                    inits = self._encoded(rows)
-                tell("init audio")
-            cond, start, kept = _conditioning(rows, features, inits)
-            levels = _sigmas(first)
-            noise = row_noise([row.seed for row in rows], LATENT_CHANNELS, first.frames)
-            with meter.stage("sample"):
-                latents = ping_pong(
-                    self._guided(rows, cond, features), noise, levels, cond,
-                    lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept,
-                )  # fmt: skip
-            sounds = []
-            for index, row in enumerate(rows):
-                with meter.stage("decode"):
-                    decoded = autoencoder.decode(self.engines.engine("decoder"), latents[index : index + 1])
+            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            guidance = guidance_of(job.rows, cond, job.features)
+            engine = self._velocity if guidance is None else GuidedVelocity(self._velocity, guidance)
+            noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames)
+            with job.meter.stage("sample"):
+                job.latents = ping_pong(
+                    engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
+                )
+
+    def _ring_row(self, job: _Job, known: _Known, tell: Tell) -> RingRow:
+        """A request made ready for the ring."""
+        import torch
+
+        self._read(job, known, tell)
+        self._encode(job, known, tell)
+        known.forget(REMEMBERED)
+        (row,) = job.rows
+        with torch.inference_mode():
+            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            noise = row_noise([row.seed], LATENT_CHANNELS, row.frames)
+            path = Trajectory(noise, sigmas_of(row), start, kept)
+            return RingRow(path, cond, guidance_of(job.rows, cond, job.features), job.meter)
+
+    def _decode(self, job: _Job, tell: Tell) -> list[Result]:
+        """The sounds of a batch, row by row: the decoder takes one at a time."""
+        import torch
+
+        assert job.latents is not None
+        sounds = []
+        with torch.inference_mode():
+            for index, row in enumerate(job.rows):
+                with job.meter.stage("decode"):
+                    decoded = autoencoder.decode(self.engines.engine("decoder"), job.latents[index : index + 1])
                     sounds.append(autoencoder.finish(decoded, row.seconds))
                 tell("decoded")
+        levels = sigmas_of(job.rows[0])
         return [
-            Result(latents[index : index + 1].clone(), levels, sound, dict(meter.timings), dict(meter.memory))
+            Result(
+                job.latents[index : index + 1].clone(), levels, sound, dict(job.meter.timings), dict(job.meter.memory)
+            )
             for index, sound in enumerate(sounds)
         ]
-
-    def _features(self, rows: Sequence[Request]) -> dict[str, tuple[Tensor, Tensor]]:
-        """(t5_hidden (1, 256, 768), t5_mask (1, 256)) of every text of a batch, each encoded once."""
-        texts = [row.prompt for row in rows] + [row.negative_prompt for row in rows if row.negative_prompt is not None]
-        encoder = self.engines.engine("text")
-        return {words: text.encode_text(encoder, self.engines.tokenizer, [words]) for words in dict.fromkeys(texts)}
-
-    def _encoded(self, rows: Sequence[Request]) -> list[Tensor | None]:
-        """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
-        found: dict[tuple[Path, float], Tensor] = {}
-        encoder = self.engines.engine("encode")
-        for row in rows:
-            if row.init_audio is not None and (row.init_audio, row.init_start) not in found:
-                samples = audio.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
-                found[row.init_audio, row.init_start] = autoencoder.encode(encoder, samples)
-        return [found[row.init_audio, row.init_start] if row.init_audio is not None else None for row in rows]
-
-    def _guided(
-        self, rows: Sequence[Request], cond: Conditioning, features: dict[str, tuple[Tensor, Tensor]]
-    ) -> VelocityEngine:
-        """The DiT itself, or the DiT with each row's null or negative row beside it."""
-        import torch
-
-        first = rows[0]
-        if first.cfg == 1.0:
-            return self._velocity
-        null = guidance.null_conditioning(cond)
-        led = [features[row.negative_prompt] if row.negative_prompt is not None else None for row in rows]
-        hidden = [null.t5_hidden[i : i + 1] if pair is None else pair[0] for i, pair in enumerate(led)]
-        mask = [null.t5_mask[i : i + 1] if pair is None else pair[1] for i, pair in enumerate(led)]
-        null = guidance.negative_conditioning(cond, torch.cat(hidden), torch.cat(mask))
-        return guidance.GuidedVelocity(self._velocity, null, first.cfg, FULL_APG if first.apg is None else first.apg)
-
-
-class _Meter:
-    """Seconds a row of each stage, and the GPU's memory in use after it."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self.timings: dict[str, float] = {}
-        self.memory: dict[str, int] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings[name] = self.timings.get(name, 0.0) + (time.perf_counter() - started) / self._rows
-        used = device.memory_in_use()
-        if used is not None:
-            self.memory[name] = max(used, self.memory.get(name, 0))
-
-
-def _sigmas(request: Request) -> Tensor:
-    if request.legacy_schedule:
-        return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
-    return schedule.sigmas(request.steps, request.sigma_max)
-
-
-def _conditioning(
-    rows: Sequence[Request], features: dict[str, tuple[Tensor, Tensor]], inits: Sequence[Tensor | None]
-) -> tuple[Conditioning, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What the DiT is told, what audio to audio starts from, and what in-painting puts back after every step.
-
-    local_add_cond is the keep mask (1 keep, 0 regenerate), then the kept latent; zeros where nothing is kept.
-    """
-    import torch
-
-    frames = rows[0].frames
-    latents = torch.cat([torch.zeros(1, LATENT_CHANNELS, frames) if init is None else init for init in inits])
-    keep = torch.zeros(len(rows), 1, frames)
-    for index, row in enumerate(rows):
-        if row.inpaint:
-            keep[index] = 1.0
-        for start, end in row.regenerated:
-            keep[index, :, start:end] = 0.0
-    cond = Conditioning(
-        t5_hidden=torch.cat([features[row.prompt][0] for row in rows]),
-        t5_mask=torch.cat([features[row.prompt][1] for row in rows]),
-        seconds_total=torch.tensor([row.seconds for row in rows], dtype=torch.float32),
-        local_add_cond=torch.cat([keep, latents * keep], dim=1),
-    )
-    varied = rows[0].init_noise_level is not None
-    return cond, latents if varied else None, (latents, keep) if rows[0].paste_kept else None
 
 
 def _silent(note: str) -> None:

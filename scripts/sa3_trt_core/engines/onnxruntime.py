@@ -66,6 +66,8 @@ class OnnxRuntimeEngine(Closing):
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(self._outputs)
+        first = next(iter(self._inputs.values())).shape if self._inputs else []
+        self.most_rows: int | None = first[0] if first and isinstance(first[0], int) else None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""
