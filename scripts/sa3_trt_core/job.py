@@ -35,7 +35,13 @@ class Job:
 def make_job(args: argparse.Namespace) -> Job:
     """Decide everything that needs no file but the prompts file to be opened. Raises ToolError."""
     plan = make_plan(
-        args.dit, args.precision, args.backend, args.onnx_root, args.models_dir, args.init_audio is not None
+        args.dit,
+        args.precision,
+        args.backend,
+        args.onnx_root,
+        args.models_dir,
+        args.init_audio is not None,
+        args.chunk_frames,
     )
     rows = _rows(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed

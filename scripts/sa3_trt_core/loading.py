@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import engines, hub, manifest, paths, targets
+from sa3_trt_core.chunks import require_chunk
 from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ class Plan:
     """What is decided before a file is opened: a target and a backend for each stage, and where their files lie.
 
     `stages` are those opened at once, in the order they run; the audio encoder is opened when it is first needed
-    unless it stands among them.
+    unless it stands among them. `chunk_frames` is the window of the autoencoder: 0 for one piece, None for what the
+    length asks for.
     """
 
     targets: Mapping[str, targets.Target]
@@ -30,13 +33,19 @@ class Plan:
     precision: str
     onnx_root: Path | None
     models_dir: Path
+    chunk_frames: int | None = None
 
 
 def make_plan(
     dit: str, precision: str, backend: str = "auto", onnx_root: str | Path | None = None,
-    models_dir: str | Path | None = None, audio_input: bool = False,
+    models_dir: str | Path | None = None, audio_input: bool = False, chunk_frames: int | None = None,
 ) -> Plan:  # fmt: skip
     """Decide everything that needs no file to be opened. Raises ToolError."""
+    if targets.codec_reach(dit) is None:
+        if chunk_frames:
+            raise ToolError(f"how far the autoencoder of {dit} looks is not known", "leave --chunk-frames away, or 0")
+        chunk_frames = 0
+    require_chunk(chunk_frames or 0)
     chosen = {
         "text": targets.find_target(targets.TEXT_ENCODER),
         "encode": targets.encoder_for(dit),
@@ -51,6 +60,7 @@ def make_plan(
         precision=precision,
         onnx_root=paths.onnx_root_from(onnx_root),
         models_dir=folder,
+        chunk_frames=chunk_frames,
     )
 
 

@@ -35,6 +35,10 @@ def _add_model(parse: argparse.ArgumentParser) -> None:
         "--backend", choices=engines.BACKENDS, default="auto",
         help="auto takes a built TensorRT engine if this machine can run it, else ONNX Runtime (default: %(default)s)",
     )  # fmt: skip
+    group.add_argument(
+        "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N",
+        help="window of encoder and decoder, 0 for one piece (default: 256 beyond 512 latent frames)",
+    )  # fmt: skip
     group.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     group.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
 

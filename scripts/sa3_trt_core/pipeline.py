@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from sa3_trt_core import audio, autoencoder, text
+from sa3_trt_core import audio, autoencoder, chunks, text
 from sa3_trt_core.conditions import Features, conditioning, guidance_of, sigmas_of
 from sa3_trt_core.engines.base import Closing, DiTVelocity
 from sa3_trt_core.guidance import GuidedVelocity
@@ -83,16 +83,17 @@ class Generator(Closing):
     def load(
         cls, dit: str = DITS[0], precision: str = PRECISIONS[0], *, backend: str = "auto",
         onnx_root: str | Path | None = None, models_dir: str | Path | None = None, audio_input: bool = False,
-        on_engine: Tell | None = None,
+        chunk_frames: int | None = None, on_engine: Tell | None = None,
     ) -> Self:  # fmt: skip
         """Find and open a model's engines. Raises ToolError: a file, a package or a GPU that is missing.
 
         `dit` is medium, sm-music or sm-sfx; `precision` fp16mixed, fp32 or fp8; `backend` auto takes built TensorRT
         engines where this machine can run them, else ONNX Runtime. `onnx_root` is a folder of ONNX files (else
         $SA3_ONNX_DIR, else the hub), `models_dir` one of engines (else $SA3_MODELS_DIR, else models/). `audio_input`
-        opens the audio encoder at once and not at the first request that needs it.
+        opens the audio encoder at once and not at the first request that needs it. `chunk_frames` is the window in
+        which the autoencoder works, in latent frames: 0 for one piece, None for one piece unless the sound is long.
         """
-        engines = EngineSet(make_plan(dit, precision, backend, onnx_root, models_dir, audio_input))
+        engines = EngineSet(make_plan(dit, precision, backend, onnx_root, models_dir, audio_input, chunk_frames))
         try:
             engines.load(on_engine)
             return cls(engines)
@@ -191,10 +192,13 @@ class Generator(Closing):
                 key = (row.init_audio, row.init_start, row.frames)
                 if key not in known.sounds:
                     samples = audio.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
-                    known.sounds[key] = autoencoder.encode(encoder, samples)
+                    known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row))
                 found.append(known.sounds[key])
         job.inits = found
         tell("init audio")
+
+    def _chunk(self, row: Request) -> int:
+        return chunks.chunk_frames(row.frames, self.engines.plan.chunk_frames)
 
     def _sample(self, job: _Job, tell: Tell) -> None:
         """The latents (B, 256, L) of a batch."""
@@ -234,7 +238,9 @@ class Generator(Closing):
         with torch.inference_mode():
             for index, row in enumerate(job.rows):
                 with job.meter.stage("decode"):
-                    decoded = autoencoder.decode(self.engines.engine("decoder"), job.latents[index : index + 1])
+                    decoded = autoencoder.decode(
+                        self.engines.engine("decoder"), job.latents[index : index + 1], self._chunk(row)
+                    )
                     sounds.append(autoencoder.finish(decoded, row.seconds))
                 tell("decoded")
         levels = sigmas_of(job.rows[0])

@@ -47,7 +47,7 @@ def _generator(job: Job, tell: Tell) -> Generator:
     args = job.options
     return Generator.load(
         args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
-        audio_input=args.init_audio is not None, on_engine=tell,
+        audio_input=args.init_audio is not None, chunk_frames=args.chunk_frames, on_engine=tell,
     )  # fmt: skip
 
 
