@@ -176,6 +176,11 @@ def test_what_onnxruntime_cannot_load_is_two_lines(tmp_path: Path) -> None:
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(ToolError) as caught:
         OnnxRuntimeEngine(path)
+    assert "diff_attn_swa" in caught.value.message and "build/lower_attention.py" in caught.value.hint
+    proto.graph.node[2].op_type = "another"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ToolError) as caught:
+        OnnxRuntimeEngine(path)
     assert "build/export_onnx.py" in caught.value.hint
     proto.graph.node[2].input[0] = "nothing"
     proto.graph.node[2].domain = ""

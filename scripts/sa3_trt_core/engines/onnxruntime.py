@@ -22,6 +22,7 @@ _NUMPY_TYPES = {
 }
 SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
+PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
 FATAL_ONLY = 4  # its errors reach the user as ours, once
 LONGEST_REASON = 240
 
@@ -109,6 +110,12 @@ class OnnxRuntimeEngine(Closing):
 
 
 def _refusal(path: Path, text: str) -> ToolError:
+    if PLUG_IN in text:
+        return ToolError(
+            f"{path} holds the plug-in op {PLUG_IN}, which ONNX Runtime does not have",
+            f"make plain operators of it in a folder of your own and give that as --onnx-root ROOT: "
+            f"python build/lower_attention.py --input {path} --onnx ROOT/{path.parent.name}/{path.name}",
+        )
     if "is not a registered function/op" in text:
         return ToolError(
             f"{path} needs an operator that ONNX Runtime does not have: {text}",
