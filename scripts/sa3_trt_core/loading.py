@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,21 +88,33 @@ class EngineSet(Closing):
         self.tokenizer = Tokenizer(tokenizer)
 
     def load(self, on_engine: Callable[[str], None] | None = None) -> None:
-        """Open the engines of the plan's stages; `on_engine(name)` is called after each. Raises ToolError."""
-        for stage in self.plan.stages:
-            self.engine(stage)
-            if on_engine is not None:
-                on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+        """Open the engines of the plan's stages, all at once; `on_engine(name)` is called after each. Raises ToolError.
+
+        Reading and deserialising release Python's lock. What is open when another one fails is closed with the rest.
+        """
+        missing = [stage for stage in self.plan.stages if stage not in self._open]
+        failed: dict[str, Exception] = {}
+        with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
+            opening = {pool.submit(self._opened, stage): stage for stage in missing}
+            for done in as_completed(opening):
+                stage = opening[done]
+                try:
+                    self._open[stage] = self._stack.enter_context(done.result())
+                except Exception as error:  # raised below, when no other is on its way any more
+                    failed[stage] = error
+                    continue
+                if on_engine is not None:
+                    on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+        for stage in missing:
+            if stage in failed:
+                raise failed[stage]
 
     def engine(self, stage: str) -> GraphEngine:
         """The open engine of a stage: text, encode, dit or decoder. Raises ToolError when it cannot be opened."""
         if self._closed:
             raise RuntimeError("these engines are closed")
         if stage not in self._open:
-            target, backend = self.plan.targets[stage], self.plan.backends[stage]
-            source = self._source(stage)
-            found = engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
-            self._open[stage] = self._stack.enter_context(found)
+            self._open[stage] = self._stack.enter_context(self._opened(stage))
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:
@@ -113,6 +126,11 @@ class EngineSet(Closing):
         self._closed = True
         self._open.clear()
         self._stack.close()
+
+    def _opened(self, stage: str) -> GraphEngine:
+        target, backend = self.plan.targets[stage], self.plan.backends[stage]
+        source = self._source(stage)
+        return engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
 
     def _source(self, stage: str) -> Path:
         if stage not in self._sources:
