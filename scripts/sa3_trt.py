@@ -7,15 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from sa3_trt_core import audio, report
+from sa3_trt_core.devices import choose_devices
 from sa3_trt_core.errors import run_command
 from sa3_trt_core.job import make_job
 from sa3_trt_core.options import parser
 from sa3_trt_core.produce import produce
+from sa3_trt_core.workers import produce_on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, generate, write, report. Raises ToolError."""
     args = parser().parse_args(argv)
+    several = choose_devices(args.device, args.devices)
     job = make_job(args)
     if args.dry_run:
         report.show_plan(job.plan, job.requests, job.outs, args.json)
@@ -24,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for path, start in dict.fromkeys((r.init_audio, r.init_start) for r in job.requests if r.init_audio is not None):
         audio.check_input(path, start)
-    totals = produce(job)
+    totals = produce_on(several, job) if several else produce(job)
     report.show_result(job.plan, job.requests, job.outs, totals, args.save_latents, args.json)
     return 0
 

@@ -57,6 +57,8 @@ def make_job(args: argparse.Namespace) -> Job:
     ]  # fmt: skip
     if args.batch is not None and args.depth is not None:
         raise ToolError("--batch and --depth are both given", "choose one: rows in step, or a ring of rows at any step")
+    if args.depth is not None and args.free_models:
+        raise ToolError("--depth and --free-models are both given", "choose one: a ring needs all models at once")
     # Told now if they do not fit.
     _ = ring_groups(requests, args.depth) if args.depth else list(batches(requests, args.batch or 1))
     if args.out is not None and (args.out_dir is not None or args.format is not None):

@@ -76,7 +76,6 @@ class EngineSet(Closing):
         self.plan = plan
         self._sources: dict[str, Path] = {}
         self._open: dict[str, GraphEngine] = {}
-        self._stack = ExitStack()
         self._closed = False
         # An opt-in file may not be published: that is told first. The small tokenizer, behind a licence, comes next.
         opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
@@ -99,7 +98,7 @@ class EngineSet(Closing):
             for done in as_completed(opening):
                 stage = opening[done]
                 try:
-                    self._open[stage] = self._stack.enter_context(done.result())
+                    self._open[stage] = done.result()
                 except Exception as error:  # raised below, when no other is on its way any more
                     failed[stage] = error
                     continue
@@ -114,18 +113,30 @@ class EngineSet(Closing):
         if self._closed:
             raise RuntimeError("these engines are closed")
         if stage not in self._open:
-            self._open[stage] = self._stack.enter_context(self._opened(stage))
+            self._open[stage] = self._opened(stage)
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:
         """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
         return manifest.identity(self._source(stage))
 
+    @property
+    def open_stages(self) -> tuple[str, ...]:
+        """The stages whose engines are open."""
+        return tuple(self._open)
+
+    def release(self, stage: str) -> None:
+        """Close the engine of a stage, if it is open; the next use opens it again."""
+        if stage in self._open:
+            self._open.pop(stage).close()
+
     def close(self) -> None:
         """Close every engine, whatever the others do."""
         self._closed = True
-        self._open.clear()
-        self._stack.close()
+        with ExitStack() as stack:
+            for engine in self._open.values():
+                stack.callback(engine.close)
+            self._open.clear()
 
     def _opened(self, stage: str) -> GraphEngine:
         target, backend = self.plan.targets[stage], self.plan.backends[stage]

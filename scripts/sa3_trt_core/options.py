@@ -39,6 +39,11 @@ def _add_model(parse: argparse.ArgumentParser) -> None:
         "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N",
         help="window of encoder and decoder, 0 for one piece (default: 256 beyond 512 latent frames)",
     )  # fmt: skip
+    group.add_argument(
+        "--free-models", action="store_true", help="hold one model at a time: less memory, and loading at every stage"
+    )
+    group.add_argument("--device", metavar="N", help="the GPU to use, as nvidia-smi -L counts, or cpu (default: 0)")
+    group.add_argument("--devices", metavar="N,N", help="several: one process each, which share the prompts")
     group.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     group.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from sa3_trt_core import audio, autoencoder, chunks, text
-from sa3_trt_core.conditions import Features, conditioning, guidance_of, sigmas_of
+from sa3_trt_core.batch import REMEMBERED, TOGETHER, Batch, Known, blocks
+from sa3_trt_core.conditions import conditioning, guidance_of, sigmas_of
 from sa3_trt_core.engines.base import Closing, DiTVelocity
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.guidance import GuidedVelocity
 from sa3_trt_core.loading import EngineSet, make_plan
 from sa3_trt_core.meter import Meter
@@ -24,8 +26,9 @@ from sa3_trt_core.targets import DITS, PRECISIONS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sa3_trt_core.engines.base import GraphEngine
+
 Tell = Callable[[str], None]
-REMEMBERED = 16  # texts and encoded sounds that rows of a ring may share
 
 
 @dataclass(frozen=True)
@@ -43,47 +46,21 @@ class Result:
     memory: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class _Job:
-    """One batch on its way to sound: rows whose batch_key is equal, and what has been found out of them so far."""
-
-    rows: Sequence[Request]
-    meter: Meter
-    features: Features = field(default_factory=dict)
-    inits: Sequence[Tensor | None] = ()
-    latents: Tensor | None = None
-
-
-class _Known:
-    """Texts and sounds that are encoded already, so that each is encoded once; the oldest go first."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.sounds: dict[tuple[Path, float, int], Tensor] = {}
-
-    def forget(self, most: int) -> None:
-        """Keep the latest `most` of each."""
-        for words in list(self.texts)[:-most]:
-            del self.texts[words]
-        for sound in list(self.sounds)[:-most]:
-            del self.sounds[sound]
-
-
 class Generator(Closing):
     """One model, held open: call `generate` as often as you like, then close it, or use it in a `with` block.
 
     Nothing of a request is kept after it is answered. Not for use from several threads at once.
     """
 
-    def __init__(self, engines: EngineSet) -> None:
+    def __init__(self, engines: EngineSet, free_models: bool = False) -> None:
         self.engines = engines
-        self._velocity = DiTVelocity(engines.engine("dit"))
+        self._frees = free_models
 
     @classmethod
     def load(
         cls, dit: str = DITS[0], precision: str = PRECISIONS[0], *, backend: str = "auto",
         onnx_root: str | Path | None = None, models_dir: str | Path | None = None, audio_input: bool = False,
-        chunk_frames: int | None = None, on_engine: Tell | None = None,
+        chunk_frames: int | None = None, free_models: bool = False, on_engine: Tell | None = None,
     ) -> Self:  # fmt: skip
         """Find and open a model's engines. Raises ToolError: a file, a package or a GPU that is missing.
 
@@ -92,11 +69,14 @@ class Generator(Closing):
         $SA3_ONNX_DIR, else the hub), `models_dir` one of engines (else $SA3_MODELS_DIR, else models/). `audio_input`
         opens the audio encoder at once and not at the first request that needs it. `chunk_frames` is the window in
         which the autoencoder works, in latent frames: 0 for one piece, None for one piece unless the sound is long.
+        `free_models` opens nothing now and each engine when its stage begins, and closes it when that ends: the sounds
+        are the same, the memory is that of the largest engine, and every call loads them again.
         """
         engines = EngineSet(make_plan(dit, precision, backend, onnx_root, models_dir, audio_input, chunk_frames))
         try:
-            engines.load(on_engine)
-            return cls(engines)
+            if not free_models:
+                engines.load(on_engine)
+            return cls(engines, free_models)
         except BaseException:
             engines.close()
             raise
@@ -104,7 +84,10 @@ class Generator(Closing):
     @property
     def clips(self) -> bool:
         """Whether the decoder cuts its samples to full scale itself, so that there is nothing for a limiter to do."""
-        return autoencoder.is_clipped(self.engines.engine("decoder"))
+        try:
+            return autoencoder.is_clipped(self.engines.engine("decoder"))
+        finally:
+            self._leave("decoder")
 
     def generate(self, request: Request, on_stage: Tell | None = None) -> Result:
         """The sound of one request. Raises ToolError.
@@ -119,15 +102,24 @@ class Generator(Closing):
     ) -> Iterator[tuple[int, Result]]:
         """(index of the request, its sound) as they are finished, in batches of at most `batch` rows of equal length.
 
-        A row's sound does not depend on its neighbours. Raises ToolError.
+        A row's sound does not depend on its neighbours. Where models are freed, a stage does all batches of up to
+        TOGETHER rows before the next one begins. Raises ToolError.
         """
         tell = on_stage or _silent
-        for rows in list(batches(requests, batch)):
-            job, known = _Job([requests[row] for row in rows], Meter(len(rows))), _Known()
-            self._read(job, known, tell)
-            self._encode(job, known, tell)
-            self._sample(job, tell)
-            yield from zip(rows, self._decode(job, tell), strict=True)
+        for block in blocks(list(batches(requests, batch)), TOGETHER if self._frees else 1):
+            jobs, known = [Batch([requests[row] for row in rows], Meter(len(rows))) for rows in block], Known()
+            for job in jobs:
+                self._read(job, known, tell)
+            self._leave("text")
+            for job in jobs:
+                self._encode(job, known, tell)
+            self._leave("encode")
+            for job in jobs:
+                self._sample(job, tell)
+            self._leave("dit")
+            for rows, job in zip(block, jobs, strict=True):
+                yield from zip(rows, self._decode(job, tell), strict=True)
+            self._leave("decoder")
 
     def generate_ring(
         self, requests: Sequence[Request], depth: int, on_stage: Tell | None = None
@@ -138,14 +130,17 @@ class Generator(Closing):
         another length follow when those are done. Everything else may differ from row to row. The sounds are those of
         `generate`. `on_stage` is called count_stages(requests, 1) times. Raises ToolError.
         """
-        tell, groups = on_stage or _silent, ring_groups(requests, depth, self._velocity.most_rows)
-        known = _Known()
+        if self._frees:
+            raise ToolError("a ring needs all models at once", "leave --depth away, or --free-models")
+        velocity = self._velocity(Meter())
+        tell, groups = on_stage or _silent, ring_groups(requests, depth, velocity.most_rows)
+        known = Known()
         with ThreadPoolExecutor(max_workers=1) as decoder:
             for group in groups:
-                under_way = {index: _Job([requests[index]], Meter()) for index in group}
+                under_way = {index: Batch([requests[index]], Meter()) for index in group}
                 rows = ((index, self._ring_row(under_way[index], known, tell)) for index in group)
                 waiting: deque[tuple[int, Future[list[Result]]]] = deque()
-                for index, latents in ring(self._velocity, rows, depth, lambda sigma: tell(f"sigma {sigma:.4f}")):
+                for index, latents in ring(velocity, rows, depth, lambda sigma: tell(f"sigma {sigma:.4f}")):
                     job = under_way.pop(index)
                     job.latents = latents
                     waiting.append((index, decoder.submit(self._decode, job, tell)))
@@ -161,21 +156,21 @@ class Generator(Closing):
         """Close every engine."""
         self.engines.close()
 
-    def _read(self, job: _Job, known: _Known, tell: Tell) -> None:
+    def _read(self, job: Batch, known: Known, tell: Tell) -> None:
         """The features of every text of a batch, prompts and negative prompts."""
         import torch
 
         texts = [row.prompt for row in job.rows]
         texts += [row.negative_prompt for row in job.rows if row.negative_prompt is not None]
+        encoder = self._engine("text", job.meter)
         with torch.inference_mode(), job.meter.stage("text"):
-            encoder = self.engines.engine("text")
             for words in dict.fromkeys(texts):
                 if words not in known.texts:
                     known.texts[words] = text.encode_text(encoder, self.engines.tokenizer, [words])
         job.features = {words: known.texts[words] for words in texts}
         tell("text")
 
-    def _encode(self, job: _Job, known: _Known, tell: Tell) -> None:
+    def _encode(self, job: Batch, known: Known, tell: Tell) -> None:
         """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
         import torch
 
@@ -183,8 +178,8 @@ class Generator(Closing):
         if all(row.init_audio is None for row in job.rows):
             return
         found: list[Tensor | None] = []
+        encoder = self._engine("encode", job.meter)
         with torch.inference_mode(), job.meter.stage("encode"):
-            encoder = self.engines.engine("encode")
             for row in job.rows:
                 if row.init_audio is None:
                     found.append(None)
@@ -197,25 +192,40 @@ class Generator(Closing):
         job.inits = found
         tell("init audio")
 
+    def _engine(self, stage: str, meter: Meter) -> GraphEngine:
+        """The engine of a stage; opening it, where it is not open, is time of its own."""
+        if stage in self.engines.open_stages:
+            return self.engines.engine(stage)
+        with meter.stage("load"):
+            return self.engines.engine(stage)
+
+    def _velocity(self, meter: Meter) -> DiTVelocity:
+        return DiTVelocity(self._engine("dit", meter))
+
+    def _leave(self, stage: str) -> None:
+        """A stage has ended for now: its engine goes where models are freed."""
+        if self._frees:
+            self.engines.release(stage)
+
     def _chunk(self, row: Request) -> int:
         return chunks.chunk_frames(row.frames, self.engines.plan.chunk_frames)
 
-    def _sample(self, job: _Job, tell: Tell) -> None:
+    def _sample(self, job: Batch, tell: Tell) -> None:
         """The latents (B, 256, L) of a batch."""
         import torch
 
-        first = job.rows[0]
+        first, velocity = job.rows[0], self._velocity(job.meter)
         with torch.inference_mode():
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
             guidance = guidance_of(job.rows, cond, job.features)
-            engine = self._velocity if guidance is None else GuidedVelocity(self._velocity, guidance)
+            engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
             noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
                 )
 
-    def _ring_row(self, job: _Job, known: _Known, tell: Tell) -> RingRow:
+    def _ring_row(self, job: Batch, known: Known, tell: Tell) -> RingRow:
         """A request made ready for the ring."""
         import torch
 
@@ -229,18 +239,16 @@ class Generator(Closing):
             path = Trajectory(noise, sigmas_of(row), start, kept)
             return RingRow(path, cond, guidance_of(job.rows, cond, job.features), job.meter)
 
-    def _decode(self, job: _Job, tell: Tell) -> list[Result]:
+    def _decode(self, job: Batch, tell: Tell) -> list[Result]:
         """The sounds of a batch, row by row: the decoder takes one at a time."""
         import torch
 
         assert job.latents is not None
-        sounds = []
+        sounds, decoder = [], self._engine("decoder", job.meter)
         with torch.inference_mode():
             for index, row in enumerate(job.rows):
                 with job.meter.stage("decode"):
-                    decoded = autoencoder.decode(
-                        self.engines.engine("decoder"), job.latents[index : index + 1], self._chunk(row)
-                    )
+                    decoded = autoencoder.decode(decoder, job.latents[index : index + 1], self._chunk(row))
                     sounds.append(autoencoder.finish(decoded, row.seconds))
                 tell("decoded")
         levels = sigmas_of(job.rows[0])

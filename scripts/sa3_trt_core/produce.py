@@ -19,26 +19,42 @@ if TYPE_CHECKING:
 
 def produce(job: Job) -> report.Totals:
     """Load the engines, generate, and write every sound as it is finished. Raises ToolError."""
-    args, totals, started = job.options, report.Totals(), time.perf_counter()
-    with console.Progress("load", len(job.plan.stages), "engines", quiet=args.quiet) as progress:
-        importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
-        generator = _generator(job, lambda note: progress.advance(note=note))
-    with generator:
-        totals.add({"load": time.perf_counter() - started})
+    args, totals = job.options, report.Totals()
+    engines = 0 if args.free_models else len(job.plan.stages)
+    with console.Progress("load", engines, "engines", quiet=args.quiet or not engines) as progress:
+        generator = open_generator(job, totals, lambda note: progress.advance(note=note))
+    with generator, console.Progress("generate", job.stages, "stages", quiet=args.quiet) as progress:
+        write_sounds(generator, job, totals, lambda note: progress.advance(note=note))
+    return totals
+
+
+def open_generator(job: Job, totals: report.Totals, tell: Tell) -> Generator:
+    """The generator that a job asks for. Raises ToolError, also where its decoder leaves --peak nothing to do."""
+    started, args = time.perf_counter(), job.options
+    importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
+    generator = _generator(job, tell)
+    totals.add({"load": time.perf_counter() - started})
+    try:
         if args.peak == "limit" and generator.clips:
             raise ToolError(
                 "the decoder cuts its samples to full scale itself: --peak limit has nothing left to turn down",
                 "choose --peak normalize or clip, or give a decoder with an `audio` output",
             )
-        ids = {stage: generator.engines.identity(stage) for stage in job.plan.stages}
-        started = time.perf_counter()
-        with console.Progress("generate", job.stages, "stages", quiet=args.quiet) as progress:
-            for index, result in _results(generator, job, lambda note: progress.advance(note=note)):
-                totals.add(result.timings, result.memory)
-                totals.peaks[index] = float(result.audio.abs().max())
-                _write(job, index, result, ids, totals)
-        totals.elapsed = time.perf_counter() - started
-    return totals
+    except BaseException:
+        generator.close()
+        raise
+    return generator
+
+
+def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Tell) -> None:
+    """Generate the sounds of a job and write each; what it took is added to `totals`. Raises ToolError."""
+    ids = {stage: generator.engines.identity(stage) for stage in job.plan.stages}
+    started = time.perf_counter()
+    for index, result in _results(generator, job, tell):
+        totals.add(result.timings, result.memory)
+        totals.peaks[index] = float(result.audio.abs().max())
+        _write(job, index, result, ids, totals)
+    totals.elapsed += time.perf_counter() - started
 
 
 def _generator(job: Job, tell: Tell) -> Generator:
@@ -47,7 +63,8 @@ def _generator(job: Job, tell: Tell) -> Generator:
     args = job.options
     return Generator.load(
         args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
-        audio_input=args.init_audio is not None, chunk_frames=args.chunk_frames, on_engine=tell,
+        audio_input=args.init_audio is not None, chunk_frames=args.chunk_frames, free_models=args.free_models,
+        on_engine=tell,
     )  # fmt: skip
 
 

@@ -32,6 +32,11 @@ class Totals:
         """Generations a second, loading not counted."""
         return len(self.peaks) / self.elapsed if self.elapsed else 0.0
 
+    def join(self, other: Totals, rows: Sequence[int]) -> None:
+        """Add what another process made: `rows` are the places of its rows in the whole."""
+        self.add(other.timings, other.memory)
+        self.peaks |= {rows[place]: peak for place, peak in other.peaks.items()}
+
     def add(self, timings: Mapping[str, float], memory: Mapping[str, int] | None = None) -> None:
         for stage, seconds in timings.items():
             self.timings[stage] = self.timings.get(stage, 0.0) + seconds
