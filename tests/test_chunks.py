@@ -98,13 +98,13 @@ def test_generations_in_windows_are_those_in_one_piece(tiny_onnx: Path, sound: P
     request = Request("piano", 43.0, steps=1, seed=1, init_audio=sound, init_noise_level=0.5)
     assert request.frames > LONGEST_SHOT >= replace(request, seconds=41.0).frames
     found = {}
-    for size in (None, 0, 100):
+    for size in (None, 0):
         with Generator.load(
             precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx, chunk_frames=size
         ) as generator:
             found[size] = generator.generate(request)
-    for size in (None, 100):
-        assert found[size].audio.shape == (43 * 44_100, 2)
-        assert float((found[size].latents - found[0].latents).abs().max()) <= 1e-4
-        assert float((found[size].audio - found[0].audio).norm() / found[0].audio.norm()) <= 1e-3
-        assert not torch.equal(found[size].audio, found[0].audio)  # other windows round otherwise
+    assert found[None].audio.shape == (43 * 44_100, 2)
+    assert float((found[None].latents - found[0].latents).abs().max()) <= 1e-4
+    assert float((found[None].audio - found[0].audio).norm() / found[0].audio.norm()) <= 1e-3
+    assert not torch.equal(found[None].latents, found[0].latents)  # windows of the encoder round otherwise
+    assert not torch.equal(found[None].audio, found[0].audio)
