@@ -18,7 +18,9 @@ from sa3_trt_core import autoencoder
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.sampler import Conditioning, denoised, ping_pong, row_noise
+from sa3_trt_core.meter import Meter
+from sa3_trt_core.ring import RingRow, ring
+from sa3_trt_core.sampler import Conditioning, Trajectory, denoised, ping_pong, row_noise
 from sa3_trt_core.schedule import sigmas
 
 CHANNELS, FRAMES = 4, 6
@@ -113,6 +115,25 @@ def test_a_velocity_that_is_not_finite_names_its_sigma(bad: float) -> None:
         ping_pong(engine, row_noise([0], CHANNELS, FRAMES), sigmas(8), conditioning(1))
 
 
+@pytest.mark.parametrize("depth", [None, 1, 2])
+def test_a_real_engine_that_overflows_names_the_sigma_too(tmp_path: Path, depth: int | None) -> None:
+    """log(t - 0.99) is no number from the third step on; in step and in a ring."""
+    path = tiny_dit(tmp_path / "dit.onnx", "B")
+    proto = onnx.load(path)
+    proto.graph.initializer.append(helper.make_tensor("low", TensorProto.FLOAT, [], [0.99]))
+    proto.graph.node[2].input[1] = "logged"
+    proto.graph.node.insert(2, helper.make_node("Sub", ["t3", "low"], ["above"]))
+    proto.graph.node.insert(3, helper.make_node("Log", ["above"], ["logged"]))
+    onnx.save(proto, path)
+    noise, told = row_noise([0], 256, FRAMES), random_conditioning(1)
+    with DiTVelocity(OnnxRuntimeEngine(path)) as engine, pytest.raises(ToolError, match=r"at sigma 0\.9845 \(step 3\)"):
+        if depth is None:
+            ping_pong(engine, noise, sigmas(8), told)
+        else:
+            row = RingRow(Trajectory(noise, sigmas(8)), told, None, Meter())
+            list(ring(engine, iter([(0, row)]), depth))
+
+
 def test_denoised() -> None:
     assert denoised(torch.tensor([3.0]), torch.tensor([2.0]), 0.5).item() == 2.0
 
@@ -173,6 +194,11 @@ def test_what_onnxruntime_cannot_load_is_two_lines(tmp_path: Path) -> None:
     proto = onnx.load(path)
     proto.graph.node[2].op_type, proto.graph.node[2].domain = "diff_attn_swa", "samel"
     proto.opset_import.add(domain="samel", version=1)
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ToolError) as caught:
+        OnnxRuntimeEngine(path)
+    assert "diff_attn_swa" in caught.value.message and "build/lower_attention.py" in caught.value.hint
+    proto.graph.node[2].op_type = "another"
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(ToolError) as caught:
         OnnxRuntimeEngine(path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_build import graph, resources, timing
+from sa3_build import graph, plain_ops, resources, timing
 from sa3_trt_core import device, download, files, hub, locks, manifest, paths, shapes
 from sa3_trt_core.console import format_seconds
 from sa3_trt_core.errors import ToolError
@@ -71,7 +71,7 @@ def load_backend(backend: str) -> Any:
 
 
 def check_graph(onnx: Path, target: Target) -> None:
-    """Refuse a file that is torn, is another graph, or needs a plug-in. Raises ToolError."""
+    """Refuse a file that is torn, is another graph, or needs a plug-in that cannot be lowered. Raises ToolError."""
     model = graph.load(onnx)
     found = sorted(str(value.name) for value in model.graph.inputs)
     missing = [spec.name for spec in shapes.CONTRACTS[target.kind].inputs if spec.name not in found]
@@ -80,12 +80,16 @@ def check_graph(onnx: Path, target: Target) -> None:
             f"{onnx} is not a {target.kind} graph: it has no input {missing[0]} (its inputs: {', '.join(found)})",
             f"make the graph again: {target.produced_by}",
         )
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain not in ("", "ai.onnx")})
+    plugs = plain_ops.plugged(model)
+    others = [node for node in model.graph if node.domain not in ("", "ai.onnx") and node not in plugs]
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in others})
     if foreign:
         raise ToolError(
             f"{onnx} holds the plug-in op {foreign[0]}, which no builder here has",
             f"use our own export, which has plain operators only: {target.produced_by}",
         )
+    if plugs:
+        plain_ops.lowered(onnx)
 
 
 def build_settings(target: Target, backend: str, arch: str) -> dict[str, Any]:
@@ -143,7 +147,9 @@ def _built(  # the order is compile_engine's
     """Compile, and put the engine and then its manifest in place. The caller holds the engine's lock."""
     files.remove_leftovers(out)
     started, module = time.monotonic(), load_backend(backend)
-    gates: dict[str, Any] = {"compiled": True, "run on a GPU": False}
+    gates: dict[str, Any] = {
+        "compiled": True, "run on a GPU": False, "attention lowered": plain_ops.lowered(onnx) is not None
+    }  # fmt: skip
     # What was timed before is not timed again; several builds are to differ, so they share nothing.
     cache = timing.cache_path(out, backend, settings["backend_version"]) if best_of == 1 else None
     with _heartbeat(f"compiling {target.name} for {arch}"):
@@ -179,7 +185,8 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cach
     builder = module.Builder(logger)
     network = builder.create_network(_strongly_typed(module))
     parser = module.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(onnx)):
+    plain = plain_ops.lowered(onnx)
+    if not (parser.parse_from_file(str(onnx)) if plain is None else parser.parse(plain, str(onnx))):
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.last
         raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"make the graph again: {target.produced_by}")
     config = builder.create_builder_config()

@@ -31,7 +31,7 @@ def load(path: Path) -> ir.Model:
 
     Raises ToolError when the file is absent, is not ONNX, or names external data outside its folder.
     """
-    model = _mapped(path)
+    model = mapped(path)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor) and value.const_value.dtype.bitwidth >= 8:
             value.const_value = StoredTensor(value.const_value)
@@ -51,7 +51,8 @@ class StoredTensor(ir.LazyTensor):
         return ir.tensor(flat.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
 
-def _mapped(path: Path) -> ir.Model:
+def mapped(path: Path) -> ir.Model:
+    """Load a graph whose weights are mapped from their file, for one that is not kept. Raises ToolError."""
     if not path.is_file():
         raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
     hub.external_data_names(path)
@@ -112,7 +113,7 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None)
     `watched` maps the name of each new output to the name of a value; `watch` gives the nodes from that value to the
     output (default: the value as it is).
     """
-    model = _mapped(path)
+    model = mapped(path)
     values = {value.name: value for value in model.graph.inputs}
     values.update((value.name, value) for node in model.graph for value in node.outputs)
     for output, name in watched.items():

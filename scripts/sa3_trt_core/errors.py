@@ -27,6 +27,10 @@ class ToolError(Exception):
         self.hint = hint
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Exceptions travel between processes by their arguments; ours are not the base class's one message."""
+        return type(self), (self.message, self.hint, self.exit_code)
+
     def lines(self) -> str:
         """The two lines, each free of newlines so that they stay two whatever a library put into the message."""
         return f"error: {_one_line(self.message)}\n  hint: {_one_line(self.hint)}"
@@ -38,6 +42,9 @@ class GateError(ToolError):
     def __init__(self, message: str, hint: str, report: str | None = None) -> None:
         super().__init__(message, hint, GATE_EXIT)
         self.report = report
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.message, self.hint, self.report)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.engines.base import Closing
@@ -14,28 +14,42 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import VelocityEngine
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """What rows are led by: `null`, the conditioning of the rows to lead away from, and how far.
+
+    `apg` in 0..1 is how much of the guidance along the denoised latent is taken away.
+    """
+
+    null: Conditioning
+    cfg: float
+    apg: float
+
+    def velocity(self, x: Tensor, t: Tensor, with_text: Tensor, without: Tensor) -> Tensor:
+        """The guided velocity (B, C, L) at x (B, C, L) and t (B,), from those of the text rows and of the null rows."""
+        if self.apg:
+            # D_text - D_null is -sigma (v_text - v_null): what is parallel of the one is parallel of the other.
+            clean = denoised(x, with_text, t[:, None, None])
+            without = without + self.apg * parallel_part(with_text - without, clean)
+        return guided(with_text, without, self.cfg)
+
+
 class GuidedVelocity(Closing):
     """A VelocityEngine that guides another: velocity for B rows from one forward of 2B, the text rows first.
 
-    `null` is the conditioning of the B rows to lead away from; `apg` in 0..1 how much of the guidance along the
-    denoised latent is taken away. Does not close the other engine.
+    Does not close the other engine.
     """
 
-    def __init__(self, engine: VelocityEngine, null: Conditioning, cfg: float, apg: float) -> None:
-        self._engine, self._null, self._cfg, self._apg = engine, null, cfg, apg
+    def __init__(self, engine: VelocityEngine, guidance: Guidance) -> None:
+        self._engine, self._guidance = engine, guidance
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Guided velocity (B, 256, L) for x (B, 256, L) and t (B,)."""
         import torch
 
-        both = Conditioning(*(torch.cat([getattr(side, f.name) for side in (cond, self._null)]) for f in fields(cond)))
+        both = Conditioning.joined([cond, self._guidance.null])
         found = self._engine.velocity(torch.cat([x, x]), torch.cat([t, t]), both)
-        with_text, without = found.chunk(2)
-        if self._apg:
-            # D_text - D_null is -sigma (v_text - v_null): what is parallel of the one is parallel of the other.
-            clean = denoised(x, with_text, t[:, None, None])
-            without = without + self._apg * parallel_part(with_text - without, clean)
-        return guided(with_text, without, self._cfg)
+        return self._guidance.velocity(x, t, *found.chunk(2))
 
 
 def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:

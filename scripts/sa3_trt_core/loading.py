@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import device, engines, hub, manifest, paths, targets
+from sa3_trt_core.chunks import require_chunk
 from sa3_trt_core.engines.base import Closing
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.text import Tokenizer
@@ -22,7 +24,8 @@ class Plan:
     """What is decided before a file is opened: a target and a backend for each stage, and where their files lie.
 
     `stages` are those opened at once, in the order they run; the audio encoder is opened when it is first needed
-    unless it stands among them.
+    unless it stands among them. `chunk_frames` is the window of the autoencoder: 0 for one piece, None for what the
+    length asks for.
     """
 
     targets: Mapping[str, targets.Target]
@@ -33,13 +36,20 @@ class Plan:
     models_dir: Path
     revision: str | None = None  # of the hub, instead of the pinned one
     offline: bool = False  # the hub's cache only
+    chunk_frames: int | None = None
 
 
 def make_plan(
     dit: str, precision: str, backend: str = "auto", onnx_root: str | Path | None = None,
     models_dir: str | Path | None = None, audio_input: bool = False, revision: str | None = None, offline: bool = False,
+    chunk_frames: int | None = None,
 ) -> Plan:  # fmt: skip
     """Decide everything that needs no file to be opened. Raises ToolError."""
+    if targets.codec_reach(dit) is None:
+        if chunk_frames:
+            raise ToolError(f"how far the autoencoder of {dit} looks is not known", "leave --chunk-frames away, or 0")
+        chunk_frames = 0
+    require_chunk(chunk_frames or 0)
     chosen = {
         "text": targets.find_target(targets.TEXT_ENCODER),
         "encode": targets.encoder_for(dit),
@@ -56,6 +66,7 @@ def make_plan(
         models_dir=folder,
         revision=revision,
         offline=offline,
+        chunk_frames=chunk_frames,
     )
 
 
@@ -80,7 +91,6 @@ class EngineSet(Closing):
         self.plan = plan
         self._sources: dict[str, Path] = {}
         self._open: dict[str, GraphEngine] = {}
-        self._stack = ExitStack()
         self._closed = False
         arch = device.current_arch()
         command = build_command(plan, arch) if arch is not None else None
@@ -96,32 +106,61 @@ class EngineSet(Closing):
         self.tokenizer = Tokenizer(tokenizer)
 
     def load(self, on_engine: Callable[[str], None] | None = None) -> None:
-        """Open the engines of the plan's stages; `on_engine(name)` is called after each. Raises ToolError."""
-        for stage in self.plan.stages:
-            self.engine(stage)
-            if on_engine is not None:
-                on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+        """Open the engines of the plan's stages, all at once; `on_engine(name)` is called after each. Raises ToolError.
+
+        Reading and deserialising release Python's lock. What is open when another one fails is closed with the rest.
+        """
+        missing = [stage for stage in self.plan.stages if stage not in self._open]
+        failed: dict[str, Exception] = {}
+        with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
+            opening = {pool.submit(self._opened, stage): stage for stage in missing}
+            for done in as_completed(opening):
+                stage = opening[done]
+                try:
+                    self._open[stage] = done.result()
+                except Exception as error:  # raised below, when no other is on its way any more
+                    failed[stage] = error
+                    continue
+                if on_engine is not None:
+                    on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+        for stage in missing:
+            if stage in failed:
+                raise failed[stage]
 
     def engine(self, stage: str) -> GraphEngine:
         """The open engine of a stage: text, encode, dit or decoder. Raises ToolError when it cannot be opened."""
         if self._closed:
             raise RuntimeError("these engines are closed")
         if stage not in self._open:
-            target, backend = self.plan.targets[stage], self.plan.backends[stage]
-            source = self._source(stage)
-            found = engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
-            self._open[stage] = self._stack.enter_context(found)
+            self._open[stage] = self._opened(stage)
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:
         """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
         return manifest.identity(self._source(stage))
 
+    @property
+    def open_stages(self) -> tuple[str, ...]:
+        """The stages whose engines are open."""
+        return tuple(self._open)
+
+    def release(self, stage: str) -> None:
+        """Close the engine of a stage, if it is open; the next use opens it again."""
+        if stage in self._open:
+            self._open.pop(stage).close()
+
     def close(self) -> None:
         """Close every engine, whatever the others do."""
         self._closed = True
-        self._open.clear()
-        self._stack.close()
+        with ExitStack() as stack:
+            for engine in self._open.values():
+                stack.callback(engine.close)
+            self._open.clear()
+
+    def _opened(self, stage: str) -> GraphEngine:
+        target, backend = self.plan.targets[stage], self.plan.backends[stage]
+        source = self._source(stage)
+        return engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
 
     def _source(self, stage: str) -> Path:
         if stage not in self._sources:

@@ -1,26 +1,32 @@
-"""Requests to sound: text encoder, audio encoder, sampler and decoder, one batch after the other."""
+"""Requests to sound: text encoder, audio encoder, sampler and decoder, one batch after the other or in a ring."""
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from sa3_trt_core import audio, autoencoder, device, guidance, schedule, text
+from sa3_trt_core import audio, autoencoder, chunks, text
+from sa3_trt_core.batch import REMEMBERED, TOGETHER, Batch, Known, blocks
+from sa3_trt_core.conditions import conditioning, guidance_of, sigmas_of
 from sa3_trt_core.engines.base import Closing, DiTVelocity
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.guidance import GuidedVelocity
 from sa3_trt_core.loading import EngineSet, make_plan
-from sa3_trt_core.request import FULL_APG, Request, batches
-from sa3_trt_core.sampler import Conditioning, ping_pong, row_noise
+from sa3_trt_core.meter import Meter
+from sa3_trt_core.request import Request, batches, ring_groups
+from sa3_trt_core.ring import RingRow, ring
+from sa3_trt_core.sampler import Trajectory, ping_pong, row_noise
 from sa3_trt_core.shapes import LATENT_CHANNELS, SAMPLES_PER_FRAME
 from sa3_trt_core.targets import DITS, PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sa3_trt_core.engines.base import VelocityEngine
+    from sa3_trt_core.engines.base import GraphEngine
 
 Tell = Callable[[str], None]
 
@@ -46,15 +52,16 @@ class Generator(Closing):
     Nothing of a request is kept after it is answered. Not for use from several threads at once.
     """
 
-    def __init__(self, engines: EngineSet) -> None:
+    def __init__(self, engines: EngineSet, free_models: bool = False) -> None:
         self.engines = engines
-        self._velocity = DiTVelocity(engines.engine("dit"))
+        self._frees = free_models
 
     @classmethod
     def load(
         cls, dit: str = DITS[0], precision: str = PRECISIONS[0], *, backend: str = "auto",
         onnx_root: str | Path | None = None, models_dir: str | Path | None = None, audio_input: bool = False,
-        revision: str | None = None, offline: bool = False, on_engine: Tell | None = None,
+        revision: str | None = None, offline: bool = False, chunk_frames: int | None = None, free_models: bool = False,
+        on_engine: Tell | None = None,
     ) -> Self:  # fmt: skip
         """Find and open a model's engines. Raises ToolError: a file, a package or a GPU that is missing.
 
@@ -62,12 +69,19 @@ class Generator(Closing):
         engines where this machine can run them, else ONNX Runtime. `onnx_root` is a folder of ONNX files (else
         $SA3_ONNX_DIR, else the hub), `models_dir` one of engines (else $SA3_MODELS_DIR, else models/). `audio_input`
         opens the audio encoder at once and not at the first request that needs it. `revision` is a commit or branch
-        of the hub, `offline` asks its cache only.
+        of the hub, `offline` asks its cache only. `chunk_frames` is the window in
+        which the autoencoder works, in latent frames: 0 for one piece, None for one piece unless the sound is long.
+        `free_models` opens nothing now and each engine when its stage begins, and closes it when that ends: the sounds
+        are the same, the memory is that of the largest engine, and every call loads them again.
         """
-        engines = EngineSet(make_plan(dit, precision, backend, onnx_root, models_dir, audio_input, revision, offline))
+        plan = make_plan(
+            dit, precision, backend, onnx_root, models_dir, audio_input, revision, offline, chunk_frames
+        )  # fmt: skip
+        engines = EngineSet(plan)
         try:
-            engines.load(on_engine)
-            return cls(engines)
+            if not free_models:
+                engines.load(on_engine)
+            return cls(engines, free_models)
         except BaseException:
             engines.close()
             raise
@@ -75,144 +89,180 @@ class Generator(Closing):
     @property
     def clips(self) -> bool:
         """Whether the decoder cuts its samples to full scale itself, so that there is nothing for a limiter to do."""
-        return autoencoder.is_clipped(self.engines.engine("decoder"))
+        try:
+            return autoencoder.is_clipped(self.engines.engine("decoder"))
+        finally:
+            self._leave("decoder")
 
     def generate(self, request: Request, on_stage: Tell | None = None) -> Result:
         """The sound of one request. Raises ToolError.
 
         `on_stage(note)` is called request.count_stages([request], 1) times: text, init audio, every step, decoder.
         """
-        return self._run([request], on_stage or _silent)[0]
+        ((_, result),) = self.generate_many([request], 1, on_stage)
+        return result
 
     def generate_many(
         self, requests: Sequence[Request], batch: int = 1, on_stage: Tell | None = None
     ) -> Iterator[tuple[int, Result]]:
         """(index of the request, its sound) as they are finished, in batches of at most `batch` rows of equal length.
 
-        A row's sound does not depend on its neighbours. Raises ToolError.
+        A row's sound does not depend on its neighbours. Where models are freed, a stage does all batches of up to
+        TOGETHER rows before the next one begins. Raises ToolError.
         """
-        for rows in list(batches(requests, batch)):
-            yield from zip(rows, self._run([requests[row] for row in rows], on_stage or _silent), strict=True)
+        tell = on_stage or _silent
+        for block in blocks(list(batches(requests, batch)), TOGETHER if self._frees else 1):
+            jobs, known = [Batch([requests[row] for row in rows], Meter(len(rows))) for rows in block], Known()
+            for job in jobs:
+                self._read(job, known, tell)
+            self._leave("text")
+            for job in jobs:
+                self._encode(job, known, tell)
+            self._leave("encode")
+            for job in jobs:
+                self._sample(job, tell)
+            self._leave("dit")
+            for rows, job in zip(block, jobs, strict=True):
+                yield from zip(rows, self._decode(job, tell), strict=True)
+            self._leave("decoder")
+
+    def generate_ring(
+        self, requests: Sequence[Request], depth: int, on_stage: Tell | None = None
+    ) -> Iterator[tuple[int, Result]]:
+        """(index of the request, its sound) as they are finished, `depth` of them at different steps in one forward.
+
+        A sound is decoded while the others go on, and its place taken by the next of as many latent frames; requests of
+        another length follow when those are done. Everything else may differ from row to row. The sounds are those of
+        `generate`. `on_stage` is called count_stages(requests, 1) times. Raises ToolError.
+        """
+        if self._frees:
+            raise ToolError("a ring needs all models at once", "leave --depth away, or --free-models")
+        velocity = self._velocity(Meter())
+        tell, groups = on_stage or _silent, ring_groups(requests, depth, velocity.most_rows)
+        known = Known()
+        with ThreadPoolExecutor(max_workers=1) as decoder:
+            for group in groups:
+                under_way = {index: Batch([requests[index]], Meter()) for index in group}
+                rows = ((index, self._ring_row(under_way[index], known, tell)) for index in group)
+                waiting: deque[tuple[int, Future[list[Result]]]] = deque()
+                for index, latents in ring(velocity, rows, depth, lambda sigma: tell(f"sigma {sigma:.4f}")):
+                    job = under_way.pop(index)
+                    job.latents = latents
+                    waiting.append((index, decoder.submit(self._decode, job, tell)))
+                    # Handed over as soon as it is ready, and waited for where the decoder falls behind.
+                    while waiting and (waiting[0][1].done() or len(waiting) > depth):
+                        done, sound = waiting.popleft()
+                        yield done, sound.result()[0]
+                while waiting:
+                    done, sound = waiting.popleft()
+                    yield done, sound.result()[0]
 
     def close(self) -> None:
         """Close every engine."""
         self.engines.close()
 
-    def _run(self, rows: Sequence[Request], tell: Tell) -> list[Result]:
-        """One batch: rows whose batch_key is equal."""
+    def _read(self, job: Batch, known: Known, tell: Tell) -> None:
+        """The features of every text of a batch, prompts and negative prompts."""
         import torch
 
-        first, meter = rows[0], _Meter(len(rows))
+        texts = [row.prompt for row in job.rows]
+        texts += [row.negative_prompt for row in job.rows if row.negative_prompt is not None]
+        encoder = self._engine("text", job.meter)
+        with torch.inference_mode(), job.meter.stage("text"):
+            for words in dict.fromkeys(texts):
+                if words not in known.texts:
+                    known.texts[words] = text.encode_text(encoder, self.engines.tokenizer, [words])
+        job.features = {words: known.texts[words] for words in texts}
+        tell("text")
+
+    def _encode(self, job: Batch, known: Known, tell: Tell) -> None:
+        """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
+        import torch
+
+        job.inits = [None] * len(job.rows)
+        if all(row.init_audio is None for row in job.rows):
+            return
+        found: list[Tensor | None] = []
+        encoder = self._engine("encode", job.meter)
+        with torch.inference_mode(), job.meter.stage("encode"):
+            for row in job.rows:
+                if row.init_audio is None:
+                    found.append(None)
+                    continue
+                key = (row.init_audio, row.init_start, row.frames)
+                if key not in known.sounds:
+                    samples = audio.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
+                    known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row))
+                found.append(known.sounds[key])
+        job.inits = found
+        tell("init audio")
+
+    def _engine(self, stage: str, meter: Meter) -> GraphEngine:
+        """The engine of a stage; opening it, where it is not open, is time of its own."""
+        if stage in self.engines.open_stages:
+            return self.engines.engine(stage)
+        with meter.stage("load"):
+            return self.engines.engine(stage)
+
+    def _velocity(self, meter: Meter) -> DiTVelocity:
+        return DiTVelocity(self._engine("dit", meter))
+
+    def _leave(self, stage: str) -> None:
+        """A stage has ended for now: its engine goes where models are freed."""
+        if self._frees:
+            self.engines.release(stage)
+
+    def _chunk(self, row: Request) -> int:
+        return chunks.chunk_frames(row.frames, self.engines.plan.chunk_frames)
+
+    def _sample(self, job: Batch, tell: Tell) -> None:
+        """The latents (B, 256, L) of a batch."""
+        import torch
+
+        first, velocity = job.rows[0], self._velocity(job.meter)
         with torch.inference_mode():
-            with meter.stage("text"):
-                features = self._features(rows)
-            tell("text")
-            inits: list[Tensor | None] = [None] * len(rows)
-            if any(row.init_audio is not None for row in rows):
-                with meter.stage("encode"):
-                    inits = self._encoded(rows)
-                tell("init audio")
-            cond, start, kept = _conditioning(rows, features, inits)
-            levels = _sigmas(first)
-            noise = row_noise([row.seed for row in rows], LATENT_CHANNELS, first.frames)
-            with meter.stage("sample"):
-                latents = ping_pong(
-                    self._guided(rows, cond, features), noise, levels, cond,
-                    lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept,
-                )  # fmt: skip
-            sounds = []
-            for index, row in enumerate(rows):
-                with meter.stage("decode"):
-                    decoded = autoencoder.decode(self.engines.engine("decoder"), latents[index : index + 1])
+            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            guidance = guidance_of(job.rows, cond, job.features)
+            engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
+            noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames)
+            with job.meter.stage("sample"):
+                job.latents = ping_pong(
+                    engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
+                )
+
+    def _ring_row(self, job: Batch, known: Known, tell: Tell) -> RingRow:
+        """A request made ready for the ring."""
+        import torch
+
+        self._read(job, known, tell)
+        self._encode(job, known, tell)
+        known.forget(REMEMBERED)
+        (row,) = job.rows
+        with torch.inference_mode():
+            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            noise = row_noise([row.seed], LATENT_CHANNELS, row.frames)
+            path = Trajectory(noise, sigmas_of(row), start, kept)
+            return RingRow(path, cond, guidance_of(job.rows, cond, job.features), job.meter)
+
+    def _decode(self, job: Batch, tell: Tell) -> list[Result]:
+        """The sounds of a batch, row by row: the decoder takes one at a time."""
+        import torch
+
+        assert job.latents is not None
+        sounds, decoder = [], self._engine("decoder", job.meter)
+        with torch.inference_mode():
+            for index, row in enumerate(job.rows):
+                with job.meter.stage("decode"):
+                    decoded = autoencoder.decode(decoder, job.latents[index : index + 1], self._chunk(row))
                     sounds.append(autoencoder.finish(decoded, row.seconds))
                 tell("decoded")
+        levels = sigmas_of(job.rows[0])
         return [
-            Result(latents[index : index + 1].clone(), levels, sound, dict(meter.timings), dict(meter.memory))
+            Result(
+                job.latents[index : index + 1].clone(), levels, sound, dict(job.meter.timings), dict(job.meter.memory)
+            )
             for index, sound in enumerate(sounds)
         ]
-
-    def _features(self, rows: Sequence[Request]) -> dict[str, tuple[Tensor, Tensor]]:
-        """(t5_hidden (1, 256, 768), t5_mask (1, 256)) of every text of a batch, each encoded once."""
-        texts = [row.prompt for row in rows] + [row.negative_prompt for row in rows if row.negative_prompt is not None]
-        encoder = self.engines.engine("text")
-        return {words: text.encode_text(encoder, self.engines.tokenizer, [words]) for words in dict.fromkeys(texts)}
-
-    def _encoded(self, rows: Sequence[Request]) -> list[Tensor | None]:
-        """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
-        found: dict[tuple[Path, float], Tensor] = {}
-        encoder = self.engines.engine("encode")
-        for row in rows:
-            if row.init_audio is not None and (row.init_audio, row.init_start) not in found:
-                samples = audio.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
-                found[row.init_audio, row.init_start] = autoencoder.encode(encoder, samples)
-        return [found[row.init_audio, row.init_start] if row.init_audio is not None else None for row in rows]
-
-    def _guided(
-        self, rows: Sequence[Request], cond: Conditioning, features: dict[str, tuple[Tensor, Tensor]]
-    ) -> VelocityEngine:
-        """The DiT itself, or the DiT with each row's null or negative row beside it."""
-        import torch
-
-        first = rows[0]
-        if first.cfg == 1.0:
-            return self._velocity
-        null = guidance.null_conditioning(cond)
-        led = [features[row.negative_prompt] if row.negative_prompt is not None else None for row in rows]
-        hidden = [null.t5_hidden[i : i + 1] if pair is None else pair[0] for i, pair in enumerate(led)]
-        mask = [null.t5_mask[i : i + 1] if pair is None else pair[1] for i, pair in enumerate(led)]
-        null = guidance.negative_conditioning(cond, torch.cat(hidden), torch.cat(mask))
-        return guidance.GuidedVelocity(self._velocity, null, first.cfg, FULL_APG if first.apg is None else first.apg)
-
-
-class _Meter:
-    """Seconds a row of each stage, and the GPU's memory in use after it."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self.timings: dict[str, float] = {}
-        self.memory: dict[str, int] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.timings[name] = self.timings.get(name, 0.0) + (time.perf_counter() - started) / self._rows
-        used = device.memory_in_use()
-        if used is not None:
-            self.memory[name] = max(used, self.memory.get(name, 0))
-
-
-def _sigmas(request: Request) -> Tensor:
-    if request.legacy_schedule:
-        return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
-    return schedule.sigmas(request.steps, request.sigma_max)
-
-
-def _conditioning(
-    rows: Sequence[Request], features: dict[str, tuple[Tensor, Tensor]], inits: Sequence[Tensor | None]
-) -> tuple[Conditioning, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What the DiT is told, what audio to audio starts from, and what in-painting puts back after every step.
-
-    local_add_cond is the keep mask (1 keep, 0 regenerate), then the kept latent; zeros where nothing is kept.
-    """
-    import torch
-
-    frames = rows[0].frames
-    latents = torch.cat([torch.zeros(1, LATENT_CHANNELS, frames) if init is None else init for init in inits])
-    keep = torch.zeros(len(rows), 1, frames)
-    for index, row in enumerate(rows):
-        if row.inpaint:
-            keep[index] = 1.0
-        for start, end in row.regenerated:
-            keep[index, :, start:end] = 0.0
-    cond = Conditioning(
-        t5_hidden=torch.cat([features[row.prompt][0] for row in rows]),
-        t5_mask=torch.cat([features[row.prompt][1] for row in rows]),
-        seconds_total=torch.tensor([row.seconds for row in rows], dtype=torch.float32),
-        local_add_cond=torch.cat([keep, latents * keep], dim=1),
-    )
-    varied = rows[0].init_noise_level is not None
-    return cond, latents if varied else None, (latents, keep) if rows[0].paste_kept else None
 
 
 def _silent(note: str) -> None:

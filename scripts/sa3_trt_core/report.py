@@ -17,11 +17,25 @@ STAGES = ("load", "text", "encode", "sample", "decode", "write")
 
 @dataclass
 class Totals:
-    """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row."""
+    """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row.
+
+    `elapsed` is the time from the first stage to the last file: what is decoded while others are sampled counts once.
+    """
 
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     peaks: dict[int, float] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Generations a second, loading not counted."""
+        return len(self.peaks) / self.elapsed if self.elapsed else 0.0
+
+    def join(self, other: Totals, rows: Sequence[int]) -> None:
+        """Add what another process made: `rows` are the places of its rows in the whole."""
+        self.add(other.timings, other.memory)
+        self.peaks |= {rows[place]: peak for place, peak in other.peaks.items()}
 
     def add(self, timings: Mapping[str, float], memory: Mapping[str, int] | None = None) -> None:
         for stage, seconds in timings.items():
@@ -67,16 +81,19 @@ def show_result(
             "engines": {stage: [plan.targets[stage].name, plan.backends[stage]] for stage in plan.stages},
             "timings": {stage: round(totals.timings[stage], 6) for stage in order},
             "memory": totals.memory,
+            "generations_per_second": round(totals.rate, 6),
         }
         print(json.dumps(document, indent=2))
         return
     header = ["stage", "seconds", *(["GPU memory"] if totals.memory else [])]
     cells = [[stage, f"{totals.timings[stage]:.2f}"] for stage in order]
+    cells.append([f"all {len(requests)}, after loading", f"{totals.elapsed:.2f}"])
     if totals.memory:
         for line in cells:
             used = totals.memory.get(line[0])
             line.append("-" if used is None else console.format_bytes(used))
     print(console.table(header, cells))
+    print(f"{totals.rate:.3g} generations a second")
     if latents is not None:
         print(f"{latents}  latents, {requests[0].frames} frames")
     for request, out in zip(requests, outs, strict=True):

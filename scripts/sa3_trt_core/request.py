@@ -146,6 +146,25 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
     yield from sorted(found)
 
 
+def ring_groups(requests: Sequence[Request], depth: int, most_rows: int | None = None) -> list[list[int]]:
+    """The requests' indices by latent frames, in order of each length's first: one forward has one length.
+
+    `most_rows` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
+    would not fit.
+    """
+    guided = any(request.forward_rows > 1 for request in requests)
+    rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, most_rows or shapes.MAX_BATCH)
+    if depth < 1 or rows > limit:
+        pairs = " of guided requests, two rows each," if guided else ""
+        most = limit // 2 if guided else limit
+        mend = f"choose --depth 1 to {most}" if most else "leave --depth away, or give a DiT with a free batch axis"
+        raise ToolError(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
+    groups: dict[int, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(request.frames, []).append(index)
+    return list(groups.values())
+
+
 def count_stages(requests: Sequence[Request], batch: int) -> int:
     """How often the generator tells of its progress for these requests."""
     return sum(

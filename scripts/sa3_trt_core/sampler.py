@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Self
 
 from sa3_trt_core.errors import ToolError
 
@@ -27,6 +27,13 @@ class Conditioning:
     seconds_total: Tensor
     local_add_cond: Tensor
 
+    @classmethod
+    def joined(cls, parts: Sequence[Conditioning]) -> Self:
+        """The rows of all parts as one batch; their latent frames are equally many."""
+        import torch
+
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
 
 def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
     """The clean latent that a velocity points at: x - sigma v, for x and v (B, C, L)."""
@@ -46,6 +53,52 @@ def row_noise(seeds: Sequence[int], channels: int, frames: int) -> Iterator[Tens
         yield torch.cat([torch.randn(1, channels, frames, generator=generator) for generator in generators])
 
 
+class Trajectory:
+    """The ping-pong of some rows, a step at a time: `x` (B, C, L) at `sigma` waits for the velocity there.
+
+    Starts at the noise's first draw; each step is d = x - s_i v, then x = (1 - s_{i+1}) d + s_{i+1} noise. The noise of
+    the last step is drawn too, and multiplied by 0: the generator then stands where the model's own does.
+    `start` (B, C, L) is what audio to audio starts from: (1 - s_0) start + s_0 noise. `kept` is what to put back after
+    every step: latents (B, C, L) and a mask (B, 1, L) of 1 where.
+    Source: the model's own generation (facts.md, section 2).
+    """
+
+    def __init__(
+        self, noise: Iterator[Tensor], sigmas: Tensor, start: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self._noise, self._sigmas, self._kept = noise, sigmas, kept
+        self.step = 0
+        self.x = next(noise)
+        if start is not None:
+            self.x = (1.0 - sigmas[0]) * start + sigmas[0] * self.x
+
+    @property
+    def sigma(self) -> Tensor:
+        """The noise level of `x`, a scalar."""
+        return self._sigmas[self.step]
+
+    @property
+    def finished(self) -> bool:
+        """Whether `x` is the clean latent."""
+        return self.step == len(self._sigmas) - 1
+
+    def advance(self, velocity: Tensor) -> None:
+        """Take one step with the velocity (B, C, L) at `x`. Raises ToolError when it is not finite."""
+        import torch
+
+        if not bool(torch.isfinite(velocity).all()):
+            raise ToolError(
+                f"the DiT gave values that are not finite at sigma {float(self.sigma):.4f} (step {self.step + 1})",
+                "the engine or its ONNX is damaged or overflows: build it again, or try --precision fp32",
+            )
+        after = self._sigmas[self.step + 1]
+        self.x = (1.0 - after) * denoised(self.x, velocity, self.sigma) + after * next(self._noise)
+        if self._kept is not None:
+            self.x = torch.where(self._kept[1] > 0, self._kept[0], self.x)
+        self.step += 1
+
+
 def ping_pong(
     engine: VelocityEngine,
     noise: Iterator[Tensor],
@@ -55,30 +108,14 @@ def ping_pong(
     start: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Latents (B, C, L) from the noise's first draw: d = x - s_i v, then x = (1 - s_{i+1}) d + s_{i+1} noise.
+    """Latents (B, C, L) of rows that go step by step together; `on_step(i, sigma)` is called after each step.
 
-    The noise of the last step is drawn too, and multiplied by 0: the generator then stands where the model's own does.
-    `start` (B, C, L) is what audio to audio starts from: (1 - s_0) start + s_0 noise. `kept` is what to put back after
-    every step: latents (B, C, L) and a mask (B, 1, L) of 1 where. `on_step(i, sigma)` is called after each step.
-    Raises ToolError when a velocity is not finite.
-    Source: the model's own generation (facts.md, section 2).
+    The other arguments are Trajectory's. Raises ToolError when a velocity is not finite.
     """
-    import torch
-
-    x = next(noise)
-    if start is not None:
-        x = (1.0 - sigmas[0]) * start + sigmas[0] * x
-    for step in range(len(sigmas) - 1):
-        now, after = sigmas[step], sigmas[step + 1]
-        velocity = engine.velocity(x, now.expand(x.shape[0]).contiguous(), cond)
-        if not bool(torch.isfinite(velocity).all()):
-            raise ToolError(
-                f"the DiT gave values that are not finite at sigma {float(now):.4f} (step {step + 1})",
-                "the engine or its ONNX is damaged or overflows: build it again, or try --precision fp32",
-            )
-        x = (1.0 - after) * denoised(x, velocity, now) + after * next(noise)
-        if kept is not None:
-            x = torch.where(kept[1] > 0, kept[0], x)
+    path = Trajectory(noise, sigmas, start, kept)
+    while not path.finished:
+        step, sigma = path.step, path.sigma
+        path.advance(engine.velocity(path.x, sigma.expand(path.x.shape[0]).contiguous(), cond))
         if on_step is not None:
-            on_step(step, float(now))
-    return x
+            on_step(step, float(sigma))
+    return path.x

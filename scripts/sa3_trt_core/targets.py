@@ -186,6 +186,14 @@ def encoder_for(dit: str) -> Target:
     return find_target("same-l-encoder" if dit == "medium" else "same-s-encoder")
 
 
+def codec_reach(dit: str) -> int | None:
+    """How many latent frames to either side the autoencoder of a DiT looks; None where it is not known (SAME-S).
+
+    Source: facts.md, section 3.
+    """
+    return 12 if dit == "medium" else None
+
+
 def _unknown(name: str, good: Sequence[str], what: str = "target") -> ToolError:
     near = difflib.get_close_matches(name, good, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""

@@ -74,7 +74,10 @@ def open_engine(
         return TorchEngine(path, rebuild_command(target.name, backend, device.current_arch() or paths.NO_GPU))
     from sa3_trt_core.engines.tensorrt import TensorRtEngine
 
-    return TensorRtEngine(path, backend, rebuild_command(target.name, backend, device.current_arch() or "ARCH"))
+    rebuild = rebuild_command(target.name, backend, device.current_arch() or "ARCH")
+    known = [onnx_root / name for name in target.onnx] if onnx_root is not None else []
+    onnx = next((file for file in known if file.is_file()), None)
+    return TensorRtEngine(path, backend, rebuild, onnx, capture=target.kind == "dit")
 
 
 def rebuild_command(names: str, backend: str, arch: str) -> str:

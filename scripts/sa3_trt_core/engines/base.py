@@ -28,6 +28,12 @@ class GraphEngine(Protocol):
     ) -> None: ...
 
 
+def most_rows(engine: GraphEngine) -> int | None:
+    """How many rows an engine takes in one run, where it says so; more are run one after the other, or refused."""
+    found: int | None = getattr(engine, "most_rows", None)
+    return found
+
+
 class VelocityEngine(Protocol):
     """One DiT: velocity for a batch of latents at given noise levels."""
 
@@ -58,6 +64,7 @@ class DiTVelocity(Closing):
 
     def __init__(self, graph: GraphEngine) -> None:
         self._graph = graph
+        self.most_rows = most_rows(graph)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""

@@ -22,6 +22,7 @@ _NUMPY_TYPES = {
 }
 SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
+PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
 FATAL_ONLY = 4  # its errors reach the user as ours, once
 LONGEST_REASON = 240
 
@@ -66,6 +67,8 @@ class OnnxRuntimeEngine(Closing):
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(self._outputs)
+        first = next(iter(self._inputs.values())).shape if self._inputs else []
+        self.most_rows: int | None = first[0] if first and isinstance(first[0], int) else None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""
@@ -107,6 +110,12 @@ class OnnxRuntimeEngine(Closing):
 
 
 def _refusal(path: Path, text: str) -> ToolError:
+    if PLUG_IN in text:
+        return ToolError(
+            f"{path} holds the plug-in op {PLUG_IN}, which ONNX Runtime does not have",
+            f"make plain operators of it in a folder of your own and give that as --onnx-root ROOT: "
+            f"python build/lower_attention.py --input {path} --onnx ROOT/{path.parent.name}/{path.name}",
+        )
     if "is not a registered function/op" in text:
         return ToolError(
             f"{path} needs an operator that ONNX Runtime does not have: {text}",

@@ -1,13 +1,16 @@
-"""Compiled engines through TensorRT or TensorRT-RTX: the same API from two packages."""
+"""Compiled engines through TensorRT 10.15 to 11.x or TensorRT-RTX 1.x: the same API from two packages."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core import device, manifest
+from sa3_trt_core import device
 from sa3_trt_core.engines.base import Closing, run_rows
+from sa3_trt_core.engines.bound import BoundContext, extents, torch_type
+from sa3_trt_core.engines.built import require_inside, require_ours, require_version
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -16,16 +19,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REBUILD = "python build/build_from_onnx.py NAME --backend {backend} --arch {arch}"
+MOST_BOUND = 8  # sets of shapes that are kept ready: a ring runs 1 to 8 rows; the one used longest ago goes first
 
 
 class TensorRtEngine(Closing):
-    """One deserialised engine with one execution context and one stream; not for use from several threads."""
+    """One deserialised engine, ready at the shapes it was last used with; not for use from several threads."""
 
-    def __init__(self, path: Path, backend: str, rebuild: str = "") -> None:
-        """Load an engine that this project built for this machine.
+    def __init__(
+        self, path: Path, backend: str, rebuild: str = "", onnx: Path | None = None, capture: bool = False
+    ) -> None:
+        """Load an engine that this project built for this machine; its manifest is verified first (`require_ours`).
 
-        Its manifest must be there and agree in the settings "backend", "backend_version" and "arch".
-        `rebuild` is the command that a message gives. Raises ToolError.
+        `rebuild` is the command that a message gives; `onnx` the graph that the user works with, where one is known;
+        `capture` allows a CUDA graph where the same shapes come again, as a DiT's do. Raises ToolError.
         """
         arch = device.current_arch()
         self._rebuild = rebuild or REBUILD.format(backend=backend, arch=arch or "ARCH")
@@ -34,25 +40,27 @@ class TensorRtEngine(Closing):
             raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another --backend")
         if arch is None:
             raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
+        require_version(backend, str(module.__version__))
+        require_ours(path, backend, str(module.__version__), arch, self._rebuild, onnx)
         _require_cuda_torch()
-        self._require_ours(path, backend, str(module.__version__), arch)
         self._trt: Any = module
-        self._logger: trt.ILogger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._logger = _logger(module)
         self._runtime: trt.Runtime | None = self._trt.Runtime(self._logger)
         assert self._runtime is not None
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise ToolError(f"{backend} refuses {path} on this {arch} GPU", f"build it again: {self._rebuild}")
-        context = engine.create_execution_context()
-        if context is None:
-            raise ToolError(f"no GPU memory for {path}", "free GPU memory, or ask for fewer --seconds")
+            reason, again = self._logger.last or "it gave no reason", f"build it again: {self._rebuild}"
+            raise ToolError(f"{backend} refuses {path} on this {arch} GPU: {reason}", again)
         self._engine: trt.ICudaEngine | None = engine
-        self._context: trt.IExecutionContext | None = context
-        self._path = path
+        self._path, self._capture = path, capture
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         is_input = {name: engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT for name in names}
         self.input_names = tuple(name for name in names if is_input[name])
         self.output_names = tuple(name for name in names if not is_input[name])
+        first = self._limits(self.input_names[0])[1]
+        self.most_rows: int | None = first[0] if first else None
+        self._bound: OrderedDict[tuple[tuple[int, ...], ...], BoundContext] = OrderedDict()
+        self._scratch: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,101 +70,71 @@ class TensorRtEngine(Closing):
                 f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}",
                 f"build it again: {self._rebuild}",
             )
-        name, first = next(iter(inputs.items()))
-        if first.dim() and first.shape[0] > 1 and self._limits(name)[1][0] == 1:
+        first = next(iter(inputs.values()))
+        if first.dim() and first.shape[0] > 1 and self.most_rows == 1:
             return run_rows(self._run_once, inputs)
         return self._run_once(inputs)
 
     def close(self) -> None:
-        # The context before the engine before the runtime: TensorRT frees them in that order or not at all.
-        self._context = None
+        # The contexts before the engine before the runtime: TensorRT frees them in that order or not at all.
+        self._bound.clear()
+        self._scratch = None
         self._engine = None
         self._runtime = None
-
-    def _require_ours(self, path: Path, backend: str, version: str, arch: str) -> None:
-        again = f"build it again: {self._rebuild}"
-        if not path.is_file():
-            raise ToolError(f"no engine {path}", f"build it: {self._rebuild}")
-        reason = manifest.verify_manifest(path)
-        record = manifest.read_manifest(path)
-        if reason is not None or record is None:
-            raise ToolError(f"{path} is not a finished engine of this project: {reason}", again)
-        settings = record.settings
-        built_for = (settings.get("backend"), settings.get("backend_version"), settings.get("arch"))
-        if built_for != (backend, version, arch):
-            found = " ".join(str(part) for part in built_for)
-            raise ToolError(f"{path} was built for {found}; this machine has {backend} {version} {arch}", again)
-
-    def _limits(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Least and largest shape of an input."""
-        assert self._engine is not None
-        shape = _extents(self._engine.get_tensor_shape(name))
-        if -1 not in shape:
-            return shape, shape
-        least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
-        return _extents(least), _extents(largest)
 
     def _run_once(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
-        assert self._context is not None and self._engine is not None
-        place = next(iter(inputs.values())).device
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        # Held until the stream is done: TensorRT keeps bare addresses, and a freed tensor's memory is given away again.
-        held = [self._bind_input(name, value) for name, value in inputs.items()]
-        missing = self._context.infer_shapes()
-        if missing:
-            raise RuntimeError(f"{self._path}: shapes are unknown for {missing}")
-        outputs = {}
-        for name in self.output_names:
-            shape = _extents(self._context.get_tensor_shape(name))
-            outputs[name] = torch.empty(shape, dtype=self._dtype(name), device="cuda")
-            self._bind(name, outputs[name])
-        self._stream.wait_stream(torch.cuda.current_stream())
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise ToolError(f"{self._path}: the GPU could not run it", "free GPU memory, or ask for fewer --seconds")
-        self._stream.synchronize()
-        held.clear()
-        return {name: value.to(place) for name, value in outputs.items()}
-
-    def _bind_input(self, name: str, value: Tensor) -> Tensor:
-        assert self._context is not None and self._engine is not None
-        on_gpu = value.to(device="cuda", dtype=self._dtype(name)).contiguous()
-        declared = _extents(self._engine.get_tensor_shape(name))
-        if on_gpu.dim() == 0 and declared:
-            on_gpu = on_gpu.reshape((1,) * len(declared))
-        shape = tuple(on_gpu.shape)
-        least, largest = self._limits(name)
-        inside = len(shape) == len(least) and all(
-            low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
-        )
-        if not inside or not self._context.set_input_shape(name, shape):
+        fitted = {name: self._fitted(name, inputs[name]) for name in self.input_names}
+        try:
+            return self._bound_to(fitted).run(fitted, self._capture)
+        except torch.cuda.OutOfMemoryError:
+            self._bound.clear()
             raise ToolError(
-                f"{name} has shape {list(shape)}; {self._path} serves {list(least)} to {list(largest)}",
-                "ask for another --seconds, or build the engine again with a wider profile",
-            )
-        self._bind(name, on_gpu)
-        return on_gpu
+                f"{self._path}: the GPU has no memory left for this length and number of rows",
+                "ask for fewer --seconds, a smaller --batch or --depth, or --free-models",
+            ) from None
 
-    def _bind(self, name: str, value: Tensor) -> None:
-        assert self._context is not None
-        if not self._context.set_tensor_address(name, value.data_ptr()):
-            raise RuntimeError(f"{self._path}: {name} has no place in the engine")
-
-    def _dtype(self, name: str) -> torch.dtype:
+    def _bound_to(self, inputs: Mapping[str, Tensor]) -> BoundContext:
+        """The context of these shapes, made if need be."""
         import torch
 
         assert self._engine is not None
-        kinds = self._trt.DataType
-        known = {
-            kinds.FLOAT: torch.float32,
-            kinds.HALF: torch.float16,
-            kinds.BF16: torch.bfloat16,
-            kinds.INT32: torch.int32,
-            kinds.INT64: torch.int64,
-        }
-        return known[self._engine.get_tensor_dtype(name)]
+        key = tuple(tuple(value.shape) for value in inputs.values())
+        if key in self._bound:
+            self._bound.move_to_end(key)
+            return self._bound[key]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        made = BoundContext(self._trt, self._engine, inputs, self._stream, str(self._path))
+        if self._scratch is None or self._scratch.numel() < made.scratch_bytes:
+            # The others, and their graphs, hold the address of the old one.
+            self._bound.clear()
+            self._scratch = None
+            self._scratch = torch.empty(max(made.scratch_bytes, 1), dtype=torch.uint8, device="cuda")
+        made.lend(self._scratch)
+        self._bound[key] = made
+        if len(self._bound) > MOST_BOUND:
+            self._bound.popitem(last=False)
+        return made
+
+    def _fitted(self, name: str, value: Tensor) -> Tensor:
+        """An input in the engine's type and number of axes, inside its limits."""
+        assert self._engine is not None
+        declared = extents(self._engine.get_tensor_shape(name))
+        if value.dim() == 0 and declared:
+            value = value.reshape((1,) * len(declared))  # a scalar may be declared as [] or [1]; both take one number
+        require_inside(self._path, name, tuple(value.shape), self._limits(name), self._rebuild)
+        return value.to(torch_type(self._trt, self._engine, name))
+
+    def _limits(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Least and largest shape of an input."""
+        assert self._engine is not None
+        shape = extents(self._engine.get_tensor_shape(name))
+        if -1 not in shape:
+            return shape, shape
+        least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+        return extents(least), extents(largest)
 
 
 def _require_cuda_torch() -> None:
@@ -166,5 +144,14 @@ def _require_cuda_torch() -> None:
         raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose --backend onnxruntime")
 
 
-def _extents(dims: trt.Dims) -> tuple[int, ...]:
-    return tuple(dims[axis] for axis in range(len(dims)))
+def _logger(module: Any) -> Any:
+    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log."""
+
+    class Logger(module.ILogger):
+        last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                self.last = message
+
+    return Logger()

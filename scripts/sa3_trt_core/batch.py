@@ -1,0 +1,56 @@
+"""One batch on its way to sound, and what batches share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.conditions import Features
+from sa3_trt_core.meter import Meter
+from sa3_trt_core.request import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOGETHER = 64  # rows whose texts and latents are held between the stages where models are freed
+REMEMBERED = 16  # texts and encoded sounds that rows of a ring may share
+
+
+@dataclass
+class Batch:
+    """One batch on its way to sound: rows whose batch_key is equal, and what has been found out of them so far."""
+
+    rows: Sequence[Request]
+    meter: Meter
+    features: Features = field(default_factory=dict)
+    inits: Sequence[Tensor | None] = ()
+    latents: Tensor | None = None
+
+
+class Known:
+    """Texts and sounds that are encoded already, so that each is encoded once; the oldest go first."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sounds: dict[tuple[Path, float, int], Tensor] = {}
+
+    def forget(self, most: int) -> None:
+        """Keep the latest `most` of each."""
+        for words in list(self.texts)[:-most]:
+            del self.texts[words]
+        for sound in list(self.sounds)[:-most]:
+            del self.sounds[sound]
+
+
+def blocks(groups: list[list[int]], most: int) -> Iterator[list[list[int]]]:
+    """Batches in blocks of at most `most` rows, or of one batch."""
+    block: list[list[int]] = []
+    for rows in groups:
+        if block and sum(map(len, block)) + len(rows) > most:
+            yield block
+            block = []
+        block.append(rows)
+    if block:
+        yield block

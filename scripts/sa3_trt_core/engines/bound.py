@@ -1,0 +1,140 @@
+"""One TensorRT execution context at one set of input shapes, with buffers of its own and, when clean, a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+    import torch
+    from torch import Tensor
+
+RUNS_BEFORE_CAPTURE = 2  # the first may still set things up
+
+
+class BoundContext:
+    """Runs one engine at fixed shapes. Its inputs and outputs are its own, so that their addresses never change.
+
+    Scratch memory is lent to it: contexts of one engine run one after the other and share it.
+    """
+
+    def __init__(
+        self, module: Any, engine: trt.ICudaEngine, inputs: Mapping[str, Tensor], stream: torch.cuda.Stream, label: str
+    ) -> None:
+        """`inputs` have the engine's types and the shapes to bind; `label` names the engine in messages.
+
+        Raises ToolError when the GPU has no memory for it, RuntimeError for what TensorRT should have taken.
+        """
+        context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise ToolError(f"no GPU memory for {label}", "free GPU memory, or ask for fewer --seconds")
+        self._context: trt.IExecutionContext = context
+        self._stream, self._label = stream, label
+        # Made anew, not like the inputs: those may lie in memory in another order than TensorRT reads.
+        self._inputs = {name: _buffer(tuple(value.shape), value.dtype) for name, value in inputs.items()}
+        for name, buffer in self._inputs.items():
+            if not context.set_input_shape(name, tuple(buffer.shape)):
+                raise RuntimeError(f"{label}: TensorRT refuses the shape {list(buffer.shape)} of {name}")
+            self._place(name, buffer)
+        missing = context.infer_shapes()
+        if missing:
+            raise RuntimeError(f"{label}: shapes are unknown for {missing}")
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self._outputs = {}
+        for name in names:
+            if name not in self._inputs:
+                shape, dtype = extents(context.get_tensor_shape(name)), torch_type(module, engine, name)
+                self._outputs[name] = _buffer(shape, dtype)
+                self._place(name, self._outputs[name])
+        self.scratch_bytes = int(context.update_device_memory_size_for_shapes())
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._runs = 0
+
+    def lend(self, scratch: Tensor) -> None:
+        """Give it the scratch memory (bytes on the GPU) that it works in; it must stay until the context is gone."""
+        self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
+
+    @property
+    def captured(self) -> bool:
+        """Whether it runs as a CUDA graph."""
+        return self._graph is not None
+
+    def run(self, inputs: Mapping[str, Tensor], capture: bool) -> dict[str, Tensor]:
+        """Outputs for inputs of the bound shapes, on the device of the first input. `capture` allows a CUDA graph."""
+        import torch
+
+        device = next(iter(inputs.values())).device
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, buffer in self._inputs.items():
+                buffer.copy_(inputs[name])
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._enqueue()
+            found = {name: buffer.to(device, copy=True) for name, buffer in self._outputs.items()}
+        self._stream.synchronize()
+        self._runs += 1
+        if capture and self._runs == RUNS_BEFORE_CAPTURE:
+            self._capture()
+        return found
+
+    def _capture(self) -> None:
+        """Keep a CUDA graph of the run if its replay gives, bit for bit, what the run itself has just given."""
+        import torch
+
+        wanted = {name: buffer.clone() for name, buffer in self._outputs.items()}
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Only this thread's calls may not disturb it: a ring decodes in another one.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._enqueue()
+            with torch.cuda.stream(self._stream):
+                for buffer in self._outputs.values():
+                    buffer.zero_()
+                graph.replay()
+            self._stream.synchronize()
+        except (RuntimeError, ToolError):
+            return  # it goes on as it did, without a graph
+        if all(torch.equal(buffer, wanted[name]) for name, buffer in self._outputs.items()):
+            self._graph = graph
+
+    def _enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise ToolError(f"{self._label}: the GPU could not run it", "free GPU memory, or ask for fewer --seconds")
+
+    def _place(self, name: str, buffer: Tensor) -> None:
+        if not self._context.set_tensor_address(name, buffer.data_ptr()):
+            raise RuntimeError(f"{self._label}: {name} has no place in the engine")
+
+
+def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory on the GPU that may be written in any mode: one made in inference mode may not be outside of it."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def extents(dims: trt.Dims) -> tuple[int, ...]:
+    """The sizes in a TensorRT shape."""
+    return tuple(dims[axis] for axis in range(len(dims)))
+
+
+def torch_type(module: Any, engine: trt.ICudaEngine, name: str) -> torch.dtype:
+    """The torch type of an engine's input or output."""
+    import torch
+
+    kinds = module.DataType
+    known = {
+        kinds.FLOAT: torch.float32,
+        kinds.HALF: torch.float16,
+        kinds.BF16: torch.bfloat16,
+        kinds.INT32: torch.int32,
+        kinds.INT64: torch.int64,
+    }
+    return known[engine.get_tensor_dtype(name)]
