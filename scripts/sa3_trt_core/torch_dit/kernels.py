@@ -133,6 +133,21 @@ def _attend(query, key, value, largest, total, gathered, scale, valid, masked: t
     return largest, total, gathered
 
 
+@triton.jit
+def _query(
+    query, at, channel, dim, ratio, gamma, here, epsilon, normed: tl.constexpr, has_ratio: tl.constexpr
+):  # fmt: skip
+    """One half's queries of a head in fp16, RMS-normed here if `normed`."""
+    value = tl.load(query + at + channel[None, :], mask=here, other=0.0)
+    if normed:
+        wide = value.to(tl.float32)
+        if has_ratio:
+            wide *= tl.load(ratio + channel)[None, :]
+        inverse = tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD + epsilon)
+        value = (wide * inverse[:, None] * tl.load(gamma + dim)[None, :]).to(tl.float16)
+    return value
+
+
 @triton.jit(do_not_specialize=["tokens", "keys"])
 def differential_attention(
     query, key, value, query_ratio, query_gamma, value_ratio, result, inverse_scale, tokens, keys, epsilon,
@@ -150,16 +165,8 @@ def differential_attention(
     here = (token < tokens)[:, None]
     first, second = head * HEAD + dim, (heads + head) * HEAD + dim
     at = (row * tokens + token)[:, None] * query_stride
-    one = tl.load(query + at + first[None, :], mask=here, other=0.0)
-    two = tl.load(query + at + second[None, :], mask=here, other=0.0)
-    if norm_query:
-        gamma = tl.load(query_gamma + dim)[None, :]
-        wide, wider = one.to(tl.float32), two.to(tl.float32)
-        if has_query_ratio:
-            wide *= tl.load(query_ratio + first)[None, :]
-            wider *= tl.load(query_ratio + second)[None, :]
-        one = (wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD + epsilon)[:, None] * gamma).to(tl.float16)
-        two = (wider * tl.rsqrt(tl.sum(wider * wider, axis=1) / HEAD + epsilon)[:, None] * gamma).to(tl.float16)
+    one = _query(query, at, first, dim, query_ratio, query_gamma, here, epsilon, norm_query, has_query_ratio)
+    two = _query(query, at, second, dim, query_ratio, query_gamma, here, epsilon, norm_query, has_query_ratio)
     scale = 0.125 * LOG2_E
     zero = tl.zeros([rows], dtype=tl.float32)
     s1, s2 = zero, zero
