@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -28,6 +29,7 @@ class Progress:
         self._shown_count = -1
         self._width = 0
         self._terminal = sys.stderr.isatty()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Progress:
         self._started = self._shown = time.monotonic()
@@ -44,12 +46,13 @@ class Progress:
             print(file=sys.stderr, flush=True)
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """Count `n` more; `note` is shown after the figures."""
-        self.count += n
-        self._note = note
-        every = REDRAW_EVERY_SECONDS if self._terminal else LINE_EVERY_SECONDS
-        if self.count >= self.total or time.monotonic() - self._shown >= every:
-            self._show()
+        """Count `n` more, from any thread; `note` is shown after the figures."""
+        with self._lock:
+            self.count += n
+            self._note = note
+            every = REDRAW_EVERY_SECONDS if self._terminal else LINE_EVERY_SECONDS
+            if self.count >= self.total or time.monotonic() - self._shown >= every:
+                self._show()
 
     def _show(self) -> None:
         self._shown = time.monotonic()

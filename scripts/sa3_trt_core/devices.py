@@ -40,6 +40,8 @@ def choose_devices(one: str | None, several: str | None) -> tuple[str, ...]:
 
 def use_device(name: str) -> None:
     """Let this process see one GPU, or none for cpu. Only before anything has asked the driver."""
+    if VISIBLE not in os.environ:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts; CUDA itself puts the fastest first
     os.environ[VISIBLE] = "" if name == CPU else _visible()[int(name)]
 
 

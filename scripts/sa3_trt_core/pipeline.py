@@ -133,7 +133,8 @@ class Generator(Closing):
 
         A sound is decoded while the others go on, and its place taken by the next of as many latent frames; requests of
         another length follow when those are done. Everything else may differ from row to row. The sounds are those of
-        `generate`. `on_stage` is called count_stages(requests, 1) times. Raises ToolError.
+        `generate`. `on_stage` is called count_stages(requests, 1) times, for the decoder from a thread of its own.
+        Raises ToolError.
         """
         if self._frees:
             raise ToolError("a ring needs all models at once", "leave --depth away, or --free-models")

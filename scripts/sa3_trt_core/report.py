@@ -20,6 +20,7 @@ class Totals:
     """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row.
 
     `elapsed` is the time from the first stage to the last file: what is decoded while others are sampled counts once.
+    Loading is no part of it, but for several devices, whose processes load as they come.
     """
 
     timings: dict[str, float] = field(default_factory=dict)
@@ -29,7 +30,7 @@ class Totals:
 
     @property
     def rate(self) -> float:
-        """Generations a second, loading not counted."""
+        """Generations a second."""
         return len(self.peaks) / self.elapsed if self.elapsed else 0.0
 
     def join(self, other: Totals, rows: Sequence[int]) -> None:
@@ -87,7 +88,7 @@ def show_result(
         return
     header = ["stage", "seconds", *(["GPU memory"] if totals.memory else [])]
     cells = [[stage, f"{totals.timings[stage]:.2f}"] for stage in order]
-    cells.append([f"all {len(requests)}, after loading", f"{totals.elapsed:.2f}"])
+    cells.append([f"all {len(requests)}, elapsed", f"{totals.elapsed:.2f}"])
     if totals.memory:
         for line in cells:
             used = totals.memory.get(line[0])
