@@ -50,6 +50,7 @@ WORDS = [
     "-",
     "*",
 ]
+NAMES = st.text(max_size=12) | st.sampled_from([*WORDS, "link.data", "../outside.data"])
 Edits = list[tuple[str, int, bytes]]
 KINDS = st.sampled_from(["set", "cut", "insert", "drop", "zero"])
 EDITS = st.lists(st.tuples(KINDS, st.integers(-4096, 1 << 24), st.binary(max_size=9)), max_size=6)
@@ -139,7 +140,7 @@ def doors(tiny: Path) -> list[Door]:
         Door("calibration sets", _bytes("a.calib.npz", calib.read_bytes()), calibration, EDITS),
         Door("zip bombs", _bomb, calibration, st.tuples(st.integers(0, LARGEST_CLAIM), st.integers(0, 1 << 26))),
         Door("ONNX protos", _bytes(half.onnx[0], proto, f"{half.onnx[0]}.data", onnx), network, EDITS),
-        Door("sidecar names", _sidecar(half.onnx[0]), network, st.text(max_size=12) | st.sampled_from(WORDS)),
+        Door("sidecar names", _sidecar(half.onnx[0]), network, NAMES),
         Door("sidecars", _bytes(f"{half.onnx[0]}.data", _start(onnx), half.onnx[0], onnx), network, EDITS),
         Door("WAV and FLAC", _bytes("a.wav", sound), lambda f: audio.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
         Door("model configs", _json("c.json", document), lambda f: geometry.load_geometry(f / "c.json"),
