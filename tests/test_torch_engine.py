@@ -216,7 +216,7 @@ def test_a_graph_of_another_precision_is_refused(tiny_fp8: Path, tmp_path: Path)
 def test_a_torn_engine_and_a_missing_one_say_how_to_build_it(tiny_fp8: Path, tiny_models: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_models, tmp_path / "models")
     engine = packed(tmp_path / "models", "sa3-m")
-    line = ["--prompt", "x", "--seconds", 1, "--backend", "torch", "--onnx-root", tiny_fp8]
+    line = ["--prompt", "x", "--seconds", 1, "--quiet", "--backend", "torch", "--onnx-root", tiny_fp8]
     line += ["--models-dir", tmp_path / "models", "--out", tmp_path / "a.wav"]
     engine.write_bytes(engine.read_bytes()[:-100])
     torn = run(sa3_trt.main, line)
