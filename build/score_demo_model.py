@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core.errors import Parser, integer_type, run_command
+from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
 from sa3_trt_core.shapes import MAX_BATCH
 
 FORMS = ("deployed", "request")
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     line = Parser(prog="score_demo_model.py", description=__doc__)
     line.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a native checkpoint")
     line.add_argument("--onnx-root", type=Path, metavar="ROOT", help="also compare its fp32 and FP16-mixed DiT there")
+    line.add_argument("--dit", type=Path, metavar="FILE", help="generate with this ONNX DiT, dit_fp8.onnx for example")
     line.add_argument("--prompts", type=integer_type(1, 1000), default=32, help="held-out captions (default 32)")
     line.add_argument("--seconds", type=integer_type(2, 30, "seconds"), default=10, help="a clip (default 10)")
     line.add_argument(
@@ -54,10 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.out:
         files.require_writable(args.out / "prompt_00_generated.wav", "--out")
+    if args.dit and not args.dit.is_file():
+        raise ToolError(f"--dit: {args.dit} is not there", "name a DiT made of the same checkpoint, or leave it out")
     graphs = score.rollout_graphs(args.onnx_root) if args.onnx_root else None
     timings: dict[str, float] = {}
     with timed(timings, "load"):
-        subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch)
+        subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch, args.dit)
     document = about(args)
     with timed(timings, "autoencoder"):
         loops = score.held_out_loops(subject, max(args.prompts, args.loops), args.form)
@@ -95,6 +98,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     names = ("prompts", "seconds", "loops", "steps", "batch", "seed", "form")
     return {
         "checkpoint": {name: files.sha256_of(args.checkpoint / name) for name in (CONFIG_FILE, WEIGHTS_FILE)},
+        "dit": {args.dit.name: files.sha256_of(args.dit)} if args.dit else None,
         "settings": {name: getattr(args, name) for name in names},
         "tools": manifest.tool_versions(TOOLS),
         "threads": torch.get_num_threads(),
@@ -115,7 +119,8 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
         shares = [f"{found[kind]['hits']}/{found['of']} {percent(found[kind]['rate'])}" for kind in
                   ("tempo", "key", "notes")]  # fmt: skip
         rows.append([LABELS[name], *shares])
-    yield table((f"{settings['prompts']} {settings['form']} captions", "tempo within 4 %", "key", "its notes"), rows)
+    what = ", ".join([f"{settings['prompts']} {settings['form']} captions", *(document["dit"] or ())])
+    yield table((what, "tempo within 4 %", "key", "its notes"), rows)
     bands = document["balance_db"]
     rows = [[LABELS[name], *map(cell, levels.values())] for name, levels in bands.items()]
     yield table(("level less the data's, dB", *bands["generated"]), rows)

@@ -17,6 +17,7 @@ from helpers.commands import listing, run, two_lines
 from reprompt import deployed_text
 from sa3_build.demo import score
 from sa3_build.demo.music import FIRST_HELD_OUT, draw_piece
+from sa3_trt_core import files
 
 SMALL = ["--prompts", 2, "--seconds", 2, "--steps", 2, "--loops", 3, "--batch", 2, "--seed", 5]
 Document = dict[str, Any]
@@ -98,7 +99,9 @@ def test_rollouts_of_the_two_graphs_agree(document: Document) -> None:
     assert rolled["met"] is True
 
 
-def test_rollouts_of_another_graph_do_not_agree(tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path) -> None:
+def test_another_graph_generates_other_clips_and_its_rollouts_do_not_agree(
+    document: Document, tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path
+) -> None:
     import onnx
     from onnx import numpy_helper
 
@@ -112,9 +115,14 @@ def test_rollouts_of_another_graph_do_not_agree(tiny_checkpoint: Path, tiny_onnx
     weight.CopyFrom(numpy_helper.from_array(0.5 * numpy_helper.to_array(weight), weight.name))
     half.unlink()
     onnx.save(graph, half)
-    rolled = scored(tiny_checkpoint, "--onnx-root", root)["rollouts"]
+    other = scored(tiny_checkpoint, "--onnx-root", root, "--dit", half)
+    rolled = other["rollouts"]
     assert rolled["worst"]["half"] < 0.999 < rolled["worst"]["export"]
     assert rolled["met"] is False
+    assert (document["dit"], other["dit"]) == (None, {half.name: files.sha256_of(half)})
+    assert other["autoencoder"] == document["autoencoder"]
+    for made, held in ((other[part], document[part]) for part in ("balance_db", "inpainting")):
+        assert made != held
 
 
 def test_the_first_clips_lie_beside_the_data(document: Document, out: Path) -> None:
@@ -180,6 +188,7 @@ def test_a_wrong_root_and_a_wrong_destination_are_said_before_any_work(tiny_chec
     before = listing(tmp_path)
     two_lines(run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--onnx-root", tmp_path]), "sa3-m/dit.onnx")
     two_lines(run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--out", tmp_path / "file"]), "--out")
+    two_lines(run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--dit", tmp_path / "no.onnx"]), "no.onnx")
     assert listing(tmp_path) == before
 
 

@@ -41,7 +41,7 @@ class TrainingPlan:
     latent_noise: float = 0.2  # most, in units of the latents' deviation: the decoder must survive a sampler's errors
     drop_condition: float = 0.1
     inpaint_share: float = 0.5
-    guidance: float = 3.0  # of the teacher
+    guidance: float = 2.0  # of the teacher
     average: float = 0.9995  # decay of the running mean of weights
     compile: bool = False
     lengths: tuple[int, ...] = field(default=())  # seconds; () is music.LENGTHS

@@ -229,7 +229,7 @@ def rollout_score(subject: Subject, loops: Sequence[Loop], seed: int, graphs: Se
     """
     rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
     with Progress("rollouts", (1 + len(graphs)) * len(rows) * subject.steps, "row steps") as progress:
-        made = [subject.latents(rows, on_step=progress.advance)]
+        made = [subject.latents(rows, subject.model, progress.advance)]
         for path in graphs:
             with DiTVelocity(OnnxRuntimeEngine(path)) as engine:
                 made.append(subject.latents(rows, engine, progress.advance))

@@ -15,7 +15,8 @@ from sa3_build.capture import CheckpointModel
 from sa3_build.contract import DecoderContract
 from sa3_build.geometry import load_geometry
 from sa3_trt_core import autoencoder, schedule, shapes
-from sa3_trt_core.engines.base import VelocityEngine
+from sa3_trt_core.engines.base import DiTVelocity, VelocityEngine
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.sampler import Conditioning, ping_pong, row_noise
 
 Pcm = NDArray[np.int16]
@@ -31,12 +32,16 @@ class Row:
 
 
 class Subject:
-    """A checkpoint folder, ready to generate clips of one length, `batch` rows at a time, in `steps` sampler steps."""
+    """A checkpoint folder, ready to generate clips of one length, `batch` rows at a time, in `steps` sampler steps.
 
-    def __init__(self, folder: Path, seconds: int, steps: int, batch: int) -> None:
+    `dit`, an ONNX graph made of the same checkpoint, takes the place of its own DiT.
+    """
+
+    def __init__(self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None) -> None:
         """Raises ToolError when a file is absent or does not fit."""
         config, weights = folder / native.CONFIG_FILE, folder / native.WEIGHTS_FILE
         self.model = CheckpointModel(config, weights, "cpu")
+        self._engine: VelocityEngine = DiTVelocity(OnnxRuntimeEngine(dit)) if dit else self.model
         geometry = load_geometry(config).autoencoder
         self._autoencoder = native.load_autoencoder(native.NativeWeights(weights), geometry)
         self._decoder = DecoderContract(self._autoencoder)
@@ -63,12 +68,12 @@ class Subject:
         engine: VelocityEngine | None = None,
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> torch.Tensor:
-        """Latents (rows, 256, L), by the checkpoint's own DiT unless another engine is given. Raises ToolError.
+        """Latents (rows, 256, L), by the subject's DiT unless another engine is given. Raises ToolError.
 
         `on_step(n)` is called after every sampler step of n rows.
         """
         parts = [rows[first : first + self.batch] for first in range(0, len(rows), self.batch)]
-        return torch.cat([self._batch(part, engine or self.model, on_step) for part in parts])
+        return torch.cat([self._batch(part, engine or self._engine, on_step) for part in parts])
 
     def _batch(self, rows: Sequence[Row], engine: VelocityEngine, on_step: Callable[[int], None]) -> torch.Tensor:
         noise = row_noise([row.seed for row in rows], shapes.LATENT_CHANNELS, self.frames)
