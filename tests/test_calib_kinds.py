@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from helpers import damage
 from helpers.commands import run
 from sa3_build import compare, graph, ptq, ranges
-from sa3_build.calib import CalibrationSet, tensors
-from sa3_build.calib_layout import KEYS, KINDS, row_shape
 from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.capture import CheckpointModel
 from sa3_build.recipe import report_path
 from sa3_trt_core import schedule, shapes
+from sa3_trt_core.calib import CalibrationSet, tensors
+from sa3_trt_core.calib_layout import KEYS, KINDS, row_shape
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa3_build.calib import CalibrationSet, ChosenRows, tensors
-from sa3_build.calib_layout import KINDS
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, tensors
+from sa3_trt_core.calib_layout import KINDS
+from sa3_trt_core.validation.measures import cosine, relative
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
@@ -86,18 +87,6 @@ def _pairs(
 def _put_together(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     """Worst and mean cosine, worst relative L2."""
     return min(c for c, _ in pairs), float(np.mean([c for c, _ in pairs])), max(r for _, r in pairs)
-
-
-def cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Cosine of two arrays taken as vectors; NaN when one has no length, which no gate lets pass."""
-    length = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(np.vdot(first, second) / length) if length else float("nan")
-
-
-def relative(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """||candidate - reference|| / ||reference||."""
-    length = float(np.linalg.norm(reference))
-    return float(np.linalg.norm(candidate - reference) / length) if length else float("nan")
 
 
 def parity_rows(parity: Sequence[SigmaParity | KindParity]) -> list[list[str]]:

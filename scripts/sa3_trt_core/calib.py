@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sa3_build import calib_layout
-from sa3_build.calib_layout import KEYS, KINDS, UNREADABLE, bad, row_shape, skip_header
+from sa3_trt_core import calib_layout
+from sa3_trt_core.calib_layout import KEYS, KINDS, UNREADABLE, bad, row_shape, skip_header
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
