@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
     line.add_argument("--list", action="store_true", help="show every target and leave")
     line.add_argument("--dry-run", action="store_true", help="show what would be built and leave; needs no GPU")
+    line.add_argument(
+        "--validate", action="store_true",
+        help="then compare each DiT with its reference (scripts/validate_fp8.py), reports in MODELS/validation",
+    )  # fmt: skip
     line.add_argument("--json", action="store_true", help="one JSON document on stdout")
     line.add_argument("--force", action="store_true", help="build even what is current")
     return line
@@ -51,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         return _show_plan(plan, backend, onnx_root, args.json)
 
     from sa3_build import compile as compiler
+    from sa3_build import validated
 
+    dits = validated.require_dits(chosen) if args.validate else []
     for target, arch, out in plan:
         compiler.require_arch(target, backend, arch)
         files.require_writable(out, "engine")
@@ -66,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
             built.append((target.name, arch, one))
             progress.advance(note=f"{target.name} {arch}")
     _report(built, args.json)
+    for target in dits:
+        out = validated.validate_target(target, backend, arches, onnx_root, models_dir)
+        print(f"{target.name} validated: {out}", file=sys.stderr)
     return 0
 
 
