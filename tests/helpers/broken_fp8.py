@@ -60,11 +60,15 @@ def uncalibrated_scales(model: onnx.ModelProto) -> None:
         set_values(product.activation_scale, np.asarray(1 / 448))
 
 
-def swapped_weights(model: onnx.ModelProto, first: int = 0) -> None:
-    """A product has the weight of the next one of its shape, and that one has its."""
+def swapped_weights(model: onnx.ModelProto) -> None:
+    """The first two products whose weights are of one shape have each other's, scales and all."""
     products = list(quantised(model))
-    one = products[first]
-    other = next(p for p in products[first + 1 :] if list(p.weight.dims) == list(one.weight.dims))
+    one, other = next(
+        (first, second)
+        for index, first in enumerate(products)
+        for second in products[index + 1 :]
+        if list(first.weight.dims) == list(second.weight.dims)
+    )
     for side in ("weight", "weight_scales"):
         left, right = getattr(one, side), getattr(other, side)
         left.raw_data, right.raw_data = bytes(right.raw_data), bytes(left.raw_data)
