@@ -56,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     line.add_argument("--work-dir", type=Path, metavar="D", help="for what lies between (default: beside the output)")
     line.add_argument("--keep-intermediates", action="store_true", help="leave the working folder where it is")
+    line.add_argument(
+        "--validate", action="store_true",
+        help="then scripts/validate_fp8.py: generations, their sound, gates and a page, in dit_fp8.onnx.validation",
+    )  # fmt: skip
     line.add_argument("--dry-run", action="store_true", help="check the inputs, print what it would take, and stop")
     line.add_argument("--force", action="store_true", help="build even if the artefact is current")
     return line
@@ -97,6 +101,10 @@ def main(argv: list[str] | None = None) -> int:
         _print(recipe.run(), args.onnx)
         if args.keep_intermediates:
             print(f"intermediate graphs: {recipe.work}")
+    if args.validate:
+        from sa3_build.validated import validate_graph
+
+        print(f"validated: {validate_graph(args.input, args.onnx, args.calib)}")
     if args.engine is not None and arch is not None:
         from sa3_build.compile import compile_engine
         from sa3_trt_core.targets import dit_target

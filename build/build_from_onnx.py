@@ -27,6 +27,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
     line.add_argument("--list", action="store_true", help="show every target and leave")
     line.add_argument("--dry-run", action="store_true", help="show what would be built and leave; needs no GPU")
+    line.add_argument(
+        "--validate", action="store_true",
+        help="then compare each DiT with its reference (scripts/validate_fp8.py), reports in MODELS/validation",
+    )  # fmt: skip
     line.add_argument("--json", action="store_true", help="one JSON document on stdout")
     line.add_argument("--force", action="store_true", help="build even what is current")
     line.add_argument(
@@ -59,8 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return _show_plan(plan, backend, onnx_root, args.json)
 
-    from sa3_build import build_many
+    from sa3_build import build_many, validated
 
+    dits = validated.require_dits(chosen) if args.validate else []
     options = build_many.Options(
         backend, onnx_root, args.revision, args.offline, args.force, args.best_of, args.engine_report, args.prebuilt
     )
@@ -70,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     documents = [outcome.by_name for outcome in outcomes]
     print(json.dumps(documents, indent=2) if args.json else build_many.summary(outcomes))
     build_many.require_all(outcomes)
+    for target in dits:
+        out = validated.validate_target(target, backend, arches, onnx_root, models_dir)
+        print(f"{target.name} validated: {out}", file=sys.stderr)
     return 0
 
 

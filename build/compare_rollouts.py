@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         files.require_writable(args.json, "document")
 
     from sa3_build import drift, graph
-    from sa3_build.calib import CalibrationSet
+    from sa3_trt_core.calib import CalibrationSet
 
     for path in (args.reference, *args.candidate):
         graph.require_contract(graph.load(path), "dit", path)

@@ -17,6 +17,7 @@ from sa3_trt_core import console, device, files, targets
 from sa3_trt_core.errors import GateError, Parser, integer_type, number_type, run_command
 
 PIECE = 10  # of the held-out ones: what the model is asked for
+VALIDATED, VALIDATED_SECONDS = 2, 5.0  # prompts and seconds of the short validation
 ENGINES = ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder")
 RTX_ARCHES = "sm_89,sm_120"
 MIN_COSINE = 0.99
@@ -90,9 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     prompt = asked_for(args.seconds)
     wavs = [_sound(demo, args, prompt, precision, root) for precision in ("fp16mixed", "fp8")]
 
+    page = _validation(demo, root, half, fp8)
     report = json.loads(report_path(fp8).read_text())
     _show(demo, report, engines)
     _tell(prompt, wavs)
+    print(f"Both, sound by sound and blind if you like: {page} (open it in a browser)")
     worst = report["stages"]["parity"]["worst"]
     if not worst >= MIN_COSINE:
         raise GateError(
@@ -111,6 +114,28 @@ def _sound(demo: Demo, args: argparse.Namespace, prompt: str, precision: str, ro
     return wav
 
 
+def _validation(demo: Demo, root: Path, half: Path, fp8: Path) -> Path:
+    """A short validation of the two DiTs, and its page to listen to; nothing is done where both are current."""
+    import validate_fp8
+
+    from sa3_trt_core import manifest
+
+    out = demo.work / "validation"
+    report, page = out / "report.json", out / "listen.html"
+    inputs = {path.name: str(manifest.identity(path)) for path in (half, fp8)}
+    prompts = [asked_for(VALIDATED_SECONDS, PIECE + number) for number in range(VALIDATED)]
+    settings = {"prompts": prompts, "seconds": VALIDATED_SECONDS}
+    if manifest.is_current(report, inputs, settings)[0]:
+        return page
+    texts = demo.work / "prompts.txt"
+    files.write_atomic_text(texts, "\n".join(prompts) + "\n")
+    line = ["--onnx-root", str(root), "--backend", "onnxruntime", "--prompts-file", str(texts), "--html"]
+    line += ["--seconds", str(VALIDATED_SECONDS), "--extra", "1", "--out", str(out)]
+    demo.stage("validation and page", validate_fp8.main, line, out)
+    manifest.write_manifest(report, "validation", [report, page], inputs, settings)
+    return page
+
+
 def _engines(demo: Demo, root: Path, models: Path) -> str:
     """Compile the demo's engines: for this machine's GPU with TensorRT, else for two GPUs with TensorRT-RTX."""
     import build_from_onnx
@@ -126,12 +151,12 @@ def _engines(demo: Demo, root: Path, models: Path) -> str:
     return demo.stage("engines", build_from_onnx.main, [*ENGINES, *line], models)
 
 
-def asked_for(seconds: float) -> str:
+def asked_for(seconds: float, piece: int = PIECE) -> str:
     """The caption of a piece that the model has not seen, at this length."""
     from reprompt import deployed_text
     from sa3_build.demo.music import FIRST_HELD_OUT, draw_piece
 
-    return deployed_text(dataclasses.replace(draw_piece(FIRST_HELD_OUT + PIECE).example(), seconds=seconds))
+    return deployed_text(dataclasses.replace(draw_piece(FIRST_HELD_OUT + piece).example(), seconds=seconds))
 
 
 def _tell(prompt: str, wavs: list[Path]) -> None:

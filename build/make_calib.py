@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     import reprompt
-    from sa3_build import calib, coverage
+    from sa3_build import coverage
     from sa3_build.calib_writer import CalibrationWriter
     from sa3_build.capture import CaptureSettings, CheckpointModel, capture, choose_prompts
-    from sa3_trt_core import files, locks, manifest
+    from sa3_trt_core import calib, files, locks, manifest
     from sa3_trt_core.console import format_bytes
 
     files.require_writable(args.out, "calibration set")

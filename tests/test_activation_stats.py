@@ -16,9 +16,9 @@ from build_dit_fp8 import DEFAULT_HEADROOM
 from helpers.commands import Done, listing, run, two_lines
 from sa3_build import graph, ptq
 from sa3_build.activation_stats import FIGURES, Subject, aggregate, table_of
-from sa3_build.calib import CalibrationSet, tensors
 from sa3_build.product_kinds import KINDS, places
 from sa3_build.recipe import report_path
+from sa3_trt_core.calib import CalibrationSet, tensors
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import find_target
 

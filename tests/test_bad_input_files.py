@@ -260,7 +260,7 @@ def test_a_bad_calibration_set_is_named(tiny_onnx: Path, tiny_calib: Path, tmp_p
 
 def test_the_unspoilt_set_is_taken(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path) -> None:
     """What the faults above are cut from is good when it is written the same way: each fault is the only one."""
-    from sa3_build.calib import CalibrationSet
+    from sa3_trt_core.calib import CalibrationSet
 
     shutil.copyfile(tiny_calib, tmp_path / "copy.npz")
     with np.load(tiny_calib) as good:

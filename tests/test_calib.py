@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.commands import kill_when, run
-from sa3_build.calib import CalibrationSet
-from sa3_build.calib_layout import KEYS, row_shape
 from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.capture import CheckpointModel
 from sa3_trt_core import manifest, schedule, shapes
+from sa3_trt_core.calib import CalibrationSet
+from sa3_trt_core.calib_layout import KEYS, row_shape
 from sa3_trt_core.sampler import denoised
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from helpers import damage
 from helpers.commands import run
 from sa3_build import compare, graph, ptq, ranges
-from sa3_build.calib import CalibrationSet, tensors
-from sa3_build.calib_layout import KEYS, KINDS, row_shape
 from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.capture import CheckpointModel
 from sa3_build.recipe import report_path
 from sa3_trt_core import schedule, shapes
+from sa3_trt_core.calib import CalibrationSet, parity_selection, tensors
+from sa3_trt_core.calib_layout import KEYS, KINDS, row_shape
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
 
@@ -298,5 +298,5 @@ def test_parity_rows_hold_every_kind_and_sigma(covering: Path) -> None:
         assert chosen.rows == (16 if limit == 100 else 8)
         assert chosen.lengths() == [calibration.lengths()[index] for index in sorted(chosen.indices)]
     kinds, sigmas = ["text"] * 40 + ["null"] * 8, [1.0, 0.5] * 24
-    found = Counter(kinds[index] for index in compare.parity_selection(sigmas, 16, kinds))
+    found = Counter(kinds[index] for index in parity_selection(sigmas, 16, kinds))
     assert found == {"text": 8, "null": 8}

@@ -13,6 +13,7 @@ import pytest
 from sa3_build.demo import listen
 from sa3_build.demo.music import FIRST_HELD_OUT, PROGRESSIONS, SCALES, draw_piece
 from sa3_build.demo.synth import render
+from sa3_trt_core import spectra
 from sa3_trt_core.shapes import SAMPLE_RATE
 
 SECONDS = 8
@@ -188,11 +189,11 @@ def read_png(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 def test_a_spectrogram_shows_when_and_where_a_tone_sounds(tmp_path: Path) -> None:
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     tone = np.where(time < 1.0, np.sin(2 * np.pi * 800.0 * time), 0.0)
-    listen.spectrogram_png(tmp_path / "new" / "a.png", np.stack([tone, tone]))
+    spectra.spectrogram_png(tmp_path / "new" / "a.png", np.stack([tone, tone]))
     shades, colours = read_png((tmp_path / "new" / "a.png").read_bytes())
     height, width = shades.shape
     row = int(np.argmax(shades[:, width // 4]))
-    low, high = listen.PICTURE_RANGE
+    low, high = spectra.PICTURE_RANGE
     pitch = low * (high / low) ** ((height - row - 0.5) / height)
     assert pitch == pytest.approx(800.0, rel=0.05)
     assert shades.max() == 255 and shades[row, : width // 2 - 8].min() > 240
@@ -202,6 +203,6 @@ def test_a_spectrogram_shows_when_and_where_a_tone_sounds(tmp_path: Path) -> Non
 
 
 def test_silence_is_a_black_picture(tmp_path: Path) -> None:
-    listen.spectrogram_png(tmp_path / "a.png", np.zeros((SAMPLE_RATE, 2)))
+    spectra.spectrogram_png(tmp_path / "a.png", np.zeros((SAMPLE_RATE, 2)))
     shades, colours = read_png((tmp_path / "a.png").read_bytes())
     assert not colours[np.unique(shades)].any()

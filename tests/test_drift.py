@@ -13,9 +13,9 @@ import pytest
 
 from helpers.commands import Done, run, two_lines
 from sa3_build import drift
-from sa3_build.calib import CalibrationSet
 from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.recipe import report_path
+from sa3_trt_core.calib import CalibrationSet
 from sa3_trt_core.targets import dit_target
 
 HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))

@@ -16,12 +16,12 @@ import torch
 
 from helpers.commands import kill_when, run
 from sa3_build import graph, proof, ptq
-from sa3_build.calib import CalibrationSet
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.recipe import report_path
 from sa3_trt_core import manifest
+from sa3_trt_core.calib import CalibrationSet
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
 

@@ -19,11 +19,11 @@ from helpers import published_half, published_style
 from helpers.commands import listing, run, two_lines
 from helpers.placed import clean, placed_scales
 from sa3_build import compare, graph, ptq
-from sa3_build.calib import tensors
 from sa3_build.half_recipe import check_rows
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.passes.lift import reasons_to_lift
 from sa3_build.recipe import report_path
+from sa3_trt_core.calib import tensors
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
 

@@ -16,10 +16,10 @@ from conftest import made, onnx_of
 from helpers import published_style
 from helpers.placed import placed_amax, placed_scales
 from sa3_build import compare, graph
-from sa3_build.calib import CalibrationSet, tensors
 from sa3_build.half_recipe import check_rows
 from sa3_build.passes.islands import rms_norms
 from sa3_build.recipe import report_path
+from sa3_trt_core.calib import CalibrationSet, tensors
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
 DEPTH = 1

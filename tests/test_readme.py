@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -77,6 +78,13 @@ def test_the_demo_shows_stages_parity_and_engines(demo: str, checkout: Path) -> 
         for arch in ("sm_89", "sm_120"):
             engine = paths.engine_path(Path("output/demo/models"), arch, find_target(name), "tensorrt_rtx")
             assert str(engine) in demo and (checkout / engine).stat().st_size > 100_000
+
+
+def test_the_demo_leaves_a_page_to_listen_to(demo: str, checkout: Path) -> None:
+    page = checkout / "output/demo/validation/listen.html"
+    assert page.stat().st_size > 1_000_000 and str(page.relative_to(checkout)) in demo
+    report = json.loads(page.with_name("report.json").read_text())
+    assert report["candidate"]["name"] == "fp8" and all(gate["passed"] for gate in report["gates"])
 
 
 def test_a_second_demo_makes_nothing_again(demo: str, checkout: Path) -> None:

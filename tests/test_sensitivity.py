@@ -13,14 +13,14 @@ import pytest
 
 from helpers.commands import ROOT, kill_when, listing, run, two_lines
 from sa3_build import compare, frontier, graph, ptq, published_recipe
-from sa3_build.calib import CalibrationSet
-from sa3_build.calib_layout import Layout
 from sa3_build.frontier import Effect
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
 from sa3_build.recipe import report_path
 from sa3_build.switchable import SwitchableDit, Unit
 from sa3_trt_core import manifest
+from sa3_trt_core.calib import CalibrationSet
+from sa3_trt_core.calib_layout import Layout
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from sa3_build import compare, graph, ptq
 from sa3_build.accepted import require_half
-from sa3_build.calib import CalibrationSet, ChosenRows, tensors
 from sa3_build.product_kinds import KINDS, places
 from sa3_build.recipe import input_digests
 from sa3_build.tally import Statistics, Tally
 from sa3_trt_core import manifest, shapes
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sa3_build.calib_layout import FLAT, FRAMES, KEYS, KIND, KINDS, is_ragged, member_shape
 from sa3_trt_core import files
+from sa3_trt_core.calib_layout import FLAT, FRAMES, KEYS, KIND, KINDS, is_ragged, member_shape
 
 CHUNK = 1 << 20
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same rows give the same bytes

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa3_build.calib import CalibrationSet, ChosenRows, tensors
-from sa3_build.calib_layout import KINDS
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, representative, tensors
+from sa3_trt_core.calib_layout import KINDS
+from sa3_trt_core.validation.measures import cosine, relative
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
@@ -88,18 +89,6 @@ def _put_together(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, f
     return min(c for c, _ in pairs), float(np.mean([c for c, _ in pairs])), max(r for _, r in pairs)
 
 
-def cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Cosine of two arrays taken as vectors; NaN when one has no length, which no gate lets pass."""
-    length = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(np.vdot(first, second) / length) if length else float("nan")
-
-
-def relative(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """||candidate - reference|| / ||reference||."""
-    length = float(np.linalg.norm(reference))
-    return float(np.linalg.norm(candidate - reference) / length) if length else float("nan")
-
-
 def parity_rows(parity: Sequence[SigmaParity | KindParity]) -> list[list[str]]:
     """Table cells: sigma or kind, rows, worst and mean cosine, worst relative L2."""
     return [
@@ -115,23 +104,6 @@ PARITY_HEADER = ("sigma", "rows", "worst cosine", "mean cosine", "worst rel L2")
 KIND_HEADER = ("rows are", *PARITY_HEADER[1:])
 
 
-def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
-    """Which rows stand for a set: at most `limit`, but one at least of every kind at every sigma.
-
-    The same number of each, spread over the set; `kinds` is that of every row, none given where there is one only.
-    """
-    groups: dict[tuple[str, float], list[int]] = {}
-    for index, (kind, sigma) in enumerate(zip(kinds or [""] * len(sigmas), sigmas, strict=True)):
-        groups.setdefault((kind, round(sigma, 6)), []).append(index)
-    each = max(1, limit // len(groups))
-    chosen: set[int] = set()
-    for number, members in enumerate(groups.values()):
-        step = max(1, len(members) // each)
-        first = number % step  # other prompts, masks and lengths at the next sigma
-        chosen.update(members[first::step][:each])
-    return chosen
-
-
 def parity_rows_of(calibration: CalibrationSet, limit: int) -> ChosenRows:
     """The rows that the parity runs on."""
-    return ChosenRows(calibration, frozenset(parity_selection(calibration.sigmas(), limit, calibration.kinds())))
+    return representative(calibration, limit)

@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sa3_build import compare, graph
-from sa3_build.calib import CalibrationSet, ChosenRows, Row, tensors
 from sa3_build.passes.islands import SCALAR_INPUTS
 from sa3_build.ptq import dequantizers
 from sa3_trt_core import sampler, schedule
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, Row, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.validation.disturbed import Perturbed, off_by, started
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sa3_trt_core.engines.base import VelocityEngine
 
 CONTROLS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # relative L2 of what is added to what the DiT reads
 EVERY_STEP, START = "every-step", "start"  # where: at each step, or to the start alone, which ping-pong soon replaces
@@ -113,31 +116,17 @@ class DriftStudy:
         row = tensors(self._starts[index])
         shape = row["x"].shape[1:]
         noise, directions = sampler.row_noise([index], *shape), sampler.row_noise([OTHER_SEEDS + index], *shape)
-        start, dit = row["x"], DiTVelocity(engine)
+        start = row["x"]
+        plain = DiTVelocity(engine)
+        dit: VelocityEngine = plain
         if size and self._perturb == START:
-            start = _off_by(start, size, next(directions))
+            start = off_by(start, size, next(directions))
         elif size:
-            dit = _Perturbed(engine, size, directions)
+            dit = Perturbed(plain, size, directions)
         latent = sampler.ping_pong(
-            dit, _from(start, noise), self._steps, _conditioning(row), lambda *_: progress.advance()
+            dit, started(start, noise), self._steps, _conditioning(row), lambda *_: progress.advance()
         )
         return latent.numpy().astype(np.float64)
-
-
-class _Perturbed(DiTVelocity):
-    """A DiT that reads an x which is off by a fixed share of its length, in a fresh direction at every step."""
-
-    def __init__(self, engine: Any, size: float, directions: Iterator[Tensor]) -> None:
-        super().__init__(engine)
-        self._size, self._directions = size, directions
-
-    def velocity(self, x: Tensor, t: Tensor, cond: sampler.Conditioning) -> Tensor:
-        """Velocity of the perturbed x."""
-        return super().velocity(_off_by(x, self._size, next(self._directions)), t, cond)
-
-
-def _off_by(x: Tensor, size: float, direction: Tensor) -> Tensor:
-    return x + direction * (size * x.norm() / direction.norm())
 
 
 def equivalent(drift: float, controls: Sequence[float], sizes: Sequence[float] = CONTROLS) -> float:
@@ -245,13 +234,6 @@ def _engine(path: Path) -> Any:
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(path)
-
-
-def _from(start: Tensor, noise: Any) -> Any:
-    """The draws of a generation that begins at `start`: the first draw of `noise` is passed over."""
-    next(noise)
-    yield start
-    yield from noise
 
 
 def _conditioning(row: Mapping[str, Tensor]) -> sampler.Conditioning:

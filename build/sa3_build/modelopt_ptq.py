@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sa3_build.calib import CalibrationSet
 from sa3_build.ptq import Selection
+from sa3_trt_core.calib import CalibrationSet
 from sa3_trt_core.console import Progress
 
 

@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph
-from sa3_build.calib import CalibrationSet, ChosenRows, tensors
 from sa3_build.passes.base import GraphNotRecognised, described
 from sa3_build.passes.fp8_weights import E4M3_MAX
 from sa3_build.passes.islands import LATENT, SCALAR_INPUTS
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import GateError, ToolError
 

@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph, ptq
-from sa3_build.calib import CalibrationSet, ChosenRows
 from sa3_build.passes.fp8_weights import E4M3_MAX
+from sa3_trt_core.calib import CalibrationSet, ChosenRows
 
 HEADROOM = E4M3_MAX / 36  # its activation scales are amax / 36
 ROWS = 16  # it calibrates again on the last rows only

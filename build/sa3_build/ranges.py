@@ -10,9 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph, ptq
-from sa3_build.calib import CalibrationSet, ChosenRows, tensors
-from sa3_build.calib_layout import KINDS
 from sa3_build.passes.fp8_weights import E4M3_MAX
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, tensors
+from sa3_trt_core.calib_layout import KINDS
 from sa3_trt_core.console import Progress
 
 SMALLEST_NORMAL = 2.0**-6  # of E4M3: what is smaller, after scaling, keeps fewer than its three bits of mantissa

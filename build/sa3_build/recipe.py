@@ -30,7 +30,6 @@ from sa3_build import (
     sensitivity,
 )
 from sa3_build.accepted import needs_of, require_half
-from sa3_build.calib import CalibrationSet, ChosenRows, summary
 from sa3_build.linked import save_linked
 from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
@@ -40,6 +39,7 @@ from sa3_build.passes.islands import find_dit_islands
 from sa3_build.settings import Settings
 from sa3_build.stages import Stage, WorkingFolder
 from sa3_trt_core import console, files, locks, manifest
+from sa3_trt_core.calib import CalibrationSet, ChosenRows, summary
 from sa3_trt_core.errors import GateError
 
 REPORT_SUFFIX = ".report.json"

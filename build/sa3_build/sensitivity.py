@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from sa3_build import compare, frontier, graph, product_kinds, ptq
-from sa3_build.calib import ChosenRows, Row
 from sa3_build.frontier import Effect, Point
 from sa3_build.product_kinds import Place
 from sa3_build.settings import Settings
 from sa3_build.switchable import SwitchableDit
+from sa3_trt_core.calib import ChosenRows, Row
 from sa3_trt_core.console import Progress, table
 from sa3_trt_core.errors import GateError
 

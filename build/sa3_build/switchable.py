@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph, ptq
-from sa3_build.calib import Row, tensors
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.insert_qdq import InsertQuantizers
+from sa3_trt_core.calib import Row, tensors
 
 SWITCHES = "quantised"  # the further graph input: int64 (U,), 1 for each unit that shall run in FP8
 

@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build import adoption, graph, ptq
-from sa3_build.calib import CalibrationSet
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
 from sa3_build.product_kinds import Place, places
+from sa3_trt_core.calib import CalibrationSet
 
 Scales = tuple[float, np.ndarray]
 

@@ -1,4 +1,4 @@
-"""What can be heard and seen in a clip with nothing but NumPy: tempo, key, nearness to another clip, spectrogram.
+"""What can be heard in a clip with nothing but NumPy: tempo, key, nearness to another clip.
 
 The estimators know the common practice of dance loops that music.py follows (four beats a bar, diatonic keys, a loop
 that opens on its tonic chord) and the octave of its tempos; they never see a caption.
@@ -6,46 +6,38 @@ that opens on its tonic chord) and the octave of its tempos; they never see a ca
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from sa3_build.demo.music import SCALES, TEMPOS
-from sa3_trt_core import files
-from sa3_trt_core.shapes import SAMPLE_RATE
+from sa3_trt_core.spectra import (
+    BAND_EDGES,
+    PICTURE_WINDOW,
+    Floats,
+    chroma,
+    mono,
+    onset_strength,
+    spectra,
+    standard,
+)
 
-Floats = NDArray[np.float64]
 Key = tuple[int, str]  # tonic 0..11 from C, and the name of a scale
 
 # Tempo. The search ends short of an octave: a tempo and its double must never both be candidates.
 SLOWEST, FASTEST = 0.988 * TEMPOS[0], 1.008 * TEMPOS[-1]  # beats a minute
 TEMPO_STEP = 0.25  # of the grid; the best point is refined
-ONSET_SECONDS, ONSET_HOPS = 0.023, 4  # window of the spectra, and windows that overlap
-BAND_EDGES = (20.0, 120.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16_000.0)  # Hz
-COMPRESSION = 100.0  # of magnitudes, before the logarithm
 REPEATS = {0.5: 0.5, 1.0: 1.0, 2.0: 1.0, 4.0: 1.0}  # lag in beats -> weight; four beats are a bar
 LONGEST_LAG = 0.75  # of the clip: longer lags compare too little with too little
 PULSES = (1, 2, 4)  # a beat: quarter notes, eighths, sixteenths
 SPECTRUM_SIZE = 1 << 15  # points of the onsets' spectrum, at least: finer than any two tempos of the grid
 
 # Key.
-CHROMA_SECONDS, CHROMA_HOPS = 0.186, 4
-CHROMA_RANGE = (60.0, 2000.0)  # Hz: the notes, not the cymbals
 OPENING_SECONDS = 60.0 / TEMPOS[-1] * 4  # the shortest bar: its chord is the tonic's in every piece
 TRIADS = {"major": (0, 4, 7), "minor": (0, 3, 7)}
-QUIET = 1e-6  # a magnitude that nobody hears; a clip that never exceeds it is silent
-
-# Spectrogram.
-PICTURE_WINDOW, PICTURE_HOP = 4096, 512  # samples: 86 columns a second
-PICTURE_ROWS, PICTURE_RANGE = 240, (40.0, 16_000.0)  # Hz, bottom to top, evenly spaced in pitch
-PICTURE_DECIBELS = 80.0  # from the brightest colour down to black
-COLOURS = ((0, 0, 0), (60, 15, 110), (170, 40, 110), (245, 120, 40), (255, 250, 190))  # evenly spaced, dark to bright
 
 
 def estimate_tempo(samples: ArrayLike, sample_rate: float) -> float | None:
@@ -56,13 +48,13 @@ def estimate_tempo(samples: ArrayLike, sample_rate: float) -> float | None:
     the strength of their pulse at one, two and four a beat. One errs where the other does not, so their sum counts
     (Peeters 2007, "Template-based estimation of time-varying tempo"); its maximum is refined by a parabola.
     """
-    onsets, rate = _onsets(_mono(samples), sample_rate)
+    onsets, rate = onset_strength(mono(samples), sample_rate)
     tempos = np.arange(SLOWEST, FASTEST, TEMPO_STEP)
     beats = LONGEST_LAG * len(onsets) / rate * SLOWEST / 60.0
     if beats < 1.0 or not onsets.any():
         return None
     repeats = _repeats(onsets, rate, tempos, {lag: weight for lag, weight in REPEATS.items() if lag <= beats})
-    score = _standard(repeats) + _standard(_pulses(onsets, rate, tempos))
+    score = standard(repeats) + standard(_pulses(onsets, rate, tempos))
     return float(tempos[0] + TEMPO_STEP * _refined_peak(score))
 
 
@@ -73,13 +65,13 @@ def estimate_key(samples: ArrayLike, sample_rate: float) -> Key | None:
     plus that of its tonic triad with the chroma of the opening. Correlating chroma with a profile a key is
     Krumhansl and Schmuckler's method (Krumhansl 1990); the profiles here are the scale's and the triad's own notes.
     """
-    chroma, rate = _chroma(_mono(samples), sample_rate)
-    if not chroma.any():
+    pitches, rate = chroma(mono(samples), sample_rate)
+    if not pitches.any():
         return None
-    opening = chroma[: max(1, round(OPENING_SECONDS * rate))]
+    opening = pitches[: max(1, round(OPENING_SECONDS * rate))]
     best: tuple[float, Key] = (-np.inf, (0, "major"))
     for mode, scale in SCALES.items():
-        likeness = _correlations(chroma.sum(axis=0), scale) + _correlations(opening.sum(axis=0), TRIADS[mode])
+        likeness = _correlations(pitches.sum(axis=0), scale) + _correlations(opening.sum(axis=0), TRIADS[mode])
         tonic = int(np.argmax(likeness))
         best = max(best, (float(likeness[tonic]), (tonic, mode)))
     return best[1]
@@ -114,7 +106,7 @@ def band_levels(samples: ArrayLike, sample_rate: float) -> dict[str, float]:
 
     samples (N, 2), (2, N) or (N,); 0 dB is a sine of amplitude 1; silence is -inf.
     """
-    power = np.square(spectra(_mono(samples), PICTURE_WINDOW, PICTURE_WINDOW // 2)).mean(axis=0)
+    power = np.square(spectra(mono(samples), PICTURE_WINDOW, PICTURE_WINDOW // 2)).mean(axis=0)
     edges = np.searchsorted(np.fft.rfftfreq(PICTURE_WINDOW, 1.0 / sample_rate), BAND_EDGES)
     bands = {f"{low:g}-{high:g} Hz": (first, last) for (low, high), (first, last) in
              zip(pairwise(BAND_EDGES), pairwise(edges), strict=True)}  # fmt: skip
@@ -122,69 +114,6 @@ def band_levels(samples: ArrayLike, sample_rate: float) -> dict[str, float]:
     with np.errstate(divide="ignore"):
         # A sine's power lies in about 1.5 bins of a Hann window.
         return {name: float(10.0 * np.log10(power[first:last].sum() / 1.5)) for name, (first, last) in bands.items()}
-
-
-def spectrogram_png(path: Path, samples: ArrayLike, sample_rate: float = SAMPLE_RATE) -> None:
-    """Write a picture of a clip, atomically: time to the right, pitch upwards, loudness from black to pale yellow.
-
-    samples (N, 2), (2, N) or (N,). Levels are in dB below the loudest point, a power mean over each row's frequencies.
-    """
-    power = np.square(spectra(_mono(samples), PICTURE_WINDOW, PICTURE_HOP))
-    below = np.pad(np.cumsum(power, axis=1), ((0, 0), (1, 0)))  # power below the lower edge of every bin
-    edges = np.geomspace(*PICTURE_RANGE, PICTURE_ROWS + 1) * PICTURE_WINDOW / sample_rate + 0.5
-    bins = np.arange(below.shape[1])
-    rows = np.stack([np.diff(np.interp(edges, bins, frame)) / np.diff(edges) for frame in below], axis=1)
-    levels = 10.0 * np.log10(np.maximum(rows, QUIET**4) / max(float(rows.max()), QUIET**2))
-    shades = np.round(255.0 * np.clip(1.0 + levels / PICTURE_DECIBELS, 0.0, 1.0)).astype(np.uint8)
-    stops = np.linspace(0, 255, len(COLOURS))
-    palette = [np.interp(np.arange(256), stops, channel) for channel in np.transpose(COLOURS)]
-    files.write_atomic_bytes(path, png(shades[::-1], np.round(np.stack(palette, axis=1)).astype(np.uint8)))
-
-
-def png(shades: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
-    """A PNG file of palette indices (height, width) and colours (256, 3). Source: W3C PNG, 3rd edition."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = shades.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette, no interlace
-    lines = np.pad(shades, ((0, 0), (1, 0)))  # each line begins with its filter: none
-    body = zlib.compress(lines.tobytes(), 9)
-    parts = ((b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", body), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
-
-
-def spectra(mono: Floats, size: int, hop: int) -> Floats:
-    """Magnitudes (frames, size / 2 + 1) of Hann windows every `hop` samples, the first centred on the first sample.
-
-    A sine of amplitude 1 has a peak of about 1.
-    """
-    padded = np.pad(mono, (size // 2, size // 2))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
-    return np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) / (size / 4)
-
-
-def _mono(samples: ArrayLike) -> Floats:
-    """The mean of the channels; the shorter axis is that of the channels."""
-    array = np.asarray(samples, dtype=np.float64)
-    if array.ndim not in (1, 2) or not array.size:
-        raise ValueError(f"samples (N, 2), (2, N) or (N,) wanted, not {array.shape}")
-    return array if array.ndim == 1 else array.mean(axis=int(np.argmin(array.shape)))
-
-
-def _onsets(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
-    """How much begins at every moment in every band that is alive, (frames, bands), and frames a second.
-
-    Each band has mean 0 and deviation 1 over the clip.
-    """
-    size = _window(ONSET_SECONDS, sample_rate)
-    hop = size // ONSET_HOPS
-    louder = np.maximum(np.diff(np.log1p(COMPRESSION * spectra(mono, size, hop)), axis=0), 0.0)
-    edges = np.searchsorted(np.fft.rfftfreq(size, 1.0 / sample_rate), BAND_EDGES)
-    bands = [louder[:, low:high].mean(axis=1) for low, high in pairwise(edges) if high > low]
-    alive = [_standard(band) for band in bands if band.std() > QUIET]
-    return np.stack(alive, axis=1) if alive else np.zeros((len(louder), 1)), sample_rate / hop
 
 
 def _repeats(onsets: Floats, rate: float, tempos: Floats, weights: Mapping[float, float]) -> Floats:
@@ -206,11 +135,6 @@ def _pulses(onsets: Floats, rate: float, tempos: Floats) -> Floats:
     return np.sum([np.interp(pulse * tempos / 60.0, frequencies, strength) for pulse in PULSES], axis=0)
 
 
-def _standard(values: Floats) -> Floats:
-    """The values at mean 0 and deviation 1."""
-    return (values - values.mean()) / values.std()
-
-
 def _refined_peak(score: Floats) -> float:
     """The position of the highest point of a curve, between its samples."""
     top = int(np.argmax(score))
@@ -219,29 +143,6 @@ def _refined_peak(score: Floats) -> float:
     before, here, after = score[top - 1 : top + 2]
     bend = before - 2.0 * here + after
     return top + (0.5 * (before - after) / bend if bend < 0.0 else 0.0)
-
-
-def _chroma(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
-    """Magnitude of every pitch class, C first, in every frame (frames, 12), and frames a second.
-
-    Only local peaks of the spectrum count, at their interpolated frequency, the less the further they lie from a
-    tempered note: drums have few peaks and out-of-tune ones.
-    """
-    size = _window(CHROMA_SECONDS, sample_rate)
-    hop = size // CHROMA_HOPS
-    low, high = (int(edge * size / sample_rate) for edge in CHROMA_RANGE)
-    levels = spectra(mono, size, hop)[:, low : high + 3]
-    before, here, after = (np.log(levels[:, i : levels.shape[1] - 2 + i] + QUIET) for i in range(3))
-    frame, column = np.nonzero((here > before) & (here >= after) & (levels[:, 1:-1] > QUIET))
-    left, middle, right = (side[frame, column] for side in (before, here, after))
-    offset = 0.5 * (left - right) / (left - 2.0 * middle + right)
-    pitch = 69.0 + 12.0 * np.log2((low + 1 + column + offset) * sample_rate / size / 440.0)
-    nearest = np.round(pitch)
-    weight: Floats = levels[frame, column + 1] * np.cos(np.pi * (pitch - nearest))
-    cell = frame * 12 + nearest.astype(np.int64) % 12
-    chroma = np.zeros(12 * len(levels))
-    np.add.at(chroma, cell, weight)
-    return chroma.reshape(-1, 12), sample_rate / hop
 
 
 def _correlations(chroma: Floats, notes: tuple[int, ...]) -> Floats:
@@ -256,8 +157,3 @@ def _profiles(notes: tuple[int, ...]) -> Floats:
     """Rows (12, 12): the notes above every tonic, mean 0 and length 1."""
     one = np.isin(np.arange(12), notes) - len(notes) / 12.0
     return np.stack([np.roll(one, tonic) for tonic in range(12)]) / float(np.linalg.norm(one))
-
-
-def _window(seconds: float, sample_rate: float) -> int:
-    """The power of two of samples that is nearest to a length."""
-    return 1 << round(np.log2(seconds * sample_rate))

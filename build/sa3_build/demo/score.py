@@ -19,7 +19,7 @@ from sa3_build.demo import listen
 from sa3_build.demo.music import FIRST_HELD_OUT, TONICS, Piece, draw_piece
 from sa3_build.demo.subject import Pcm, Row, Subject
 from sa3_build.demo.synth import render
-from sa3_trt_core import audio, hub, targets
+from sa3_trt_core import audio, hub, spectra, targets
 from sa3_trt_core.console import Progress
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
@@ -142,7 +142,7 @@ def _clips(subject: Subject, rows: Sequence[Row], progress: Progress) -> list[Pc
 
 def _write(stem: Path, pcm: Pcm) -> None:
     audio.write_wav_16(stem.with_suffix(".wav"), pcm)
-    listen.spectrogram_png(stem.with_suffix(".png"), pcm / FULL_SCALE)
+    spectra.spectrogram_png(stem.with_suffix(".png"), pcm / FULL_SCALE)
 
 
 def hear(pcm: Pcm) -> Heard:

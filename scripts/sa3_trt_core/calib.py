@@ -7,7 +7,7 @@ Memory does not grow with R on either side, but for a few bytes a row.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from sa3_build import calib_layout
-from sa3_build.calib_layout import KEYS, KINDS, UNREADABLE, bad, row_shape, skip_header
+from sa3_trt_core import calib_layout
+from sa3_trt_core.calib_layout import KEYS, KINDS, UNREADABLE, bad, row_shape, skip_header
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -134,6 +134,28 @@ class ChosenRows:
     def __iter__(self) -> Iterator[Row]:
         """The chosen rows, as the set gives them."""
         return (row for index, row in enumerate(self.whole) if index in self.indices)
+
+
+def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
+    """Which rows stand for a set: at most `limit`, but one at least of every kind at every sigma.
+
+    The same number of each, spread over the set; `kinds` is that of every row, none given where there is one only.
+    """
+    groups: dict[tuple[str, float], list[int]] = {}
+    for index, (kind, sigma) in enumerate(zip(kinds or [""] * len(sigmas), sigmas, strict=True)):
+        groups.setdefault((kind, round(sigma, 6)), []).append(index)
+    each = max(1, limit // len(groups))
+    chosen: set[int] = set()
+    for number, members in enumerate(groups.values()):
+        step = max(1, len(members) // each)
+        first = number % step  # other prompts, masks and lengths at the next sigma
+        chosen.update(members[first::step][:each])
+    return chosen
+
+
+def representative(calibration: CalibrationSet, limit: int) -> ChosenRows:
+    """At most `limit` rows that stand for a set, but one at least of every kind at every sigma."""
+    return ChosenRows(calibration, frozenset(parity_selection(calibration.sigmas(), limit, calibration.kinds())))
 
 
 def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
