@@ -103,8 +103,8 @@ def doors(tiny: Path) -> list[Door]:
     """Every door, on the files of a tiny model: checkpoint/, onnx/, sa3-m.calib.npz."""
     from sa3_build import compile as compiler
     from sa3_build import engine_report, geometry, graph, native_weights, publishing
-    from sa3_trt_core.calib import CalibrationSet
     from sa3_trt_core import audio, hub, manifest, prompts, text
+    from sa3_trt_core.calib import CalibrationSet
     from sa3_trt_core.targets import find_target
 
     half = find_target("sa3-m")
