@@ -43,7 +43,7 @@ def validate_target(
     The engine is run where this machine's GPU is one of `arches`, the reference's too where it is built; else ONNX
     Runtime runs the ONNX that it was compiled from. Raises ToolError and GateError.
     """
-    here = device.current_arch()
+    here = device.current_arch() or (paths.NO_GPU if backend == "torch" else None)
     built = here in arches
     if not built:
         print(f"no GPU here runs {target.name} for {', '.join(arches)}: its ONNX is validated", file=sys.stderr)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa3_trt_core.torch_dit.model import Dit, Told
 
-KEPT_PLACES = 6  # shapes whose graph, activations and cross keys are kept; the least recently used goes
+KEPT_PLACES = 8  # shapes whose graph, activations and cross keys are kept (a ring runs 1 to 8 rows); the oldest goes
 KEPT_LEVELS = 256  # modulations of (sigma, seconds): 1 MB each at full size
 WARM_RUNS = 2  # a capture must meet kernels that are compiled and libraries that have chosen
 CONDITIONING = ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")
