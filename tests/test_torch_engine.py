@@ -168,18 +168,21 @@ def test_what_is_current_is_kept_and_a_changed_graph_is_packed_again(tiny_fp8: P
     assert [state["state"] for state in states] == ["built", "current", "built"]
 
 
-def test_a_graph_that_computes_something_else_is_a_failed_gate(tiny_fp8: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "said"), [("sa3-m", "worst denoised cosine"), ("sa3-m-fp8", "times as far away")])
+def test_a_graph_that_computes_something_else_is_a_failed_gate(
+    tiny_fp8: Path, tmp_path: Path, name: str, said: str
+) -> None:
     root = tmp_path / "onnx"
     shutil.copytree(tiny_fp8, root)
-    path = onnx_of(root, "sa3-m")
+    path = onnx_of(root, name)
     model = onnx.load(path, load_external_data=False)
     gate = [node for node in model.graph.node if node.op_type == "Sigmoid"][-1]
     gate.op_type = "Tanh"
     path.write_bytes(model.SerializeToString())
-    line = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    line = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
     done = run(build_from_onnx.main, line)
-    assert done.code == 3 and "worst denoised cosine" in done.err
-    assert not packed(tmp_path / "models", "sa3-m").exists()
+    assert done.code == 3 and said in done.err
+    assert not packed(tmp_path / "models", name).exists()
 
 
 @pytest.mark.parametrize(

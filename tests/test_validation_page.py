@@ -50,6 +50,15 @@ def document() -> dict[str, Any]:
     return {**sides, "created": "2026-11-23T00:00:00+00:00", "gates": gates, "cases": cases}
 
 
+def until(tab: Any, expression: str) -> None:
+    """Wait for a truth about the page: Playwright's own way evaluates a string there, which the page forbids."""
+    for _ in range(500):
+        if tab.evaluate(expression):
+            return
+        tab.wait_for_timeout(20)
+    raise AssertionError(f"not within 10 s: {expression}")
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of three sounds: one tone, half as loud in the candidate."""
@@ -139,7 +148,7 @@ def test_another_sound_stops_the_first_and_space_pauses(tab: Any) -> None:
 
 def test_the_position_is_kept_by_a_switch_and_moved_by_the_slider(tab: Any) -> None:
     tab.get_by_role("slider", name="Position of text 3").fill("0.5")
-    tab.wait_for_function("cards[2].player.offset > 0")
+    until(tab, "cards[2].player.offset > 0")
     tab.get_by_role("button", name="text 3: fp8").click()
     assert tab.evaluate("cards[2].player.position") == pytest.approx(1.0, abs=0.01)
 
@@ -191,7 +200,7 @@ def test_x_sounds_as_what_it_is_and_nothing_on_the_screen_tells(tab: Any) -> Non
     for _ in range(10):
         x = tab.evaluate("blind.trials[blind.at].x")
         tab.keyboard.press("x")
-        tab.wait_for_function("blind.player.running")
+        until(tab, "blind.player.running")
         assert tab.evaluate("blind.player.chosen") == "AB".index(x)
         seen.add((x, tab.locator("#blind-choices").inner_html()))
         tab.keyboard.press("1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,9 +77,13 @@ def swapped_weights(model: onnx.ModelProto) -> None:
 
 def break_graph(source: Path, out: Path, breaking: Callable[[onnx.ModelProto], None]) -> Path:
     """A broken copy with a sidecar of its own."""
-    model = onnx.load(source)
-    breaking(model)
     out.parent.mkdir(parents=True, exist_ok=True)
+    apart = out.parent / "whole"  # another test may have linked the sidecar, and onnx refuses one with two names
+    apart.mkdir()
+    for name in (source.name, f"{source.name}.data"):
+        shutil.copyfile(source.with_name(name), apart / name)
+    model = onnx.load(apart / source.name)
+    breaking(model)
     onnx.save(model, out, save_as_external_data=True, location=f"{out.name}.data", size_threshold=1024)
     return out
 
