@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -180,7 +179,7 @@ def _digest(file: Path) -> str:
 
 def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None) -> Any:
     """The serialised engine, as an object with the buffer protocol; `cache` keeps what TensorRT timed."""
-    logger = _logger(module)
+    logger = device.tensorrt_logger(module)
     logger.last = ""
     builder = module.Builder(logger)
     network = builder.create_network(_strongly_typed(module))
@@ -244,23 +243,6 @@ def _add_profile(
         profile.set_shape(spec.name, low, middle, high)
     if dynamic:
         config.add_optimization_profile(profile)
-
-
-@functools.cache
-def _logger(module: Any) -> Any:
-    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
-
-    One for the whole process: TensorRT goes on using the first that it was given, and prints when that is gone.
-    """
-
-    class Logger(module.ILogger):
-        last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
-                self.last = message
-
-    return Logger()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
 TENSORRT_BACKENDS = ("tensorrt", "tensorrt_rtx")
@@ -57,6 +58,23 @@ def tensorrt_module(backend: str) -> ModuleType | None:
     except (ImportError, OSError):
         return None
     return module if hasattr(module, "Builder") else None
+
+
+@functools.cache
+def tensorrt_logger(module: Any) -> Any:
+    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
+
+    One for the whole process: TensorRT goes on using the first that it was given, and prints when that is gone.
+    """
+
+    class Logger(module.ILogger):
+        last = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                self.last = message
+
+    return Logger()
 
 
 def available_backends() -> list[str]:

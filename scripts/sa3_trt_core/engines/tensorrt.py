@@ -44,7 +44,8 @@ class TensorRtEngine(Closing):
         require_ours(path, backend, str(module.__version__), arch, self._rebuild, onnx)
         _require_cuda_torch()
         self._trt: Any = module
-        self._logger = _logger(module)
+        self._logger = device.tensorrt_logger(module)
+        self._logger.last = ""
         self._runtime: trt.Runtime | None = self._trt.Runtime(self._logger)
         assert self._runtime is not None
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -142,16 +143,3 @@ def _require_cuda_torch() -> None:
 
     if not torch.cuda.is_available():
         raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose --backend onnxruntime")
-
-
-def _logger(module: Any) -> Any:
-    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log."""
-
-    class Logger(module.ILogger):
-        last = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
-                self.last = message
-
-    return Logger()
