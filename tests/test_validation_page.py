@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -81,32 +82,54 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture
-def tab(browser: Any, file: Path) -> Iterator[Any]:
+@contextlib.contextmanager
+def opened(browser: Any, file: Path, **options: Any) -> Iterator[Any]:
     """The page open from the disk; at the end nothing may have been complained of or fetched."""
-    context = browser.new_context(viewport={"width": 1000, "height": 800}, accept_downloads=True)
-    opened = context.new_page()
+    context = browser.new_context(viewport={"width": 1000, "height": 800}, accept_downloads=True, **options)
+    tab = context.new_page()
     complaints: list[str] = []
     fetched: list[str] = []
-    opened.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-    opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("request", lambda request: fetched.append(request.url))
-    opened.goto(file.as_uri())
-    yield opened
+    tab.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.on("request", lambda request: fetched.append(request.url))
+    tab.goto(file.as_uri())
+    yield tab
     assert complaints == []
     assert [url for url in fetched if not url.startswith(("file:", "data:", "blob:"))] == []
     context.close()
 
 
-CAPTURE = """async (act) => {
-  const tap = context.createScriptProcessor(1024, 1, 1), heard = [];
-  tap.onaudioprocess = (event) => heard.push(...event.inputBuffer.getChannelData(0));
+@pytest.fixture
+def tab(browser: Any, file: Path) -> Iterator[Any]:
+    with opened(browser, file) as one:
+        yield one
+
+
+@pytest.fixture
+def tapped(browser: Any, file: Path) -> Iterator[Any]:
+    """The page with its rule against foreign scripts lifted: a tap on the sound is one."""
+    with opened(browser, file, bypass_csp=True) as one:
+        yield one
+
+
+TAP = """registerProcessor("tap", class extends AudioWorkletProcessor {
+  process([input]) {
+    if (input.length) this.port.postMessage(input[0].slice());
+    return true;
+  }
+});"""
+# A processor of the audio thread sees every sample that is rendered; one of the page's own thread loses some on a
+# busy machine, which looks like the very jump that is looked for.
+CAPTURE = """async ([code, act]) => {
+  await context.audioWorklet.addModule("data:text/javascript," + encodeURIComponent(code));
+  const tap = new AudioWorkletNode(context, "tap"), heard = [];
+  tap.port.onmessage = (event) => heard.push(...event.data);
   master.connect(tap);
-  tap.connect(context.destination);
-  const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
-  await sleep(300);
+  const until = async (truth) => { while (!truth()) await new Promise((done) => setTimeout(done, 10)); };
+  await until(() => heard.length > 10000);
   document.querySelector(act).click();
-  await sleep(300);
+  const then = heard.length;
+  await until(() => heard.length > then + 15000);
   master.disconnect(tap);
   return heard;
 }"""
@@ -114,23 +137,23 @@ CAPTURE = """async (act) => {
 
 def captured(tab: Any, act: str) -> np.ndarray:
     """Samples that reach the loudspeaker while something is clicked."""
-    heard = np.asarray(tab.evaluate(CAPTURE, act))
+    heard = np.asarray(tab.evaluate(CAPTURE, [TAP, act]))
     assert len(heard) > SAMPLE_RATE // 10
     return heard
 
 
-def test_it_plays_and_switches_without_a_gap_at_the_same_place(tab: Any) -> None:
-    tab.get_by_role("button", name="Play text 1").click()
-    tab.get_by_role("button", name="Pause text 1").wait_for()
-    tab.wait_for_timeout(200)
-    heard = captured(tab, '[aria-label="text 1: fp8"]')
+def test_it_plays_and_switches_without_a_gap_at_the_same_place(tapped: Any) -> None:
+    tapped.get_by_role("button", name="Play text 1").click()
+    tapped.get_by_role("button", name="Pause text 1").wait_for()
+    tapped.wait_for_timeout(200)
+    heard = captured(tapped, '[aria-label="text 1: fp8"]')
     windows = np.abs(heard[: len(heard) // 200 * 200].reshape(-1, 200)).max(axis=1)
     assert windows[0] == pytest.approx(LEVELS["reference"], rel=0.05)
     assert windows[-1] == pytest.approx(LEVELS["candidate"], rel=0.05)
     assert windows.min() > 0.95 * LEVELS["candidate"]  # no gap of two periods anywhere
     steepest = 2 * math.pi * PITCH / SAMPLE_RATE * LEVELS["reference"]
     assert np.abs(np.diff(heard)).max() < 1.15 * steepest  # another place in the tone would be a jump
-    assert tab.get_by_role("button", name="text 1: fp8").get_attribute("aria-pressed") == "true"
+    assert tapped.get_by_role("button", name="text 1: fp8").get_attribute("aria-pressed") == "true"
 
 
 def test_another_sound_stops_the_first_and_space_pauses(tab: Any) -> None:

@@ -1,6 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const TRIALS = 10, FADE = 0.005; // seconds: shorter clicks, longer blurs the switch
+const AHEAD = 0.03; // seconds: the sound thread may be this far past currentTime, and a ramp in the past is a step
 const byId = (id) => document.getElementById(id);
 let context = null, master = null, playing = null;
 
@@ -43,7 +44,8 @@ class Player {
     await this.load();
     await context.resume();
     if (playing !== this || this.running) return;
-    this.startedAt = context.currentTime + 0.02;
+    this.startedAt = context.currentTime + AHEAD;
+    this.settled = this.startedAt;
     this.nodes = this.buffers.map((buffer, index) => {
       const source = context.createBufferSource(), gain = context.createGain();
       source.buffer = buffer;
@@ -74,13 +76,16 @@ class Player {
     this.onchange();
   }
   choose(index) {
+    const before = this.chosen;
     this.chosen = index;
-    const now = context ? context.currentTime : 0;
-    if (this.running) this.nodes.forEach(({ gain }, number) => {
-      gain.gain.cancelScheduledValues(now);
-      gain.gain.setValueAtTime(gain.gain.value, now);
-      gain.gain.linearRampToValueAtTime(number === index ? 1 : 0, now + FADE);
-    });
+    if (this.running) {
+      const begin = Math.max(context.currentTime + AHEAD, this.settled); // one after the other: ramps never cross
+      this.settled = begin + FADE;
+      this.nodes.forEach(({ gain }, number) => {
+        gain.gain.setValueAtTime(number === before ? 1 : 0, begin);
+        gain.gain.linearRampToValueAtTime(number === index ? 1 : 0, begin + FADE);
+      });
+    }
     this.onchange();
   }
 }
