@@ -35,19 +35,7 @@ def parser() -> argparse.ArgumentParser:
         help="who places Q/DQ pairs: ModelOpt, or our own inserter in far less memory; the pairs and scales are the "
         "same (default auto: ModelOpt where its memory is there)",
     )  # fmt: skip
-    line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
-    line.add_argument(
-        "--target-cosine", type=number_type(0, 0.999999), metavar="C",
-        help="leave the fewest products in 16 bits that hold this denoised cosine on every parity row",
-    )  # fmt: skip
-    line.add_argument(
-        "--max-fp16-products", type=integer_type(0, 10**6), metavar="N",
-        help="with --target-cosine: at most this many; if they do not reach it, nothing is written",
-    )  # fmt: skip
-    line.add_argument(
-        "--recipe", choices=("ours", "reference"), default="ours",
-        help="reference: the published recipe's choices, to compare with and not for use; it sets --ptq and --headroom",
-    )  # fmt: skip
+    _recipe_flags(line)
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument(
@@ -63,6 +51,27 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--dry-run", action="store_true", help="check the inputs, print what it would take, and stop")
     line.add_argument("--force", action="store_true", help="build even if the artefact is current")
     return line
+
+
+def _recipe_flags(line: argparse.ArgumentParser) -> None:
+    line.add_argument("--weights", choices=("fp8", "fp16"), default="fp8", help="how weights are stored (default fp8)")
+    line.add_argument(
+        "--rounding", choices=("gptq", "nearest"),
+        help="of weights to E4M3: gptq lets the errors of a channel cancel on the calibration rows, at no cost when it "
+        "is used (default gptq where the codes are stored)",
+    )  # fmt: skip
+    line.add_argument(
+        "--target-cosine", type=number_type(0, 0.999999), metavar="C",
+        help="leave the fewest products in 16 bits that hold this denoised cosine on every parity row",
+    )  # fmt: skip
+    line.add_argument(
+        "--max-fp16-products", type=integer_type(0, 10**6), metavar="N",
+        help="with --target-cosine: at most this many; if they do not reach it, nothing is written",
+    )  # fmt: skip
+    line.add_argument(
+        "--recipe", choices=("ours", "reference"), default="ours",
+        help="reference: the published recipe's choices, to compare with and not for use; it sets --ptq and --headroom",
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,6 +145,10 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     print(console.table(("stage", "seconds"), rows))
     for check in stages["scales"]["proof"]:
         print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
+    if "rounding" in stages:
+        found = stages["rounding"]
+        fitted = f"{found['rows']} rows, {found['rows also in the parity']} of them also in the parity below"
+        print(f"weights rounded by GPTQ on {fitted}; {found['codes not nearest']:.0%} of the codes are not the nearest")
     if "sensitivity" in stages:
         kept, forwards = len(stages["sensitivity"]["kept"]), stages["sensitivity"]["forwards"]
         print(f"{kept} products stay in 16 bits for the target cosine ({forwards} forwards)")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.commands import ROOT, kill_when, listing, run, two_lines
-from sa3_build import compare, frontier, graph, ptq, published_recipe
+from sa3_build import compare, frontier, graph, ptq, published_recipe, rounding
 from sa3_build.frontier import Effect
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes, SortTopologically
@@ -66,8 +66,11 @@ def switchable(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempP
     clean = tmp_path_factory.mktemp("clean") / "clean.onnx"
     graph.save(model, clean)
     selection = ptq.select_products(model)
-    amax = ptq.measure_amax(clean, selection, CalibrationSet.open(tiny_calib))
-    with SwitchableDit(clean, selection, amax, build_dit_fp8.DEFAULT_HEADROOM) as dit:
+    calibration = CalibrationSet.open(tiny_calib)
+    amax = ptq.measure_amax(clean, selection, calibration)
+    rounding.round_weights(clean, selection, compare.parity_rows_of(calibration, rounding.ROWS), clean.parent)
+    codes = rounding.stored_codes(selection, clean.parent)
+    with SwitchableDit(clean, selection, amax, build_dit_fp8.DEFAULT_HEADROOM, codes) as dit:
         yield dit
 
 

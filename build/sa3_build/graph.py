@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sa3_trt_core import hub, manifest
 from sa3_trt_core.errors import ToolError
@@ -107,21 +108,37 @@ def sidecar_of(name: str) -> str:
     return f"{name}.data"
 
 
-def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None) -> bytes:
-    """A graph file with more outputs, for a session that looks inside: nothing is written, weights stay in the sidecar.
+def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None, alone: bool = False) -> bytes:
+    """A graph file with more outputs, for a session that looks inside: nothing is written, weights stay where they are.
 
     `watched` maps the name of each new output to the name of a value; `watch` gives the nodes from that value to the
-    output (default: the value as it is).
+    output (default: the value as it is). `alone`: the other outputs go, and with them what only they need.
     """
     model = mapped(path)
     values = {value.name: value for value in model.graph.inputs}
     values.update((value.name, value) for node in model.graph for value in node.outputs)
+    if alone:
+        model.graph.outputs.clear()
     for output, name in watched.items():
         chain = (watch or _as_it_is)(values[name])
         chain[-1].outputs[0].name = output
         model.graph.extend(chain)
         model.graph.outputs.append(chain[-1].outputs[0])
+    if alone:
+        RemoveUnusedNodesPass()(model)
     return ir.to_proto(model).SerializeToString()
+
+
+def serialized(model: ir.Model) -> bytes:
+    """A loaded graph, its weights left in their sidecar: copied into it they would not fit a protobuf's 2 GB."""
+    stored = {v: v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, StoredTensor)}
+    try:
+        for value, tensor in stored.items():
+            value.const_value = tensor.stored
+        return ir.to_proto(model).SerializeToString()
+    finally:
+        for value, tensor in stored.items():
+            value.const_value = tensor
 
 
 def files_of(path: Path) -> list[Path]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from sa3_build import graph
-from sa3_build.passes.fp8_weights import SUFFIX, quantized
+from sa3_build.gptq import deviation
+from sa3_build.passes.fp8_weights import SUFFIX, Codes, quantized
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.ptq import FP16_SCALE_FLOOR, Selection, dequantizers
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
+MAX_DEVIATION = 0.25  # relative L2 of a channel: rounding takes 0.03 to 0.1, another weight or scale takes more than 1
 MAX_FAILURES = 20  # lines a check; a broken graph would otherwise print thousands
 
 
@@ -30,13 +33,18 @@ class Check:
         return self.looked_at > 0 and not self.failures
 
 
-def prove(source: ir.Model, result: ir.Model, selection: Selection) -> list[Check]:
-    """Compare a quantised graph with the clean graph that it was made from; both sorted, nodes named alike."""
+def prove(
+    source: ir.Model, result: ir.Model, selection: Selection, codes: Mapping[str, Codes] | None = None
+) -> list[Check]:
+    """Compare a quantised graph with the clean graph that it was made from; both sorted, nodes named alike.
+
+    `codes` are those that were chosen for some weights, by name; the others' must be the nearest.
+    """
     return [
         _placement(result, selection),
         _elsewhere_untouched(source, result),
         _initializers(source, result, selection),
-        _stored_weights(source, result, selection),
+        _stored_weights(source, result, selection, codes or {}),
         _islands(source, result),
         _scales(result),
     ]
@@ -111,8 +119,11 @@ def _initializers(source: ir.Model, result: ir.Model, selection: Selection) -> C
     return Check("initializers are bit-identical to the source", looked, tuple(failures))
 
 
-def _stored_weights(source: ir.Model, result: ir.Model, selection: Selection) -> Check:
-    """A quantised weight is the source weight behind a quantizer, or its nearest E4M3 codes for the stored scale."""
+def _stored_weights(source: ir.Model, result: ir.Model, selection: Selection, chosen: Mapping[str, Codes]) -> Check:
+    """A quantised weight is the source weight behind a quantizer, or E4M3 codes of it for the stored scale.
+
+    Codes are the nearest ones, or those that were chosen; and then no channel may be far from its source.
+    """
     by_name = {str(node.name): node for node in result.graph}
     failures, looked = [], 0
     for product in selection.quantized:
@@ -127,9 +138,16 @@ def _stored_weights(source: ir.Model, result: ir.Model, selection: Selection) ->
             failures.append(f"{product.weight} of {product.node} is gone")
         elif stored.producer() is None:
             codes = graph.constant_of(stored)
-            wanted = quantized(weight, scale, dequantize.attributes.get_int("axis", 1))
+            axis = dequantize.attributes.get_int("axis", 1)
+            given = chosen.get(product.weight)
+            wanted = given.read() if given is not None else quantized(weight, scale, axis)
+            what = "the nearest E4M3 of its source" if given is None else "the E4M3 that was chosen for it"
             if codes is None or codes.shape != wanted.shape or codes.tobytes() != wanted.tobytes():
-                failures.append(f"{product.weight} of {product.node} is not the nearest E4M3 of its source")
+                failures.append(f"{product.weight} of {product.node} is not {what}")
+            elif given is not None and not deviation(weight, codes, scale, axis) <= MAX_DEVIATION:
+                failures.append(
+                    f"{product.weight} of {product.node} is further than {MAX_DEVIATION:.0%} from its source"
+                )
     return Check("quantised weights are the source weights", looked, tuple(failures))
 
 

@@ -184,8 +184,8 @@ def apply_scales(
             scales.append(_scale_of(pairs[0]))
         weight = graph.constant_of(quantized_source(pairs[1]))
         assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
-        channel = _channel_amax(pairs[1], product)
-        floored += _set_scale(pairs[1], channel / E4M3_MAX)
+        axis = None if product.channel_axis is None else pairs[1].attributes.get_int("axis", 1)
+        floored += _set_scale(pairs[1], channel_amax(weight, product, axis) / E4M3_MAX)
     ratios = np.array([largest[name] / scale for name, scale in theirs.items()])
     spread = float(ratios.max() / ratios.min() - 1) if len(ratios) else 0.0
     if calibrated and spread > 2 * SCALE_AGREEMENT:
@@ -203,14 +203,11 @@ def apply_scales(
     }
 
 
-def _channel_amax(dequantize: ir.Node, product: Product) -> np.ndarray:
-    """The largest magnitude of every channel of a weight behind a Q/DQ pair, or of all of it.
+def channel_amax(weight: np.ndarray, product: Product, axis: int | None) -> np.ndarray:
+    """The largest magnitude of every channel of a product's weight along `axis`, or of all of it.
 
     Raises ToolError when all of it is zero.
     """
-    axis = None if product.channel_axis is None else dequantize.attributes.get_int("axis", 1)
-    weight = graph.constant_of(quantized_source(dequantize))
-    assert weight is not None, f"the weight of {product.node} is not behind a quantizer"
     found: np.ndarray = np.abs(weight.astype(np.float32)).max(axis=tuple(a for a in range(weight.ndim) if a != axis))
     if not 0 < found.max() < np.inf:  # NaN too
         raise ToolError(

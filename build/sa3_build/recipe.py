@@ -27,13 +27,14 @@ from sa3_build import (
     published_recipe,
     ranges,
     resources,
+    rounding,
     sensitivity,
 )
 from sa3_build.accepted import needs_of, require_half
 from sa3_build.linked import save_linked
 from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.clean import FoldWeights, RenameNodes
-from sa3_build.passes.fp8_weights import StoreWeightsAsFp8
+from sa3_build.passes.fp8_weights import Codes, StoreWeightsAsFp8
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.passes.islands import find_dit_islands
 from sa3_build.settings import Settings
@@ -102,10 +103,12 @@ class Fp8Recipe:
 
     def _stages(self) -> tuple[Stage, ...]:
         made = str(self._made)
+        rounds = Stage("rounding", ("clean.onnx",), (rounding.FOLDER,), self._round)
         search = Stage("sensitivity", ("clean.onnx", "amax.npy"), (), self._search)
         return (
             Stage("clean", (), ("clean.onnx",), self._clean),
             Stage("amax", ("clean.onnx",), ("amax.npy",), self._amax),
+            *([rounds] if self.settings.rounding == "gptq" else []),
             *([search] if self.settings.target_cosine is not None else []),
             Stage("quantize", ("clean.onnx",), ("quantized.onnx",), self._quantize),
             Stage("scales", ("quantized.onnx", "amax.npy"), (made,), self._scales),
@@ -151,7 +154,16 @@ class Fp8Recipe:
 
     def _search(self) -> Mapping[str, Any]:
         amax = np.load(self.work / "amax.npy")
-        return sensitivity.search(self.work / "clean.onnx", amax, self._parity_rows, self.settings)
+        return sensitivity.search(self.work / "clean.onnx", amax, self._parity_rows, self.settings, self._codes)
+
+    def _round(self) -> Mapping[str, Any]:
+        rows = rounding.rows_of(self._calibration, self._parity_rows)
+        found = rounding.round_weights(self.work / "clean.onnx", self._candidates, rows, self.work)
+        return {**found, "rows also in the parity": len(rows.indices & self._parity_rows.indices)}
+
+    @property
+    def _codes(self) -> Mapping[str, Codes]:
+        return rounding.stored_codes(self._candidates, self.work) if self.settings.rounding == "gptq" else {}
 
     def _quantize(self) -> Mapping[str, Any]:
         selection = self._selection
@@ -190,8 +202,8 @@ class Fp8Recipe:
         check = self.settings.ptq == "modelopt"
         counts = ptq.apply_scales(result, selection, amax, self.settings.headroom, check)
         if self.settings.weights == "fp8":
-            counts = {**counts, **run_passes(result, [StoreWeightsAsFp8()])[0].counts}
-        checks = proof.prove(source, result, selection)
+            counts = {**counts, **run_passes(result, [StoreWeightsAsFp8(self._codes)])[0].counts}
+        checks = proof.prove(source, result, selection, self._codes)
         failures = proof.failures_of(checks)
         if failures:
             raise GateError(

@@ -7,7 +7,7 @@ measures amax needs for its 448 rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from sa3_build import compare, frontier, graph, product_kinds, ptq
 from sa3_build.frontier import Effect, Point
+from sa3_build.passes.fp8_weights import Codes
 from sa3_build.product_kinds import Place
 from sa3_build.settings import Settings
 from sa3_build.switchable import SwitchableDit
@@ -186,9 +187,12 @@ class Sensitivity:
         )
 
 
-def search(source: Path, amax: np.ndarray, rows: ChosenRows, settings: Settings) -> dict[str, Any]:
+def search(
+    source: Path, amax: np.ndarray, rows: ChosenRows, settings: Settings, codes: Mapping[str, Codes]
+) -> dict[str, Any]:
     """The stage of the recipe: what stays in 16 bits of the clean graph `source`; `amax` is of every candidate.
 
+    `codes` are those that were chosen for weights, by name, as the result will have them.
     Raises GateError, with the frontier, when the target is out of reach.
     """
     model = graph.load(source)
@@ -196,7 +200,7 @@ def search(source: Path, amax: np.ndarray, rows: ChosenRows, settings: Settings)
     found_places = product_kinds.places(model, selection)
     assert settings.target_cosine is not None
     aim = 1 - AIM * (1 - settings.target_cosine)
-    with SwitchableDit(source, selection, amax, settings.headroom) as dit:
+    with SwitchableDit(source, selection, amax, settings.headroom, codes) as dit:
         found = Sensitivity(dit, found_places, rows, selection.token_macs_elsewhere)
         outcome = found.search(aim, settings.max_fp16_products, settings.weights)
     return {

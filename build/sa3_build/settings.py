@@ -8,7 +8,7 @@ from typing import Any
 
 from sa3_trt_core.errors import ToolError
 
-RULES = 2  # raised when the same settings come to mean other files: artefacts of older rules are stale
+RULES = 3  # raised when the same settings come to mean other files: artefacts of older rules are stale
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,11 @@ class Settings:
     target_cosine: float | None = None  # the fewest products stay in 16 bits that reach it
     max_fp16_products: int | None = None
     recipe: str = "ours"  # "reference": the published recipe's choices, to compare with
+    rounding: str = "gptq"  # of weights; "nearest": each to the nearest code
 
     def noted(self) -> dict[str, Any]:
         """As manifest and report hold them: a setting younger than an artefact is left out while it changes nothing."""
-        young = ("target_cosine", "max_fp16_products", "recipe")
+        young = ("target_cosine", "max_fp16_products", "recipe", "rounding")
         same = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
         return {name: value for name, value in asdict(self).items() if name not in young or name not in same}
 
@@ -52,5 +53,17 @@ def from_arguments(args: argparse.Namespace) -> tuple[Settings, str]:
         ptq, published_recipe.HEADROOM if reference else args.headroom,
         args.weights, args.min_cosine, args.parity_rows, args.free_batch,
         target_cosine=args.target_cosine, max_fp16_products=args.max_fp16_products, recipe=args.recipe,
+        rounding=_rounding(args),
     )  # fmt: skip
     return settings, why
+
+
+def _rounding(args: argparse.Namespace) -> str:
+    """As asked; else by GPTQ wherever the codes themselves are stored and the recipe is ours."""
+    possible = args.weights == "fp8" and args.recipe == "ours"
+    if args.rounding == "gptq" and not possible:
+        at_odds = "--weights fp16" if args.weights != "fp8" else "--recipe reference"
+        raise ToolError(
+            f"--rounding gptq chooses the codes that are stored, and {at_odds} goes without", "leave one of them out"
+        )
+    return str(args.rounding or ("gptq" if possible else "nearest"))

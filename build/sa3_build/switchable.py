@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from sa3_build import graph, ptq
 from sa3_build.passes.base import run_passes
+from sa3_build.passes.fp8_weights import SUFFIX, Codes
 from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_trt_core.calib import Row, tensors
 
@@ -47,12 +48,20 @@ def units_of(selection: ptq.Selection) -> tuple[Unit, ...]:
 class SwitchableDit:
     """One session of a clean FP16-mixed DiT in which every unit can be quantised or not, anew at each run."""
 
-    def __init__(self, source: Path, selection: ptq.Selection, amax: np.ndarray, headroom: float) -> None:
-        """`amax` is (R, A) as `ptq.measure_amax` gives it. The graph is held in memory only, weights stay on disk."""
+    def __init__(
+        self, source: Path, selection: ptq.Selection, amax: np.ndarray, headroom: float,
+        codes: Mapping[str, Codes] | None = None,
+    ) -> None:  # fmt: skip
+        """`amax` is (R, A) as `ptq.measure_amax` gives it; `codes` lie in files below `source`'s folder.
+
+        The graph is held in memory only, weights stay on disk.
+        """
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         self.units = units_of(selection)
-        self._engine = OnnxRuntimeEngine(source, switchable(source, selection, amax, headroom), low_memory=True)
+        self._engine = OnnxRuntimeEngine(
+            source, switchable(source, selection, amax, headroom, codes or {}), low_memory=True
+        )
         self.forwards = 0
 
     def denoised(self, row: Row, quantised: Sequence[bool]) -> np.ndarray:
@@ -73,7 +82,9 @@ class SwitchableDit:
         self._engine.close()
 
 
-def switchable(source: Path, selection: ptq.Selection, amax: np.ndarray, headroom: float) -> bytes:
+def switchable(
+    source: Path, selection: ptq.Selection, amax: np.ndarray, headroom: float, codes: Mapping[str, Codes]
+) -> bytes:
     """The graph of a `SwitchableDit`, serialised; its weights are those of `source`'s sidecar.
 
     Each Q/DQ pair moves into the branch of an If, so that a pair which is off costs no rounding and no time.
@@ -89,8 +100,8 @@ def switchable(source: Path, selection: ptq.Selection, amax: np.ndarray, headroo
         pairs = [ptq.dequantizers(by_name[product.node]) for product in unit.products]
         for dequantize in dict.fromkeys(side for pair in pairs for side in pair):
             assert dequantize is not None
-            _put_in_branch(model, chosen, dequantize)
-    return ir.to_proto(model).SerializeToString()
+            _put_in_branch(model, chosen, dequantize, codes, source.parent)
+    return graph.serialized(model)
 
 
 def _input(model: ir.Model, units: int) -> ir.Value:
@@ -111,8 +122,10 @@ def _switch(model: ir.Model, before: ir.Node, switches: ir.Value, index: int) ->
     return chosen.outputs[0]
 
 
-def _put_in_branch(model: ir.Model, chosen: ir.Value, dequantize: ir.Node) -> None:
-    """Replace a Q/DQ pair by: if chosen then the pair else the value as it is."""
+def _put_in_branch(
+    model: ir.Model, chosen: ir.Value, dequantize: ir.Node, codes: Mapping[str, Codes], folder: Path
+) -> None:
+    """Replace a Q/DQ pair by: if chosen then the pair, or the codes of a weight, else the value as it is."""
     quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
     assert quantize is not None and quantize.inputs[0] is not None
     source, result = quantize.inputs[0], dequantize.outputs[0]
@@ -124,6 +137,12 @@ def _put_in_branch(model: ir.Model, chosen: ir.Value, dequantize: ir.Node) -> No
     for use in list(result.uses()):
         use.node.replace_input_with(use.idx, switched.outputs[0])
     model.graph.remove([dequantize, quantize])
-    for branch, outputs, nodes in (("then", [result], [quantize, dequantize]), ("else", same.outputs, [same])):
+    pair = [quantize, dequantize]
+    if str(source.name) in codes:
+        stored = ir.val(f"{source.name}{SUFFIX}", const_value=codes[str(source.name)].external(folder))
+        model.graph.register_initializer(stored)
+        dequantize.replace_input_with(0, stored)
+        pair = [dequantize]
+    for branch, outputs, nodes in (("then", [result], pair), ("else", same.outputs, [same])):
         body = ir.Graph([], outputs, nodes=nodes, name=f"{result.name}_{branch}")
         switched.attributes[f"{branch}_branch"] = ir.AttrGraph(f"{branch}_branch", body)
