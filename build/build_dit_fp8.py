@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument(
+        "--rollouts", type=integer_type(0, 10**6), default=2, metavar="N",
+        help="whole generations to compare, kinds of row in turn, beside perturbed ones (default 2: 128 forwards)",
+    )  # fmt: skip
+    line.add_argument(
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
         help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
     )  # fmt: skip
@@ -137,6 +141,7 @@ def _show_plan(recipe: Fp8Recipe, why: str, current: bool) -> None:
 
 def _print(report: dict[str, Any], artefact: Path) -> None:
     from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
+    from sa3_build.drift import CONTROL_HEADER, control_rows, drifted
     from sa3_build.recipe import report_path
     from sa3_trt_core import console
 
@@ -157,6 +162,11 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]
     print(console.table(PARITY_HEADER, parity_rows(parity)))
     print(console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in stages["parity"]["by kind"]])))
+    if "rollouts" in stages:
+        controls, candidate = stages["rollouts"]["controls"], stages["rollouts"]["candidates"][0]
+        print(console.table(CONTROL_HEADER, control_rows(controls)))
+        for number, (kind, rollout) in enumerate(zip(stages["rollouts"]["kinds"], candidate["rollouts"], strict=True)):
+            print(f"generation {number} ({kind}): cosine {rollout['cosine']:.6f}, as x {drifted(rollout)} off")
     worst = stages["shares"]["worst"]
     print(f"at most {worst['saturated']:.1e} of an activation saturates, {worst['subnormal']:.1%} is subnormal")
     print(f"{artefact}, report {report_path(artefact).name}")

@@ -55,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         graph.require_contract(graph.load(path), "dit", path)
     calibration = CalibrationSet.open(args.calib)
     calibration.check_values()
-    controls, found = drift.DriftStudy(calibration, args.prompts, args.rows, args.perturb).run(
-        args.reference, args.candidate
-    )
+    starts = drift.starts_of(calibration)[: args.prompts]
+    study = drift.DriftStudy(calibration, starts, args.rows, args.perturb)
+    controls, found = study.run(args.reference, args.candidate)
     if args.json is not None:
         document = drift.document(controls, found, args.perturb)
         files.write_atomic_text(args.json, json.dumps(document, indent=2, allow_nan=False) + "\n")
     show = console.markdown if args.markdown else console.table
-    print(show(("perturbed by", "median rollout cosine", "worst rollout cosine"), drift.control_rows(controls)))
+    print(show(drift.CONTROL_HEADER, drift.control_rows(controls)))
     print()
     print(show(drift.HEADER, drift.table_rows(found)))
     print()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from helpers import damage
 from helpers.commands import run
-from sa3_build import compare, graph, ptq, ranges
+from sa3_build import compare, drift, graph, ptq, ranges
 from sa3_build.calib_writer import CalibrationWriter
 from sa3_build.capture import CheckpointModel
 from sa3_build.recipe import report_path
@@ -300,3 +300,14 @@ def test_parity_rows_hold_every_kind_and_sigma(covering: Path) -> None:
     kinds, sigmas = ["text"] * 40 + ["null"] * 8, [1.0, 0.5] * 24
     found = Counter(kinds[index] for index in parity_selection(sigmas, 16, kinds))
     assert found == {"text": 8, "null": 8}
+
+
+def test_generations_start_from_kinds_in_turn(covering: Path) -> None:
+    """Audio to audio starts under sigma 1; of the others one each comes before a second of any."""
+    calibration = CalibrationSet.open(covering)
+    kinds, sigmas = calibration.kinds(), calibration.sigmas()
+    starts = drift.varied_starts(calibration, 3)
+    assert sorted(kinds[start] for start in starts) == ["inpaint", "null", "text"]
+    every = drift.varied_starts(calibration, 100)
+    assert every == [index for index, sigma in enumerate(sigmas) if sigma == 1.0] and len(every) > 5
+    assert Counter(kinds[start] for start in drift.varied_starts(calibration, 5))["text"] == 2

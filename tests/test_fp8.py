@@ -97,6 +97,27 @@ def test_parity_is_close_but_not_exact(report: dict) -> None:
     assert all(0.99 < entry["worst_cosine"] < 0.9999999 for entry in parity)
 
 
+def test_the_report_holds_generations_beside_perturbed_ones(report: dict) -> None:
+    """FP8 drifts, less than the largest control, and a control the further the larger it is."""
+    found = report["stages"]["rollouts"]
+    assert found["kinds"] == ["text", "text"] and len(found["controls"]) == 2
+    for controls, rollout in zip(found["controls"], found["candidates"][0]["rollouts"], strict=True):
+        assert len(controls) == len(found["sizes"]) and controls[0] > 0.99999 > controls[-1]
+        assert controls[-1] < rollout["cosine"] < 0.9999999
+        assert found["sizes"][0] < rollout["perturbation"] < found["sizes"][-1]
+
+
+def test_generations_are_asked_for_by_number(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--ptq", "direct", "--parity-rows", "1"]
+    found = []
+    for count in (0, 1):
+        out = tmp_path / str(count) / "dit_fp8.onnx"
+        code, printed, _ = run(build_dit_fp8.main, [*line, "--onnx", str(out), "--rollouts", str(count)])
+        assert code == 0 and ("generation 0 (text): cosine 0.9" in printed) == bool(count)
+        found.append(json.loads(report_path(out).read_text())["stages"].get("rollouts"))
+    assert found[0] is None and len(found[1]["controls"]) == 1
+
+
 def test_a_gate_that_says_no_leaves_nothing(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     out = tmp_path / "x" / "dit_fp8.onnx"
     line = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ EVERY_STEP, START = "every-step", "start"  # where: at each step, or to the star
 STEPS = 8
 OTHER_SEEDS = 10**6  # of perturbations: apart from those of the noise, which are the prompts' places
 FORMAT = 1
+CONTROL_HEADER = ("perturbed by", "median rollout cosine", "worst rollout cosine")
 HEADER = (
     "DiT", "FP8 share", "worst row cosine", "at sigma", "median rollout cosine", "worst rollout cosine",
     "median perturbation", "worst perturbation",
@@ -57,21 +59,40 @@ class Compared:
     rollouts: tuple[Rollout, ...]
 
 
-class DriftStudy:
-    """Rollouts of `prompts` starts of a calibration set, and single steps on its rows.
+def starts_of(calibration: CalibrationSet) -> list[int]:
+    """The rows that generations can start from: of sigma 1, so that x is pure noise; the rest is the conditioning.
 
-    A start is a row of sigma 1: its x is pure noise and its other members are the conditioning, in-painting included.
     Raises ToolError when the set has no such row.
     """
+    starts = [index for index, sigma in enumerate(calibration.sigmas()) if sigma == 1.0]
+    if not starts:
+        raise ToolError(f"{calibration.path} has no row of sigma 1", "make a set with build/make_calib.py")
+    return starts
 
-    def __init__(self, calibration: CalibrationSet, prompts: int | None, rows: int, perturb: str = EVERY_STEP) -> None:
-        sigmas = calibration.sigmas()
-        starts = [index for index, sigma in enumerate(sigmas) if sigma == 1.0][:prompts]
-        if not starts:
-            raise ToolError(f"{calibration.path} has no row of sigma 1", "make a set with build/make_calib.py")
+
+def varied_starts(calibration: CalibrationSet, count: int) -> list[int]:
+    """At most `count` starts of a set, its kinds of row in turn."""
+    kinds = calibration.kinds()
+    by_kind: dict[str, list[int]] = {}
+    for start in starts_of(calibration):
+        by_kind.setdefault(kinds[start], []).append(start)
+    in_turn = [start for turn in zip_longest(*by_kind.values()) for start in turn if start is not None]
+    return sorted(in_turn[:count])
+
+
+class DriftStudy:
+    """Rollouts from `starts` (rows of sigma 1) of a calibration set, and single steps on `rows` of its rows.
+
+    Without `rows` there are rollouts alone. `low_memory` is for DiTs that hardly fit: their weights stay on the disk.
+    """
+
+    def __init__(
+        self, calibration: CalibrationSet, starts: Sequence[int], rows: int | None, perturb: str = EVERY_STEP,
+        low_memory: bool = False,
+    ) -> None:  # fmt: skip
         self._starts = list(ChosenRows(calibration, frozenset(starts)))
-        self._rows = compare.parity_rows_of(calibration, rows)
-        self._steps, self._perturb = schedule.sigmas(STEPS), perturb
+        self._rows = ChosenRows(calibration, frozenset()) if rows is None else compare.parity_rows_of(calibration, rows)
+        self._steps, self._perturb, self._low_memory = schedule.sigmas(STEPS), perturb, low_memory
 
     def run(self, reference: Path, candidates: Sequence[Path]) -> tuple[list[list[float]], list[Compared]]:
         """Controls (cosine by prompt and size) and candidates; one DiT is in memory at a time.
@@ -81,7 +102,7 @@ class DriftStudy:
         count, rows = len(self._starts), self._rows.rows
         total = (count * STEPS) * (1 + len(CONTROLS) + len(candidates)) + rows * (1 + len(candidates))
         with Progress("rollouts and rows", total, "forwards") as progress:
-            with _engine(reference) as engine:
+            with self._engine(reference) as engine:
                 ends = [self._roll(engine, index, 0.0, progress) for index in range(count)]
                 controls = [
                     [compare.cosine(ends[index], self._roll(engine, index, size, progress)) for size in CONTROLS]
@@ -99,7 +120,7 @@ class DriftStudy:
         denoised: Sequence[tuple[float, np.ndarray]],
         progress: Progress,
     ) -> Compared:
-        with _engine(path) as engine:
+        with self._engine(path) as engine:
             cosines = [compare.cosine(end, self._roll(engine, index, 0.0, progress)) for index, end in enumerate(ends)]
             parity = compare.parity_by_sigma(denoised, self._denoise(engine, progress))
         rollouts = tuple(
@@ -107,6 +128,11 @@ class DriftStudy:
             for cosine, row in zip(cosines, controls, strict=True)
         )
         return Compared(str(path), fp8_share(path), {p.sigma: p.worst_cosine for p in parity}, rollouts)
+
+    def _engine(self, path: Path) -> Any:
+        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(path, low_memory=self._low_memory)
 
     def _denoise(self, engine: Any, progress: Progress) -> list[tuple[float, np.ndarray]]:
         return compare.denoise_rows(engine, _counted(self._rows, progress))
@@ -220,6 +246,11 @@ def document(controls: Sequence[Sequence[float]], found: Sequence[Compared], per
     }
 
 
+def drifted(rollout: Mapping[str, Any]) -> str:
+    """The perturbation of one rollout of `document`, for people."""
+    return _size(math.inf if rollout["perturbation"] is None else rollout["perturbation"])
+
+
 def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
     for row in rows:
         yield row
@@ -228,12 +259,6 @@ def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
 
 def _size(value: float) -> str:
     return f">{CONTROLS[-1]:g}" if math.isinf(value) else f"{value:.2e}"
-
-
-def _engine(path: Path) -> Any:
-    from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-
-    return OnnxRuntimeEngine(path)
 
 
 def _conditioning(row: Mapping[str, Tensor]) -> sampler.Conditioning:

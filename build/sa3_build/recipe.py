@@ -19,6 +19,7 @@ import numpy as np
 from sa3_build import (
     adoption,
     compare,
+    drift,
     frontier,
     graph,
     modelopt_ptq,
@@ -76,6 +77,8 @@ class Fp8Recipe:
         self.needs = needs_of(model, source, settings)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
+        if settings.rollouts:
+            drift.starts_of(self._calibration)  # refused now and not after hours
         files.require_writable(output, "graph")
         self.work = ((work or output.parent) / f".{output.stem}.partial").resolve()
         files.require_writable(self.work / "stages.json", "--work-dir")
@@ -104,6 +107,7 @@ class Fp8Recipe:
     def _stages(self) -> tuple[Stage, ...]:
         made = str(self._made)
         rounds = Stage("rounding", ("clean.onnx",), (rounding.FOLDER,), self._round)
+        rolls = Stage("rollouts", ("clean.onnx", made), (), self._rollouts)
         search = Stage("sensitivity", ("clean.onnx", "amax.npy"), (), self._search)
         return (
             Stage("clean", (), ("clean.onnx",), self._clean),
@@ -114,6 +118,7 @@ class Fp8Recipe:
             Stage("scales", ("quantized.onnx", "amax.npy"), (made,), self._scales),
             Stage("shares", ("clean.onnx", made), (), self._shares),
             Stage("parity", ("clean.onnx", made), (), self._parity),
+            *([rolls] if self.settings.rollouts else []),
         )
 
     def _clean(self) -> Mapping[str, Any]:
@@ -243,6 +248,14 @@ class Fp8Recipe:
             )
         kinds = compare.parity_by_kind(sides[0], sides[1], rows.kinds())
         return {"parity": [asdict(p) for p in parity], "by kind": [asdict(p) for p in kinds], "worst": worst}
+
+    def _rollouts(self) -> Mapping[str, Any]:
+        """Whole generations of both graphs on shared noise, beside the reference with its input off by known sizes."""
+        starts = drift.varied_starts(self._calibration, self.settings.rollouts)
+        study = drift.DriftStudy(self._calibration, starts, None, low_memory=True)
+        controls, found = study.run(self.work / "clean.onnx", [self.work / self._made])
+        kinds = self._calibration.kinds()
+        return {"kinds": [kinds[start] for start in starts], **drift.document(controls, found, drift.EVERY_STEP)}
 
     def _finish(self) -> dict[str, Any]:
         """Put the graph, the report and the manifest in place, in that order."""

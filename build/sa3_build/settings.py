@@ -26,10 +26,11 @@ class Settings:
     max_fp16_products: int | None = None
     recipe: str = "ours"  # "reference": the published recipe's choices, to compare with
     rounding: str = "gptq"  # of weights; "nearest": each to the nearest code
+    rollouts: int = 2  # whole generations that the report compares, beside perturbed ones
 
     def noted(self) -> dict[str, Any]:
         """As manifest and report hold them: a setting younger than an artefact is left out while it changes nothing."""
-        young = ("target_cosine", "max_fp16_products", "recipe", "rounding")
+        young = ("target_cosine", "max_fp16_products", "recipe", "rounding", "rollouts")
         same = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
         return {name: value for name, value in asdict(self).items() if name not in young or name not in same}
 
@@ -53,7 +54,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[Settings, str]:
         ptq, published_recipe.HEADROOM if reference else args.headroom,
         args.weights, args.min_cosine, args.parity_rows, args.free_batch,
         target_cosine=args.target_cosine, max_fp16_products=args.max_fp16_products, recipe=args.recipe,
-        rounding=_rounding(args),
+        rounding=_rounding(args), rollouts=args.rollouts,
     )  # fmt: skip
     return settings, why
 
