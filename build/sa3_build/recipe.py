@@ -243,7 +243,7 @@ class Fp8Recipe:
         if not worst >= wanted:
             raise GateError(
                 f"worst denoised cosine {worst:.6f} is under {wanted:g}; nothing was written",
-                "calibrate on more prompts, or lower --min-cosine if you know why",
+                "calibrate on more prompts, or lower the limit if you know why (--min-cosine, --target-cosine)",
                 console.table(compare.PARITY_HEADER, compare.parity_rows(parity)),
             )
         kinds = compare.parity_by_kind(sides[0], sides[1], rows.kinds())

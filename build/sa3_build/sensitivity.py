@@ -24,8 +24,8 @@ from sa3_trt_core.calib import ChosenRows, Row
 from sa3_trt_core.console import Progress, table
 from sa3_trt_core.errors import GateError
 
-# The parity gate runs other kernels than the search: weights stored as FP8, one session without branches.
-AIM = 0.98  # of the distance 1 - target is what the search goes for
+# The parity gate runs one session without branches, which rounds less to 16 bits: 2.5 % of the distance was seen.
+AIM = 0.95  # of the distance 1 - target is what the search goes for
 
 
 @dataclass(frozen=True)
