@@ -40,9 +40,11 @@ def round_weights(source: Path, selection: ptq.Selection, rows: ChosenRows, work
     (work / FOLDER).mkdir(exist_ok=True)
     model = graph.load(source)
     groups = list(_groups(selection))
-    with Progress("rounding: activations", len(groups) * rows.rows, "forwards") as progress:
+    with Progress("rounding", len(groups) * rows.rows + len(selection.quantized), "forwards and weights") as progress:
         for group in groups:
-            missing = [one for one in selection.quantized if one.activation in group and not _file(work, one).exists()]
+            wanted = [one for one in selection.quantized if one.activation in group]
+            missing = [one for one in wanted if not _file(work, one).exists()]
+            progress.advance(len(wanted) - len(missing))
             if not missing:
                 progress.advance(rows.rows)
                 continue
@@ -53,6 +55,7 @@ def round_weights(source: Path, selection: ptq.Selection, rows: ChosenRows, work
                 scale = weight_scale(weight, product)
                 codes = gptq.rounded(weight, scale, product.channel_axis, grams[product.activation], DAMPING)
                 Codes.write(_file(work, product), codes)
+                progress.advance()
     return {"rows": rows.rows, "damping": DAMPING, **_changes(model, selection, work)}
 
 
