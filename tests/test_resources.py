@@ -53,10 +53,11 @@ def test_a_full_disk_is_told_before_the_start(tmp_path: Path) -> None:
 
 
 def test_estimates_hold_for_what_is_made(tiny_fp8: Path) -> None:
-    made = resources.estimate(10 << 30, 8 << 30, 0, "direct", "fp8")
+    made = resources.estimate(10 << 30, 8 << 30, 0, "direct", "fp8", "nearest")
     assert made.result - resources.MARGIN == 6 << 30 and made.disk == made.result
-    assert resources.estimate(10 << 30, 8 << 30, 0, "direct", "fp16").result > made.result
-    assert resources.estimate(10 << 30, 8 << 30, 1 << 30, "modelopt", "fp8").disk > 40 << 30
+    assert resources.estimate(10 << 30, 8 << 30, 0, "direct", "fp16", "nearest").result > made.result
+    assert resources.estimate(10 << 30, 8 << 30, 1 << 30, "modelopt", "fp8", "nearest").disk > 40 << 30
+    assert resources.estimate(10 << 30, 8 << 30, 0, "direct", "fp8", "gptq").disk == made.disk + (4 << 30)
     assert graph.bytes_of(tiny_fp8 / FP8) < graph.bytes_of(tiny_fp8 / HALF)
 
 

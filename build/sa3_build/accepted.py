@@ -41,4 +41,4 @@ def needs_of(model: ir.Model, source: Path, settings: Settings) -> resources.Est
     quantised = [tensors[product.weight] for product in ptq.select_products(model).quantized]
     total = sum(file.stat().st_size for file in graph.files_of(source))
     in_fp8 = sum(tensor.nbytes for tensor in quantised if tensor is not None)
-    return resources.estimate(total, in_fp8, rewritten, settings.ptq, settings.weights)
+    return resources.estimate(total, in_fp8, rewritten, settings.ptq, settings.weights, settings.rounding)

@@ -31,14 +31,18 @@ class Estimate:
         return {"memory": self.memory, "disk": self.disk, "of which stays": self.result}
 
 
-def estimate(source_bytes: int, quantised_bytes: int, rewritten_bytes: int, ptq: str, weights: str) -> Estimate:
+def estimate(
+    source_bytes: int, quantised_bytes: int, rewritten_bytes: int, ptq: str, weights: str, rounding: str
+) -> Estimate:
     """What one FP8 build needs.
 
     `quantised_bytes` of the source are weights that become E4M3 (half of them stays); `rewritten_bytes` are weights
-    that a pass turns and that therefore cannot stay in the source's own file.
+    that a pass turns and that therefore cannot stay in the source's own file. Codes that GPTQ chooses lie in the
+    working folder until the result is written.
     """
     result = source_bytes - (quantised_bytes // 2 if weights == "fp8" else 0) + MARGIN
     copies = MODELOPT_COPIES * source_bytes if ptq == "modelopt" else 0
+    copies += quantised_bytes // 2 if rounding == "gptq" else 0
     share = MODELOPT_SHARE if ptq == "modelopt" else DIRECT_SHARE
     return Estimate(int(share * source_bytes) + (1 << 30), result + rewritten_bytes + copies, result)
 
