@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -342,3 +343,17 @@ def test_headroom_widens_activation_scales_only(at_run_time: Path, selection: pt
     for old, new in zip(before, scales_of(result, selection, 0), strict=True):
         assert float(new.reshape(())) == pytest.approx(4 * float(old.reshape(())), rel=2e-3)
     assert all(np.array_equal(old, new) for old, new in zip(weights, scales_of(result, selection, 1), strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are read from Linux's /proc")
+def test_a_closed_engine_lets_go_of_its_weights(tiny_fp8: Path, tmp_path: Path) -> None:
+    """At full size they are 3 GB, and the next engine comes while a variable still names the closed one."""
+    copies = [Path(shutil.copy(file, tmp_path)) for file in graph.files_of(tiny_fp8 / HALF)]
+
+    def mapped() -> bool:
+        return str(copies[1]) in Path("/proc/self/maps").read_text()
+
+    engine = OnnxRuntimeEngine(copies[0], low_memory=True)
+    assert mapped()
+    engine.close()
+    assert not mapped()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa3_trt_core import device
 from sa3_trt_core.engines.base import Closing, run_rows
@@ -25,6 +25,11 @@ NO_PACKED_WEIGHTS = "session.disable_prepacking"
 PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
 FATAL_ONLY = 4  # its errors reach the user as ours, once
 LONGEST_REASON = 240
+
+
+class _Input(NamedTuple):
+    type: str
+    shape: tuple[Any, ...]
 
 
 class OnnxRuntimeEngine(Closing):
@@ -63,7 +68,8 @@ class OnnxRuntimeEngine(Closing):
         except Exception as error:  # its exceptions share no base class of their own
             raise _refusal(path, str(error)) from None
         self._path = path
-        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        # Copied out: what a session gives keeps the session and its mapped weights alive, closed or not.
+        self._inputs = {value.name: _Input(value.type, tuple(value.shape)) for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(self._outputs)
