@@ -103,15 +103,7 @@ class Subject:
     def _groups(self, fetched: int) -> Iterator[list[str]]:
         """Activations in order, as many together as `fetched` allows; the memory tokens are left out of account."""
         tokens = max(self.rows.whole.frames, shapes.TEXT_TOKENS)
-        group: list[str] = []
-        size = 0
-        for name, channels in self._channels().items():
-            if group and size + tokens * channels > fetched:
-                yield group
-                group, size = [], 0
-            group.append(name)
-            size += tokens * channels
-        yield group
+        yield from ptq.in_groups({name: tokens * k for name, k in self._channels().items()}, fetched)
 
     def _channels(self) -> dict[str, int]:
         return {product.activation: product.k for product in self._selection.quantized}

@@ -6,7 +6,7 @@ because it leaves a fixed headroom of 12.4x and calibrates nothing per sigma.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,19 @@ def keep(selection: Selection, nodes: Collection[str]) -> Selection:
     quantized = tuple(product for product in selection.quantized if product.node not in nodes)
     excluded = {**selection.excluded, **dict.fromkeys((product.node for product in kept), KEPT)}
     return Selection(quantized, excluded, selection.token_macs_elsewhere + sum(one.k * one.n for one in kept))
+
+
+def in_groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    """Names in order, as many together as `most` allows of their sizes, and one at least."""
+    group: list[str] = []
+    held = 0
+    for name, size in sizes.items():
+        if group and held + size > most:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    yield group
 
 
 def columns(measured: Selection, wanted: Selection) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ def round_weights(source: Path, selection: ptq.Selection, rows: ChosenRows, work
     """
     (work / FOLDER).mkdir(exist_ok=True)
     model = graph.load(source)
-    groups = list(_groups(selection))
+    held = {product.activation: 4 * product.k**2 for product in selection.quantized}
+    groups = list(ptq.in_groups(held, GRAM_BYTES))
     with Progress("rounding", len(groups) * rows.rows + len(selection.quantized), "forwards and weights") as progress:
         for group in groups:
             wanted = [one for one in selection.quantized if one.activation in group]
@@ -69,20 +70,6 @@ def weight_scale(weight: np.ndarray, product: ptq.Product) -> np.ndarray:
     return ptq.stored_scale(ptq.channel_amax(weight, product, product.channel_axis) / E4M3_MAX, weight.dtype)
 
 
-def _groups(selection: ptq.Selection) -> Iterator[set[str]]:
-    """Activations in graph order, as many together as `GRAM_BYTES` allows."""
-    channels = {product.activation: product.k for product in selection.quantized}
-    group: set[str] = set()
-    size = 0
-    for name in selection.activations:
-        if group and size + 4 * channels[name] ** 2 > GRAM_BYTES:
-            yield group
-            group, size = set(), 0
-        group.add(name)
-        size += 4 * channels[name] ** 2
-    yield group
-
-
 def _grams(source: Path, names: Sequence[str], rows: ChosenRows, progress: Progress) -> dict[str, torch.Tensor]:
     """X^T X (K, K) of each activation over every token of every row, fp32."""
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
@@ -101,12 +88,13 @@ def _grams(source: Path, names: Sequence[str], rows: ChosenRows, progress: Progr
 
 def _changes(model: Any, selection: ptq.Selection, work: Path) -> dict[str, Any]:
     """How many codes are not the nearest, and the furthest that a channel is from its source."""
+    stored = stored_codes(selection, work)
     changed = elements = 0
     furthest = 0.0
     for product in selection.quantized:
         weight = graph.constant_of(model.graph.initializers[product.weight])
         assert weight is not None and product.channel_axis is not None
-        scale, codes = weight_scale(weight, product), stored_codes(selection, work)[product.weight].read()
+        scale, codes = weight_scale(weight, product), stored[product.weight].read()
         changed += int((codes.view(np.uint8) != quantized(weight, scale, product.channel_axis).view(np.uint8)).sum())
         elements += codes.size
         furthest = max(furthest, gptq.deviation(weight, codes, scale, product.channel_axis))
