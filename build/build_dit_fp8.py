@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3_build.settings import Settings, from_arguments
 from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--min-cosine", type=number_type(0, 1), default=0.9, help="gate on the denoised latent")
     line.add_argument("--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on")
     line.add_argument(
-        "--rollouts", type=integer_type(0, 10**6), default=2, metavar="N",
+        "--rollouts", type=integer_type(0, 10**6), default=Settings.rollouts, metavar="N",
         help="whole generations to compare, kinds of row in turn, beside perturbed ones (default 2: 128 forwards)",
     )  # fmt: skip
     line.add_argument(
@@ -95,7 +96,6 @@ def main(argv: list[str] | None = None) -> int:
     from dataclasses import replace
 
     from sa3_build.recipe import Fp8Recipe
-    from sa3_build.settings import from_arguments
 
     settings, why = from_arguments(args)
     recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
