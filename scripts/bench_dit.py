@@ -1,12 +1,18 @@
-"""Time the DiT step of the PyTorch engine beside its peers, on random weights of full size: no checkpoint needed."""
+"""Time a DiT step: the PyTorch engine beside its peers, on random weights of full size, or engines of this machine."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sa3_trt_core import targets
 from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+
+if TYPE_CHECKING:
+    from sa3_bench.record import Record
 
 LENGTHS = (323, 646, 1292, 4096)
 RING_LENGTH = 646
@@ -29,6 +35,14 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     line.add_argument("--repeats", type=integer_type(1, 10_000), default=200, help="timings of each, taking turns")
     line.add_argument("--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more")
+    files = line.add_argument_group("engines of this machine, instead of random weights")
+    files.add_argument(
+        "--engines", nargs="+", metavar="P@B",
+        help="precision and backend of each, the reference first: fp16mixed@tensorrt fp8@tensorrt fp8@torch",
+    )  # fmt: skip
+    files.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
+    files.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
+    files.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     return line
 
 
@@ -40,6 +54,14 @@ def main(argv: list[str] | None = None) -> int:
 
     files.require_writable(args.out / "bench.json", "--out")
 
+    shapes = [(1, frames) for frames in args.lengths] + [(rows, RING_LENGTH) for rows in args.batches]
+    found = _engines(args, shapes) if args.engines else _random(args, shapes)
+    print(found.markdown())
+    return 0
+
+
+def _random(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
+    """Our engine and its peers, on random weights."""
     import torch
 
     if not torch.cuda.is_available() and not args.tiny:
@@ -49,10 +71,21 @@ def main(argv: list[str] | None = None) -> int:
 
     named = {"eager": peers.EAGER, "compiled": peers.COMPILED, "torchao": peers.TORCHAO}
     wanted = [*args.precisions, *(named[name] for name in args.peers)]
-    shapes = [(1, frames) for frames in args.lengths] + [(rows, RING_LENGTH) for rows in args.batches]
-    found = record.run(wanted, shapes, args.repeats, args.tiny, args.out)
-    print(found.markdown())
-    return 0
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return record.run(peers.contest_of(wanted, args.tiny, place), shapes, args.repeats, args.out)
+
+
+def _engines(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
+    """Engines by their files."""
+    from sa3_bench import opened, record
+
+    from sa3_trt_core import paths
+    from sa3_trt_core.validation.sides import Place
+
+    place = Place(args.dit, paths.onnx_root_from(args.onnx_root), args.models_dir or paths.default_models_dir())
+    sides = opened.find_engines(args.engines, place)
+    with ExitStack() as stack:
+        return record.run(opened.contest_of(sides, stack), shapes, args.repeats, args.out)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,24 @@
-"""The producer benchmark: it measures real commands, and its chain is made of commands that exist."""
+"""The benchmarks: of the producers, of engines by their files, of a start. What is measured is a real command."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import shutil
 from pathlib import Path
 
+import bench_dit
 import bench_producer
+import bench_start
 import pytest
+from conftest import onnx_of
 
+from helpers import broken_fp8
+from helpers.commands import listing, run, two_lines
 from sa3_trt_core.errors import ToolError
+
+PAIR = ["--engines", "fp16mixed@onnxruntime", "fp8@onnxruntime", "--lengths", "12", "--repeats", "1", "--batches"]
 
 
 def test_a_step_is_measured(tmp_path: Path) -> None:
@@ -43,3 +52,56 @@ def test_the_chain_is_made_of_commands_that_parse(tmp_path: Path, ptq: str) -> N
     for _, line in chain:
         module = importlib.import_module(re.sub(r"\.py$", "", line[0]))
         assert module.parser().parse_args(line[1:])
+
+
+def test_engines_are_compared_by_their_files(tiny_fp8: Path, tmp_path: Path) -> None:
+    done = run(bench_dit.main, [*PAIR, "2", "--onnx-root", tiny_fp8, "--out", tmp_path])
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "bench.json").read_text())
+    half, fp8, half_rows, fp8_rows = record["timings"]
+    assert [one["contestant"] for one in record["timings"][:2]] == PAIR[1:3] and record["judged"] == [PAIR[2]]
+    assert half["cosine"] == pytest.approx(1.0, abs=1e-9) and 0.99 < fp8["cosine"] < 0.999999
+    assert half_rows["rows"] == 2 and half_rows["batch_cosine"] is None and fp8_rows["batch_cosine"] > 0.999
+    assert "against fp16mixed@onnxruntime" in done.out and "of the floor" not in done.out
+    assert done.out.strip() == (tmp_path / "bench.md").read_text().strip()
+
+
+def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp_path: Path) -> None:
+    root = tmp_path / "onnx"
+    shutil.copytree(tiny_fp8, root)
+    broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), onnx_of(root, "sa3-m-fp8"), broken_fp8.swapped_weights)
+    done = run(bench_dit.main, [*PAIR, "--onnx-root", root, "--out", tmp_path / "out"])
+    assert done.code == 3 and "fp8@onnxruntime, 1 x 12: cosine" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fp16mixed"], "'fp16mixed' is no PRECISION@BACKEND"),
+        (["fp16mixed@onnx", "fp8@torch"], "'fp16mixed@onnx' is no PRECISION@BACKEND"),
+        (["fp8@onnxruntime", "fp8@onnxruntime"], "stands there twice"),
+        (["fp8@onnxruntime"], "one engine is compared with nothing"),
+        (["fp8@onnxruntime", "fp8@torch"], "no engine"),
+    ],
+)
+def test_engines_that_cannot_be_compared(tiny_fp8: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    line = ["--engines", *words, "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "models", "--out", tmp_path]
+    two_lines(run(bench_dit.main, line), said)
+    assert listing(tmp_path) == {}
+
+
+def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
+    line = ["--backend", "onnxruntime", "--onnx-root", tiny_fp8, "--seconds", "1", "--repeats", "1", "--json"]
+    done = run(bench_start.main, line)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    for kind in (bench_start.COLD, bench_start.WARM):
+        *parts, whole = found["seconds"][kind].values()
+        assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
+    cold, warm = (found["seconds"][kind]["to the first step"] for kind in (bench_start.COLD, bench_start.WARM))
+    assert found["cold over warm"] == pytest.approx(cold / warm)
+
+
+def test_a_start_that_fails_is_named(tmp_path: Path) -> None:
+    done = run(bench_start.main, ["--backend", "onnxruntime", "--onnx-root", tmp_path, "--repeats", "1"])
+    assert done.code == 2 and "sa3_trt ended with 2" in done.err and "--steps 1" in done.err

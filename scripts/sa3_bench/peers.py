@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sa3_bench.subject import duration_token, packed_of
+from sa3_bench.contest import LEAST_COSINE, Contest, Step
+from sa3_bench.subject import MEDIUM, SMALL, duration_token, packed_of, random_module
 from sa3_trt_core.torch_dit.model import Dit
 from sa3_trt_core.torch_dit.plain import PlainOps
 from sa3_trt_core.torch_dit.runner import CONDITIONING, Runner
@@ -20,7 +21,6 @@ EAGER, COMPILED, TORCHAO = "diffusers fp16", "diffusers fp16 compiled", "diffuse
 PEERS = (EAGER, COMPILED, TORCHAO)
 WARM_RUNS = 3
 MOST_SHAPES = 64  # compiled for each; beyond its limit Dynamo silently runs eagerly
-Step = Callable[[], Tensor]
 
 
 class Ours:
@@ -107,6 +107,31 @@ def _graphed(forward: Step) -> Step:
 def _is_trunk(part: nn.Module, name: str) -> bool:
     """The products that our recipe quantises."""
     return isinstance(part, nn.Linear) and "transformer_blocks" in name and "local" not in name
+
+
+def contest_of(wanted: Sequence[str], tiny: bool, device: torch.device) -> Contest:
+    """Our engine and its peers by name, on the same random weights of full size (or tiny)."""
+    module = random_module(SMALL if tiny else MEDIUM, device)
+    packed = packed_of(module, "fp8")
+    judged = {name: LEAST_COSINE[name] for name in wanted if name in OURS}
+    return Contest(
+        {name: make(name, module, packed, device) for name in wanted}, judged,
+        lambda inputs: _reference(module, packed, inputs), "the fp32 module", "the best peer", packed.sizes,
+    )  # fmt: skip
+
+
+def _reference(module: Any, packed: Packed, inputs: dict[str, Tensor]) -> Tensor:
+    """The module's own velocity in fp32, row by row: attention in fp32 needs the memory."""
+    token = duration_token(packed, inputs["seconds_total"])
+    keep = inputs["t5_mask"].unsqueeze(-1) > 0.5
+    text = torch.where(keep, inputs["t5_hidden"], module.prompt_padding_embedding)
+    context = torch.cat([text, token.unsqueeze(1)], dim=1)
+    found = [
+        module(inputs["x"][row], inputs["t"][row], encoder_hidden_states=context[row],
+               global_hidden_states=token[row], local_add_cond=inputs["local_add_cond"][row], return_dict=False)[0]
+        for row in (slice(index, index + 1) for index in range(len(token)))
+    ]  # fmt: skip
+    return torch.cat(found)
 
 
 def make(name: str, module: Any, packed: Packed, device: torch.device) -> Ours | Diffusers:

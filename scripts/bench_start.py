@@ -1,0 +1,88 @@
+"""Time a fresh sa3_trt to the end of its first DiT step: cold, with no compiled kernel kept, and warm."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from sa3_trt_core import console, engines, targets
+from sa3_trt_core.engines.torch_fp8 import CACHE_VARIABLE
+from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+
+COMMAND = Path(__file__).with_name("sa3_trt.py")
+BEFORE = ("load", "text", "sample")  # stages until the first step is done
+AFTER = ("decode", "write")
+PROMPT = "Slow piano over soft strings, 70 BPM"
+COLD, WARM = "cold", "warm"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="bench_start.py", description=__doc__)
+    line.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
+    line.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="its DiT (default: %(default)s)")
+    line.add_argument("--backend", choices=engines.BACKENDS, default="torch", help="(default: %(default)s)")
+    line.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
+    line.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
+    line.add_argument("--seconds", type=number_type(0.5, 380, "seconds"), default=54.0, help="of sound (default: 54)")
+    line.add_argument("--repeats", type=integer_type(1, 100), default=3, help="of each, taking turns (default: 3)")
+    line.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Start it again and again, and print what the time went to."""
+    args = parser().parse_args(argv)
+    line = [sys.executable, str(COMMAND), "--prompt", PROMPT, "--dit", args.dit, "--precision", args.precision]
+    line += ["--backend", args.backend, "--seconds", str(args.seconds), "--steps", "1", "--seed", "0", "--json"]
+    for flag, value in (("--onnx-root", args.onnx_root), ("--models-dir", args.models_dir)):
+        line += [flag, str(value)] if value is not None else []
+    taken: dict[str, list[dict[str, float]]] = {COLD: [], WARM: []}
+    with console.Progress("starts", 1 + 2 * args.repeats, "starts") as progress:
+        start(line, WARM)  # brings the files into the memory of the system, for both kinds alike
+        progress.advance(1)
+        for _ in range(args.repeats):
+            for kind, runs in taken.items():
+                runs.append(start(line, kind))
+                progress.advance(1, kind)
+    found = {kind: {part: statistics.median(one[part] for one in runs) for part in runs[0]}
+             for kind, runs in taken.items()}  # fmt: skip
+    ratio = found[COLD]["to the first step"] / found[WARM]["to the first step"]
+    if args.json:
+        print(json.dumps({"seconds": found, "cold over warm": ratio, "runs": taken}, indent=2))
+        return 0
+    rows = [[kind, *(f"{seconds:.2f}" for seconds in parts.values())] for kind, parts in found.items()]
+    print(console.table(["start", *found[COLD]], rows))
+    print(f"cold over warm: {ratio:.2f}")
+    return 0
+
+
+def start(line: list[str], kind: str) -> dict[str, float]:
+    """Seconds of one fresh process: Python and imports, each stage, all until the first step is done.
+
+    Raises ToolError when it fails; its own words are on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | ({CACHE_VARIABLE: f"{folder}/kernels"} if kind == COLD else {})
+        out = ["--out", f"{folder}/sound.wav", "--quiet"]
+        began = time.perf_counter()
+        done = subprocess.run([*line, *out], stdout=subprocess.PIPE, env=environment, check=False)
+        seconds = time.perf_counter() - began
+    if done.returncode:
+        raise ToolError(f"sa3_trt ended with {done.returncode}", f"run it alone: {' '.join(line)} --out sound.wav")
+    stages: dict[str, Any] = json.loads(done.stdout)["timings"]
+    parts = {stage: float(stages[stage]) for stage in BEFORE}
+    whole = seconds - sum(float(stages[stage]) for stage in AFTER)
+    return {"Python and imports": whole - sum(parts.values()), **parts, "to the first step": whole}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
