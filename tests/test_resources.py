@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import build_dit_fp8
@@ -14,6 +17,30 @@ from helpers.commands import listing, run
 from sa3_build import graph, resources
 from sa3_build.linked import save_linked
 from sa3_trt_core.targets import dit_target
+
+# A stage that frees every other one of many blocks: what lies between the others is what glibc keeps.
+FRAGMENTS = """
+import sys
+from pathlib import Path
+import numpy as np
+from sa3_build.stages import Stage, WorkingFolder
+
+def resident():
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(lines["VmRSS"].split()[0]) * 1024
+
+kept = []
+
+def work():
+    blocks = [np.ones(12_500) for _ in range(4000)]  # of 100 kB each
+    kept.extend(blocks[::2])
+    return {"resident": resident()}
+
+folder = WorkingFolder(Path(sys.argv[1]), {})
+folder.open()
+folder.run(Stage("work", (), (), work))
+print(folder.done["work"]["resident"] - resident())
+"""
 
 HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
 
@@ -100,3 +127,10 @@ def test_a_linked_graph_is_the_graph(tiny_onnx: Path, tmp_path: Path) -> None:
         assert again.graph.initializers[name].const_value.tobytes() == value.const_value.tobytes(), name
     assert (tmp_path / "linked.onnx.data").stat().st_size == changed.const_value.nbytes
     assert {file.name: file.read_bytes() for file in graph.files_of(source)} == before
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
+def test_a_stage_gives_back_what_it_freed(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", FRAGMENTS, str(tmp_path / "work")]
+    done = subprocess.run(line, check=True, capture_output=True, text=True)
+    assert int(done.stdout) > 150_000_000  # of 200 MB that were freed

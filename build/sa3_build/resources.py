@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,19 @@ def choose_ptq(source_bytes: int) -> tuple[str, str]:
         return "modelopt", f"ModelOpt needs about {format_bytes(needed)} of memory, {format_bytes(free)} are free"
     found = "how much is free is not known" if free is None else f"{format_bytes(free)} are free"
     return "direct", f"ModelOpt would need about {format_bytes(needed)} of memory, {found}"
+
+
+def return_memory() -> None:
+    """Hand freed memory back to the system.
+
+    glibc keeps freed blocks that lie between others: 2 GB at full size after the forwards of a stage, beside which the
+    next session maps its weights. Graphs are cycles, which only the collector frees. A C library without malloc_trim
+    keeps what it likes.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_memory() -> int | None:

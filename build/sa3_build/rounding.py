@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sa3_build import gptq, graph, ptq
+from sa3_build import gptq, graph, ptq, resources
 from sa3_build.passes.fp8_weights import E4M3_MAX, Codes, quantized
 from sa3_trt_core.calib import CalibrationSet, ChosenRows, parity_selection, tensors
 from sa3_trt_core.console import Progress
@@ -57,6 +57,8 @@ def round_weights(source: Path, selection: ptq.Selection, rows: ChosenRows, work
                 codes = gptq.rounded(weight, scale, product.channel_axis, grams[product.activation], DAMPING)
                 Codes.write(_file(work, product), codes)
                 progress.advance()
+            del grams
+            resources.return_memory()
     return {"rows": rows.rows, "damping": DAMPING, **_changes(model, selection, work)}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sa3_build import resources
 from sa3_trt_core import files
 
 NOTES_FILE = "stages.json"
@@ -52,6 +53,7 @@ class WorkingFolder:
             assert (self.folder / name).exists(), f"stage {stage.name} needs {name}"
         started = time.monotonic()
         found = dict(stage.run())
+        resources.return_memory()
         found["seconds"] = round(time.monotonic() - started, 2)
         self.done[stage.name] = found
         files.write_atomic_text(self.folder / NOTES_FILE, json.dumps({"note": self.note, "done": self.done}))
