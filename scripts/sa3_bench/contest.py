@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class Contest:
     then no floor is given; where they are, a judged one is called by its precision.
     """
 
-    contestants: Mapping[str, Any]
+    contestants: Mapping[str, Contestant]
     judged: Mapping[str, float]
     reference: Callable[[dict[str, Tensor]], Tensor]
     reference_name: str
