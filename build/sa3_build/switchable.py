@@ -87,7 +87,8 @@ def switchable(
 ) -> bytes:
     """The graph of a `SwitchableDit`, serialised; its weights are those of `source`'s sidecar.
 
-    Each Q/DQ pair moves into the branch of an If, so that a pair which is off costs no rounding and no time.
+    Each Q/DQ pair moves into the branch of an If, so that a pair which is off costs no rounding and no time. A weight's
+    waits for its unit's activation: a session runs what is ready, and would else hold a copy of every weight.
     """
     model = graph.load(source)
     run_passes(model, [InsertQuantizers({product.node: product.channel_axis for product in selection.quantized})])
@@ -97,10 +98,12 @@ def switchable(
     first = next(iter(model.graph))
     for index, unit in enumerate(units_of(selection)):
         chosen = _switch(model, first, switches, index)
-        pairs = [ptq.dequantizers(by_name[product.node]) for product in unit.products]
-        for dequantize in dict.fromkeys(side for pair in pairs for side in pair):
-            assert dequantize is not None
-            _put_in_branch(model, chosen, dequantize, codes, source.parent)
+        (activation, *_), *_ = pairs = [ptq.dequantizers(by_name[product.node]) for product in unit.products]
+        weights = dict.fromkeys(weight for _, weight in pairs)
+        switched = _put_in_branch(model, chosen, _there(activation), codes, source.parent)
+        later = _after(model, switched, chosen)
+        for weight in weights:
+            _put_in_branch(model, later, _there(weight), codes, source.parent)
     return graph.serialized(model)
 
 
@@ -122,9 +125,28 @@ def _switch(model: ir.Model, before: ir.Node, switches: ir.Value, index: int) ->
     return chosen.outputs[0]
 
 
+def _there(dequantize: ir.Node | None) -> ir.Node:
+    assert dequantize is not None
+    return dequantize
+
+
+def _after(model: ir.Model, switched: ir.Node, chosen: ir.Value) -> ir.Value:
+    """The same switch, known only when the activation behind it is: its size is never negative."""
+    name = f"{switched.name}_least"
+    least = ir.val(name, const_value=ir.tensor(np.array(0, np.int64), name=name))
+    model.graph.register_initializer(least)
+    size = ir.node("Size", switched.outputs, name=f"{switched.name}_size")
+    there = ir.node("GreaterOrEqual", [size.outputs[0], least], name=f"{switched.name}_there")
+    later = ir.node("And", [chosen, there.outputs[0]], name=f"{switched.name}_later")
+    for node in (size, there, later):
+        node.outputs[0].name = f"{node.name}_value"
+    model.graph.insert_after(switched, [size, there, later])
+    return later.outputs[0]
+
+
 def _put_in_branch(
     model: ir.Model, chosen: ir.Value, dequantize: ir.Node, codes: Mapping[str, Codes], folder: Path
-) -> None:
+) -> ir.Node:
     """Replace a Q/DQ pair by: if chosen then the pair, or the codes of a weight, else the value as it is."""
     quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
     assert quantize is not None and quantize.inputs[0] is not None
@@ -146,3 +168,4 @@ def _put_in_branch(
     for branch, outputs, nodes in (("then", [result], pair), ("else", same.outputs, [same])):
         body = ir.Graph([], outputs, nodes=nodes, name=f"{result.name}_{branch}")
         switched.attributes[f"{branch}_branch"] = ir.AttrGraph(f"{branch}_branch", body)
+    return switched

@@ -55,6 +55,8 @@ class OnnxRuntimeEngine(Closing):
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
             options.enable_mem_pattern = options.enable_cpu_mem_arena = False
+            # The default order casts the weights of a graph with many outputs long before they are used: 2 GB more.
+            options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.log_severity_level = FATAL_ONLY
         if variant is not None:
             options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
