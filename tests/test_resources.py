@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import sys
@@ -132,5 +133,6 @@ def test_a_linked_graph_is_the_graph(tiny_onnx: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
 def test_a_stage_gives_back_what_it_freed(tmp_path: Path) -> None:
     line = [sys.executable, "-c", FRAGMENTS, str(tmp_path / "work")]
-    done = subprocess.run(line, check=True, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(Path(resources.__file__).parents[1])}
+    done = subprocess.run(line, check=True, capture_output=True, text=True, env=env)
     assert int(done.stdout) > 150_000_000  # of 200 MB that were freed
