@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from sa3_build import checkpoint as native
-from sa3_build import export, graph, text_encoder
+from sa3_build import export, graph, resources, text_encoder
 from sa3_build.contract import DecoderContract, DitContract, EncoderContract, TextContract
 from sa3_build.demo.music import draw_piece
 from sa3_build.demo.synth import render
@@ -142,8 +141,8 @@ class Exporter:
         # The module and its graph are of one size with the session to come: never both in memory.
         graph.forget_weights(model)
         del module, model, forward
-        gc.collect()
         self._weights.release()
+        resources.return_memory()
         measure = max_error if target.kind == "dit" else relative_error
         if target.kind == "same-decoder":
             found = self._run_samples(path, clip, self._examples(target))

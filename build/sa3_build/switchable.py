@@ -98,12 +98,11 @@ def switchable(
     first = next(iter(model.graph))
     for index, unit in enumerate(units_of(selection)):
         chosen = _switch(model, first, switches, index)
-        (activation, *_), *_ = pairs = [ptq.dequantizers(by_name[product.node]) for product in unit.products]
-        weights = dict.fromkeys(weight for _, weight in pairs)
-        switched = _put_in_branch(model, chosen, _there(activation), codes, source.parent)
-        later = _after(model, switched, chosen)
-        for weight in weights:
-            _put_in_branch(model, later, _there(weight), codes, source.parent)
+        pairs = [ptq.dequantizers(by_name[product.node]) for product in unit.products]
+        activation = _put_in_branch(model, chosen, pairs[0][0], codes, source.parent)  # one for all products of a unit
+        later = _after(model, activation, chosen)
+        for _, weight in pairs:
+            _put_in_branch(model, later, weight, codes, source.parent)
     return graph.serialized(model)
 
 
@@ -119,35 +118,30 @@ def _switch(model: ir.Model, before: ir.Node, switches: ir.Value, index: int) ->
     model.graph.register_initializer(place)
     number = ir.node("Gather", [switches, place], name=f"unit_{index}_gather")
     chosen = ir.node("Cast", number.outputs, {"to": int(ir.DataType.BOOL)}, name=f"unit_{index}_chosen")
-    for node in (number, chosen):
-        node.outputs[0].name = f"{node.name}_value"
-    model.graph.insert_before(before, [number, chosen])
+    model.graph.insert_before(before, _named([number, chosen]))
     return chosen.outputs[0]
 
 
-def _there(dequantize: ir.Node | None) -> ir.Node:
-    assert dequantize is not None
-    return dequantize
-
-
 def _after(model: ir.Model, switched: ir.Node, chosen: ir.Value) -> ir.Value:
-    """The same switch, known only when the activation behind it is: its size is never negative."""
-    name = f"{switched.name}_least"
-    least = ir.val(name, const_value=ir.tensor(np.array(0, np.int64), name=name))
-    model.graph.register_initializer(least)
+    """The same switch, known only when the activation behind it is: its size is never zero."""
     size = ir.node("Size", switched.outputs, name=f"{switched.name}_size")
-    there = ir.node("GreaterOrEqual", [size.outputs[0], least], name=f"{switched.name}_there")
+    there = ir.node("Cast", size.outputs, {"to": int(ir.DataType.BOOL)}, name=f"{switched.name}_there")
     later = ir.node("And", [chosen, there.outputs[0]], name=f"{switched.name}_later")
-    for node in (size, there, later):
-        node.outputs[0].name = f"{node.name}_value"
-    model.graph.insert_after(switched, [size, there, later])
+    model.graph.insert_after(switched, _named([size, there, later]))
     return later.outputs[0]
 
 
+def _named(nodes: list[ir.Node]) -> list[ir.Node]:
+    for node in nodes:
+        node.outputs[0].name = f"{node.name}_value"
+    return nodes
+
+
 def _put_in_branch(
-    model: ir.Model, chosen: ir.Value, dequantize: ir.Node, codes: Mapping[str, Codes], folder: Path
+    model: ir.Model, chosen: ir.Value, dequantize: ir.Node | None, codes: Mapping[str, Codes], folder: Path
 ) -> ir.Node:
-    """Replace a Q/DQ pair by: if chosen then the pair, or the codes of a weight, else the value as it is."""
+    """Replace a Q/DQ pair by an If: if chosen then the pair, or the codes of a weight, else the value as it is."""
+    assert dequantize is not None
     quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
     assert quantize is not None and quantize.inputs[0] is not None
     source, result = quantize.inputs[0], dequantize.outputs[0]
