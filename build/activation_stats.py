@@ -9,8 +9,10 @@ from pathlib import Path
 
 from build_dit_fp8 import DEFAULT_HEADROOM
 
-from sa3_trt_core import console, files
-from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+from sa3_trt_core import console
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.errors import ToolError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out is not None:
         files.require_writable(args.out, "document")
 
-    from sa3_build import activation_stats as library
+    from sa3_build.recipes import activation_stats as library
 
     subjects = [library.Subject(source, calibration, args.rows) for source, calibration in pairs]
     measured = [(subject, subject.measure(DEFAULT_HEADROOM)) for subject in subjects]

@@ -11,8 +11,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sa3_trt_core import console, files, targets
-from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+from sa3_trt_core import console, targets
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.errors import ToolError
 
 HERE = Path(__file__).resolve().parent
 POLL_SECONDS = 0.2

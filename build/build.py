@@ -7,11 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from sa3_build import engine_state
-from sa3_trt_core import console, device, paths, targets
-from sa3_trt_core.errors import Parser, ToolError, run_command
+from sa3_build.engines import status
+from sa3_trt_core import console, gpu, paths, targets
+from sa3_trt_core.cli.arguments import Parser, run_command
+from sa3_trt_core.errors import ToolError
 
-States = list[tuple[targets.Target, engine_state.State]]
+States = list[tuple[targets.Target, status.State]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,9 +20,7 @@ def parser() -> argparse.ArgumentParser:
     line = Parser(prog="build.py", description=__doc__)
     line.add_argument("--list", action="store_true", help="show every target and its state, and leave")
     line.add_argument("--missing", action="store_true", help="build all that is missing (opt-in targets are left out)")
-    line.add_argument(
-        "--backend", choices=device.TENSORRT_BACKENDS, default=None, help="default: tensorrt if installed"
-    )
+    line.add_argument("--backend", choices=gpu.TENSORRT_BACKENDS, default=None, help="default: tensorrt if installed")
     line.add_argument("--arch", help="one architecture, e.g. sm_89 (default: this machine's GPU)")
     line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
     line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
@@ -33,17 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     """List, build what is missing, or ask."""
     args = parser().parse_args(argv)
     models = args.models_dir or paths.default_models_dir()
-    backend = args.backend or ("tensorrt" if device.tensorrt_module("tensorrt") else "tensorrt_rtx")
-    arch = paths.parse_arches(args.arch)[0] if args.arch else device.current_arch()
+    backend = args.backend or ("tensorrt" if gpu.tensorrt_module("tensorrt") else "tensorrt_rtx")
+    arch = paths.parse_arches(args.arch)[0] if args.arch else gpu.current_arch()
     onnx_root = paths.onnx_root_from(args.onnx_root)
-    states = [(target, engine_state.state_of(target, models, arch, backend, onnx_root)) for target in targets.TARGETS]
+    states = [(target, status.state_of(target, models, arch, backend, onnx_root)) for target in targets.TARGETS]
     if args.list or not (args.missing or sys.stdin.isatty()):
         return _list(states, f"{models}/{arch or '-'}", args.json)
     if arch is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"
         )
-    missing = [target for target, state in states if not target.opt_in and state.name != engine_state.CURRENT]
+    missing = [target for target, state in states if not target.opt_in and state.name != status.CURRENT]
     chosen = missing if args.missing else _ask(states, missing)
     if not chosen:
         print("nothing to build")
@@ -68,7 +67,7 @@ def _list(states: States, place: str, as_json: bool) -> int:
     return 0
 
 
-def _size(state: engine_state.State) -> str:
+def _size(state: status.State) -> str:
     return console.format_bytes(state.bytes) if state.bytes else "-"
 
 

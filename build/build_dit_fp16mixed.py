@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sa3_trt_core.errors import Parser, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, number_type, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     """Convert, compare, keep."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import files
+    from sa3_trt_core.artifacts import files
 
     files.require_writable(args.onnx, "graph")
 
-    from sa3_build.half_recipe import build_half
-    from sa3_build.shaping import Shaping
+    from sa3_build.passes.rewrites import Shaping
+    from sa3_build.recipes.fp16_mixed import build_half
     from sa3_trt_core import console
 
     shaping = Shaping(args.bake_rope, args.stack_attention, args.pad_k)

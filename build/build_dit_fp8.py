@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_build.settings import Settings, from_arguments
-from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+from sa3_build.recipes.fp8_settings import Settings, from_arguments
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
-    from sa3_build.recipe import Fp8Recipe
+    from sa3_build.recipes.fp8 import Fp8Recipe
 
 DEFAULT_HEADROOM = 2.0
 
@@ -83,9 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     """Quantise, prove, report."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import device, files, manifest
+    from sa3_trt_core import gpu
+    from sa3_trt_core.artifacts import files, manifest
 
-    arch = device.current_arch()
+    arch = gpu.current_arch()
     if args.engine is not None:
         files.require_writable(args.engine, "engine")
         if arch is None:
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from dataclasses import replace
 
-    from sa3_build.recipe import Fp8Recipe
+    from sa3_build.recipes.fp8 import Fp8Recipe
 
     settings, why = from_arguments(args)
     recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
@@ -115,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.keep_intermediates:
             print(f"intermediate graphs: {recipe.work}")
     if args.validate:
-        from sa3_build.validated import validate_graph
+        from sa3_build.recipes.validation import validate_graph
 
         print(f"validated: {validate_graph(args.input, args.onnx, args.calib)}")
     if args.engine is not None and arch is not None:
-        from sa3_build.compile import compile_engine
+        from sa3_build.engines.tensorrt import compile_engine
         from sa3_trt_core.targets import dit_target
 
         built = compile_engine(args.onnx, dit_target("medium", "fp8"), "tensorrt", arch, args.engine)
@@ -140,9 +142,9 @@ def _show_plan(recipe: Fp8Recipe, why: str, current: bool) -> None:
 
 
 def _print(report: dict[str, Any], artefact: Path) -> None:
-    from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
-    from sa3_build.drift import CONTROL_HEADER, control_rows, drifted
-    from sa3_build.recipe import report_path
+    from sa3_build.recipes.fp8 import report_path
+    from sa3_build.verification.parity import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
+    from sa3_build.verification.rollouts import CONTROL_HEADER, control_rows, drifted
     from sa3_trt_core import console
 
     stages = report["stages"]

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core import console, device, paths, targets
-from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+from sa3_trt_core import console, gpu, paths, targets
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.errors import ToolError
 
 EXITS = "Exit code: 0 all engines are there, 2 a mistake or an engine that failed, 3 a gate of --engine-report said no."
 MOST_BUILDS = 20
@@ -19,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = Parser(prog="build_from_onnx.py", description=__doc__, epilog=EXITS)
     line.add_argument("names", nargs="*", metavar="NAME", help="targets or groups; --list shows them")
-    line.add_argument("--backend", choices=device.BUILT_BACKENDS, default=None, help="default: tensorrt if installed")
+    line.add_argument("--backend", choices=gpu.BUILT_BACKENDS, default=None, help="default: tensorrt if installed")
     line.add_argument("--arch", help="sm_89,sm_120 (default: this machine's GPU)")
     line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
     line.add_argument("--revision", metavar="R", help="the hub's commit or branch, instead of the pinned one")
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.names:
         raise ToolError("name at least one target", "--list shows them; sa3-m-fp8 is built by its own name only")
     chosen = targets.expand(args.names)
-    backend = args.backend or ("tensorrt" if device.tensorrt_module("tensorrt") else "tensorrt_rtx")
+    backend = args.backend or ("tensorrt" if gpu.tensorrt_module("tensorrt") else "tensorrt_rtx")
     arches = _arches(args.arch, backend)
     onnx_root = paths.onnx_root_from(args.onnx_root)
     models_dir = args.models_dir or paths.default_models_dir()
@@ -63,20 +64,21 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return _show_plan(plan, backend, onnx_root, args.json)
 
-    from sa3_build import build_many, validated
+    from sa3_build.engines import build
+    from sa3_build.recipes import validation
 
-    dits = validated.require_dits(chosen) if args.validate else []
-    options = build_many.Options(
+    dits = validation.require_dits(chosen) if args.validate else []
+    options = build.Options(
         backend, onnx_root, args.revision, args.offline, args.force, args.best_of, args.engine_report, args.prebuilt
     )
-    jobs = [build_many.Job(*one) for one in plan]
-    build_many.require_possible(jobs, options)
-    outcomes = build_many.build_all(jobs, options)
+    jobs = [build.Job(*one) for one in plan]
+    build.require_possible(jobs, options)
+    outcomes = build.build_all(jobs, options)
     documents = [outcome.by_name for outcome in outcomes]
-    print(json.dumps(documents, indent=2) if args.json else build_many.summary(outcomes))
-    build_many.require_all(outcomes)
+    print(json.dumps(documents, indent=2) if args.json else build.summary(outcomes))
+    build.require_all(outcomes)
     for target in dits:
-        out = validated.validate_target(target, backend, arches, onnx_root, models_dir)
+        out = validation.validate_target(target, backend, arches, onnx_root, models_dir)
         print(f"{target.name} validated: {out}", file=sys.stderr)
     return 0
 
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 def _arches(text: str | None, backend: str) -> list[str]:
     if text is not None:
         return paths.parse_arches(text)
-    here = device.current_arch() or (paths.NO_GPU if backend == "torch" else None)
+    here = gpu.current_arch() or (paths.NO_GPU if backend == "torch" else None)
     if here is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"
@@ -116,7 +118,7 @@ def _described(target: targets.Target) -> dict[str, Any]:
 def _show_plan(
     plan: list[tuple[targets.Target, str, Path]], backend: str, onnx_root: Path | None, as_json: bool
 ) -> int:
-    from sa3_build import engine_state
+    from sa3_build.engines import status
 
     source = str(onnx_root) if onnx_root else targets.HUB_REPOSITORY
     steps = [
@@ -126,7 +128,7 @@ def _show_plan(
             "backend": backend,
             "from": f"{source}: {target.onnx[0]}",
             "to": str(out),
-            "state": str(engine_state.state_of_path(out, target, arch, backend, onnx_root)),
+            "state": str(status.state_of_path(out, target, arch, backend, onnx_root)),
         }
         for target, arch, out in plan
     ]

@@ -11,8 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from sa3_trt_core import console, files
-from sa3_trt_core.errors import Parser, integer_type, run_command
+from sa3_trt_core import console
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,25 +49,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.json is not None:
         files.require_writable(args.json, "document")
 
-    from sa3_build import drift, graph
-    from sa3_trt_core.calib import CalibrationSet
+    from sa3_build.graph import contract, io as graph_io
+    from sa3_build.verification import rollouts
+    from sa3_trt_core.artifacts.calibration_set import CalibrationSet
 
     for path in (args.reference, *args.candidate):
-        graph.require_contract(graph.load(path), "dit", path)
+        contract.require_contract(graph_io.load(path), "dit", path)
     calibration = CalibrationSet.open(args.calib)
     calibration.check_values()
-    starts = drift.starts_of(calibration)[: args.prompts]
-    study = drift.DriftStudy(calibration, starts, args.rows, args.perturb)
+    starts = rollouts.starts_of(calibration)[: args.prompts]
+    study = rollouts.DriftStudy(calibration, starts, args.rows, args.perturb)
     controls, found = study.run(args.reference, args.candidate)
     if args.json is not None:
-        document = drift.document(controls, found, args.perturb)
+        document = rollouts.document(controls, found, args.perturb)
         files.write_atomic_text(args.json, json.dumps(document, indent=2, allow_nan=False) + "\n")
     show = console.markdown if args.markdown else console.table
-    print(show(drift.CONTROL_HEADER, drift.control_rows(controls)))
+    print(show(rollouts.CONTROL_HEADER, rollouts.control_rows(controls)))
     print()
-    print(show(drift.HEADER, drift.table_rows(found)))
+    print(show(rollouts.HEADER, rollouts.table_rows(found)))
     print()
-    print(show(("prompt", *(one.name for one in found)), drift.prompt_rows(found)))
+    print(show(("prompt", *(one.name for one in found)), rollouts.prompt_rows(found)))
     return 0
 
 

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core import console, device, files, targets
-from sa3_trt_core.errors import GateError, Parser, integer_type, number_type, run_command
+from sa3_trt_core import console, gpu, targets
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.errors import GateError
 
 PIECE = 10  # of the held-out ones: what the model is asked for
 VALIDATED, VALIDATED_SECONDS = 2, 5.0  # prompts and seconds of the short validation
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     import make_calib
     import make_demo_checkpoint
 
-    from sa3_build.recipe import report_path
+    from sa3_build.recipes.fp8 import report_path
 
     demo = Demo(args.out)
     checkpoint, root, models = demo.work / "checkpoint", demo.work / "onnx", demo.work / "models"
@@ -118,7 +120,7 @@ def _validation(demo: Demo, root: Path, half: Path, fp8: Path) -> Path:
     """A short validation of the two DiTs, and its page to listen to; nothing is done where both are current."""
     import validate_fp8
 
-    from sa3_trt_core import manifest
+    from sa3_trt_core.artifacts import manifest
 
     out = demo.work / "validation"
     report, page = out / "report.json", out / "listen.html"
@@ -140,10 +142,10 @@ def _engines(demo: Demo, root: Path, models: Path) -> str:
     """Compile the demo's engines: for this machine's GPU with TensorRT, else for two GPUs with TensorRT-RTX."""
     import build_from_onnx
 
-    arch = device.current_arch()
-    if arch is not None and device.tensorrt_module("tensorrt") is not None:
+    arch = gpu.current_arch()
+    if arch is not None and gpu.tensorrt_module("tensorrt") is not None:
         line = ["--backend", "tensorrt", "--arch", arch]
-    elif device.tensorrt_module("tensorrt_rtx") is not None:
+    elif gpu.tensorrt_module("tensorrt_rtx") is not None:
         line = ["--backend", "tensorrt_rtx", "--arch", RTX_ARCHES]
     else:
         return "no engines: neither tensorrt nor tensorrt-rtx is installed\n"
@@ -154,7 +156,7 @@ def _engines(demo: Demo, root: Path, models: Path) -> str:
 def asked_for(seconds: float, piece: int = PIECE) -> str:
     """The caption of a piece that the model has not seen, at this length."""
     from reprompt import deployed_text
-    from sa3_build.demo.music import FIRST_HELD_OUT, draw_piece
+    from sa3_demo.music import FIRST_HELD_OUT, draw_piece
 
     return deployed_text(dataclasses.replace(draw_piece(FIRST_HELD_OUT + piece).example(), seconds=seconds))
 
@@ -163,7 +165,7 @@ def _tell(prompt: str, wavs: list[Path]) -> None:
     """Print what was asked for, where the sound is, and what is heard in it."""
     import soundfile
 
-    from sa3_build.demo import score
+    from sa3_demo import score
 
     print(f"\nasked for: {prompt}")
     for wav in wavs:
@@ -175,7 +177,7 @@ def _tell(prompt: str, wavs: list[Path]) -> None:
 
 
 def _show(demo: Demo, report: dict[str, Any], engines: str) -> None:
-    from sa3_build.compare import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
+    from sa3_build.verification.parity import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
 
     print(console.table(("stage", "seconds", "made"), demo.rows))
     print("\nFP8 against FP16-mixed, denoised latent, on the calibration rows:")

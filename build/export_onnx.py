@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sa3_trt_core.errors import Parser, run_command
+from sa3_trt_core.cli.arguments import Parser, run_command
 
 PARTS = {
     "text": "text_encoder",
@@ -30,11 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     """Export what is not current."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import files, locks
+    from sa3_trt_core.artifacts import files, locks
 
     files.require_writable(args.onnx_root / "probe", "ONNX folder")
 
-    from sa3_build.export_chain import Exporter
+    from sa3_build.export.export_checkpoint import Exporter
     from sa3_trt_core.console import Progress
 
     exporter = Exporter(args.model_dir, args.onnx_root)

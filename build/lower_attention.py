@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sa3_trt_core.errors import Parser, run_command
+from sa3_trt_core.cli.arguments import Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,11 +23,11 @@ def main(argv: list[str] | None = None) -> int:
     """Lower, write, say how many."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import files
+    from sa3_trt_core.artifacts import files
 
     files.require_writable(args.onnx, "graph")
 
-    from sa3_build.plain_ops import lower_file
+    from sa3_build.passes.lower_plugins import lower_file
 
     count = lower_file(args.input, args.onnx)
     print(f"{args.onnx} is current" if count == 0 else f"{args.onnx}: {count} window attentions lowered")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from sa3_trt_core.errors import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.shapes import MAX_SECONDS, MIN_SECONDS
 
 EPILOG = """Rows: prompts x steps of text; twice as many with --cover deployment, where 3 prompts hold every kind and 9
@@ -49,15 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     import reprompt
-    from sa3_build import coverage
-    from sa3_build.calib_writer import CalibrationWriter
-    from sa3_build.capture import CaptureSettings, CheckpointModel, capture, choose_prompts
-    from sa3_trt_core import calib, files, locks, manifest
+    from sa3_build.calibration import plan
+    from sa3_build.calibration.capture import CaptureSettings, CheckpointModel, capture, choose_prompts
+    from sa3_build.calibration.writer import CalibrationWriter
+    from sa3_trt_core.artifacts import calibration_set, files, locks, manifest
     from sa3_trt_core.console import format_bytes
 
     files.require_writable(args.out, "calibration set")
     prompts = choose_prompts(reprompt.calibration_prompts(), args.prompts)
-    seconds = tuple(args.duration or coverage.DEFAULT_SECONDS[args.cover])
+    seconds = tuple(args.duration or plan.DEFAULT_SECONDS[args.cover])
     settings = CaptureSettings(prompts, seconds, args.steps, args.seed, args.cover)
     model = CheckpointModel(args.model_config, args.checkpoint, args.device)
     inputs = {file.name: files.sha256_of(file) for file in (args.model_config, args.checkpoint)}
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
         manifest.manifest_path(args.out).unlink(missing_ok=True)
         capture(model, settings, writer)
-        made = calib.CalibrationSet.open(args.out)
-        found = calib.summary(made, made.check_values())
+        made = calibration_set.CalibrationSet.open(args.out)
+        found = calibration_set.summary(made, made.check_values())
         manifest.write_manifest(args.out, "calibration", [args.out], inputs, recorded, found)
     print(f"{args.out}: {made.rows} rows, {format_bytes(args.out.stat().st_size)}")
     for kind, lengths in found["kinds"].items():

@@ -8,10 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
-    from sa3_build.demo_text import DemoSize
+    from sa3_demo.text_encoder import DemoSize
 
 RANDOM_DEFAULTS = {"geometry": "small", "width": 256, "depth": 3}
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     _require_folder(out)
 
     import reprompt
-    from sa3_trt_core import files, locks, manifest
+    from sa3_trt_core.artifacts import files, locks, manifest
 
     shipped = Path(reprompt.__file__).with_name("demo_model")
     inputs = {} if args.random else _digests(shipped)
@@ -50,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{out} is current")
         return 0
 
-    from sa3_build import demo_checkpoint as demo
-    from sa3_build.demo import ship
+    from sa3_demo import checkpoint as demo, ship
 
     lock = locks.held(locks.lock_path(out), f"the making of {out}")
     with lock, tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
@@ -85,7 +85,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _random_size(settings: dict[str, Any]) -> DemoSize:
-    from sa3_build import demo_checkpoint as demo
+    from sa3_demo import checkpoint as demo
 
     if settings["geometry"] == "medium":
         return demo.MEDIUM
@@ -94,8 +94,8 @@ def _random_size(settings: dict[str, Any]) -> DemoSize:
 
 
 def _digests(shipped: Path) -> dict[str, str]:
-    from sa3_build.demo import ship
-    from sa3_trt_core import files
+    from sa3_demo import ship
+    from sa3_trt_core.artifacts import files
 
     ship.require_shipped(shipped)
     return {file.name: files.sha256_of(file) for file in ship.shipped_files(shipped)}
@@ -103,7 +103,7 @@ def _digests(shipped: Path) -> dict[str, str]:
 
 def _require_folder(out: Path) -> None:
     """A folder that holds anything but a demo checkpoint is not ours to replace."""
-    from sa3_trt_core import files, manifest
+    from sa3_trt_core.artifacts import files, manifest
 
     files.require_writable(out / "model_config.json", "checkpoint")
     if out.is_dir() and any(out.iterdir()) and not manifest.manifest_path(out / "model_config.json").is_file():

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sa3_trt_core import console, targets
-from sa3_trt_core.errors import Parser, run_command
+from sa3_trt_core.cli.arguments import Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check, show the plan, and with --send upload and read back. Raises ToolError, GateError."""
     args = parser().parse_args(argv)
 
-    from sa3_build import publishing
+    from sa3_build.engines import publish
 
-    parcel = publishing.check(args.onnx)
+    parcel = publish.check(args.onnx)
     document = {
         "repository": args.target_repo,
         "to": args.branch or "a pull request",
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "sent": None,
     }
     if args.send:
-        sent = publishing.send(parcel, args.target_repo, args.branch, args.message)
+        sent = publish.send(parcel, args.target_repo, args.branch, args.message)
         document["sent"] = {"commit": sent.commit, "address": sent.address, "read back": sent.read_back}
     if args.json:
         print(json.dumps(document, indent=2))

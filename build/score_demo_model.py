@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import MAX_BATCH
 
 FORMS = ("deployed", "request")
@@ -49,9 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure everything, then show it. The exit code says that it ran, not that it is good."""
     args = parser().parse_args(argv)
 
-    from sa3_build.demo import score
-    from sa3_build.demo.subject import Subject
-    from sa3_trt_core import files
+    from sa3_demo import score
+    from sa3_demo.checkpoint_under_test import Subject
+    from sa3_trt_core.artifacts import files
 
     if args.out:
         files.require_writable(args.out / "prompt_00_generated.wav", "--out")
@@ -92,8 +93,9 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on: the checkpoint, the settings, the tools and the threads."""
     import torch
 
-    from sa3_build.checkpoint import CONFIG_FILE, WEIGHTS_FILE
-    from sa3_trt_core import files, manifest
+    from sa3_build.export.load_modules import CONFIG_FILE
+    from sa3_build.export.native_weights import WEIGHTS_FILE
+    from sa3_trt_core.artifacts import files, manifest
 
     names = ("prompts", "seconds", "loops", "steps", "batch", "seed", "form")
     return {

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from sa3_trt_core.errors import Parser, ToolError, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.errors import ToolError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train until done or the time is over."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import files
+    from sa3_trt_core.artifacts import files
 
     files.require_writable(args.work / "state" / "state.json", "--work")
     for folder in filter(None, (args.ship, args.copy_state)):
@@ -40,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from sa3_build.demo import plan, ship, state
-    from sa3_build.demo.run import Run
-    from sa3_build.demo.trainer import Deadline
+    from sa3_demo import plan, ship, state
+    from sa3_demo.run import Run
+    from sa3_demo.trainer import Deadline
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
     if device.type == "cpu" and not args.tiny and not args.shorten:

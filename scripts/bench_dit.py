@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import targets
-from sa3_trt_core.errors import Parser, ToolError, integer_type, run_command
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
-    from sa3_bench.record import Record
+    from sa3_bench.results import Record
 
 LENGTHS = (323, 646, 1292, 4096)
 RING_LENGTH = 646
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """Time, check, write the report."""
     args = parser().parse_args(argv)
 
-    from sa3_trt_core import files
+    from sa3_trt_core.artifacts import files
 
     files.require_writable(args.out / "bench.json", "--out")
 
@@ -67,25 +68,24 @@ def _random(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
     if not torch.cuda.is_available() and not args.tiny:
         raise ToolError("the benchmark needs an NVIDIA GPU", "--tiny runs a tiny DiT on this machine")
 
-    from sa3_bench import peers, record
+    from sa3_bench import peers, results
 
     named = {"eager": peers.EAGER, "compiled": peers.COMPILED, "torchao": peers.TORCHAO}
     wanted = [*args.precisions, *(named[name] for name in args.peers)]
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return record.run(peers.contest_of(wanted, args.tiny, place), shapes, args.repeats, args.out)
+    return results.run(peers.contest_of(wanted, args.tiny, place), shapes, args.repeats, args.out)
 
 
 def _engines(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
     """Engines by their files."""
-    from sa3_bench import opened, record
-
+    from sa3_bench import engine_runs, results
     from sa3_trt_core import paths
-    from sa3_trt_core.validation.sides import Place
+    from sa3_validation.models import Place
 
     place = Place(args.dit, paths.onnx_root_from(args.onnx_root), args.models_dir or paths.default_models_dir())
-    sides = opened.find_engines(args.engines, place)
+    sides = engine_runs.find_engines(args.engines, place)
     with ExitStack() as stack:
-        return record.run(opened.contest_of(sides, stack), shapes, args.repeats, args.out)
+        return results.run(engine_runs.contest_of(sides, stack), shapes, args.repeats, args.out)
 
 
 if __name__ == "__main__":

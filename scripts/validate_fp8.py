@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core import engines, files, paths, shapes, targets
-from sa3_trt_core.errors import GateError, Parser, ToolError, integer_type, number_type, run_command
+from sa3_trt_core import engines, paths, shapes, targets
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.errors import GateError, ToolError
 
 if TYPE_CHECKING:
-    from sa3_trt_core.calib import CalibrationSet
-    from sa3_trt_core.validation.gates import Verdict
-    from sa3_trt_core.validation.sides import Place
-    from sa3_trt_core.validation.study import Found
+    from sa3_trt_core.artifacts.calibration_set import CalibrationSet
+    from sa3_validation.gates import Verdict
+    from sa3_validation.models import Place
+    from sa3_validation.study import Found
 
 DEFAULT_PROMPTS = 8
 TOOLS = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx")
@@ -82,10 +84,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ToolError("--html has nothing to play with --no-audio", "leave one of them out")
     files.require_writable(args.out / "report.json", "--out")
 
-    from sa3_trt_core import schedule
-    from sa3_trt_core.validation import figures, gates
-    from sa3_trt_core.validation.sides import Place, control_side, find_side
-    from sa3_trt_core.validation.study import Study
+    from sa3_trt_core.sampling import schedule
+    from sa3_validation import gates, metrics
+    from sa3_validation.models import Place, control_side, find_side
+    from sa3_validation.study import Study
 
     limits = gates.read_gates(args.gate)
     place = Place(args.dit, paths.onnx_root_from(args.onnx_root), args.models_dir or paths.default_models_dir())
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         "control": study.control.described() if study.control else None,
         "speed": _speed(args.out / "bench", args.bench),
     }  # fmt: skip
-    document = figures.document(found, schedule.sigmas(args.steps).tolist(), about)
+    document = metrics.document(found, schedule.sigmas(args.steps).tolist(), about)
     verdicts = gates.judge(document, limits)
     document["gates"] = [vars(verdict) for verdict in verdicts]
     _write(args, document, verdicts, found)
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(args: argparse.Namespace, document: dict[str, Any], verdicts: Sequence[Verdict], found: Found) -> None:
     """Plots, report and page; report.json last, so that a whole one says that the others are."""
-    from sa3_trt_core.validation import page, plots, report
+    from sa3_validation import page, plots, report
 
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     written = [*plots.draw(document, args.out), args.out / "report.md"]
@@ -125,10 +127,10 @@ def _write(args: argparse.Namespace, document: dict[str, Any], verdicts: Sequenc
 
 def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
     """Texts or rows, generations and sounds, with one engine open at a time."""
-    from sa3_trt_core import hub
-    from sa3_trt_core.calib import CalibrationSet
+    from sa3_trt_core.artifacts.calibration_set import CalibrationSet
+    from sa3_trt_core.hub import resolve
     from sa3_trt_core.text import Tokenizer
-    from sa3_trt_core.validation import cases
+    from sa3_validation import cases
 
     decoder = None if args.no_audio else _other(targets.decoder_for(args.dit, "fp16mixed"), args, place)
     if args.calib is not None:
@@ -141,7 +143,7 @@ def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
         prompts = cases.prompts_of(args.prompts or default, args.prompts_file)
         wanted = cases.Wanted(prompts, args.seeds, args.seed, args.seconds)
         target, backend, path = _other(targets.find_target(targets.TEXT_ENCODER), args, place)
-        tokenizer = Tokenizer(hub.resolve_tokenizer(place.onnx_root))
+        tokenizer = Tokenizer(resolve.resolve_tokenizer(place.onnx_root))
         with engines.open_engine(target, backend, None, place.models_dir, path) as encoder:
             texts = cases.text_cases(wanted, encoder, tokenizer)
         found = study.run(texts, [])
@@ -165,7 +167,7 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
 
     import torch
 
-    from sa3_trt_core import manifest
+    from sa3_trt_core.artifacts import manifest
 
     names = ("calib", "prompts_file", "prompts", "seeds", "seed", "seconds", "steps", "rows", "extra", "no_audio")
     settings = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in names}
@@ -181,9 +183,9 @@ def _speed(out: Path, asked: bool) -> dict[str, Any]:
     """What scripts/bench_dit.py measures on this GPU, or why there is nothing; never in the way of the report."""
     import importlib.util
 
-    from sa3_trt_core import device
+    from sa3_trt_core import gpu
 
-    if not device.has_nvidia_gpu():
+    if not gpu.has_nvidia_gpu():
         return {"skipped": "no NVIDIA GPU is visible"}
     if not asked:
         return {"skipped": "--bench was not given"}

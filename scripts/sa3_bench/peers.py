@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sa3_bench.contest import LEAST_COSINE, Contest, Step
-from sa3_bench.subject import MEDIUM, SMALL, duration_token, packed_of, random_module
-from sa3_trt_core.torch_dit.model import Dit
-from sa3_trt_core.torch_dit.plain import PlainOps
-from sa3_trt_core.torch_dit.runner import CONDITIONING, Runner
-from sa3_trt_core.torch_dit.weights import Packed
+from sa3_bench.comparison import LEAST_COSINE, Contest, Step
+from sa3_bench.random_dit import MEDIUM, SMALL, duration_token, packed_of, random_module
+from sa3_trt_core.torch_models.dit.model import Dit
+from sa3_trt_core.torch_models.dit.reference_ops import PlainOps
+from sa3_trt_core.torch_models.dit.runner import CONDITIONING, Runner
+from sa3_trt_core.torch_models.dit.weights import Packed
 
 OURS = ("fp8", "fp16mixed")
 EAGER, COMPILED, TORCHAO = "diffusers fp16", "diffusers fp16 compiled", "diffusers torchao float8 compiled"
@@ -29,8 +29,8 @@ class Ours:
     def __init__(self, packed: Packed, device: torch.device) -> None:
         tables = packed.tensor("cosine"), packed.tensor("sine")
         if device.type == "cuda":
-            from sa3_trt_core.torch_dit.fused import FusedOps
-            from sa3_trt_core.torch_dit.tune import tuned
+            from sa3_trt_core.torch_models.dit.autotune import tuned
+            from sa3_trt_core.torch_models.dit.triton_ops import FusedOps
 
             self.tiles = tuned(packed.sizes, device)
             self._runner = Runner(Dit(packed, FusedOps(*tables, self.tiles)), device)

@@ -13,11 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from sa3_trt_core.version import __version__
+
 if TYPE_CHECKING:
     from sa3_trt_core.pipeline import Generator, Result
     from sa3_trt_core.request import Request
 
-__version__ = "0.1.0"
 __all__ = ["Generator", "Request", "Result", "__version__"]
 
 _HOMES = {"Generator": "pipeline", "Result": "pipeline", "Request": "request"}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core.conditions import Features
-from sa3_trt_core.meter import Meter
 from sa3_trt_core.request import Request
+from sa3_trt_core.sampling.inputs import Features
+from sa3_trt_core.stage_timer import Meter
 
 if TYPE_CHECKING:
     from torch import Tensor

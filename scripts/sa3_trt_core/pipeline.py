@@ -9,18 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from sa3_trt_core import audio, autoencoder, chunks, text
+from sa3_trt_core import text
+from sa3_trt_core.audio import autoencoder, io as audio_io, tiling
 from sa3_trt_core.batch import REMEMBERED, TOGETHER, Batch, Known, blocks
-from sa3_trt_core.conditions import conditioning, guidance_of, sigmas_of
 from sa3_trt_core.engines.base import Closing, DiTVelocity
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.guidance import GuidedVelocity
-from sa3_trt_core.loading import EngineSet, make_plan
-from sa3_trt_core.meter import Meter
+from sa3_trt_core.model_loader import EngineSet, make_plan
 from sa3_trt_core.request import Request, batches, ring_groups
-from sa3_trt_core.ring import RingRow, ring
-from sa3_trt_core.sampler import Trajectory, ping_pong, row_noise
+from sa3_trt_core.sampling.guidance import GuidedVelocity
+from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
+from sa3_trt_core.sampling.ring import RingRow, ring
+from sa3_trt_core.sampling.sampler import Trajectory, ping_pong, row_noise
 from sa3_trt_core.shapes import LATENT_CHANNELS, SAMPLES_PER_FRAME
+from sa3_trt_core.stage_timer import Meter
 from sa3_trt_core.targets import DITS, PRECISIONS
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class Generator(Closing):
                     continue
                 key = (row.init_audio, row.init_start, row.frames)
                 if key not in known.sounds:
-                    samples = audio.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
+                    samples = audio_io.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
                     known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row))
                 found.append(known.sounds[key])
         job.inits = found
@@ -214,7 +215,7 @@ class Generator(Closing):
             self.engines.release(stage)
 
     def _chunk(self, row: Request) -> int:
-        return chunks.chunk_frames(row.frames, self.engines.plan.chunk_frames)
+        return tiling.chunk_frames(row.frames, self.engines.plan.chunk_frames)
 
     def _sample(self, job: Batch, tell: Tell) -> None:
         """The latents (B, 256, L) of a batch."""

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 
 from helpers import graphs
 from helpers.commands import listing, run
@@ -101,10 +100,15 @@ class Door:
 
 def doors(tiny: Path) -> list[Door]:
     """Every door, on the files of a tiny model: checkpoint/, onnx/, sa3-m.calib.npz."""
-    from sa3_build import compile as compiler
-    from sa3_build import engine_report, geometry, graph, native_weights, publishing
-    from sa3_trt_core import audio, hub, manifest, prompts, text
-    from sa3_trt_core.calib import CalibrationSet
+    from sa3_build.engines import inspector, publish, tensorrt as compiler
+    from sa3_build.export import model_config, native_weights
+    from sa3_build.graph import io as graph_io
+    from sa3_trt_core import text
+    from sa3_trt_core.artifacts import manifest
+    from sa3_trt_core.artifacts.calibration_set import CalibrationSet
+    from sa3_trt_core.audio import io as audio_io
+    from sa3_trt_core.cli import prompts
+    from sa3_trt_core.hub import resolve
     from sa3_trt_core.targets import find_target
 
     half = find_target("sa3-m")
@@ -125,9 +129,9 @@ def doors(tiny: Path) -> list[Door]:
         manifest.is_current(folder / "a", {}, {})
 
     def network(folder: Path) -> None:
-        hub.local_onnx(folder, half)
+        resolve.local_onnx(folder, half)
         compiler.check_graph(folder / half.onnx[0], half)
-        graph.bytes_of(folder / half.onnx[0])
+        graph_io.bytes_of(folder / half.onnx[0])
 
     def tokens(folder: Path) -> None:
         text.Tokenizer(folder / "tokenizer.json").encode(["x"])
@@ -142,8 +146,8 @@ def doors(tiny: Path) -> list[Door]:
         Door("ONNX protos", _bytes(half.onnx[0], proto, f"{half.onnx[0]}.data", onnx), network, EDITS),
         Door("sidecar names", _sidecar(half.onnx[0]), network, NAMES),
         Door("sidecars", _bytes(f"{half.onnx[0]}.data", _start(onnx), half.onnx[0], onnx), network, EDITS),
-        Door("WAV and FLAC", _bytes("a.wav", sound), lambda f: audio.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
-        Door("model configs", _json("c.json", document), lambda f: geometry.load_geometry(f / "c.json"),
+        Door("WAV and FLAC", _bytes("a.wav", sound), lambda f: audio_io.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
+        Door("model configs", _json("c.json", document), lambda f: model_config.load_geometry(f / "c.json"),
              _places(JSON)),
         Door("manifests", _json("a.manifest.json", _manifest(artefact)), records, _places(JSON)),
         Door("safetensors", _bytes("model.safetensors", weights.read_bytes()[:60_000]), weights_of, EDITS),
@@ -151,9 +155,9 @@ def doors(tiny: Path) -> list[Door]:
              _places(JSON)),
         Door("prompt files", _bytes("p.txt", b'slow piano\n{"prompt": "x", "seed": 1, "seconds": 2.5}\n'),
              lambda f: prompts.read_prompts(f / "p.txt"), EDITS),
-        Door("reports to publish", _report(artefact), lambda f: publishing.check(f / artefact.name), EDITS),
+        Door("reports to publish", _report(artefact), lambda f: publish.check(f / artefact.name), EDITS),
         Door("inspector JSON", _json("i.json", {"Layers": [{"LayerType": "gemm", "Inputs": [{"DataType": "FP8"}]}]}),
-             lambda f: engine_report.read_report((f / "i.json").read_text()), _places(JSON)),
+             lambda f: inspector.read_report((f / "i.json").read_text()), _places(JSON)),
         Door("flags", _write_words, _flags, _words()),
     ]  # fmt: skip
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import hub_server
-from sa3_trt_core import manifest
-from sa3_trt_core.errors import ToolError, run_command
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.cli.arguments import run_command
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_TOKENIZER_FOLDER,
@@ -31,7 +32,8 @@ REPEATED = (".onnx", ".data", ".npz", ".wav", ".safetensors")  # the same inputs
 # Imported once, before the children are forked: a run then takes its own time and not that of the imports.
 MODULES = (
     "make_demo_checkpoint", "export_onnx", "make_calib", "build_dit_fp16mixed", "build_dit_fp8", "build_from_onnx",
-    "publish", "sa3_trt", "sa3_build.recipe", "sa3_build.export_chain", "sa3_build.build_many", "sa3_build.capture",
+    "publish", "sa3_trt", "sa3_build.recipes.fp8",
+    "sa3_build.export.export_checkpoint", "sa3_build.engines.build", "sa3_build.calibration.capture",
     "sa3_trt_core.pipeline", "torch", "onnxruntime", "tensorrt_rtx", "soundfile", "soxr", "tokenizers", "diffusers",
     "huggingface_hub", "huggingface_hub.file_download",
 )  # fmt: skip
@@ -186,7 +188,7 @@ def torn(out: Path, good: list[dict[str, bytes]]) -> list[str]:
 
     A manifest vouches for every byte that it lists. A graph counts with its sidecars, and only if nothing refuses it.
     """
-    from sa3_trt_core.hub import external_data_names
+    from sa3_trt_core.hub.resolve import external_data_names
 
     found, files = [], visible(out)
     for name, data in files.items():

@@ -11,16 +11,17 @@ import torch
 
 from helpers import graphs
 from helpers.commands import run
-from sa3_build.export import example_inputs
-from sa3_trt_core import device, manifest
+from sa3_build.export.torch_to_onnx import example_inputs
+from sa3_trt_core import gpu
+from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.tensorrt import TensorRtEngine
 from sa3_trt_core.shapes import CONTRACTS
 from sa3_trt_core.targets import find_target
 
-BACKENDS = [name for name in device.TENSORRT_BACKENDS if device.tensorrt_module(name) is not None]
+BACKENDS = [name for name in gpu.TENSORRT_BACKENDS if gpu.tensorrt_module(name) is not None]
 pytestmark = pytest.mark.skipif(
-    device.current_arch() is None or not BACKENDS or not torch.cuda.is_available(), reason="no NVIDIA GPU with TensorRT"
+    gpu.current_arch() is None or not BACKENDS or not torch.cuda.is_available(), reason="no NVIDIA GPU with TensorRT"
 )
 
 

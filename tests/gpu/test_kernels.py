@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
 
-from sa3_trt_core.torch_dit.fused import FusedOps
-from sa3_trt_core.torch_dit.plain import PlainOps
+from sa3_trt_core.torch_models.dit.reference_ops import PlainOps
+from sa3_trt_core.torch_models.dit.triton_ops import FusedOps
 
 ROWS, TOKENS, HEADS, INNER, MEMORY = 2, 101, 3, 160, 64
 WIDTH = HEADS * 64

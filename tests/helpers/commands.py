@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sa3_trt_core.errors import run_command
+from sa3_trt_core.cli.arguments import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 

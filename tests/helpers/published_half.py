@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from helpers import published_style
-from sa3_build.contract import DitContract
+from sa3_build.export.wrappers import DitContract
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 NORM_CORE = {"Pow", "ReduceMean", "Add", "Sqrt", "Div"}

@@ -13,9 +13,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from sa3_build import checkpoint, export
-from sa3_build.contract import DitContract
-from sa3_build.geometry import load_geometry
+from sa3_build.export import load_modules, torch_to_onnx
+from sa3_build.export.model_config import load_geometry
+from sa3_build.export.wrappers import DitContract
 from sa3_trt_core.shapes import CONTRACTS
 
 OPSET = 17
@@ -27,9 +27,9 @@ PLACES = {"duration.": "seconds_total.embedder.embedding.", "dit.prompt_padding_
 def legacy_module(folder: Path) -> DitContract:
     """The torch DiT of a native checkpoint, fp32."""
     geometry = load_geometry(folder / "model_config.json")
-    stored = checkpoint.NativeWeights(folder / "model.safetensors")
-    dit = checkpoint.load_dit(stored, geometry.dit)
-    return DitContract(dit, checkpoint.load_duration_embedder(stored, geometry.conditioner)).eval()
+    stored = load_modules.NativeWeights(folder / "model.safetensors")
+    dit = load_modules.load_dit(stored, geometry.dit)
+    return DitContract(dit, load_modules.load_duration_embedder(stored, geometry.conditioner)).eval()
 
 
 def traced(module: DitContract, scratch: Path, batch: int | None = 1) -> onnx.ModelProto:
@@ -42,7 +42,7 @@ def traced(module: DitContract, scratch: Path, batch: int | None = 1) -> onnx.Mo
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            module, tuple(export.example_inputs("dit", batch=batch or 2, frames=34)), str(path), dynamo=False,
+            module, tuple(torch_to_onnx.example_inputs("dit", batch=batch or 2, frames=34)), str(path), dynamo=False,
             opset_version=OPSET, do_constant_folding=False, input_names=[spec.name for spec in contract.inputs],
             output_names=["velocity"], dynamic_axes={name: found for name, found in axes.items() if found},
         )  # fmt: skip
@@ -66,7 +66,7 @@ def published_name(name: str) -> str:
             return theirs + name.removeprefix(ours)
     if not name.startswith("dit."):
         return name
-    return "dit." + checkpoint.native_dit_key(name.removeprefix("dit.")).removeprefix(checkpoint.DIT_PREFIX)
+    return "dit." + load_modules.native_dit_key(name.removeprefix("dit.")).removeprefix(load_modules.DIT_PREFIX)
 
 
 def rename(proto: onnx.ModelProto, old: str, new: str) -> None:

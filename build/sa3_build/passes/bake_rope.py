@@ -10,13 +10,14 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from sa3_build import graph
-from sa3_build.lengths import Length, symbol
-from sa3_build.passes.adopt import drop_unused_initializers, replace_uses, type_like
-from sa3_build.passes.base import PassResult, check_sorted, described
+from sa3_build.graph import query
+from sa3_build.graph.errors import described
+from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
+from sa3_build.graph.shape_inference import Shapes
+from sa3_build.graph.shape_values import Numbers
+from sa3_build.graph.symbolic_dim import Length, symbol
+from sa3_build.passes.base import PassResult, check_sorted
 from sa3_build.passes.fold_shapes import declared, follow
-from sa3_build.shape_numbers import Numbers
-from sa3_build.symbolic import Shapes
 from sa3_trt_core.shapes import MAX_FRAMES
 
 TRIG = {"Cos": np.cos, "Sin": np.sin}
@@ -41,7 +42,7 @@ class BakeRope:
         check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
-        behind = graph.graph_inputs_behind(model)
+        behind = query.graph_inputs_behind(model)
         trig = [node for node in model.graph if node.op_type in TRIG and not behind[node]]
         before = len(model.graph)
         tables: list[tuple[np.ndarray, ir.Value]] = []
@@ -120,7 +121,7 @@ class _Angles:
             node = value.producer() if value is not None else None
             if node is None or node in ordered or self._numbers(value) is not None:
                 return
-            if graph.gives_sizes(node):
+            if query.gives_sizes(node):
                 raise Left(f"{described(node)} gives a size that is not known")
             for operand in node.inputs:
                 visit(operand)
@@ -154,7 +155,7 @@ class _Angles:
         return None if numbers is None or any(entry is None for entry in numbers.reshape(-1)) else numbers
 
     def _number(self, value: ir.Value, name: str, frames: int) -> np.ndarray:
-        constant = graph.constant_of(value)
+        constant = query.constant_of(value)
         if constant is not None:
             return constant
         numbers = self._numbers(value)

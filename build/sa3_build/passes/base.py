@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
-
-from sa3_trt_core.errors import ToolError
-
-HINT = "give a DiT exported by build/export_onnx.py, or one of the published style"
 
 
 @dataclass(frozen=True)
@@ -22,6 +16,11 @@ class PassResult:
     name: str
     counts: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """Name, counts and, where there are any, notes: as the report holds them."""
+        return {"name": self.name, **self.counts, **({"notes": list(self.notes)} if self.notes else {})}
 
 
 class Pass(Protocol):
@@ -39,22 +38,6 @@ class Pass(Protocol):
         """Raise AssertionError when the graph is not what this pass promises: that is our bug."""
 
 
-class GraphNotRecognised(ToolError):
-    """A graph without the structure that a pass looks for: refused whole, never half converted."""
-
-    def __init__(self, what: str, hint: str = HINT) -> None:
-        super().__init__(f"the graph was not recognised: {what}", hint)
-
-
-@contextlib.contextmanager
-def naming(source: Path) -> Iterator[None]:
-    """Say in a refusal which file the graph came from."""
-    try:
-        yield
-    except GraphNotRecognised as error:
-        raise ToolError(f"{source}: {error.message}", error.hint) from None
-
-
 def run_passes(model: ir.Model, passes: Iterable[Pass]) -> list[PassResult]:
     """Run passes in order; each one's promise is checked before the next begins."""
     results = []
@@ -63,12 +46,6 @@ def run_passes(model: ir.Model, passes: Iterable[Pass]) -> list[PassResult]:
         results.append(one.call(model))
         one.ensures(model)
     return results
-
-
-def described(node: ir.Node) -> str:
-    """A node as a refusal names it: its own name, or its first output's when it has none, and its op."""
-    domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
-    return f"node {node.name or node.outputs[0].name} ({domain}{node.op_type})"
 
 
 def check_sorted(model: ir.Model) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from sa3_build import graph, shape_numbers
-from sa3_build.lengths import Length, Shape, symbol
-from sa3_build.passes.adopt import drop_unused_initializers, replace_uses
-from sa3_build.passes.base import GraphNotRecognised, PassResult, check_sorted, described
-from sa3_build.symbolic import Shapes
+from sa3_build.graph import query, shape_values
+from sa3_build.graph.errors import GraphNotRecognised, described
+from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses
+from sa3_build.graph.shape_inference import Shapes
+from sa3_build.graph.symbolic_dim import Length, Shape, symbol
+from sa3_build.passes.base import PassResult, check_sorted
 
 
 class FoldShapes:
@@ -32,14 +33,14 @@ class FoldShapes:
         for node in list(model.graph):
             follow(shapes, node)
             result = node.outputs[0]
-            if graph.gives_sizes(node) or any(value in from_sizes for value in node.inputs if value is not None):
+            if query.gives_sizes(node) or any(value in from_sizes for value in node.inputs if value is not None):
                 from_sizes.add(result)
             found = shapes.numbers(result)
             if found is None or result.dtype is None or result.is_graph_output():
                 continue
             if result.dtype.is_floating_point() and result not in from_sizes:
                 continue
-            array = shape_numbers.as_constant(found, result.dtype)
+            array = shape_values.as_constant(found, result.dtype)
             if array is not None:
                 name = f"{result.name}_folded"
                 constant = ir.val(name, const_value=ir.tensor(array, name=name))

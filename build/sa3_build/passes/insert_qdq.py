@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build.passes.base import GraphNotRecognised, PassResult, check_sorted
+from sa3_build.graph.errors import GraphNotRecognised
+from sa3_build.passes.base import PassResult, check_sorted
 
 FIRST_OPSET = 19  # the first with FP8 types
 

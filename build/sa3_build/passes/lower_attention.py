@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import graph
-from sa3_build.passes.adopt import drop_unused_initializers
-from sa3_build.passes.base import GraphNotRecognised, PassResult, check_sorted, described
+from sa3_build.graph import query as graph_query
+from sa3_build.graph.errors import GraphNotRecognised, described
+from sa3_build.graph.rewrite import drop_unused_initializers
+from sa3_build.passes.base import PassResult, check_sorted
 
 DOMAIN, OP = "samel", "diff_attn_swa"
 SEGMENT = 17  # tokens a latent frame, and how far attention reaches: N = 17 L
@@ -199,7 +200,7 @@ def _num_heads(node: ir.Node) -> int | None:
     """What a node says of its heads, as an attribute or as a fourth input."""
     if "num_heads" in node.attributes:
         return node.attributes["num_heads"].as_int()
-    number = graph.constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
+    number = graph_query.constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
     return None if number is None else int(number.reshape(-1)[0])
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build import graph
-from sa3_build.passes.adopt import drop_unused_initializers, type_like
-from sa3_build.passes.base import PassResult, check_sorted, described
+from sa3_build.graph import query
+from sa3_build.graph.errors import described
+from sa3_build.graph.rewrite import drop_unused_initializers, type_like
+from sa3_build.passes.base import PassResult, check_sorted
 
 MULTIPLE = 16
 
@@ -28,7 +29,7 @@ class PadK:
         weights: dict[ir.Value, ir.Value] = {}
         notes: list[str] = []
         done = 0
-        for node, weight in list(graph.weighted_products(model)):
+        for node, weight in list(query.weighted_products(model)):
             extra = _missing(node, weight)
             if not extra:
                 continue

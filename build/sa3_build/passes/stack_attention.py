@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from sa3_build.lengths import Length
-from sa3_build.passes.adopt import drop_unused_initializers, replace_uses, type_like
+from sa3_build.graph.errors import described
+from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
+from sa3_build.graph.shape_inference import Shapes
+from sa3_build.graph.symbolic_dim import Length
 from sa3_build.passes.bake_rope import Left, followed
-from sa3_build.passes.base import PassResult, check_sorted, described
-from sa3_build.passes.stacking import Stacker
-from sa3_build.symbolic import Shapes
+from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.stack_nodes import Stacker
 
 HEADS = 1  # q, k^T and v are [B, heads, ., .] in front of the products
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core import device, hub, paths
+from sa3_trt_core import gpu, paths
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.hub import resolve
 from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
@@ -21,11 +22,11 @@ def pick_backend(name: str, target: Target, models_dir: Path) -> str:
     "torch" is for the DiT alone: ONNX Runtime runs the rest, which is a small part of the time. Raises ToolError for an
     unknown backend, or one whose package is missing.
     """
-    arch = device.current_arch()
+    arch = gpu.current_arch()
     if name == "auto":
-        for backend in device.TENSORRT_BACKENDS:
+        for backend in gpu.TENSORRT_BACKENDS:
             built = arch is not None and paths.engine_path(models_dir, arch, target, backend).is_file()
-            if built and device.tensorrt_module(backend) is not None:
+            if built and gpu.tensorrt_module(backend) is not None:
                 return backend
         packed = arch is not None and paths.engine_path(models_dir, arch, target, "torch").is_file()
         return "torch" if packed else "onnxruntime"
@@ -35,7 +36,7 @@ def pick_backend(name: str, target: Target, models_dir: Path) -> str:
         return "torch" if target.kind == "dit" else "onnxruntime"
     if name not in BACKENDS:
         raise ToolError(f"unknown backend {name!r}", f"known: {', '.join(BACKENDS)}")
-    if name not in device.available_backends():
+    if name not in gpu.available_backends():
         raise ToolError(f"the Python package {name} is not installed", "pip install it, or choose --backend auto")
     return name
 
@@ -46,8 +47,8 @@ def source_path(
 ) -> Path:  # fmt: skip
     """The file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
     if backend == "onnxruntime":
-        return hub.resolve_onnx(target, onnx_root, offline, revision)
-    arch = device.current_arch() or (paths.NO_GPU if backend == "torch" else None)
+        return resolve.resolve_onnx(target, onnx_root, offline, revision)
+    arch = gpu.current_arch() or (paths.NO_GPU if backend == "torch" else None)
     if arch is None:
         raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
     path = paths.engine_path(models_dir, arch, target, backend)
@@ -69,12 +70,12 @@ def open_engine(
 
         return OnnxRuntimeEngine(path)
     if backend == "torch":
-        from sa3_trt_core.engines.torch_fp8 import TorchEngine
+        from sa3_trt_core.engines.torch import TorchEngine
 
-        return TorchEngine(path, rebuild_command(target.name, backend, device.current_arch() or paths.NO_GPU))
+        return TorchEngine(path, rebuild_command(target.name, backend, gpu.current_arch() or paths.NO_GPU))
     from sa3_trt_core.engines.tensorrt import TensorRtEngine
 
-    rebuild = rebuild_command(target.name, backend, device.current_arch() or "ARCH")
+    rebuild = rebuild_command(target.name, backend, gpu.current_arch() or "ARCH")
     known = [onnx_root / name for name in target.onnx] if onnx_root is not None else []
     onnx = next((file for file in known if file.is_file()), None)
     return TensorRtEngine(path, backend, rebuild, onnx, capture=target.kind == "dit")

@@ -11,7 +11,7 @@ from sa3_trt_core.errors import ToolError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sa3_trt_core.sampler import Conditioning
+    from sa3_trt_core.conditioning import Conditioning
 
 
 class GraphEngine(Protocol):

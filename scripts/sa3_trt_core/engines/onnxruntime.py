@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sa3_trt_core import device
+from sa3_trt_core import gpu
+from sa3_trt_core.artifacts.external_data import external_data_names
 from sa3_trt_core.engines.base import Closing, run_rows
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.protobuf import external_data_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class OnnxRuntimeEngine(Closing):
         if variant is not None:
             options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
         providers = ["CPUExecutionProvider"]
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and device.has_nvidia_gpu():
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu.has_nvidia_gpu():
             providers.insert(0, "CUDAExecutionProvider")
         try:
             self._session: Any = onnxruntime.InferenceSession(variant or str(path), options, providers=providers)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core import device
+from sa3_trt_core import gpu
 from sa3_trt_core.engines.base import Closing, run_rows
-from sa3_trt_core.engines.bound import BoundContext, extents, torch_type
-from sa3_trt_core.engines.built import require_inside, require_ours, require_version
+from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
+from sa3_trt_core.engines.tensorrt_context import BoundContext, extents, torch_type
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class TensorRtEngine(Closing):
         `rebuild` is the command that a message gives; `onnx` the graph that the user works with, where one is known;
         `capture` allows a CUDA graph where the same shapes come again, as a DiT's do. Raises ToolError.
         """
-        arch = device.current_arch()
+        arch = gpu.current_arch()
         self._rebuild = rebuild or REBUILD.format(backend=backend, arch=arch or "ARCH")
-        module = device.tensorrt_module(backend)
+        module = gpu.tensorrt_module(backend)
         if module is None:
             raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another --backend")
         if arch is None:
@@ -44,7 +44,7 @@ class TensorRtEngine(Closing):
         require_ours(path, backend, str(module.__version__), arch, self._rebuild, onnx)
         _require_cuda_torch()
         self._trt: Any = module
-        self._logger = device.tensorrt_logger(module)
+        self._logger = gpu.tensorrt_logger(module)
         self._logger.last = ""
         self._runtime: trt.Runtime | None = self._trt.Runtime(self._logger)
         assert self._runtime is not None

@@ -1,0 +1,1 @@
+"""Plan, capture and write calibration rows from the model's own generation."""

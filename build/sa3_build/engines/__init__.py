@@ -1,0 +1,1 @@
+"""Compile ONNX graphs to engines, and what follows: inspection, state, publishing."""

@@ -1,0 +1,185 @@
+"""Many engines in one run: each on its own, so that one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa3_build.engines import inspector, prebuilt, tensorrt as compiler
+from sa3_trt_core import gpu
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.console import Progress, format_bytes, format_seconds, table
+from sa3_trt_core.errors import GATE_EXIT, USAGE_EXIT, GateError, ToolError
+from sa3_trt_core.hub import resolve
+from sa3_trt_core.targets import PREBUILT_TENSORRT, Target
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to make."""
+
+    target: Target
+    arch: str
+    out: Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """How they are made: see build_from_onnx.py --help."""
+
+    backend: str
+    onnx_root: Path | None = None
+    revision: str | None = None
+    offline: bool = False
+    force: bool = False
+    best_of: int = 1
+    report: bool = False
+    prebuilt: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: the engine and its report, or the error."""
+
+    job: Job
+    built: compiler.Built | None = None
+    report: inspector.EngineReport | None = None
+    error: ToolError | None = None
+
+    @property
+    def state(self) -> str:
+        """built, current or failed."""
+        if self.error is not None or self.built is None:
+            return "failed"
+        return "current" if self.built.reused else "built"
+
+    @property
+    def by_name(self) -> dict[str, Any]:
+        """For JSON."""
+        found: dict[str, Any] = {"target": self.job.target.name, "arch": self.job.arch, "state": self.state}
+        if self.built is not None:
+            found |= {"path": str(self.built.path), "bytes": self.built.bytes, "seconds": self.built.seconds}
+            found |= {"reused": self.built.reused, "why": self.built.why}
+        if self.report is not None:
+            found["layers"] = self.report.by_name
+        if self.error is not None:
+            found |= {"error": self.error.message, "hint": self.error.hint}
+        return found
+
+
+def require_possible(jobs: Sequence[Job], options: Options) -> None:
+    """Refuse what no job could do, before anything is read or downloaded. Raises ToolError."""
+    if options.best_of > 1 and gpu.current_arch() is None:
+        raise ToolError("--best-of measures engines, and no NVIDIA GPU is visible", "leave it away, or use a GPU host")
+    if options.report and gpu.current_arch() is None:
+        raise ToolError("--engine-report loads the engine, and no NVIDIA GPU is visible", "leave it away here")
+    for job in jobs:
+        compiler.require_arch(job.target, options.backend, job.arch)
+        files.require_writable(job.out, "engine")
+    if options.backend == "torch":
+        _require_torch(jobs, options)
+        return
+    version = str(compiler.load_backend(options.backend).__version__)
+    matches = options.backend == "tensorrt" and version == PREBUILT_TENSORRT
+    if options.prebuilt and not matches:
+        raise ToolError(
+            f"the prebuilt engines are of TensorRT {PREBUILT_TENSORRT}, here is {options.backend} {version}",
+            "leave --prebuilt away: the engines are then compiled",
+        )
+    if matches and not options.prebuilt:
+        print("the hub has engines of this very TensorRT: --prebuilt takes them instead of compiling", file=sys.stderr)
+
+
+def _require_torch(jobs: Sequence[Job], options: Options) -> None:
+    from sa3_build.engines import torch_engine
+
+    if options.best_of > 1 or options.report or options.prebuilt:
+        raise ToolError("--best-of, --engine-report and --prebuilt are of TensorRT", "leave them away")
+    for job in jobs:
+        torch_engine.require_packable(job.target)
+
+
+def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
+    """Make every engine that is not current. Of several, an error of one is told at once and kept in its outcome.
+
+    Raises the ToolError of a job that is the only one.
+    """
+    outcomes = []
+    with Progress("engines", len(jobs), "engines") as progress:
+        for job in jobs:
+            outcome = _attempt(job, options)
+            if outcome.error is not None and len(jobs) == 1:
+                raise outcome.error
+            if outcome.error is not None:
+                print(f"{job.target.name} {job.arch}: {outcome.error.lines()}", file=sys.stderr, flush=True)
+            outcomes.append(outcome)
+            progress.advance(note=f"{job.target.name} {job.arch}: {outcome.state}")
+    return outcomes
+
+
+def require_all(outcomes: Sequence[Outcome]) -> None:
+    """Raise a ToolError that sums up what failed: exit 3 when only gates said no, else exit 2."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    if not failed:
+        return
+    names = ", ".join(f"{outcome.job.target.name} {outcome.job.arch}" for outcome in failed)
+    only_gates = all(isinstance(outcome.error, GateError) for outcome in failed)
+    raise ToolError(
+        f"{len(failed)} of {len(outcomes)} engines failed: {names}",
+        "the reasons stand above; the same command makes what is missing and keeps the others",
+        GATE_EXIT if only_gates else USAGE_EXIT,
+    )
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """The table for people."""
+    rows = []
+    for outcome in outcomes:
+        built = outcome.built
+        took = "-" if built is None or built.reused else format_seconds(built.seconds)
+        size, path = ("-", "-") if built is None else (format_bytes(built.bytes), str(built.path))
+        why = " ".join(outcome.error.message.split()) if outcome.error is not None else built.why if built else ""
+        rows.append([outcome.job.target.name, outcome.job.arch, outcome.state, took, size, path, why])
+    text = table(("target", "arch", "state", "built in", "size", "engine", "why"), rows)
+    for outcome in outcomes:
+        if outcome.report is not None:
+            text += f"\n\n{outcome.job.target.name} {outcome.job.arch}\n{_counts(outcome.report)}"
+    return text
+
+
+def _counts(report: inspector.EngineReport) -> str:
+    return table(tuple(report.by_name), [[str(count) for count in report.by_name.values()]])
+
+
+def _attempt(job: Job, options: Options) -> Outcome:
+    built = None
+    try:
+        built = _make(job, options)
+        if not options.report:
+            return Outcome(job, built)
+        report = inspector.inspect(job.out, options.backend)
+        broken = inspector.broken_gates(report, job.target)
+        error = None
+        if broken:
+            error = GateError(f"{job.out}: {'; '.join(broken)}", "the engine is kept; see the counts", _counts(report))
+        return Outcome(job, built, report, error)
+    except ToolError as error:
+        return Outcome(job, built, error=error)
+
+
+def _make(job: Job, options: Options) -> compiler.Built:
+    if options.prebuilt:
+        settings = compiler.build_settings(job.target, options.backend, job.arch)
+        size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.offline, options.revision)
+        return compiler.Built(job.out, 0.0, size, reused, "prebuilt, of the hub")
+    source = resolve.resolve_onnx(job.target, options.onnx_root, options.offline, options.revision)
+    if options.backend == "torch":
+        from sa3_build.engines import torch_engine
+
+        return torch_engine.pack_engine(source, job.target, job.arch, job.out, options.force)
+    return compiler.compile_engine(
+        source, job.target, options.backend, job.arch, job.out, options.force, options.best_of
+    )

@@ -1,0 +1,278 @@
+"""Turn a DiT graph into the packed file that the PyTorch engine loads: every tensor found by what it does in the graph.
+
+Nothing but the graph is needed: weights, scales, which products are quantised, epsilons and tables are read from it.
+The walk goes along the residual stream, whose products can stand in one order only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from sa3_build.engines.pack_weights import (
+    activation_scale,
+    constant,
+    constant_behind,
+    constants,
+    cores,
+    follows,
+    one,
+    only,
+    padded,
+    weight_of,
+)  # fmt: skip
+from sa3_build.graph import io as graph_io, query
+from sa3_build.graph.errors import GraphNotRecognised, described
+from sa3_trt_core.shapes import MAX_FRAMES
+from sa3_trt_core.torch_models.dit.weights import BLOCK_PRODUCTS, HEAD_CHANNELS, Sizes
+
+STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # products of a block that see x
+BIASED = ("ff_in", "ff_out", "local_in", "local_out")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One RMS norm."""
+
+    gamma: np.ndarray
+    epsilon: float
+
+
+def pack(model: ir.Model) -> tuple[Sizes, dict[str, torch.Tensor]]:
+    """Sizes and tensors, named as torch_dit.weights names them, of a sorted DiT graph.
+
+    Raises GraphNotRecognised with the node or the role that was not found.
+    """
+    return _Reader(model).read()
+
+
+class _Reader:
+    """One graph, read by role."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._behind = query.graph_inputs_behind(model)
+        self._weights = {node: found for node in model.graph if (found := weight_of(node)) is not None}
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def read(self) -> tuple[Sizes, dict[str, torch.Tensor]]:
+        stream = [node for node in self._weights if "x" in self._behind[node]]
+        depth, left = divmod(len(stream) - 2, len(STREAM))
+        if depth < 1 or left:
+            raise GraphNotRecognised(f"{len(stream)} products see x, not 2 and {len(STREAM)} a block")
+        self._ends(stream[0], stream[-1])
+        kinds = [dict(zip(STREAM, stream[1 + i * 6 : 7 + i * 6], strict=True)) for i in range(depth)]
+        self._text_and_local(kinds)
+        epsilons = [self._block(index, kinds[index]) for index in range(depth)]
+        width = self._tensors["input.weight"].shape[0]
+        inner = self._tensors["blocks.0.ff_in.weight"].shape[0] // 2
+        seconds_range = self._front(width)
+        self._modulations(kinds, width)
+        self._memory(kinds[0], width)
+        self._rotary()
+        if len(set(epsilons)) != 1:
+            raise GraphNotRecognised(f"norms of several epsilons: {sorted(set(epsilons))}")
+        quantised = any(name.endswith("activation_scale") for name in self._tensors)
+        null_rows = any(
+            node.op_type == "ReduceMax" and self._behind[node] == {"t5_hidden"} for node in self._model.graph
+        )
+        sizes = Sizes(
+            width=width, depth=depth, heads=width // HEAD_CHANNELS, inner=inner,
+            memory=self._tensors["memory"].shape[0], norm_epsilon=epsilons[0][0], head_epsilon=epsilons[0][1],
+            seconds_range=seconds_range, null_rows=null_rows, precision="fp8" if quantised else "fp16mixed",
+        )  # fmt: skip
+        return sizes, self._tensors
+
+    def _ends(self, first: ir.Node, last: ir.Node) -> None:
+        for name, node in (("input", first), ("output", last)):
+            self._product(name, node)
+            if f"{name}.activation_scale" in self._tensors:
+                raise GraphNotRecognised(f"{described(node)} is quantised; the {name} product must be 16-bit here")
+        convolutions = [node for node in self._model.graph if node.op_type == "Conv"]
+        if len(convolutions) != 2:
+            raise GraphNotRecognised(f"{len(convolutions)} convolutions, not one at each end")
+        for name, node in zip(("preprocess", "postprocess"), convolutions, strict=True):
+            self._put(name, constant(node.inputs[1]).squeeze(-1), torch.float32)
+
+    def _text_and_local(self, kinds: list[dict[str, ir.Node]]) -> None:
+        """Add each block's cross_kv, local_in and local_out to its products."""
+        text = [node for node in self._weights if "x" not in self._behind[node] and "t5_hidden" in self._behind[node]]
+        if len(text) != len(kinds) + 2:
+            raise GraphNotRecognised(f"{len(text)} products see the text alone, not 2 and one a block")
+        self._product("context_in", text[0])
+        self._product("context_out", text[1])
+        local = [node for node in self._weights if self._behind[node] == {"local_add_cond"}]
+        seen: set[ir.Node] = set()
+        for block in kinds:
+            keys = self._above(only(cores(block["cross_q"]), "attention of", block["cross_q"]).inputs[1])
+            block["cross_kv"] = one(keys & set(text[2:]), "cross-attention keys", block["cross_q"])
+            added = (self._above(block["ff_in"].inputs[0]) & set(local)) - seen
+            block["local_out"] = one(added, "local embedding before", block["ff_in"])
+            seen |= added
+            before = self._above(block["local_out"].inputs[0]) & set(local)
+            block["local_in"] = one(before, "first local product before", block["local_out"])
+
+    def _block(self, index: int, nodes: dict[str, ir.Node]) -> tuple[float, float]:
+        """Products and norms of one block; returns its two epsilons, of tokens and of heads."""
+        for name in BLOCK_PRODUCTS:
+            self._product(f"blocks.{index}.{name}", nodes[name], biased=name in BIASED)
+        wide, narrow = set(), set()
+        for name, reader in (("self_norm", "self_qkv"), ("cross_norm", "cross_q"), ("ff_norm", "ff_in")):
+            norm = self._norm(nodes[reader].inputs[0], nodes[reader])
+            self._put(f"blocks.{index}.{name}", norm.gamma, torch.float32)
+            wide.add(norm.epsilon)
+        for kind, reader in (("self", "self_qkv"), ("cross", "cross_q")):
+            core = only(cores(nodes[reader]), "attention of", nodes[reader])
+            for side, value in (("q", core.inputs[0]), ("k", core.inputs[1])):
+                norm = self._norm(value, core)
+                self._put(f"blocks.{index}.{kind}_{side}_norm", norm.gamma, torch.float32)
+                narrow.add(norm.epsilon)
+        if len(wide) != 1 or len(narrow) != 1 or self._tensors[f"blocks.{index}.self_q_norm"].numel() != HEAD_CHANNELS:
+            raise GraphNotRecognised(f"block {index}: norms of several epsilons, or heads that are not of 64 channels")
+        return wide.pop(), narrow.pop()
+
+    def _front(self, width: int) -> float:
+        """The embeddings of t and of the duration; returns the longest duration."""
+        for inputs, names in (
+            ({"t"}, ("time.0", "time.2")),
+            ({"seconds_total"}, ("seconds", "global.0", "global.2")),
+            ({"t", "seconds_total"}, ("modulation.0", "modulation.2")),
+        ):
+            found = [node for node in self._weights if self._behind[node] == inputs]
+            if len(found) != len(names):
+                raise GraphNotRecognised(f"{len(found)} products see {' and '.join(sorted(inputs))} alone")
+            for name, node in zip(names, found, strict=True):
+                self._put(f"{name}.weight", self._weights[node].plain(), torch.float32)
+                bias = self._bias(node)
+                if bias is not None:
+                    self._put(f"{name}.bias", bias, torch.float32)
+        for name, given in (("time", "t"), ("seconds", "seconds_total")):
+            waves = [node for node in self._model.graph if node.op_type == "Cos" and self._behind[node] == {given}]
+            ramps = [value for node in query.ancestors(waves[0].inputs) for value in constants(node) if value.size > 1
+                     and value.dtype.kind == "f"] if waves else []  # fmt: skip
+            if len(ramps) != 1:
+                raise GraphNotRecognised(f"no one table of frequencies of {given}")
+            self._put(f"{name}.frequencies", ramps[0].reshape(-1), torch.float32)
+        padding = [value for node in self._model.graph if node.op_type == "Where" for value in constants(node)
+                   if value.size > 1 and value.dtype.kind == "f"]  # fmt: skip
+        if len(padding) != 1:
+            raise GraphNotRecognised("no one embedding of padded text positions")
+        self._put("padding", padding[0].reshape(-1), torch.float32)
+        ranges = {float(value) for node in self._model.graph if self._behind[node] == {"seconds_total"}
+                  and node.op_type == "Div" for value in constants(node) if value.size == 1}  # fmt: skip
+        if len(ranges) != 1:
+            raise GraphNotRecognised("the longest duration is not known")
+        return ranges.pop()
+
+    def _modulations(self, kinds: list[dict[str, ir.Node]], width: int) -> None:
+        seen: set[ir.Node] = set()
+        for index, nodes in enumerate(kinds):
+            found = {
+                node
+                for node in self._above(nodes["self_qkv"].inputs[0])
+                if node.op_type == "Add" and "x" not in self._behind[node]
+                and any(value.size == 6 * width for value in constants(node))
+                and not any(value is not None and value.producer() in self._weights for value in node.inputs
+                            if self._bias_of_product(node))
+            } - seen  # fmt: skip
+            node = one(found, "modulation of", nodes["self_qkv"])
+            seen |= found
+            (table,) = [value for value in constants(node) if value.size == 6 * width]
+            self._put(f"blocks.{index}.modulation", table.reshape(-1), torch.float32)
+
+    def _bias_of_product(self, node: ir.Node) -> bool:
+        """Is this Add the bias of a MatMul, which a Gemm would hold?"""
+        return any(value is not None and (made := value.producer()) is not None and made.op_type == "MatMul"
+                   for value in node.inputs)  # fmt: skip
+
+    def _memory(self, first: dict[str, ir.Node], width: int) -> None:
+        joins = [node for node in self._above(first["self_qkv"].inputs[0]) if node.op_type == "Concat"
+                 and "x" in self._behind[node]]  # fmt: skip
+        for node in joins:
+            for value in node.inputs:
+                tokens = constant_behind(value)
+                if tokens is not None and tokens.shape[-1] == width:
+                    self._put("memory", tokens.reshape(-1, width), torch.float16)
+                    return
+        raise GraphNotRecognised("no memory tokens before the first block")
+
+    def _rotary(self) -> None:
+        """The table of cosines and sines (positions, 32): the graph's own, or made of its frequencies."""
+        memory = self._tensors["memory"].shape[0]
+        for node in self._model.graph:
+            if node.op_type == "Cos" and not self._behind[node]:
+                rates = [value for one in query.ancestors(node.inputs) for value in constants(one)
+                         if value.size == HEAD_CHANNELS // 4 and value.dtype.kind == "f"]  # fmt: skip
+                if len(rates) == 1:
+                    steps = torch.arange(MAX_FRAMES + memory, dtype=torch.float32)
+                    half = torch.outer(steps, torch.from_numpy(rates[0].reshape(-1).copy()))
+                    angles = torch.cat([half, half], dim=-1)
+                    self._tensors["cosine"], self._tensors["sine"] = angles.cos(), angles.sin()
+                    return
+        sliced = [value for node in self._model.graph if node.op_type == "Slice" for value in constants(node)[:1]]
+        tables = [value.reshape(-1, value.shape[-1]) for value in sliced
+                  if value.ndim > 1 and value.shape[-1] == HEAD_CHANNELS // 2]  # fmt: skip
+        cosines = [table for table in tables if np.all(table[0] == 1)]
+        sines = [table for table in tables if np.all(table[0] == 0)]
+        if not cosines or not sines:
+            raise GraphNotRecognised("no rotary table over 32 channels")
+        self._put("cosine", cosines[0], torch.float32)
+        self._put("sine", sines[0], torch.float32)
+
+    def _product(self, name: str, node: ir.Node, biased: bool = False) -> None:
+        held = self._weights[node]
+        activation = activation_scale(node)
+        if activation is None:
+            self._put(f"{name}.weight", padded(held.plain()), torch.float16)
+        else:
+            if held.scale is None:
+                raise GraphNotRecognised(f"{described(node)} is quantised on one side only")
+            codes = held.codes()
+            self._tensors[f"{name}.weight"] = torch.from_numpy(codes.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+            scale = np.broadcast_to(held.scale.astype(np.float32).reshape(-1), (codes.shape[0],))
+            self._put(f"{name}.weight_scale", scale, torch.float32)
+            self._put(f"{name}.activation_scale", np.asarray(activation), torch.float32)
+        bias = self._bias(node)
+        if (bias is not None) != biased:
+            raise GraphNotRecognised(f"{described(node)} has {'a' if bias is not None else 'no'} bias")
+        if bias is not None:
+            self._put(f"{name}.bias", bias, torch.float32)
+
+    def _bias(self, node: ir.Node) -> np.ndarray | None:
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            return constant(node.inputs[2]).reshape(-1)
+        users = [use.node for use in node.outputs[0].uses()]
+        if len(users) == 1 and users[0].op_type == "Add":
+            held = [value for value in constants(users[0]) if value.ndim == 1]
+            if held and not (self._behind[node] == {"t", "seconds_total"} and node.op_type == "Gemm"):
+                return held[0]
+        return None
+
+    def _norm(self, value: ir.Value | None, reader: ir.Node) -> Norm:
+        """The norm before a value, seen through modulation, rotation and scale."""
+        above = self._above(value)
+        gammas = [held for node in above if node.op_type == "Mul" and self._behind[node] for held in constants(node)
+                  if held.size > 1 and held.dtype.kind == "f"]  # fmt: skip
+        epsilons = {float(held) for node in above if node.op_type == "Add" and follows(node, "ReduceMean")
+                    for held in constants(node) if held.size == 1}  # fmt: skip
+        if not gammas or len(epsilons) != 1 or any(not np.array_equal(gammas[0], other) for other in gammas):
+            raise GraphNotRecognised(f"no one norm before {described(reader)}")
+        return Norm(gammas[0].reshape(-1), epsilons.pop())
+
+    def _above(self, value: ir.Value | None) -> set[ir.Node]:
+        """Everything that a value is made of, up to the products (included) that come before."""
+        return query.ancestors([value], stop=lambda node: node.op_type in query.PRODUCTS or query.gives_sizes(node))
+
+    def _put(self, name: str, value: np.ndarray, dtype: torch.dtype) -> None:
+        self._tensors[name] = torch.from_numpy(np.array(value, dtype=np.float32)).to(dtype).contiguous()
+
+
+def read_graph(path: Path) -> ir.Model:
+    """A graph file, sorted, with its weights mapped."""
+    model = graph_io.load(path)
+    model.graph.sort()
+    return model

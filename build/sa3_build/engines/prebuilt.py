@@ -1,0 +1,52 @@
+"""Engines that the hub has ready, for the one TensorRT version that made them. An engine is code: see THREATS."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sa3_trt_core.artifacts import files, locks, manifest
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.hub import resolve
+from sa3_trt_core.targets import PREBUILT_FOLDER, Target
+
+
+def names(target: Target, arch: str) -> list[str]:
+    """Where the hub may have a target's engine: under our name, then under the names that its ONNX has had."""
+    folder = PurePosixPath(target.engine).parent
+    stems = [PurePosixPath(target.engine).name, *(PurePosixPath(name).stem for name in target.onnx)]
+    return [f"{PREBUILT_FOLDER}/{arch}/{folder}/{stem}.trt" for stem in dict.fromkeys(stems)]
+
+
+def take(
+    target: Target,
+    arch: str,
+    out: Path,
+    settings: Mapping[str, Any],
+    offline: bool = False,
+    revision: str | None = None,
+) -> tuple[int, bool]:
+    """Put the hub's engine in place, with a manifest; its size, and whether it was there already.
+
+    `settings` are those of an engine built here: backend, version and architecture are what the runtime asks for. The
+    caller has made sure that the version is the one the hub's engines are of. Raises ToolError.
+    """
+    path = resolve.resolve_file(names(target, arch), target, offline, revision)
+    if path is None:
+        raise ToolError(f"the hub has no engine of {target.name} for {arch}", "leave --prebuilt away: it is compiled")
+    inputs, recorded = {path.name: files.sha256_of(path)}, {**settings, "prebuilt": True}
+    with locks.held(locks.lock_path(out), f"the build of {out}"):
+        if manifest.is_current(out, inputs, recorded)[0]:
+            return out.stat().st_size, True
+        files.remove_leftovers(out)
+        manifest.manifest_path(out).unlink(missing_ok=True)
+        with files.atomic_path(out) as temporary:
+            try:
+                os.link(path.resolve(), temporary)  # no second copy of some gigabytes where one disk holds both
+            except OSError:
+                shutil.copyfile(path, temporary)
+        manifest.write_manifest(out, "engine", [out], inputs, recorded, {"run on a GPU": False})
+    return out.stat().st_size, False

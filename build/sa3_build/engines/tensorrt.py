@@ -1,0 +1,271 @@
+"""Compile an ONNX graph to a TensorRT engine: strongly typed, with the contract's profile, manifest last.
+
+`tensorrt_rtx` compiles for any architecture without a GPU; `tensorrt` compiles for the GPU that is in this machine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3_build.engines import timing_cache
+from sa3_build.graph import io as graph_io
+from sa3_build.passes import lower_plugins
+from sa3_build.recipes import requirements_check
+from sa3_trt_core import gpu, paths, shapes
+from sa3_trt_core.artifacts import files, locks, manifest
+from sa3_trt_core.console import format_seconds
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.hub import download, resolve
+from sa3_trt_core.targets import Target
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+FP8_ARCHES = ("sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
+RTX_ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+HEARTBEAT_SECONDS = 15.0
+CURRENT = "made of the same graph with the same settings"
+
+
+@dataclass(frozen=True)
+class Built:
+    """One finished engine; `why` it was built, or why it was kept."""
+
+    path: Path
+    seconds: float
+    bytes: int
+    reused: bool
+    why: str = ""
+
+
+def require_arch(target: Target, backend: str, arch: str) -> None:
+    """Refuse an architecture before anything is read or downloaded. Raises ToolError in the user's words."""
+    if arch == paths.NO_GPU and backend != "torch":
+        raise ToolError(f"{backend} builds for NVIDIA GPUs", "give --arch, e.g. --arch sm_89, or --backend torch")
+    if target.precision == "fp8" and arch not in (*FP8_ARCHES, paths.NO_GPU):
+        raise ToolError(
+            f"{target.name} needs FP8 tensor cores and {arch} has none (they begin with sm_89)",
+            f"build the FP16-mixed engine instead: {target.name.removesuffix('-fp8')}",
+        )
+    if backend == "tensorrt_rtx" and arch not in RTX_ARCHES:
+        raise ToolError(
+            f"TensorRT-RTX does not build for {arch}", f"it builds for {', '.join(RTX_ARCHES)}; try --backend tensorrt"
+        )
+    if backend == "tensorrt" and arch != gpu.current_arch():
+        here = gpu.current_arch() or "no NVIDIA GPU"
+        raise ToolError(
+            f"tensorrt builds for the GPU in this machine only ({here}), not for {arch}",
+            "build on that machine, or use --backend tensorrt_rtx, which needs no GPU",
+        )
+
+
+def load_backend(backend: str) -> Any:
+    """The Python module of a TensorRT backend. Raises ToolError when it is not installed."""
+    module = gpu.tensorrt_module(backend)
+    if module is None:
+        package = backend.replace("_", "-")
+        raise ToolError(f"{package} is not installed", f"pip install {package} (pinned in the requirements files)")
+    return module
+
+
+def check_graph(onnx: Path, target: Target) -> None:
+    """Refuse a file that is torn, is another graph, or needs a plug-in that cannot be lowered. Raises ToolError."""
+    model = graph_io.load(onnx)
+    found = sorted(str(value.name) for value in model.graph.inputs)
+    missing = [spec.name for spec in shapes.CONTRACTS[target.kind].inputs if spec.name not in found]
+    if missing:
+        raise ToolError(
+            f"{onnx} is not a {target.kind} graph: it has no input {missing[0]} (its inputs: {', '.join(found)})",
+            f"make the graph again: {target.produced_by}",
+        )
+    plugs = lower_plugins.plugged(model)
+    others = [node for node in model.graph if node.domain not in ("", "ai.onnx") and node not in plugs]
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in others})
+    if foreign:
+        raise ToolError(
+            f"{onnx} holds the plug-in op {foreign[0]}, which no builder here has",
+            f"use our own export, which has plain operators only: {target.produced_by}",
+        )
+    if plugs:
+        lower_plugins.lowered(onnx)
+
+
+def build_settings(target: Target, backend: str, arch: str) -> dict[str, Any]:
+    """What an engine depends on besides its ONNX: recorded in its manifest and compared before it is built again."""
+    module = load_backend(backend)
+    profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
+    return {
+        "target": target.name,
+        "backend": backend,
+        "backend_version": str(module.__version__),
+        "arch": arch,
+        "precision": target.precision,
+        "profile": profile,
+    }
+
+
+def compile_engine(
+    onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False, best_of: int = 1
+) -> Built:
+    """Build `out` from `onnx`, or keep it when its manifest says it is current.
+
+    `best_of` builds that many and keeps the one that runs fastest on this machine's GPU. Another run that builds the
+    same engine is waited for. Raises ToolError when the graph does not parse, is fixed where the contract is dynamic,
+    does not compile, or the machine is too small.
+    """
+    require_arch(target, backend, arch)
+    check_graph(onnx, target)
+    settings = build_settings(target, backend, arch)
+    sources = [onnx, *(onnx.parent / name for name in resolve.external_data_names(onnx))]
+    inputs = {file.name: _digest(file) for file in sources}
+    current, why = manifest.is_current(out, inputs, settings)
+    if current and not force:
+        return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
+    files.require_writable(out, "engine")
+    requirements_check.require_build(sum(file.stat().st_size for file in sources), out.parent)
+    with locks.held(locks.lock_path(out), f"the build of {out}"):
+        current, why = manifest.is_current(out, inputs, settings)
+        if current and not force:
+            return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
+        why = f"--force: {why}" if force else why if out.exists() else "missing"
+        return _built(onnx, target, backend, arch, out, inputs, settings, best_of, why)
+
+
+def _built(  # the order is compile_engine's
+    onnx: Path,
+    target: Target,
+    backend: str,
+    arch: str,
+    out: Path,
+    inputs: dict[str, str],
+    settings: dict[str, Any],
+    best_of: int,
+    why: str,
+) -> Built:
+    """Compile, and put the engine and then its manifest in place. The caller holds the engine's lock."""
+    files.remove_leftovers(out)
+    started, module = time.monotonic(), load_backend(backend)
+    gates: dict[str, Any] = {
+        "compiled": True, "run on a GPU": False, "attention lowered": lower_plugins.lowered(onnx) is not None
+    }  # fmt: skip
+    # What was timed before is not timed again; several builds are to differ, so they share nothing.
+    cache = timing_cache.cache_path(out, backend, settings["backend_version"]) if best_of == 1 else None
+    with _heartbeat(f"compiling {target.name} for {arch}"):
+        plan = _plan(module, onnx, target, backend, arch, cache)
+        if best_of > 1:
+            plans = [plan, *(_plan(module, onnx, target, backend, arch, None) for _ in range(best_of - 1))]
+            measured = [timing_cache.milliseconds(module, one, target) for one in plans]
+            plan = plans[measured.index(min(measured))]
+            gates |= {"run on a GPU": True, "milliseconds": [round(one, 4) for one in measured]}
+    manifest.manifest_path(out).unlink(missing_ok=True)
+    with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
+        stream.write(plan)
+    seconds = time.monotonic() - started
+    manifest.write_manifest(out, "engine", [out], inputs, settings, gates)
+    return Built(out, seconds, out.stat().st_size, reused=False, why=why)
+
+
+def _digest(file: Path) -> str:
+    """The SHA-256 of a source. Raises ToolError for a file of the hub's cache that is no more what was downloaded."""
+    found, expected = files.sha256_of(file), download.expected_sha256(file)
+    if expected is not None and found != expected:
+        raise ToolError(
+            f"{file} has changed in the hub's cache since it was downloaded",
+            f"delete {file.resolve()} and run the same command again",
+        )
+    return found
+
+
+def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None) -> Any:
+    """The serialised engine, as an object with the buffer protocol; `cache` keeps what TensorRT timed."""
+    logger = gpu.tensorrt_logger(module)
+    logger.last = ""
+    builder = module.Builder(logger)
+    network = builder.create_network(_strongly_typed(module))
+    parser = module.OnnxParser(network, logger)
+    plain = lower_plugins.lowered(onnx)
+    if not (parser.parse_from_file(str(onnx)) if plain is None else parser.parse(plain, str(onnx))):
+        reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.last
+        raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"make the graph again: {target.produced_by}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # what --engine-report reads
+    if cache is not None and backend == "tensorrt":  # TensorRT-RTX times nothing when it builds
+        timing_cache.read_cache(config, cache)
+    if backend == "tensorrt_rtx":
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(module.ComputeCapability, arch.upper().replace("_", "")), 0)
+    _add_profile(module, builder, network, config, target)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ToolError(
+            f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'it gave no reason'}",
+            f"check that the graph is what {target.produced_by.split()[1]} makes, and that memory and disk are free",
+        )
+    if cache is not None and backend == "tensorrt":
+        timing_cache.write_cache(config, cache)
+    return plan
+
+
+def _strongly_typed(module: Any) -> int:
+    """Network flags: types are the graph's. TensorRT 11 may know nothing else and have no flag for it."""
+    flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _add_profile(
+    module: Any,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    target: Target,
+) -> None:
+    """The contract's optimization profile; a graph that is fixed in batch keeps its batch."""
+    contract = shapes.CONTRACTS[target.kind]
+    profile = builder.create_optimization_profile()
+    found = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    dynamic = False
+    for spec in contract.inputs:
+        tensor = found[spec.name]
+        axes = tuple(tensor.shape[axis] for axis in range(len(tensor.shape)))
+        if -1 not in axes:
+            continue
+        dynamic = True
+        low, middle, high = (
+            module.Dims(
+                [
+                    fixed if fixed != -1 else wanted
+                    for fixed, wanted in zip(axes, contract.shapes(spec, which), strict=True)
+                ]
+            )
+            for which in ("min", "opt", "max")
+        )
+        profile.set_shape(spec.name, low, middle, high)
+    if dynamic:
+        config.add_optimization_profile(profile)
+
+
+@contextmanager
+def _heartbeat(label: str) -> Iterator[None]:
+    """A line on stderr now and then while the builder, which reports nothing, is at work."""
+    import sys
+
+    done = threading.Event()
+    started = time.monotonic()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_SECONDS):
+            print(f"{label}: {format_seconds(time.monotonic() - started)}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,1 @@
+"""Load a native checkpoint and export its graphs to ONNX."""

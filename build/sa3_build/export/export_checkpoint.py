@@ -1,0 +1,231 @@
+"""Export every graph of one checkpoint into an ONNX root, each checked against its torch module before it is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sa3_build import memory
+from sa3_build.export import load_modules as native, native_weights, text_encoder, torch_to_onnx
+from sa3_build.export.model_config import Geometry, load_geometry
+from sa3_build.export.probe_sound import probe_sound
+from sa3_build.export.wrappers import DecoderContract, DitContract, EncoderContract, TextContract
+from sa3_build.graph import io as graph_io
+from sa3_build.graph.fp32_islands import find_decoder_islands
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.fp16_mixed import MixPrecision
+from sa3_build.passes.topological_sort import SortTopologically
+from sa3_trt_core.artifacts import files, manifest
+from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.targets import TOKENIZER_FILES, Target, find_target
+
+# Against the torch module in fp32: the DiT by its largest difference over the RMS of the velocity, the others by
+# relative L2. Rounding through 24 layers is 1.4e-5 and 1e-6; a frequency table that is 1e-6 off gives 2.7e-3.
+DIT_TOLERANCE = 5e-5
+RELATIVE_TOLERANCE = 1e-5
+HALF_DECODER_TOLERANCE = 2e-2  # relative L2 of the fp16-mixed decoder: 34 dB below the sound
+MUSIC_LOOPS, MUSIC_SECONDS = 2, 4
+_CODEC_SHAPES = ((1, 32), (1, 45))
+CHECK_SHAPES = {
+    "dit": ((1, 1), (3, 7), (1, 64)),
+    "same-decoder": _CODEC_SHAPES,
+    "same-encoder": _CODEC_SHAPES,
+    "t5gemma": ((1, 1),),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One finished graph, and how far it is from its torch module."""
+
+    target: str
+    path: Path
+    nodes: int
+    error: float
+    reused: bool
+
+
+class Exporter:
+    """The exports of one checkpoint. Modules are loaded when a graph is not current, and freed after."""
+
+    def __init__(self, model_dir: Path, onnx_root: Path) -> None:
+        """Raises ToolError when the folder is no native checkpoint."""
+        if not model_dir.is_dir():
+            raise ToolError(f"no such checkpoint folder: {model_dir}", "name a folder with model_config.json in it")
+        self._dir, self._root = model_dir, onnx_root
+        self._geometry: Geometry = load_geometry(model_dir / native.CONFIG_FILE)
+        self._weights = native.NativeWeights(model_dir / native_weights.WEIGHTS_FILE)
+        self._text_dir = model_dir / self._geometry.conditioner.text_folder
+        native.check(self._weights, self._geometry)
+        for name in ("config.json", "model.safetensors", *(Path(name).name for name in TOKENIZER_FILES)):
+            if not (self._text_dir / name).is_file():
+                raise ToolError(f"{self._text_dir / name} is missing", "use a whole checkpoint")
+        config = {native.CONFIG_FILE: files.sha256_of(model_dir / native.CONFIG_FILE)}
+        self._inputs = {**config, native_weights.WEIGHTS_FILE: files.sha256_of(model_dir / native_weights.WEIGHTS_FILE)}
+
+    def text_encoder(self) -> Exported:
+        """t5gemma/encoder.onnx, and the tokenizer's files beside it."""
+        inputs = {path.name: files.sha256_of(path) for path in sorted(self._text_dir.glob("*.safetensors"))}
+        made = self._export("t5gemma", inputs, lambda: TextContract(text_encoder.load_text_encoder(self._text_dir)))
+        for name in TOKENIZER_FILES:
+            with files.atomic_path(self._root / name) as temporary:
+                shutil.copyfile(self._text_dir / Path(name).name, temporary)
+        return made
+
+    def dit(self) -> Exported:
+        """sa3-m/dit.onnx."""
+
+        def load() -> nn.Module:
+            dit = native.load_dit(self._weights, self._geometry.dit)
+            return DitContract(dit, native.load_duration_embedder(self._weights, self._geometry.conditioner))
+
+        return self._export("sa3-m-fp32", self._inputs, load)
+
+    def decoder(self) -> Exported:
+        """same-l decoder in fp32."""
+
+        def load() -> nn.Module:
+            return DecoderContract(native.load_autoencoder(self._weights, self._geometry.autoencoder))
+
+        return self._export("same-l-decoder-fp32", self._inputs, load)
+
+    def encoder(self) -> Exported:
+        """same-l encoder in fp32: it runs once a request, before the first step, so 16 bits would save nothing."""
+
+        def load() -> nn.Module:
+            return EncoderContract(native.load_autoencoder(self._weights, self._geometry.autoencoder))
+
+        return self._export("same-l-encoder", self._inputs, load)
+
+    def half_decoder(self) -> Exported:
+        """same-l decoder, FP16-mixed, made from the fp32 one and compared with it."""
+        source = self._path(find_target("same-l-decoder-fp32"))
+        target = find_target("same-l-decoder")
+        path = self._path(target)
+        inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(source)}
+        settings = {"target": target.name, "tolerance": HALF_DECODER_TOLERANCE}
+        if manifest.is_current(path, inputs, settings)[0]:
+            return _reused(target, path)
+        model = graph_io.load(source)
+        run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
+        written, nodes = graph_io.save(model, path), len(list(model.graph))
+        error = max(
+            relative_error(self._run_onnx(source, [latent]), self._run_onnx(path, [latent])) for latent in self._music()
+        )
+        return self._keep(target, path, written, nodes, error, HALF_DECODER_TOLERANCE, inputs, settings)
+
+    def _export(self, name: str, inputs: Mapping[str, str], load: Callable[[], nn.Module]) -> Exported:
+        target = find_target(name)
+        path = self._path(target)
+        tolerance = DIT_TOLERANCE if target.kind == "dit" else RELATIVE_TOLERANCE
+        settings = {"target": name, "opset": torch_to_onnx.OPSET, "tolerance": tolerance}
+        if manifest.is_current(path, inputs, settings)[0]:
+            return _reused(target, path)
+        module = load()
+        # The decoder's samples are compared before they become 16-bit: there, one in a thousand rounds the other way.
+        forward = module.waveform if isinstance(module, DecoderContract) else module
+        with torch.inference_mode():
+            wanted = [forward(*example).numpy() for example in self._examples(target)]
+        if target.kind in ("same-decoder", "same-encoder"):
+            tolerance = max(tolerance, self._rounding(module, wanted, target))
+        model = torch_to_onnx.export_module(module, target.kind, torch_to_onnx.example_inputs(target.kind))
+        written, nodes = graph_io.save(model, path), len(list(model.graph))
+        clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
+        # The module and its graph are of one size with the session to come: never both in memory.
+        graph_io.forget_weights(model)
+        del module, model, forward
+        self._weights.release()
+        memory.return_memory()
+        measure = max_error if target.kind == "dit" else relative_error
+        if target.kind == "same-decoder":
+            found = self._run_samples(path, clip, self._examples(target))
+        else:
+            found = [self._run_onnx(path, example) for example in self._examples(target)]
+        error = max(measure(first, second) for first, second in zip(wanted, found, strict=True))
+        return self._keep(target, path, written, nodes, error, tolerance, inputs, settings)
+
+    def _music(self) -> list[torch.Tensor]:
+        """Latents (1, C, L) of chords with onsets: 16 bits are judged on music, a decoder is not made for noise."""
+        autoencoder = native.load_autoencoder(self._weights, self._geometry.autoencoder)
+        loops = [torch.from_numpy(probe_sound(seed, MUSIC_SECONDS))[None] for seed in range(MUSIC_LOOPS)]
+        with torch.inference_mode():
+            return [autoencoder.encode(loop).latents for loop in loops]
+
+    def _rounding(self, codec: nn.Module, wanted: list[np.ndarray], target: Target) -> float:
+        """How far the autoencoder's own fp32 results are from its fp64 ones.
+
+        Trained sin(pi g) gates amplify rounding to 1e-4: no other order of the same sums can be held to less.
+        """
+        exact = codec.double()
+        forward = exact.waveform if isinstance(exact, DecoderContract) else exact
+        with torch.inference_mode():
+            errors = [
+                relative_error(forward(example.double()).numpy(), found)
+                for (example,), found in zip(self._examples(target), wanted, strict=True)
+            ]
+        codec.float()  # exact: every value was fp32 before
+        return max(errors)
+
+    def _keep(
+        self, target: Target, path: Path, written: list[Path], nodes: int, error: float, tolerance: float,
+        inputs: Mapping[str, str], settings: Mapping[str, Any],
+    ) -> Exported:  # fmt: skip
+        if not error <= tolerance:
+            for file in written:
+                file.unlink()
+            raise GateError(
+                f"{path.name} differs from its source by {error:.2e}, more than {tolerance:g}; it was removed",
+                "check the versions against the requirements file, then report this",
+            )
+        manifest.write_manifest(path, "onnx", written, inputs, settings, {"error": error})
+        return Exported(target.name, path, nodes, error, reused=False)
+
+    def _examples(self, target: Target) -> list[list[torch.Tensor]]:
+        return [
+            torch_to_onnx.example_inputs(target.kind, batch, frames, seed=index + 1)
+            for index, (batch, frames) in enumerate(CHECK_SHAPES[target.kind])
+        ]
+
+    @staticmethod
+    def _run_samples(path: Path, clip: str, examples: list[list[torch.Tensor]]) -> list[np.ndarray]:
+        """The decoder's samples (1, 2, N) in front of its Clip."""
+        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+        with OnnxRuntimeEngine(path, graph_io.observed(path, {"samples": clip}), low_memory=True) as engine:
+            return [engine.run({"latent": latent})["samples"].numpy() for (latent,) in examples]
+
+    @staticmethod
+    def _run_onnx(path: Path, example: list[torch.Tensor]) -> np.ndarray:
+        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+        with OnnxRuntimeEngine(path, low_memory=True) as engine:
+            outputs = engine.run(dict(zip(engine.input_names, example, strict=True)))
+        return next(iter(outputs.values())).numpy()
+
+    def _path(self, target: Target) -> Path:
+        return self._root / target.onnx[0]
+
+
+def max_error(wanted: np.ndarray, found: np.ndarray) -> float:
+    """Largest absolute difference over the RMS of what is wanted."""
+    reference = wanted.astype(np.float64)
+    return float(np.abs(reference - found).max() / np.sqrt(np.square(reference).mean()))
+
+
+def relative_error(wanted: np.ndarray, found: np.ndarray) -> float:
+    """||found - wanted|| / ||wanted||."""
+    reference = wanted.astype(np.float64)
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+def _reused(target: Target, path: Path) -> Exported:
+    made = manifest.read_manifest(path)
+    assert made is not None
+    return Exported(target.name, path, 0, float(made.gates["error"]), reused=True)

@@ -1,0 +1,69 @@
+"""Load the text encoder and the tokenizer that a native checkpoint carries, offline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sa3_trt_core.errors import ToolError
+
+
+def load_text_encoder(folder: Path) -> nn.Module:
+    """The encoder half of the T5Gemma in `folder`, offline, fp32 (bf16 features are 0.04 off), eager attention.
+
+    Raises ToolError when the folder is absent, is no T5Gemma, or lacks a tensor.
+    """
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+    if not (folder / "config.json").is_file():
+        raise ToolError(f"no text encoder in {folder}", "use a whole checkpoint: its text encoder lies in that folder")
+    try:
+        config = T5GemmaConfig.from_pretrained(folder, local_files_only=True)
+        config.is_encoder_decoder = False
+        config.encoder._attn_implementation = "eager"
+        with hushed():  # transformers reports the decoder half, which we leave out on purpose
+            model, info = T5GemmaEncoderModel.from_pretrained(
+                folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
+                use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ToolError(f"{folder} does not hold a T5Gemma encoder ({error})", "download or make it again") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ToolError(f"{folder}: tensor {missing[0]} is missing", "download or make the text encoder again")
+    encoder: nn.Module = model.eval().requires_grad_(False)
+    return encoder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer shipped in `folder`, offline; padding side and BOS are as its files say."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ToolError(f"no tokenizer in {folder} ({error})", "use a whole checkpoint") from None
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Inside the block transformers shows no bars and no load report, and nobody warns of deprecations."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.enable_progress_bar()
+        logging.set_verbosity(level)

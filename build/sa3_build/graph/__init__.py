@@ -1,0 +1,1 @@
+"""Read, query, check and write ONNX graphs."""

@@ -1,0 +1,33 @@
+"""Edit a graph: replace uses, remove what nothing reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+
+def type_like(value: ir.Value, like: ir.Value) -> None:
+    """Give a new value the element type of another."""
+    if like.dtype is not None:
+        value.dtype = like.dtype
+
+
+def replace_uses(value: ir.Value, other: ir.Value) -> None:
+    """Let every node that reads `value` read `other`."""
+    for use in list(value.uses()):
+        use.node.replace_input_with(use.idx, other)
+
+
+def remove_unused(model: ir.Model, which: Callable[[ir.Node], bool]) -> None:
+    """Remove the nodes of one kind that nothing reads, users first."""
+    for node in reversed(list(model.graph)):
+        if which(node) and not any(value.uses() or value.is_graph_output() for value in node.outputs):
+            model.graph.remove(node, safe=True)
+
+
+def drop_unused_initializers(model: ir.Model) -> None:
+    """Remove the initializers that nothing reads."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            model.graph.initializers.pop(name)

@@ -1,0 +1,185 @@
+"""Free a batch axis that is fixed at 1: published graphs run one row, ours up to eight."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_build.graph import query
+from sa3_build.graph.errors import GraphNotRecognised, described
+from sa3_build.graph.shape_inference import Shapes
+from sa3_build.graph.symbolic_dim import Length, Shape, symbol
+from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.fold_shapes import declared, follow
+from sa3_trt_core.shapes import CONTRACTS, GraphContract
+
+BATCH = symbol("B")
+ONE = Length(1)
+ALONG_AN_AXIS = {"Softmax": -1, "Gather": 0, "Split": 0}  # ops that work along their `axis`, and where it is by default
+
+
+class FreeBatch:
+    """Make the batch axis of a DiT dynamic, following it through every node.
+
+    Two things are changed on the way: a Reshape to a first axis of 1 copies that axis instead, and a constant that is
+    joined to the data (memory tokens) is repeated for every row. A node that mixes rows, or behind which the batch is
+    no axis of its own, is refused by name. A graph whose batch is free is left as it is.
+    """
+
+    name = "free-batch"
+
+    def __init__(self, kind: str = "dit") -> None:
+        self._contract: GraphContract = CONTRACTS[kind]
+
+    def requires(self, model: ir.Model) -> None:
+        check_sorted(model)
+        for value in model.graph.inputs:
+            first = value.shape[0] if value.shape is not None and len(value.shape) else 1
+            if isinstance(first, int) and first != 1:
+                raise _refusal(f"input {value.name} is fixed at {first} rows")
+
+    def call(self, model: ir.Model) -> PassResult:
+        if not is_fixed(model):
+            return PassResult(self.name, {"freed": 0})
+        inputs = {str(value.name): (BATCH, *declared(value)[1:]) for value in model.graph.inputs}
+        shapes = Shapes(model, inputs)
+        changed = 0
+        for node in list(model.graph):
+            for one in (*_fit(model, node, shapes), node):
+                try:
+                    follow(shapes, one)
+                except GraphNotRecognised as error:
+                    raise _refusal(error.message.partition(": ")[2]) from None
+                changed += one is not node
+            _require_rows_apart(node, shapes)
+        for value, spec in zip(model.graph.outputs, self._contract.outputs, strict=True):
+            if shapes.shape(value) != tuple(Length(dim) if isinstance(dim, int) else symbol(dim) for dim in spec.dims):
+                raise _refusal(f"output {value.name} comes out as {_words(shapes.shape(value))}")
+        self._state(model, shapes)
+        return PassResult(self.name, {"freed": 1, "nodes added": changed})
+
+    def ensures(self, model: ir.Model) -> None:
+        check_sorted(model)
+        assert not is_fixed(model), "the batch axis is fixed still"
+
+    def _state(self, model: ir.Model, shapes: Shapes) -> None:
+        """Write down the shapes that were found, over those for one row."""
+        for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
+            found = shapes.shape(value)
+            value.shape = None if found is None else ir.Shape([_stated(length) for length in found])
+
+
+def is_fixed(model: ir.Model) -> bool:
+    """Is the batch axis of the inputs a number?"""
+    return any(isinstance(value.shape[0], int) for value in model.graph.inputs if value.shape is not None)
+
+
+def _fit(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
+    """Change a node that was made for one row; returns the nodes that were put in front of it."""
+    if node.op_type == "Reshape":
+        return _copy_first_axis(model, node, shapes)
+    if node.op_type == "Concat":
+        return _repeat_constants(model, node, shapes)
+    return []
+
+
+def _copy_first_axis(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
+    shape, target = shapes.shape(node.inputs[0]), shapes.numbers(node.inputs[1])
+    if not shape or shape[0] != BATCH or target is None or target.size == 0 or target.reshape(-1)[0] != ONE:
+        return []
+    if node.attributes.get_int("allowzero", 0):
+        raise _refusal(f"{described(node)} reshapes to one row and takes a zero for a size")
+    asked, name = node.inputs[1], f"{node.outputs[0].name}_any_rows"
+    copy = _vector(model, f"{name}_copy", [0])
+    rest = ir.node("Slice", [asked, _vector(model, f"{name}_from", [1]), _vector(model, f"{name}_to", [2**31 - 1])])
+    joined = ir.node("Concat", [copy, rest.outputs[0]], {"axis": 0}, name=name)
+    return _in_front(model, node, 1, [rest, joined], name)
+
+
+def _repeat_constants(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
+    parts = [shapes.shape(value) for value in node.inputs]
+    data = next((value for value, part in zip(node.inputs, parts, strict=True) if part and part[0] == BATCH), None)
+    added: list[ir.Node] = []
+    if (
+        data is None
+        or any(part is None for part in parts)
+        or node.attributes["axis"].as_int() in (0, -len(parts[0] or ()))
+    ):
+        return added
+    for index, part in enumerate(parts):
+        if part is not None and part[0] == ONE:
+            name = f"{node.outputs[0].name}_rows_{index}"
+            rows = ir.node("Shape", [data], {"start": 0, "end": 1}, name=f"{name}_count")
+            ones = _vector(model, f"{name}_ones", [1] * (len(part) - 1))
+            target = ir.node("Concat", [rows.outputs[0], ones], {"axis": 0}, name=f"{name}_target")
+            repeat = ir.node("Expand", [node.inputs[index], target.outputs[0]], name=name)
+            repeat.outputs[0].type = node.outputs[0].type
+            added += _in_front(model, node, index, [rows, target, repeat], name)
+    return added
+
+
+def _in_front(model: ir.Model, node: ir.Node, index: int, added: list[ir.Node], name: str) -> list[ir.Node]:
+    """Insert nodes in front of one; the last of them becomes its input."""
+    for number, one in enumerate(added):
+        one.name = one.name or f"{name}_{number}"
+        one.outputs[0].name = f"{name}_value_{number}"
+        one.outputs[0].dtype = one.outputs[0].dtype or ir.DataType.INT64
+    model.graph.insert_before(node, added)
+    node.replace_input_with(index, added[-1].outputs[0])
+    return added
+
+
+def _vector(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name))
+    model.graph.register_initializer(value)
+    return value
+
+
+def _require_rows_apart(node: ir.Node, shapes: Shapes) -> None:
+    """A node that reads rows must give rows: the batch one axis of its own, and nothing computed across it."""
+    if node.op_type == "Range" and _has_batch(shapes.shape(node.outputs[0])):
+        raise _refusal(f"{described(node)} counts rows, so that a row would depend on its place")
+    if node.op_type == "Cast" and _counts_rows(node, shapes):
+        raise _refusal(f"{described(node)} computes with the number of rows")
+    if query.gives_sizes(node):
+        return
+    for value in node.inputs:
+        shape = shapes.shape(value)
+        if shape is None or not _has_batch(shape):
+            continue
+        axis = ALONG_AN_AXIS.get(node.op_type)
+        if axis is not None and shape[node.attributes.get_int("axis", axis)] == BATCH:
+            raise _refusal(f"{described(node)} works across the batch axis")
+        for result in node.outputs:
+            found = shapes.shape(result)
+            if found is None or [length for length in found if length is None or "B" in dict(length.terms)] != [BATCH]:
+                raise _refusal(
+                    f"{described(node)} makes {_words(found)} of {_words(shape)}: the batch is no axis of its own there"
+                )
+
+
+def _counts_rows(node: ir.Node, shapes: Shapes) -> bool:
+    numbers = shapes.numbers(node.inputs[0])
+    wide = ir.DataType(node.attributes["to"].as_int()).is_floating_point()
+    return wide and numbers is not None and _has_batch(tuple(n for n in numbers.reshape(-1) if isinstance(n, Length)))
+
+
+def _refusal(what: str) -> GraphNotRecognised:
+    return GraphNotRecognised(f"its batch axis cannot be freed: {what}", "keep it at one row with --no-free-batch")
+
+
+def _has_batch(shape: Shape | None) -> bool:
+    return shape is not None and any(length is not None and "B" in dict(length.terms) for length in shape)
+
+
+def _stated(length: Length | None) -> int | str | None:
+    """How a graph writes an axis: a number, a symbol of the contract, or nothing."""
+    if length is None:
+        return None
+    if length.number is not None:
+        return length.number
+    return str(length) if length in (BATCH, symbol("L")) else None
+
+
+def _words(shape: Shape | None) -> str:
+    return "an unknown shape" if shape is None else f"[{', '.join('?' if n is None else str(n) for n in shape)}]"

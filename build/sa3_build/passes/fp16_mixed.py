@@ -1,0 +1,175 @@
+"""Make a graph FP16-mixed: a 16-bit trunk around fp32 islands, with casts on the edges between them only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_build.graph.errors import GraphNotRecognised
+from sa3_build.graph.fp32_islands import MOVERS, Islands, is_float
+from sa3_build.passes.base import PassResult, check_sorted
+
+HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+FP16_MAX = 65504.0
+_NAMES = {HALF: "half", SINGLE: "float"}
+# Ops whose type is theirs to say, not their inputs'.
+_TYPED_BY_ATTRIBUTE = ("Cast", "ConstantOfShape")
+
+
+class MixPrecision:
+    """Turn an fp32 graph into an FP16-mixed one; graph inputs and outputs keep their types.
+
+    Needs a sorted fp32 graph whose islands `find` recognises. Leaves one Cast a value and direction. A node that only
+    moves fp32 data stays fp32 as well, or it would round an angle on its way between two island nodes.
+    """
+
+    name = "fp16-mixed"
+
+    def __init__(self, find: Callable[[ir.Model], Islands]) -> None:
+        self._find = find
+        self._islands: Islands | None = None
+
+    def requires(self, model: ir.Model) -> None:
+        check_sorted(model)
+        for node in model.graph:
+            for value in node.outputs:
+                if value.dtype is None:
+                    raise GraphNotRecognised(f"the type of {value.name}, an output of {node.name}, is not known")
+                if value.dtype in (HALF, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
+                    raise GraphNotRecognised(f"{node.name} gives {value.dtype}; an fp32 graph is needed")
+
+    def call(self, model: ir.Model) -> PassResult:
+        self._islands = self._find(model)
+        stay = self._staying(model, self._islands.all())
+        caster = _Caster(model)
+        halves = 0
+        for node in list(model.graph):
+            wanted = SINGLE if node in stay else HALF
+            if not is_float(node) and not _reads_float(node):
+                continue
+            if not is_float(node):
+                wanted = SINGLE  # comparisons and shapes: nothing is gained by rounding their operands
+            halves += wanted == HALF
+            self._retype(node, wanted, caster)
+        for value in model.graph.outputs:
+            caster.restore_output(value)
+        caster.drop_unused_initializers()
+        counts = {
+            "fp16 nodes": halves,
+            "fp32 nodes": len(stay),
+            "casts": caster.casts,
+            "norms": self._islands.norm_count,
+        }
+        return PassResult(self.name, counts)
+
+    def ensures(self, model: ir.Model) -> None:
+        assert self._islands is not None
+        check_sorted(model)
+        for node in self._islands.all():
+            for value in node.outputs:
+                assert value.dtype != HALF, f"island node {node.name} is fp16"
+
+    @staticmethod
+    def _staying(model: ir.Model, islands: frozenset[ir.Node]) -> set[ir.Node]:
+        """The islands and every mover between or behind fp32 values."""
+        stay = set(islands)
+        for node in model.graph:
+            if node in stay or node.op_type not in MOVERS or not is_float(node):
+                continue
+            data = [v for v in node.inputs if v is not None and v.dtype == SINGLE and not v.is_initializer()]
+            if data and all(v.is_graph_input() or v.producer() in stay for v in data):
+                stay.add(node)
+        return stay
+
+    @staticmethod
+    def _retype(node: ir.Node, wanted: ir.DataType, caster: _Caster) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (HALF, SINGLE) and node.op_type != "Cast":
+                caster.feed(node, index, wanted)
+        if wanted == HALF:
+            if node.op_type in _TYPED_BY_ATTRIBUTE:
+                _retype_attribute(node)
+            elif node.op_type == "Constant":
+                raise GraphNotRecognised(f"float Constant node {node.name}; it must be an initializer")
+            for value in node.outputs:
+                if value.dtype == SINGLE:
+                    value.dtype = HALF
+
+
+class _Caster:
+    """Gives a node an input in the type it wants, with one Cast or one converted initializer a value."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._done: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self.casts = 0
+
+    def feed(self, node: ir.Node, index: int, wanted: ir.DataType) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        if value.dtype == wanted:
+            return
+        key = (value, wanted)
+        if key not in self._done:
+            self._done[key] = self._converted(value) if value.is_initializer() else self._cast(value, wanted)
+        node.replace_input_with(index, self._done[key])
+
+    def restore_output(self, value: ir.Value) -> None:
+        if value.dtype != HALF:
+            return
+        outputs = self._model.graph.outputs
+        name = value.name
+        value.name = f"{name}_half"
+        outputs[outputs.index(value)] = self._cast(value, SINGLE, str(name))
+
+    def drop_unused_initializers(self) -> None:
+        for name, value in list(self._model.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                self._model.graph.initializers.pop(name)
+
+    def _cast(self, value: ir.Value, wanted: ir.DataType, name: str | None = None) -> ir.Value:
+        cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}_to_{_NAMES[wanted]}")
+        result = cast.outputs[0]
+        result.name = name or f"{value.name}_as_{_NAMES[wanted]}"
+        result.dtype, result.shape = wanted, value.shape
+        producer = value.producer()
+        if producer is None:
+            self._model.graph.insert_before(self._model.graph[0], cast)
+        else:
+            self._model.graph.insert_after(producer, cast)
+        self.casts += 1
+        return result
+
+    def _converted(self, value: ir.Value) -> ir.Value:
+        """An fp16 twin of an initializer, converted when it is written, so that no second copy lies in memory."""
+        source = value.const_value
+        assert source is not None
+
+        if not np.all(np.abs(source.numpy()) <= FP16_MAX):  # NaN fails as well
+            raise GraphNotRecognised(f"initializer {value.name} does not fit fp16")
+
+        def convert() -> ir.TensorProtocol:
+            return ir.tensor(source.numpy().astype(np.float16), name=name)
+
+        name, shape = f"{value.name}_half", ir.Shape(source.shape.numpy())
+        tensor = ir.LazyTensor(convert, dtype=HALF, shape=shape, name=name)
+        twin = ir.val(name, dtype=HALF, shape=shape, const_value=tensor)
+        self._model.graph.register_initializer(twin)
+        return twin
+
+
+def _reads_float(node: ir.Node) -> bool:
+    return any(value is not None and value.dtype in (HALF, SINGLE) for value in node.inputs)
+
+
+def _retype_attribute(node: ir.Node) -> None:
+    if node.op_type == "Cast":
+        node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+        return
+    fill = node.attributes.get("value")
+    if fill is None:
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.zeros(1, np.float16)))
+    else:
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(fill.as_tensor().numpy().astype(np.float16)))

@@ -1,0 +1,54 @@
+"""Graphs of published autoencoders without their plug-in: for a compiler, or as a file for every backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from sa3_build.graph import io as graph_io
+from sa3_build.graph.errors import naming
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.lower_attention import LowerAttention, plugged
+from sa3_build.passes.topological_sort import SortTopologically
+from sa3_trt_core.artifacts import files, manifest
+from sa3_trt_core.errors import ToolError
+
+__all__ = ["lower_file", "lowered", "plugged"]
+
+
+def lowered(path: Path) -> bytes | None:
+    """The graph of a file with plain ops in place of its plug-ins, weights left in the sidecar; None if it has none.
+
+    Raises ToolError: a plug-in that is not recognised.
+    """
+    model = graph_io.mapped(path)
+    if not plugged(model):
+        return None
+    _lower(model, path)
+    return ir.to_proto(model).SerializeToString()
+
+
+def lower_file(source: Path, output: Path) -> int:
+    """Write a graph whose plug-ins are lowered, with its sidecar and manifest; returns how many there were.
+
+    0: the file is there already and was made of this one. Raises ToolError.
+    """
+    inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(source)}
+    settings = {"lowered": LowerAttention.name}
+    if manifest.is_current(output, inputs, settings)[0]:
+        return 0
+    model = graph_io.load(source)
+    if not plugged(model):
+        raise ToolError(f"{source} holds no plug-in to lower", "use it as it is")
+    if output.resolve() == source.resolve():
+        raise ToolError(f"{output} is the graph that is read", "give --onnx another name")
+    count = _lower(model, source)
+    written = graph_io.save(model, output)
+    manifest.write_manifest(output, "onnx", written, inputs, settings, {"lowered": count})
+    return count
+
+
+def _lower(model: ir.Model, path: Path) -> int:
+    with naming(path):
+        return run_passes(model, [SortTopologically(), LowerAttention()])[-1].counts["lowered"]

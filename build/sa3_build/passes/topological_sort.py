@@ -1,0 +1,25 @@
+"""Put every node after the nodes that it reads."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from sa3_build.passes.base import PassResult, check_sorted
+
+
+class SortTopologically:
+    """Put every node after the nodes it reads from; published graphs have casts appended behind their users."""
+
+    name = "sort"
+
+    def requires(self, model: ir.Model) -> None:
+        """Any graph without a cycle."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        before = [id(node) for node in model.graph]
+        model.graph.sort()
+        moved = sum(a != id(b) for a, b in zip(before, model.graph, strict=True))
+        return PassResult(self.name, {"moved": moved})
+
+    def ensures(self, model: ir.Model) -> None:
+        check_sorted(model)

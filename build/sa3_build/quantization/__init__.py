@@ -1,0 +1,1 @@
+"""Choose products, measure activations, set scales and round weights for FP8."""

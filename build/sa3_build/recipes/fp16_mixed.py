@@ -1,0 +1,89 @@
+"""The FP16-mixed recipe: convert, check the ONNX, compare with the fp32 graph, and only then put it in place."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+
+from sa3_build.graph import contract, io as graph_io
+from sa3_build.graph.errors import naming
+from sa3_build.graph.fp32_islands import find_dit_islands
+from sa3_build.passes.base import PassResult, run_passes
+from sa3_build.passes.canonicalize import adopt
+from sa3_build.passes.fold_weights import FoldWeights
+from sa3_build.passes.fp16_mixed import MixPrecision
+from sa3_build.passes.rewrites import Shaping
+from sa3_build.verification import parity as verification_parity
+from sa3_build.verification.graph_checks import require_rows_alike
+from sa3_build.verification.probe_rows import check_rows
+from sa3_trt_core.artifacts import locks, manifest
+from sa3_trt_core.artifacts.files import sha256_of
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.errors import GateError, ToolError
+
+SHAPED = Shaping()
+
+
+@dataclass(frozen=True)
+class Half:
+    """What a conversion did."""
+
+    counts: dict[str, int]
+    shape: tuple[PassResult, ...]
+    worst: float
+    bytes: int
+
+
+def build_half(
+    source: Path, output: Path, min_cosine: float, free_batch: bool = True, shaping: Shaping = SHAPED
+) -> Half | None:
+    """Write the FP16-mixed twin of an fp32 DiT; None when the one that is there is current.
+
+    A batch axis fixed at 1 is freed unless `free_batch` says no; `shaping` says which parts are rewritten.
+
+    Raises ToolError for a graph that is no fp32 DiT, GateError when the result is too far from it.
+    """
+    model = graph_io.load(source)
+    contract.require_contract(model, "dit", source)
+    inputs = {file.name: sha256_of(file) for file in graph_io.files_of(source)}
+    opset = model.opset_imports.get("", 0)
+    settings = {"min_cosine": min_cosine, "opset": opset, "free_batch": free_batch, **asdict(shaping)}
+    if manifest.is_current(output, inputs, settings)[0]:
+        return None
+    with naming(source):
+        freed = adopt(model, free_batch).freed
+        results = run_passes(model, [FoldWeights(), *shaping.passes(), MixPrecision(find_dit_islands)])
+    graph_io.drop_exporter_notes(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp", dir=output.parent) as scratch:
+        trial = Path(scratch) / output.name
+        graph_io.save(model, trial)
+        try:
+            onnx.checker.check_model(str(trial), full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise ToolError(f"the converted graph is not valid ONNX ({error})", "report this with the graph") from None
+        with OnnxRuntimeEngine(source, low_memory=True) as engine:
+            reference = verification_parity.denoise_rows(engine, check_rows())
+        with OnnxRuntimeEngine(trial, low_memory=True) as engine:
+            candidate = verification_parity.denoise_rows(engine, check_rows())
+        if freed:
+            require_rows_alike(trial)
+        parity = verification_parity.parity_by_sigma(reference, candidate)
+        worst = min(p.worst_cosine for p in parity)
+        if not worst >= min_cosine:
+            raise GateError(
+                f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
+                "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
+            )
+        gates = {
+            "worst denoised cosine": worst,
+            "parity": [asdict(p) for p in parity],
+            "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in results[1:-1]],
+        }
+        with locks.held(locks.lock_path(output), f"the making of {output}"):
+            written = graph_io.move(trial, output)
+            manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
+    return Half(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))

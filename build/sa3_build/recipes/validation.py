@@ -1,0 +1,68 @@
+"""Validate a DiT that a command has just made with scripts/validate_fp8.py: figures on stderr, a report in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3_trt_core import gpu, paths, targets
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.hub import resolve
+
+PROMPTS = 8
+
+
+def validate_graph(reference: Path, candidate: Path, calibration: Path) -> Path:
+    """Compare two ONNX graphs on a calibration set's starts and rows; returns the folder, beside the candidate.
+
+    With its decoder under the same root the sound is compared too, and there is a page to listen to. Raises GateError.
+    """
+    out = candidate.with_name(f"{candidate.name}.validation")
+    root = candidate.resolve().parent.parent
+    audible = resolve.local_onnx(root, targets.decoder_for("medium", "fp16mixed")) is not None
+    line = ["--reference", str(reference), "--candidate", str(candidate), "--backend", "onnxruntime"]
+    line += ["--calib", str(calibration), "--prompts", str(PROMPTS), "--out", str(out)]
+    _run([*line, *(["--onnx-root", str(root), "--html"] if audible else ["--no-audio"])])
+    return out
+
+
+def require_dits(chosen: Sequence[targets.Target]) -> list[targets.Target]:
+    """The DiTs among targets. Raises ToolError when there is none to validate."""
+    found = [target for target in chosen if target.kind == "dit"]
+    if not found:
+        raise ToolError("--validate is for DiTs, and none is named", "name one, for example sa3-m-fp8")
+    return found
+
+
+def validate_target(
+    target: targets.Target, backend: str, arches: Sequence[str], onnx_root: Path | None, models_dir: Path
+) -> Path:
+    """Compare a DiT that was compiled with the FP16-mixed one (that one with fp32); returns the report's folder.
+
+    The engine is run where this machine's GPU is one of `arches`, the reference's too where it is built; else ONNX
+    Runtime runs the ONNX that it was compiled from. Raises ToolError and GateError.
+    """
+    here = gpu.current_arch() or (paths.NO_GPU if backend == "torch" else None)
+    built = here in arches
+    if not built:
+        print(f"no GPU here runs {target.name} for {', '.join(arches)}: its ONNX is validated", file=sys.stderr)
+    dit = str(target.dit)
+    reference = "fp32" if target.precision == "fp16mixed" else "fp16mixed"
+    other = targets.dit_target(dit, reference)
+    both = built and paths.engine_path(models_dir, str(here), other, backend).is_file()
+    out = models_dir / "validation" / target.name
+    line = ["--dit", dit, "--reference", reference, "--candidate", target.precision, "--models-dir", str(models_dir)]
+    line += ["--reference-backend", backend if both else "onnxruntime"]
+    line += ["--candidate-backend", backend if built else "onnxruntime", "--out", str(out), "--html"]
+    line += ["--backend", "auto" if built else "onnxruntime"]
+    _run([*line, *(["--onnx-root", str(onnx_root)] if onnx_root is not None else [])])
+    return out
+
+
+def _run(line: list[str]) -> None:
+    import validate_fp8
+
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's own
+        validate_fp8.main(line)

@@ -1,0 +1,1 @@
+"""Compare a result with its source: parity, rollouts, proofs on the graph."""

@@ -1,0 +1,99 @@
+"""The model under judgement: one native checkpoint as text to audio and as autoencoder, fp32 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sa3_build.calibration.capture import CheckpointModel
+from sa3_build.export import load_modules as native, native_weights
+from sa3_build.export.model_config import load_geometry
+from sa3_build.export.wrappers import DecoderContract
+from sa3_trt_core import shapes
+from sa3_trt_core.audio import autoencoder
+from sa3_trt_core.conditioning import Conditioning
+from sa3_trt_core.engines.base import DiTVelocity, VelocityEngine
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.sampling import schedule
+from sa3_trt_core.sampling.sampler import ping_pong, row_noise
+
+Pcm = NDArray[np.int16]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip to generate: its text, the seed of its noise, and local_add_cond (1, 257, L), None for text alone."""
+
+    caption: str
+    seed: int
+    local: torch.Tensor | None = None
+
+
+class Subject:
+    """A checkpoint folder, ready to generate clips of one length, `batch` rows at a time, in `steps` sampler steps.
+
+    `dit`, an ONNX graph made of the same checkpoint, takes the place of its own DiT.
+    """
+
+    def __init__(self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None) -> None:
+        """Raises ToolError when a file is absent or does not fit."""
+        config, weights = folder / native.CONFIG_FILE, folder / native_weights.WEIGHTS_FILE
+        self.model = CheckpointModel(config, weights, "cpu")
+        self._engine: VelocityEngine = DiTVelocity(OnnxRuntimeEngine(dit)) if dit else self.model
+        geometry = load_geometry(config).autoencoder
+        self._autoencoder = native.load_autoencoder(native.NativeWeights(weights), geometry)
+        self._decoder = DecoderContract(self._autoencoder)
+        self.seconds, self.steps, self.batch = seconds, steps, batch
+        self.frames = shapes.latent_frames(seconds)
+        self.sounding = -(-shapes.output_samples(seconds) // shapes.SAMPLES_PER_FRAME)  # frames that are not silence
+
+    @torch.inference_mode()
+    def conditioning(self, rows: Sequence[Row]) -> Conditioning:
+        """What the DiT is told of these rows, in their order."""
+        each = [self.model.conditioning(row.caption, float(self.seconds), self.frames) for row in rows]
+        silent = torch.zeros(1, shapes.LOCAL_CHANNELS, self.frames)
+        return Conditioning(
+            t5_hidden=torch.cat([one.t5_hidden for one in each]),
+            t5_mask=torch.cat([one.t5_mask for one in each]),
+            seconds_total=torch.cat([one.seconds_total for one in each]),
+            local_add_cond=torch.cat([silent if row.local is None else row.local for row in rows]),
+        )
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        rows: Sequence[Row],
+        engine: VelocityEngine | None = None,
+        on_step: Callable[[int], None] = lambda rows: None,
+    ) -> torch.Tensor:
+        """Latents (rows, 256, L), by the subject's DiT unless another engine is given. Raises ToolError.
+
+        `on_step(n)` is called after every sampler step of n rows.
+        """
+        parts = [rows[first : first + self.batch] for first in range(0, len(rows), self.batch)]
+        return torch.cat([self._batch(part, engine or self._engine, on_step) for part in parts])
+
+    def _batch(self, rows: Sequence[Row], engine: VelocityEngine, on_step: Callable[[int], None]) -> torch.Tensor:
+        noise = row_noise([row.seed for row in rows], shapes.LATENT_CHANNELS, self.frames)
+        levels = schedule.sigmas(self.steps)
+        return ping_pong(engine, noise, levels, self.conditioning(rows), lambda *_: on_step(len(rows)))
+
+    @torch.inference_mode()
+    def encode(self, samples: NDArray[np.float32]) -> torch.Tensor:
+        """Latents (1, 256, L) of samples (2, N) with the silence after them that a request of this length has."""
+        audio = torch.zeros(1, shapes.AUDIO_CHANNELS, self.frames * shapes.SAMPLES_PER_FRAME)
+        audio[0, :, : samples.shape[1]] = torch.from_numpy(samples)
+        encoded: torch.Tensor = self._autoencoder.encode(audio).latents
+        return encoded
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> Pcm:
+        """The finished samples (N, 2) of latents (1, 256, L)."""
+        samples = self._decoder(latents)[0].to(torch.int16)
+        pcm: Pcm = autoencoder.finish(samples, float(self.seconds)).numpy()
+        return pcm

@@ -1,0 +1,109 @@
+"""The demonstration model as one trainable module: text encoder, duration embedder and DiT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sa3_build.export import load_modules as native
+from sa3_build.export.model_config import Geometry, load_geometry
+from sa3_demo.checkpoint import model_config
+from sa3_demo.text_encoder import DemoSize, text_config, write_tokenizer
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.shapes import TEXT_TOKENS
+
+# Byte-level tokens write a space as a dotted G. What is not here becomes <unk>: 161 rows of the embedding are saved.
+PRINTABLE = tuple("\u0120" + "".join(map(chr, range(33, 127))))
+
+
+class DemoModel(nn.Module):
+    """Velocity (B, 256, L) from noisy latents and token ids; the parts are those that the native checkpoint has."""
+
+    def __init__(self, geometry: Geometry, size: DemoSize, vocabulary: int) -> None:
+        from diffusers import StableAudio3DiTModel
+        from transformers import T5GemmaEncoderModel
+
+        super().__init__()
+        sizes = geometry.dit
+        self.dit: Any = StableAudio3DiTModel(
+            io_channels=sizes.io_channels, embed_dim=sizes.embed_dim, depth=sizes.depth, num_heads=sizes.num_heads,
+            cond_token_dim=sizes.cond_token_dim, global_cond_dim=sizes.global_cond_dim,
+            local_add_cond_dim=sizes.local_add_cond_dim, ff_mult=sizes.ff_mult,
+            num_memory_tokens=sizes.num_memory_tokens, use_differential_attention=sizes.differential,
+        )  # fmt: skip
+        native.use_native_numerics(self.dit)
+        self.duration = native.build_duration_embedder(geometry.conditioner)
+        config = text_config(size, vocabulary)
+        config.is_encoder_decoder = False
+        config._attn_implementation = config.encoder._attn_implementation = "eager"
+        self.text: Any = T5GemmaEncoderModel(config)
+
+    def context(
+        self, ids: torch.Tensor, mask: torch.Tensor, seconds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens (B, 257, 768) for cross-attention and the duration vector (B, 768).
+
+        ids, mask (B, T) with T of at most 256: what is missing is padding, which the model replaces anyway.
+        """
+        hidden = self.text(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        padding = self.dit.prompt_padding_embedding
+        text = torch.where(mask.unsqueeze(-1) > 0, hidden, padding)
+        rest = padding.expand(len(ids), TEXT_TOKENS - ids.shape[1], -1)
+        duration = self.duration(seconds).float()
+        return torch.cat([text, rest, duration.unsqueeze(1)], dim=1), duration
+
+    def velocity(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, duration: torch.Tensor, local: torch.Tensor
+    ) -> torch.Tensor:
+        """The DiT's velocity (B, 256, L), fp32; `local` is local_add_cond (B, 257, L)."""
+        out: torch.Tensor = self.dit(
+            x, t, encoder_hidden_states=context, global_hidden_states=duration, local_add_cond=local, return_dict=False
+        )[0]
+        return out.float()
+
+    def guided(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, duration: torch.Tensor, local: torch.Tensor,
+        guidance: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """Classifier-free guidance in one forward of 2B rows; the null rows' cross-attention tokens are all zero."""
+        both = self.velocity(
+            torch.cat([x, x]), torch.cat([t, t]), torch.cat([context, torch.zeros_like(context)]),
+            torch.cat([duration, duration]), torch.cat([local, local]),
+        )  # fmt: skip
+        with_text, without = both.chunk(2)
+        return without + guidance * (with_text - without)
+
+
+def geometry_of(size: DemoSize, folder: Path) -> Geometry:
+    """The geometry of a demo size, through the config file that a checkpoint of it has."""
+    import json
+
+    path = folder / native.CONFIG_FILE
+    files.write_atomic_text(path, json.dumps(model_config(size), indent=2) + "\n")
+    return load_geometry(path)
+
+
+def tokenizer_of(folder: Path, texts: list[str], vocabulary: int) -> Any:
+    """The tokenizer in `folder`, trained on `texts` when there is none yet; a `tokenizers.Tokenizer`."""
+    import tempfile
+
+    from tokenizers import Tokenizer
+
+    kept = folder / "tokenizer.json"
+    if not kept.is_file():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            write_tokenizer(Path(scratch) / "t", texts, vocabulary, PRINTABLE)
+            files.write_atomic_bytes(kept, (Path(scratch) / "t" / kept.name).read_bytes())
+    return Tokenizer.from_file(str(kept))
+
+
+def token_batch(tokenizer: Any, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask (N, length) int64, padded right with zeros of the mask; longer texts are cut."""
+    rows = [row.ids[:length] for row in tokenizer.encode_batch(texts)]
+    ids = torch.stack([functional.pad(torch.tensor(row), (0, length - len(row))) for row in rows])
+    mask = torch.stack([torch.arange(length) < len(row) for row in rows]).long()
+    return ids, mask

@@ -1,0 +1,79 @@
+"""The training loops: rendered by worker processes into one block of shared memory while training begins."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import time
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sa3_demo.music import Piece, draw_piece
+from sa3_demo.synth import render
+from sa3_trt_core.shapes import SAMPLE_RATE
+
+FULL_SCALE = 32767.0
+
+
+def training_piece(seed: int, lengths: tuple[int, ...]) -> Piece:
+    """The piece of a training seed; `lengths`, when there are any, replace its own in turn."""
+    return draw_piece(seed, lengths[seed % len(lengths)] if lengths else None)
+
+
+class LoopPool:
+    """16-bit stereo loops of seeds 0..count-1 in shared memory; a context manager that ends its workers.
+
+    Loop i is samples[offset[i] : offset[i] + size[i]], (N, 2). It may be read once `ready[i]` is set.
+    """
+
+    def __init__(self, count: int, lengths: tuple[int, ...] = (), workers: int | None = None) -> None:
+        self.pieces = [training_piece(seed, lengths) for seed in range(count)]
+        self.sizes = np.array([piece.seconds * SAMPLE_RATE for piece in self.pieces], dtype=np.int64)
+        self.offsets = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._block = mmap.mmap(-1, int(self.offsets[-1]) * 4)
+        self._flags = mmap.mmap(-1, count)
+        self.samples: NDArray[np.int16] = np.frombuffer(self._block, dtype=np.int16).reshape(-1, 2)
+        self.ready: NDArray[np.uint8] = np.frombuffer(self._flags, dtype=np.uint8)
+        workers = workers or max(1, (os.cpu_count() or 2) - 2)
+        context = multiprocessing.get_context("fork")  # the block is inherited, not sent
+        self._workers = [
+            context.Process(target=self._fill, args=(first, workers), daemon=True) for first in range(workers)
+        ]
+
+    def __enter__(self) -> LoopPool:
+        for worker in self._workers:
+            worker.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.terminate()
+            worker.join()
+
+    def wait(self, count: int) -> None:
+        """Block until loops 0..count-1 are rendered. Raises RuntimeError when a worker has died."""
+        while not self.ready[:count].all():
+            if any(worker.exitcode not in (None, 0) for worker in self._workers):
+                raise RuntimeError("a rendering process has died")
+            time.sleep(0.05)
+
+    def loop(self, index: int) -> NDArray[np.int16]:
+        """The samples (N, 2) of one loop."""
+        return self.samples[self.offsets[index] : self.offsets[index + 1]]
+
+    def on_device(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loops 0..count-1 as one tensor (samples, 2) int16 on a device, and their offsets (count + 1,) int64."""
+        self.wait(count)
+        held = torch.from_numpy(self.samples[: self.offsets[count]])
+        return held.to(device), torch.from_numpy(self.offsets[: count + 1]).to(device)
+
+    def _fill(self, first: int, step: int) -> None:
+        for index in range(first, len(self.pieces), step):
+            self.loop(index)[:] = np.round(render(self.pieces[index]).T * FULL_SCALE).astype(np.int16)
+            self.ready[index] = 1

@@ -1,0 +1,266 @@
+"""Judge a demonstration checkpoint on held-out pieces: what it keeps, what it obeys, how exactly it repeats itself.
+
+Every figure is a rate or a distance, stated beside what chance and what the data itself would give; nothing is gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reprompt import deployed_text
+from sa3_build.verification.parity import cosine, relative
+from sa3_demo import listen
+from sa3_demo.checkpoint_under_test import Pcm, Row, Subject
+from sa3_demo.music import FIRST_HELD_OUT, TONICS, Piece, draw_piece
+from sa3_demo.synth import render
+from sa3_trt_core import targets
+from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.console import Progress
+from sa3_trt_core.engines.base import DiTVelocity
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.hub import resolve
+from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
+from sa3_validation import spectra
+
+TEMPO_TOLERANCE = 0.04
+SHOWN = 4  # prompts whose sound and picture are written
+INPAINTED = 4  # loops
+ROLLED_OUT = 4  # prompts
+ROLLOUT_COSINE = 0.999  # that FP16-mixed owes to fp32
+EDGE_FRAMES = 4  # beside the span where the decoder still hears the other side: its reach is a frame a layer
+FULL_SCALE = 32767.0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the estimators make of one clip; None where they hear nothing."""
+
+    bpm: float | None
+    key: listen.Key | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One held-out piece: rendered, encoded, decoded. Samples are int16 (N, 2), latent (1, 256, L)."""
+
+    piece: Piece
+    caption: str
+    rendered: Pcm
+    decoded: Pcm
+    latent: torch.Tensor
+
+
+def held_out_loops(subject: Subject, count: int, form: str) -> list[Loop]:
+    """The first `count` held-out pieces of the subject's length, through its autoencoder."""
+    found = []
+    with Progress("autoencoder", count, "loops") as progress:
+        for index in range(count):
+            piece = draw_piece(FIRST_HELD_OUT + index, subject.seconds)
+            rendered = np.round(render(piece) * FULL_SCALE).astype(np.int16)
+            latent = subject.encode(rendered.astype(np.float32) / np.float32(FULL_SCALE))
+            caption = deployed_text(piece.example()) if form == "deployed" else piece.request()
+            found.append(Loop(piece, caption, rendered.T, subject.decode(latent), latent))
+            progress.advance()
+    return found
+
+
+def autoencoder_score(subject: Subject, loops: Sequence[Loop]) -> dict[str, Any]:
+    """SI-SDR in dB of loops through the autoencoder: stereo, its mono sum, and what a mono copy of the loop would get.
+
+    Latents: mean and deviation over the frames that sound.
+    """
+    rows = []
+    for loop in loops:
+        middle = [side.mean(axis=1) for side in (loop.rendered, loop.decoded)]
+        both = np.stack([middle[0], middle[0]], axis=1)
+        found = {
+            "stereo": listen.si_sdr(loop.rendered, loop.decoded),
+            "mono_sum": listen.si_sdr(middle[0], middle[1]),
+            "mono_copy": listen.si_sdr(loop.rendered, both),
+        }
+        rows.append({"piece_seed": loop.piece.seed, **{name: number(value) for name, value in found.items()}})
+    latents = torch.cat([loop.latent[..., : subject.sounding] for loop in loops])
+    names = ("stereo", "mono_sum", "mono_copy")
+    return {
+        "si_sdr_db": {name: summary([row[name] for row in rows]) for name in names},
+        "latent": {"mean": number(float(latents.mean())), "std": number(float(latents.std()))},
+        "loops": rows,
+    }
+
+
+def text_to_audio_score(subject: Subject, loops: Sequence[Loop], seed: int, out: Path | None) -> dict[str, Any]:
+    """Generate every loop's caption and compare what is heard with what is written; also, does a batch repeat itself.
+
+    Clip i has the noise of seed + i. With `out`, the first clips are written there beside the data's own.
+    """
+    rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
+    again = rows[: subject.batch]
+    with Progress("text to audio", (len(rows) + len(again)) * (subject.steps + 1), "row steps") as progress:
+        clips = _clips(subject, rows, progress)
+        second = _clips(subject, again, progress)
+    if out is not None:
+        for index, (clip, loop) in enumerate(zip(clips[:SHOWN], loops, strict=False)):
+            _write(out / f"prompt_{index:02d}_generated", clip)
+            _write(out / f"prompt_{index:02d}_data", loop.rendered)
+    heard = {
+        "generated": [hear(clip) for clip in clips],
+        "data": [hear(loop.rendered) for loop in loops],
+        "data_through_autoencoder": [hear(loop.decoded) for loop in loops],
+    }
+    pieces = [loop.piece for loop in loops]
+    count = len(pieces)
+    matched = [(i, i) for i in range(count)]
+    mismatched = [(i, j) for i in range(count) for j in range(count) if i != j]
+    rates = {"generated": agreement(heard["generated"], pieces, matched)}
+    rates["chance"] = agreement(heard["generated"], pieces, mismatched)  # clip i against every other caption
+    rates |= {name: agreement(found, pieces, matched) for name, found in heard.items()}
+    prompts = [
+        {"caption": row.caption, "seed": row.seed, "piece_seed": piece.seed, "bpm": piece.bpm, "key": piece.key,
+         **{name: shown(found[index]) for name, found in heard.items()}}
+        for index, (row, piece) in enumerate(zip(rows, pieces, strict=True))
+    ]  # fmt: skip
+    rendered, decoded = ([getattr(loop, side) for loop in loops] for side in ("rendered", "decoded"))
+    balance = {
+        "generated": level_differences(clips, rendered),
+        "data_through_autoencoder": level_differences(decoded, rendered),
+    }
+    identical = all(np.array_equal(one, two) for one, two in zip(clips, second, strict=False))
+    repeated = {"clips": len(again), "identical_samples": identical}
+    return {"rates": rates, "prompts": prompts, "balance_db": balance, "repeated": repeated}
+
+
+def _clips(subject: Subject, rows: Sequence[Row], progress: Progress) -> list[Pcm]:
+    clips = []
+    for latent in subject.latents(rows, on_step=progress.advance):
+        clips.append(subject.decode(latent[None]))
+        progress.advance()
+    return clips
+
+
+def _write(stem: Path, pcm: Pcm) -> None:
+    audio_io.write_wav_16(stem.with_suffix(".wav"), pcm)
+    spectra.spectrogram_png(stem.with_suffix(".png"), pcm / FULL_SCALE)
+
+
+def hear(pcm: Pcm) -> Heard:
+    """Tempo and key of a clip (N, 2), from its samples alone."""
+    samples = pcm / FULL_SCALE
+    return Heard(listen.estimate_tempo(samples, SAMPLE_RATE), listen.estimate_key(samples, SAMPLE_RATE))
+
+
+def shown(heard: Heard) -> dict[str, Any]:
+    """What was heard, as a document says it."""
+    key = None if heard.key is None else f"{TONICS[heard.key[0]]} {heard.key[1]}"
+    return {"bpm": None if heard.bpm is None else round(heard.bpm, 2), "key": key}
+
+
+def agreement(heard: Sequence[Heard], pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """How often clip i fits what is written for piece j, over pairs (i, j): counts, and rates that are None of nothing.
+
+    "tempo": within 4 %. "key": exact. "notes": exact or relative, the same notes.
+    """
+    hits = {"tempo": 0, "key": 0, "notes": 0}
+    for i, j in pairs:
+        bpm, key, wanted = heard[i].bpm, heard[i].key, (pieces[j].tonic, pieces[j].mode)
+        hits["tempo"] += bpm is not None and abs(bpm / pieces[j].bpm - 1.0) <= TEMPO_TOLERANCE
+        hits["key"] += key == wanted
+        hits["notes"] += key is not None and listen.same_notes(key, wanted)
+    of = len(pairs)
+    return {"of": of, **{name: {"hits": n, "rate": round(n / of, 4) if of else None} for name, n in hits.items()}}
+
+
+def level_differences(clips: Sequence[Pcm], wanted: Sequence[Pcm]) -> dict[str, float | None]:
+    """How much louder clips are than what they should be like, in dB a band, mean over clips; None for silence."""
+    levels = [[listen.band_levels(pcm / FULL_SCALE, SAMPLE_RATE) for pcm in side] for side in (clips, wanted)]
+    return {
+        band: number(float(np.mean([one[band] - other[band] for one, other in zip(*levels, strict=True)])), digits=3)
+        for band in levels[0][0]
+    }
+
+
+def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict[str, Any]:
+    """Regenerate the middle third of loops and measure what was to be kept; beside it, the same told nothing to keep.
+
+    Latents: relative L2 against the loop's own over the kept frames that sound. Samples: SI-SDR in dB against the
+    rendered loop, EDGE_FRAMES away from the span; the autoencoder's own is the most that can be had.
+    """
+    first, last = round(subject.sounding / 3), round(2 * subject.sounding / 3)
+    keep = torch.ones(1, 1, subject.frames)
+    keep[..., first:last] = 0.0
+    kept = torch.cat([torch.arange(first), torch.arange(last, subject.sounding)])
+    clear = np.ones(subject.sounding * SAMPLES_PER_FRAME, dtype=bool)
+    clear[max(0, first - EDGE_FRAMES) * SAMPLES_PER_FRAME : (last + EDGE_FRAMES) * SAMPLES_PER_FRAME] = False
+    clear = clear[: len(loops[0].rendered)]
+    told = [Row(loop.caption, seed + i, torch.cat([keep, keep * loop.latent], dim=1)) for i, loop in enumerate(loops)]
+    untold = [Row(row.caption, row.seed) for row in told]
+    rows: list[dict[str, Any]] = [{"piece_seed": loop.piece.seed} for loop in loops]
+    with Progress("in-painting", 2 * len(loops) * subject.steps, "row steps") as progress:
+        for name, requests in (("conditioned", told), ("unconditioned", untold)):
+            made = subject.latents(requests, on_step=progress.advance)
+            for row, loop, latent in zip(rows, loops, made, strict=True):
+                pcm = subject.decode(latent[None])
+                row[name] = {
+                    "latent_relative_l2": number(relative(loop.latent[0][:, kept].numpy(), latent[:, kept].numpy())),
+                    "si_sdr_db": number(listen.si_sdr(loop.rendered[clear], pcm[clear])),
+                }
+    for row, loop in zip(rows, loops, strict=True):
+        row["autoencoder"] = {"si_sdr_db": number(listen.si_sdr(loop.rendered[clear], loop.decoded[clear]))}
+    figures = {
+        name: {figure: summary([row[name][figure] for row in rows]) for figure in rows[0][name]}
+        for name in ("conditioned", "unconditioned", "autoencoder")
+    }
+    return {"span_frames": [first, last], "frames": subject.sounding, **figures, "loops": rows}
+
+
+def rollout_graphs(onnx_root: Path) -> list[Path]:
+    """The fp32 and the FP16-mixed DiT under a root. Raises ToolError when one is absent."""
+    return [
+        resolve.resolve_onnx(targets.dit_target("medium", precision), onnx_root) for precision in ("fp32", "fp16mixed")
+    ]
+
+
+def rollout_score(subject: Subject, loops: Sequence[Loop], seed: int, graphs: Sequence[Path]) -> dict[str, Any]:
+    """Whole generations from the same text features and noise: cosine of the final latents, a prompt.
+
+    "half": the second of the two graphs against the first, which is owed. "export": the first graph against the
+    checkpoint itself; far from 1 when the graphs are of another checkpoint. One graph is held at a time. Raises
+    ToolError when one cannot be run.
+    """
+    rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
+    with Progress("rollouts", (1 + len(graphs)) * len(rows) * subject.steps, "row steps") as progress:
+        made = [subject.latents(rows, subject.model, progress.advance)]
+        for path in graphs:
+            with DiTVelocity(OnnxRuntimeEngine(path)) as engine:
+                made.append(subject.latents(rows, engine, progress.advance))
+    source, full, half = (latents.numpy().astype(np.float64) for latents in made)
+    found = {"half": list(map(cosine, full, half)), "export": list(map(cosine, source, full))}
+    worst = {name: float(np.min(cosines)) for name, cosines in found.items()}  # NaN, which meets nothing, stays NaN
+    prompts = [
+        {"caption": row.caption, "seed": row.seed, **{name: number(found[name][index], digits=9) for name in found}}
+        for index, row in enumerate(rows)
+    ]
+    return {
+        "worst": {name: number(value, digits=9) for name, value in worst.items()},
+        "owed": ROLLOUT_COSINE,
+        "met": worst["half"] >= ROLLOUT_COSINE,
+        "prompts": prompts,
+    }
+
+
+def number(value: float, digits: int = 6) -> float | None:
+    """A figure as JSON can hold it, rounded; None when it is not finite."""
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+
+
+def summary(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean, least and greatest of figures; all None when one of them is."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return {"mean": None, "least": None, "greatest": None}
+    return {"mean": number(float(np.mean(known))), "least": min(known), "greatest": max(known)}

@@ -1,0 +1,100 @@
+"""What the three training stages share: steps with a deadline, the learning rate, running means, progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sa3_demo.plan import StagePlan
+from sa3_trt_core.console import Progress
+
+LAST_SHARE = 0.03  # of the peak learning rate, at the last step
+NOTE_EVERY = 250  # steps
+KEEP_SECONDS = 60.0
+LARGEST_GRADIENT = 1.0  # norm
+Keep = Callable[[nn.Module, int, list[dict[str, Any]]], None]  # a module, the steps done, the losses noted
+STAGE_NUMBERS = {"autoencoder": 1, "flow": 2, "distillation": 3}
+
+
+@dataclass
+class Deadline:
+    """When this run must stop and save; `minutes` None is never."""
+
+    minutes: float | None
+    _started: float = field(default_factory=time.monotonic)
+
+    def passed(self) -> bool:
+        """Is the time over?"""
+        return self.minutes is not None and time.monotonic() - self._started > 60.0 * self.minutes
+
+
+def learning_rate(plan: StagePlan, step: int, first: int) -> float:
+    """Linear warm-up from the run's first step, then a cosine over the whole stage."""
+    warm = min(1.0, (step - first + 1) / plan.warmup)
+    share = LAST_SHARE + (1.0 - LAST_SHARE) * 0.5 * (1.0 + math.cos(math.pi * step / plan.steps))
+    return plan.learning_rate * warm * share
+
+
+def running_mean(module: nn.Module, decay: float) -> AveragedModel:
+    """An exponential running mean of a module's weights, to be updated after every step."""
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def seeded(device: torch.device, seed: int, stage: str, step: int) -> torch.Generator:
+    """The random numbers of one step: a run that was interrupted draws what it would have drawn."""
+    return torch.Generator(device).manual_seed(((seed * 7 + STAGE_NUMBERS[stage]) << 32) + step)
+
+
+def train(
+    stage: str,
+    plan: StagePlan,
+    parameters: Iterable[nn.Parameter],
+    loss_of: Callable[[int], dict[str, torch.Tensor]],
+    first: int,
+    deadline: Deadline,
+    keep: Callable[[int, list[dict[str, Any]]], None],
+    after_step: Callable[[], None] | None = None,
+) -> tuple[int, list[dict[str, Any]]]:
+    """Run the optimiser from step `first` to the stage's end or the deadline; returns the steps done and loss notes.
+
+    `loss_of(step)` gives named losses with a "total"; `keep(steps, notes)` is called every `KEEP_SECONDS`, so that a
+    machine that is taken away takes little with it. AdamW, gradients cut to norm 1. Raises FloatingPointError when a
+    noted loss is not finite.
+    """
+    held = list(parameters)
+    device = held[0].device
+    optimiser = torch.optim.AdamW(held, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    notes: list[dict[str, Any]] = []
+    step, text, kept = first, "", time.monotonic()
+    with Progress(f"train {stage}", plan.steps, "steps") as progress:
+        progress.count = first
+        while step < plan.steps and not deadline.passed():
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(plan, step, first)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                losses = loss_of(step)
+            losses["total"].backward()
+            nn.utils.clip_grad_norm_(held, LARGEST_GRADIENT)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            if after_step is not None:
+                after_step()
+            step += 1
+            if step % NOTE_EVERY == 0 or step == plan.steps:
+                values = {name: round(value.item(), 5) for name, value in losses.items()}
+                if not math.isfinite(values["total"]):
+                    raise FloatingPointError(f"{stage}: the loss is {values['total']} at step {step}")
+                notes.append({"stage": stage, "step": step, **values})
+                text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            progress.advance(1, text)
+            if time.monotonic() - kept > KEEP_SECONDS:
+                keep(step, notes)
+                kept = time.monotonic()
+    return step, notes

@@ -1,0 +1,207 @@
+"""One run of the benchmark: contestants by shape, with checks, saved after every shape."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sa3_bench import roofline, timing
+from sa3_bench.comparison import Contest, Step
+from sa3_bench.random_dit import random_inputs
+from sa3_trt_core import console, gpu
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.errors import GateError
+
+STEPS = 8  # of a generation: a ring of D rows finishes D / 8 generations a forward
+CALLS = 20
+
+
+@dataclass
+class Timing:
+    """One contestant at one shape; `share` is the floor over the time, None without a GPU or for a peer.
+
+    `memory` is what is taken on the card, by all contestants and anybody else.
+    """
+
+    contestant: str
+    rows: int
+    frames: int
+    ms: float
+    spread: float
+    share: float | None
+    generations: float
+    memory: int
+    cosine: float | None
+    batch_cosine: float | None
+    call_ms: float | None
+
+
+@dataclass
+class Record:
+    """Everything of one run."""
+
+    machine: dict[str, str]
+    sizes: dict[str, Any]
+    ceilings: dict[str, float]
+    tiles: dict[str, Any]  # of each precision's kernels, as measured on this card before the run
+    judged: list[str]  # contestants whose time and velocity are compared with the others' and the reference's
+    reference: str
+    peers: str
+    timings: list[Timing] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """The table of the run; a column that says nothing of any contestant is left out."""
+        rows = []
+        for one in self.timings:
+            best = [other.ms for other in self.timings if (other.rows, other.frames) == (one.rows, one.frames)
+                    and other.contestant not in self.judged]  # fmt: skip
+            ratio = f"{min(best) / one.ms:.2f}x" if best and one.contestant in self.judged else ""
+            rows.append([
+                str(one.rows), str(one.frames), one.contestant, f"{one.ms:.2f}", ratio, f"{one.generations:.1f}",
+                "" if one.share is None else f"{one.share:.0%}", "" if one.cosine is None else f"{one.cosine:.5f}",
+                "" if one.batch_cosine is None else f"{one.batch_cosine:.5f}",
+                "" if one.call_ms is None else f"{one.call_ms:.2f}",
+                console.format_bytes(one.memory) if one.memory else "",
+            ])  # fmt: skip
+        heads = ("rows", "L", "engine", "ms a step", f"against {self.peers}", "gens/s", "of the floor",
+                 f"cosine to {self.reference}", "rows to serial", "ms a call", "memory")  # fmt: skip
+        told = [column for column in range(len(heads)) if any(line[column] for line in rows)]
+        return console.markdown(
+            [heads[column] for column in told], [[line[column] for column in told] for line in rows]
+        )
+
+    def save(self, out: Path) -> None:
+        """bench.json and bench.md."""
+        files.write_atomic_text(out / "bench.json", json.dumps(asdict(self), indent=2) + "\n")
+        files.write_atomic_text(out / "bench.md", self.markdown() + "\n")
+
+
+def run(contest: Contest, shapes: list[tuple[int, int]], repeats: int, out: Path) -> Record:
+    """Time every contestant at every (rows, frames). Raises GateError when an output is not finite or not right."""
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode():
+        ceilings = roofline.measure(place) if place.type == "cuda" and contest.sizes is not None else None
+        record = Record(
+            _machine(), asdict(contest.sizes) if contest.sizes else {}, asdict(ceilings) if ceilings else {},
+            _tiles(contest), list(contest.judged), contest.reference_name, contest.peers_name,
+        )  # fmt: skip
+        with console.Progress("shapes", len(shapes), "shapes") as progress:
+            for rows, frames in shapes:
+                inputs = random_inputs(rows, frames, place, seed=frames)
+                record.timings += _shape(contest, inputs, ceilings, repeats)
+                record.save(out)
+                _gate(record.timings[-len(contest.contestants) :], contest)
+                progress.advance(1, f"{rows} x {frames}")
+        _plot(record, out)
+    return record
+
+
+def _shape(
+    contest: Contest, inputs: dict[str, Tensor], ceilings: roofline.Ceilings | None, repeats: int
+) -> list[Timing]:
+    """All contestants at one shape: checks first, then the timings, taking turns."""
+    rows, _, frames = inputs["x"].shape
+    reference = contest.reference(inputs)
+    found, batched, calls = {}, {}, {}
+    for name, one in contest.contestants.items():
+        found[name] = one.prepare(inputs)().clone()
+        if name in contest.judged:
+            if hasattr(one, "call"):
+                calls[name] = _call_ms(one.call(inputs))
+            if rows > 1:
+                batched[name] = _rows_to_serial(one, inputs, found[name])
+    steps = {name: one.prepare(inputs) for name, one in contest.contestants.items()}
+    for step in steps.values():
+        step()  # what a contestant takes on its first step counts as its memory
+    memory = gpu.memory_in_use() or 0
+    timings = []
+    for name, (ms, spread) in timing.alternating(steps, repeats).items():
+        share = _share(contest, name, rows, frames, ceilings, ms)
+        timings.append(Timing(name, rows, frames, ms, spread, share, 1e3 * rows / STEPS / ms, memory,
+                              _cosine(found[name], reference), batched.get(name), calls.get(name)))  # fmt: skip
+    return timings
+
+
+def _call_ms(call: Step) -> float:
+    """The median of whole calls, by the clock: each ends with its result on the CPU."""
+    taken = []
+    for _ in range(CALLS):
+        started = time.perf_counter()
+        call()
+        taken.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(taken)
+
+
+def _rows_to_serial(contestant: Any, inputs: dict[str, Tensor], batched: Tensor) -> float:
+    """The worst cosine between a row of a batch and the same row alone."""
+    worst = 1.0
+    for row in range(batched.shape[0]):
+        alone = contestant.prepare({name: value[row : row + 1] for name, value in inputs.items()})()
+        worst = min(worst, _cosine(batched[row : row + 1], alone))
+    return worst
+
+
+def _cosine(found: Tensor, reference: Tensor) -> float:
+    flat = found.double().flatten(1), reference.double().flatten(1)
+    return float(torch.nn.functional.cosine_similarity(*flat).min())
+
+
+def _share(
+    contest: Contest, name: str, rows: int, frames: int, ceilings: roofline.Ceilings | None, ms: float
+) -> float | None:
+    if ceilings is None or contest.sizes is None or name not in contest.judged:
+        return None
+    return roofline.floor_ms(roofline.work_of(contest.sizes, rows, frames), ceilings, name) / ms
+
+
+def _gate(timings: list[Timing], contest: Contest) -> None:
+    lines = []
+    for one in timings:
+        least = contest.judged.get(one.contestant, min(contest.judged.values(), default=0.0))
+        if one.cosine is None or not one.cosine >= least:  # not >= : a cosine that is no number fails too
+            lines.append(f"{one.contestant}, {one.rows} x {one.frames}: cosine {one.cosine} < {least}")
+        if one.batch_cosine is not None and not one.batch_cosine >= least:
+            lines.append(f"{one.contestant}, {one.rows} x {one.frames}: a row differs from itself alone")
+    if lines:
+        raise GateError("an engine computes something else", "the figures of this run mean nothing", "\n".join(lines))
+
+
+def _tiles(contest: Contest) -> dict[str, Any]:
+    tiles = {name: getattr(one, "tiles", None) for name, one in contest.contestants.items()}
+    return {name: asdict(found) for name, found in tiles.items() if found is not None}
+
+
+def _machine() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
+    if torch.cuda.is_available():
+        import triton
+
+        found.update(card=torch.cuda.get_device_name(), cuda=str(torch.version.cuda), triton=triton.__version__)
+    return found
+
+
+def _plot(record: Record, out: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name in dict.fromkeys(one.contestant for one in record.timings):
+        points = sorted((one.frames, one.ms) for one in record.timings if one.contestant == name and one.rows == 1)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+    axes.set(
+        xlabel="latent frames", ylabel="ms a step", xscale="log", yscale="log", title=record.machine.get("card", "CPU")
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with files.atomic_path(out / "bench.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})

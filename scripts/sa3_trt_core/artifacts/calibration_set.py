@@ -1,0 +1,181 @@
+"""The calibration set: the DiT's six inputs, one row a sampler step, in an .npz that streams both ways.
+
+The layout of the file is in calib_layout: rectangular for text rows of one L, ragged for several L or several kinds.
+Memory does not grow with R on either side, but for a few bytes a row.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from sa3_trt_core.artifacts import calibration_layout
+from sa3_trt_core.artifacts.calibration_layout import KEYS, KINDS, UNREADABLE, bad, row_shape, skip_header
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Row = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """A checked calibration file. Rows are read one at a time and in order."""
+
+    path: Path
+    layout: calibration_layout.Layout
+
+    @classmethod
+    def open(cls, path: Path) -> CalibrationSet:
+        """Check the archive's members against the contract without reading their data.
+
+        Raises ToolError when the file is absent or no npz, when a member is missing, has another type or shape than
+        its layout, holds objects (pickle), or is larger than its header says.
+        """
+        if not path.is_file():
+            raise ToolError(f"no such calibration file: {path}", "make one with build/make_calib.py")
+        return cls(path, calibration_layout.read_layout(path))
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self.layout.frames)
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the longest row: what memory has to hold."""
+        return max(self.layout.frames)
+
+    def lengths(self) -> list[int]:
+        """Latent frames of every row, in order."""
+        return list(self.layout.frames)
+
+    def kinds(self) -> list[str]:
+        """The kind of every row, in order: text, inpaint, audio or null."""
+        return list(self.layout.kinds)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Rows as dicts of fp32 arrays with a leading batch axis of 1."""
+        with ExitStack() as stack:
+            archive = stack.enter_context(zipfile.ZipFile(self.path))
+            streams = {key: stack.enter_context(archive.open(f"{key}.npy")) for key in KEYS}
+            for stream in streams.values():
+                skip_header(stream)
+            for index in range(self.rows):
+                yield {key: self._read(stream, key, index) for key, stream in streams.items()}
+
+    def check_values(self) -> dict[str, tuple[float, float]]:
+        """Read every row once and return the range of each member.
+
+        Raises ToolError naming row and member for NaN or infinity, a mask that is not 0/1, or sigma outside (0, 1].
+        """
+        ranges = {key: (np.inf, -np.inf) for key in KEYS}
+        for index, row in enumerate(self):
+            for key, array in row.items():
+                low, high = float(array.min()), float(array.max())
+                if not np.isfinite(low + high):
+                    raise bad(self.path, f"row {index} of {key} holds NaN or infinity")
+                ranges[key] = (min(ranges[key][0], low), max(ranges[key][1], high))
+            if not np.isin(row["t5_mask"], (0.0, 1.0)).all():
+                raise bad(self.path, f"row {index} of t5_mask is not 0 or 1")
+            if not 0.0 < float(row["t"][0]) <= 1.0:
+                raise bad(self.path, f"row {index} has sigma {float(row['t'][0]):g}, outside (0, 1]")
+        return ranges
+
+    def sigmas(self) -> list[float]:
+        """The sigma of every row, in order."""
+        with zipfile.ZipFile(self.path) as archive, archive.open("t.npy") as stream:
+            skip_header(stream)
+            return [float(v) for v in np.frombuffer(stream.read(4 * self.rows), np.float32)]
+
+    def _read(self, stream: IO[bytes], key: str, index: int) -> np.ndarray:
+        shape = (1, *row_shape(key, self.layout.frames[index]))
+        wanted = 4 * int(np.prod(shape))
+        try:
+            data = stream.read(wanted)
+        except UNREADABLE as error:
+            raise bad(self.path, f"row {index} of {key} cannot be read ({error})") from None
+        if len(data) != wanted:
+            raise bad(self.path, f"ends inside row {index} of {key}")
+        return np.frombuffer(data, np.float32).reshape(shape)
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Some rows of a calibration set, in its order."""
+
+    whole: CalibrationSet
+    indices: frozenset[int]
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return len(self.indices)
+
+    def sigmas(self) -> list[float]:
+        """The sigma of every one, in order."""
+        return [sigma for index, sigma in enumerate(self.whole.sigmas()) if index in self.indices]
+
+    def kinds(self) -> list[str]:
+        """The kind of every one, in order."""
+        return [kind for index, kind in enumerate(self.whole.kinds()) if index in self.indices]
+
+    def lengths(self) -> list[int]:
+        """Latent frames of every one, in order."""
+        return [frames for index, frames in enumerate(self.whole.lengths()) if index in self.indices]
+
+    def __iter__(self) -> Iterator[Row]:
+        """The chosen rows, as the set gives them."""
+        return (row for index, row in enumerate(self.whole) if index in self.indices)
+
+
+def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
+    """Which rows stand for a set: at most `limit`, but one at least of every kind at every sigma.
+
+    The same number of each, spread over the set; `kinds` is that of every row, none given where there is one only.
+    """
+    groups: dict[tuple[str, float], list[int]] = {}
+    for index, (kind, sigma) in enumerate(zip(kinds or [""] * len(sigmas), sigmas, strict=True)):
+        groups.setdefault((kind, round(sigma, 6)), []).append(index)
+    each = max(1, limit // len(groups))
+    chosen: set[int] = set()
+    for number, members in enumerate(groups.values()):
+        step = max(1, len(members) // each)
+        first = number % step  # other prompts, masks and lengths at the next sigma
+        chosen.update(members[first::step][:each])
+    return chosen
+
+
+def representative(calibration: CalibrationSet, limit: int) -> ChosenRows:
+    """At most `limit` rows that stand for a set, but one at least of every kind at every sigma."""
+    return ChosenRows(calibration, frozenset(parity_selection(calibration.sigmas(), limit, calibration.kinds())))
+
+
+def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """A row as an engine takes it."""
+    import torch
+
+    return {key: torch.from_numpy(np.array(value)) for key, value in row.items()}
+
+
+def summary(calibration: CalibrationSet, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """What a person checks: rows, every L, rows by kind and L, the list of sigmas, ranges."""
+    found = list(zip(calibration.kinds(), calibration.lengths(), strict=True))
+    return {
+        "rows": calibration.rows,
+        "latent_frames": sorted(set(calibration.lengths())),
+        "kinds": {
+            kind: {str(length): found.count((kind, length)) for length in sorted({n for k, n in found if k == kind})}
+            for kind in KINDS
+            if kind in calibration.kinds()
+        },
+        "sigmas": sorted({round(sigma, 6) for sigma in calibration.sigmas()}, reverse=True),
+        "ranges": {key: [round(low, 4), round(high, 4)] for key, (low, high) in ranges.items()},
+    }

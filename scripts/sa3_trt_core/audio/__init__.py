@@ -1,0 +1,1 @@
+"""Read and write audio files, and run the autoencoder in tiles."""

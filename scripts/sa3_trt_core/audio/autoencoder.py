@@ -1,0 +1,109 @@
+"""Between samples and latents: encode, decode, mute what is beyond the valid frames, cut to the length asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.audio.tiling import chunks
+from sa3_trt_core.engines.base import pick
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.shapes import (
+    AUDIO_CHANNELS,
+    LATENT_CHANNELS,
+    MIN_CODEC_FRAMES,
+    SAMPLES_PER_FRAME,
+    output_samples,
+    valid_frames,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sa3_trt_core.engines.base import GraphEngine
+
+FULL_SCALE = 32767
+LIMITER_CEILING = 1.0  # the value at which that input of some builds changes nothing below full scale
+
+
+def encode(engine: GraphEngine, audio: Tensor, chunk: int = 0) -> Tensor:
+    """Latents (1, 256, L) fp32 from samples (2, L * 4096), in windows of `chunk` frames (0: in one piece).
+
+    Fewer than 32 frames are padded with silence to the encoder's least length and cut again. Raises ToolError.
+    """
+    import torch
+
+    frames = audio.shape[-1] // SAMPLES_PER_FRAME
+    latents = torch.empty(1, LATENT_CHANNELS, frames)
+    for part in chunks(frames, chunk):
+        found = _encode(engine, audio[:, part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME])
+        latents[..., part.first : part.last] = found[..., part.first - part.start : part.last - part.start]
+    return latents
+
+
+def _encode(engine: GraphEngine, audio: Tensor) -> Tensor:
+    import torch
+    from torch.nn import functional
+
+    missing = max(0, MIN_CODEC_FRAMES * SAMPLES_PER_FRAME - audio.shape[-1])
+    latents = pick(engine.run({"audio": functional.pad(audio, (0, missing)).unsqueeze(0)}), "latent").float()
+    if not bool(torch.isfinite(latents).all()):
+        raise ToolError("the audio encoder gave values that are not finite", "build it again, or export it in fp32")
+    return latents
+
+
+def is_clipped(engine: GraphEngine) -> bool:
+    """Whether a decoder gives samples that are cut to full scale already: what was above it cannot be had back."""
+    return "pcm" in engine.output_names and "limiter_ceiling" not in engine.input_names
+
+
+def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
+    """fp32 samples (L*4096, 2) from latents (1, 256, L), in windows of `chunk` frames (0: in one piece).
+
+    Full scale is 1. `pcm` is int32 (1, L*4096, 2) in 16-bit steps, as a rule clipped already; `audio` is float
+    (1, 2, L*4096), which may lie beyond full scale. Fewer than 32 frames are padded with zero frames to the decoder's
+    least length and cut again.
+    Raises ToolError.
+    """
+    import torch
+
+    frames = latents.shape[-1]
+    samples = torch.empty(frames * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
+    for part in chunks(frames, chunk):
+        found = _decode(engine, latents[..., part.start : part.stop].contiguous())
+        kept = slice((part.first - part.start) * SAMPLES_PER_FRAME, (part.last - part.start) * SAMPLES_PER_FRAME)
+        samples[part.first * SAMPLES_PER_FRAME : part.last * SAMPLES_PER_FRAME] = found[kept]
+    return samples
+
+
+def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
+    import torch
+    from torch.nn import functional
+
+    padded = functional.pad(latents, (0, max(0, MIN_CODEC_FRAMES - latents.shape[-1])))
+    inputs = {"latent": padded}
+    if "limiter_ceiling" in engine.input_names:
+        inputs["limiter_ceiling"] = torch.tensor(LIMITER_CEILING)
+    outputs = engine.run(inputs)
+    if "pcm" in outputs:
+        samples = outputs["pcm"][0].float() / FULL_SCALE
+    elif "audio" in outputs:
+        samples = outputs["audio"][0].float().T
+        if not bool(torch.isfinite(samples).all()):
+            raise ToolError("the decoder gave values that are not finite", "build it again, or try --precision fp32")
+    else:
+        raise ToolError(f"the decoder gives {', '.join(outputs)}, not pcm or audio", "use a SAME decoder")
+    wanted = (padded.shape[-1] * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
+    if tuple(samples.shape) != wanted:
+        raise ToolError(f"the decoder gave samples of shape {tuple(samples.shape)}, not {wanted}", "use a SAME decoder")
+    return samples
+
+
+def finish(samples: Tensor, seconds: float) -> Tensor:
+    """The samples (N, 2) that were asked for: silence from the first frame that is not valid, cut to int(sec * 44100).
+
+    Source: the model's own generation (facts.md, section 2).
+    """
+    valid = valid_frames(seconds, samples.shape[0] // SAMPLES_PER_FRAME) * SAMPLES_PER_FRAME
+    muted = samples.clone()
+    muted[valid:] = 0
+    return muted[: output_samples(seconds)]

@@ -1,0 +1,131 @@
+"""What the command prints: the plan, the table of stages, and either of them as one JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sa3_trt_core import console, shapes, targets
+from sa3_trt_core.hub import resolve
+from sa3_trt_core.model_loader import Plan
+from sa3_trt_core.request import Request
+
+STAGES = ("load", "text", "encode", "sample", "decode", "write")
+
+
+@dataclass
+class Totals:
+    """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row.
+
+    `elapsed` is the time from the first stage to the last file: what is decoded while others are sampled counts once.
+    Loading is no part of it, but for several devices, whose processes load as they come.
+    """
+
+    timings: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    peaks: dict[int, float] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Generations a second."""
+        return len(self.peaks) / self.elapsed if self.elapsed else 0.0
+
+    def join(self, other: Totals, rows: Sequence[int]) -> None:
+        """Add what another process made: `rows` are the places of its rows in the whole."""
+        self.add(other.timings, other.memory)
+        self.peaks |= {rows[place]: peak for place, peak in other.peaks.items()}
+
+    def add(self, timings: Mapping[str, float], memory: Mapping[str, int] | None = None) -> None:
+        for stage, seconds in timings.items():
+            self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+        for stage, used in (memory or {}).items():
+            self.memory[stage] = max(used, self.memory.get(stage, 0))
+
+
+def show_plan(plan: Plan, requests: Sequence[Request], outs: Sequence[Path], as_json: bool) -> None:
+    """Print what a run would use; opens, loads and downloads nothing."""
+    stages = []
+    for stage in plan.stages:
+        target = plan.targets[stage]
+        local = resolve.local_onnx(plan.onnx_root, target) if plan.onnx_root is not None else None
+        root = str(plan.onnx_root or f"{targets.HUB_REPOSITORY}/{targets.HUB_FOLDER}")
+        onnx = str(local or f"{root}/{target.onnx[0]}")
+        source = onnx if plan.backends[stage] == "onnxruntime" else str(plan.models_dir / "<arch>" / target.engine)
+        stages.append({"stage": stage, "target": target.name, "backend": plan.backends[stage], "file": source})
+    if as_json:
+        print(
+            json.dumps({"stages": stages, "rows": [_row(*pair) for pair in zip(requests, outs, strict=True)]}, indent=2)
+        )
+        return
+    print(console.table(["stage", "target", "backend", "file"], [list(stage.values()) for stage in stages]))
+    for request, out in zip(requests, outs, strict=True):
+        print(f"{request.mode}: {request.frames} latent frames, {request.steps} steps, seed {request.seed} -> {out}")
+
+
+def show_result(
+    plan: Plan, requests: Sequence[Request], outs: Sequence[Path], totals: Totals, latents: Path | None, as_json: bool
+) -> None:
+    """Print what was made, and what it took."""
+    order = [stage for stage in STAGES if stage in totals.timings]
+    if as_json:
+        rows = [
+            {**_row(request, out), "peak": round(totals.peaks[index], 6)}
+            for index, (request, out) in enumerate(zip(requests, outs, strict=True))
+        ]
+        document: dict[str, Any] = {
+            "rows": rows,
+            "latents": str(latents) if latents else None,
+            "sample_rate": shapes.SAMPLE_RATE,
+            "engines": {stage: [plan.targets[stage].name, plan.backends[stage]] for stage in plan.stages},
+            "timings": {stage: round(totals.timings[stage], 6) for stage in order},
+            "memory": totals.memory,
+            "generations_per_second": round(totals.rate, 6),
+        }
+        print(json.dumps(document, indent=2))
+        return
+    header = ["stage", "seconds", *(["GPU memory"] if totals.memory else [])]
+    cells = [[stage, f"{totals.timings[stage]:.2f}"] for stage in order]
+    cells.append([f"all {len(requests)}, elapsed", f"{totals.elapsed:.2f}"])
+    if totals.memory:
+        for line in cells:
+            used = totals.memory.get(line[0])
+            line.append("-" if used is None else console.format_bytes(used))
+    print(console.table(header, cells))
+    print(f"{totals.rate:.3g} generations a second")
+    if latents is not None:
+        print(f"{latents}  latents, {requests[0].frames} frames")
+    for request, out in zip(requests, outs, strict=True):
+        print(f"{out}  {shapes.output_samples(request.seconds) / shapes.SAMPLE_RATE:.2f} s, seed {request.seed}")
+
+
+def metadata(request: Request, precision: str, identities: Mapping[str, str | None]) -> dict[str, Any]:
+    """What is written into a sound file: how to make it again, and the manifest ids of what made it."""
+    found: dict[str, Any] = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "seconds": request.seconds,
+        "steps": request.steps,
+        "mode": request.mode,
+        "precision": precision,
+        "engines": dict(identities),
+    }
+    if request.forward_rows > 1:
+        found |= {"cfg": request.cfg, "negative_prompt": request.negative_prompt}
+    return found
+
+
+def _row(request: Request, out: Path) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        "prompt": request.prompt,
+        "mode": request.mode,
+        "seconds": request.seconds,
+        "samples": shapes.output_samples(request.seconds),
+        "frames": request.frames,
+        "steps": request.steps,
+        "seed": request.seed,
+    }

@@ -1,0 +1,100 @@
+"""Generate the sounds of a job and write each as it is finished."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core import console
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.cli import report
+from sa3_trt_core.cli.job import Job
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from sa3_trt_core.pipeline import Generator, Result, Tell
+    from sa3_trt_core.request import Request
+
+
+def produce(job: Job) -> report.Totals:
+    """Load the engines, generate, and write every sound as it is finished. Raises ToolError."""
+    args, totals = job.options, report.Totals()
+    engines = 0 if args.free_models else len(job.plan.stages)
+    with console.Progress("load", engines, "engines", quiet=args.quiet or not engines) as progress:
+        generator = open_generator(job, totals, lambda note: progress.advance(note=note))
+    with generator, console.Progress("generate", job.stages, "stages", quiet=args.quiet) as progress:
+        write_sounds(generator, job, totals, lambda note: progress.advance(note=note))
+    return totals
+
+
+def open_generator(job: Job, totals: report.Totals, tell: Tell) -> Generator:
+    """The generator that a job asks for. Raises ToolError, also where its decoder leaves --peak nothing to do."""
+    started, args = time.perf_counter(), job.options
+    importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
+    generator = _generator(job, tell)
+    totals.add({"load": time.perf_counter() - started})
+    try:
+        if args.peak == "limit" and generator.clips:
+            raise ToolError(
+                "the decoder cuts its samples to full scale itself: --peak limit has nothing left to turn down",
+                "choose --peak normalize or clip, or give a decoder with an `audio` output",
+            )
+    except BaseException:
+        generator.close()
+        raise
+    return generator
+
+
+def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Tell) -> None:
+    """Generate the sounds of a job and write each; what it took is added to `totals`. Raises ToolError."""
+    ids = {stage: generator.engines.identity(stage) for stage in job.plan.stages}
+    started = time.perf_counter()
+    for index, result in _results(generator, job, tell):
+        totals.add(result.timings, result.memory)
+        totals.peaks[index] = float(result.audio.abs().max())
+        _write(job, index, result, ids, totals)
+    totals.elapsed += time.perf_counter() - started
+
+
+def _generator(job: Job, tell: Tell) -> Generator:
+    from sa3_trt_core.pipeline import Generator
+
+    args = job.options
+    return Generator.load(
+        args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
+        audio_input=args.init_audio is not None, revision=args.revision, offline=args.offline,
+        chunk_frames=args.chunk_frames, free_models=args.free_models,
+        on_engine=tell,
+    )  # fmt: skip
+
+
+def _results(generator: Generator, job: Job, tell: Tell) -> Iterator[tuple[int, Result]]:
+    if job.options.depth is not None:
+        return generator.generate_ring(job.requests, job.options.depth, tell)
+    return generator.generate_many(job.requests, job.options.batch or 1, tell)
+
+
+def _write(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:
+    args, request, started = job.options, job.requests[index], time.perf_counter()
+    about = report.metadata(request, args.precision, ids)
+    audio_io.write_audio(job.outs[index], audio_io.tame(result.audio, args.peak), args.bits, about)
+    if args.save_latents is not None:
+        _write_latents(args.save_latents, request, result)
+    totals.add({"write": time.perf_counter() - started})
+
+
+def _write_latents(path: Path, request: Request, result: Result) -> None:
+    import numpy as np
+
+    with files.atomic_path(path) as temporary:
+        np.savez(
+            temporary,
+            latents=result.latents.numpy(),
+            sigmas=result.sigmas.numpy(),
+            seed=np.int64(request.seed),
+            seconds=np.float64(request.seconds),
+        )

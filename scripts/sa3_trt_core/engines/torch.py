@@ -1,0 +1,120 @@
+"""The DiT in PyTorch: FP8 or 16-bit products on an NVIDIA GPU without TensorRT, plain operations on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.shapes import CONTRACTS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sa3_trt_core.torch_models.dit.model import BlockOps
+    from sa3_trt_core.torch_models.dit.runner import Runner
+    from sa3_trt_core.torch_models.dit.weights import Packed
+
+FP8_CAPABILITY = (8, 9)
+KERNELS_FOLDER = "kernels"  # beside the folders of a models/<arch>/: what Triton has compiled
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
+
+
+class TorchEngine(Closing):
+    """One packed DiT (build_from_onnx.py --backend torch). Not for use from several threads."""
+
+    def __init__(self, path: Path, rebuild: str) -> None:
+        """Load a packed DiT that this project made; `rebuild` is the command that a message gives.
+
+        Raises ToolError: no such file, not whole, or FP8 on a GPU that has none.
+        """
+        import torch
+
+        again = f"build it again: {rebuild}"
+        if not path.is_file():
+            raise ToolError(f"no engine {path}", f"build it: {rebuild}")
+        reason = manifest.verify_manifest(path)
+        if reason is not None:
+            raise ToolError(f"{path} is not a finished engine of this project: {reason}", again)
+        contract = CONTRACTS["dit"]
+        self.input_names = tuple(spec.name for spec in contract.inputs)
+        self.output_names = tuple(spec.name for spec in contract.outputs)
+        self._path = path
+        os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(path)))
+        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._runner: Runner | None = open_runner(path, place)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"velocity": (B, 256, L) fp32} for the six inputs of the contract, on the device of x."""
+        import torch
+
+        if set(inputs) != set(self.input_names):
+            raise ToolError(
+                f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}", "give the six inputs"
+            )
+        if self._runner is None:
+            raise RuntimeError("this engine is closed")
+        told = {name: value.float() for name, value in inputs.items() if name not in ("x", "t")}
+        try:
+            with torch.inference_mode():
+                found = self._runner.velocity(inputs["x"].float(), inputs["t"].float(), told)
+        except torch.OutOfMemoryError:
+            raise ToolError(f"no GPU memory for {_asked(self._path, inputs)}", "free GPU memory, or ask for fewer "
+                            "--seconds or a smaller --batch") from None  # fmt: skip
+        place = inputs["x"].device
+        return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
+
+
+def open_runner(path: Path, device: torch.device) -> Runner:
+    """A packed DiT ready to run: kernels on a GPU, plain PyTorch on a CPU. Raises ToolError."""
+    from sa3_trt_core.torch_models.dit.model import Dit
+    from sa3_trt_core.torch_models.dit.runner import Runner
+    from sa3_trt_core.torch_models.dit.weights import Packed
+
+    packed = Packed.load(path, device)
+    return Runner(Dit(packed, _operations(packed, device, path)), device)
+
+
+def tiles_path(path: Path) -> Path:
+    """Where the tiles of a packed DiT lie, if they were measured."""
+    return path.with_suffix(".tiles.json")
+
+
+def kernels_folder(path: Path) -> Path:
+    """Where Triton's compiled kernels lie: one folder for all engines of an architecture."""
+    return path.parent.parent / KERNELS_FOLDER
+
+
+def _asked(path: Path, inputs: Mapping[str, Tensor]) -> str:
+    """What was asked of a file, for a message."""
+    rows, _, frames = inputs["x"].shape
+    return f"{rows} rows of {frames} latent frames in {path}"
+
+
+def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
+    """What stands between the products. Raises ToolError for FP8 on a GPU without it, and for a missing Triton."""
+    import torch
+
+    tables = packed.tensor("cosine"), packed.tensor("sine")
+    if device.type == "cpu":
+        from sa3_trt_core.torch_models.dit.reference_ops import PlainOps
+
+        return PlainOps(*tables)
+    if packed.sizes.precision == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", "choose --precision fp16mixed")
+    try:
+        from sa3_trt_core.torch_models.dit.triton_ops import FusedOps, read_tiles
+    except ImportError as error:
+        raise ToolError(f"the kernels need Triton ({error})", "pip install triton, or take another --backend") from None
+    return FusedOps(*tables, read_tiles(tiles_path(path)))

@@ -1,0 +1,1 @@
+"""Find files in the hub cache or download them."""

@@ -1,0 +1,236 @@
+"""One file of a hub repository into the hub client's own cache: resumed, checked against the hub's digest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from sa3_trt_core.artifacts import locks
+from sa3_trt_core.artifacts.files import CHUNK
+from sa3_trt_core.console import format_bytes
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+    from huggingface_hub.errors import HfHubHTTPError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256, _GIT = (
+    64,
+    40,
+)  # letters of a digest: of a large file its SHA-256, of a small one git's SHA-1 of header and bytes
+_FORBIDDEN = (401, 403)
+_NO_REPOSITORY = 404  # what the hub also says of a private one to somebody who is not logged in
+_TOO_MANY, _SERVER = 429, 500
+_TRANSPORT = "httpx"  # the client's transport, whichever release of it: httpx, httpx2
+
+
+def cached(repository: str, name: str, revision: str) -> Path | None:
+    """The file in the cache, or None. A branch is the commit that it was when it was last asked for."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file of the cache belongs to: .../snapshots/<commit>/..."""
+    parts = path.parts
+    at = len(parts) - 1 - parts[::-1].index("snapshots") if "snapshots" in parts else len(parts)
+    return parts[at + 1] if at + 1 < len(parts) and COMMIT.fullmatch(parts[at + 1]) else None
+
+
+def expected_sha256(path: Path) -> str | None:
+    """What the hub said of a large file of the cache when it was downloaded; None of any other file."""
+    blob = path.resolve()
+    known = blob.parent.name == "blobs" and len(blob.name) == _SHA256 and commit_of(path) is not None
+    return blob.name if known else None
+
+
+def switched_off() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    import huggingface_hub
+
+    return huggingface_hub.is_offline_mode()
+
+
+def fetch(repository: str, name: str, revision: str) -> Path | None:
+    """One file of a repository at a revision, in the cache; None if the repository has no such file.
+
+    What was read before a connection broke or the process was killed is kept, and the next call goes on there. The
+    file is taken into the cache only when its size and digest are those that the hub names. Raises ToolError.
+    """
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()  # its own words would stand between our two lines
+    with _told(repository, name, revision):
+        url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
+        try:
+            metadata = huggingface_hub.get_hf_file_metadata(url, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT)
+        except huggingface_hub.errors.EntryNotFoundError:
+            return None
+        blob = _blob(repository, name, metadata)
+        with locks.held(locks.lock_path(blob), name):
+            if not blob.is_file():
+                _download(url, name, metadata, blob)
+        # The client makes the links of its cache itself; it finds the bytes there and loads nothing.
+        path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+        if path.resolve() != blob.resolve():
+            raise ToolError(f"{repository} changed while {name} was fetched", "run the same command again")
+        return path
+
+
+def _blob(repository: str, name: str, metadata: HfFileMetadata) -> Path:
+    """Where the cache keeps the bytes: a file named by their digest."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    digest = metadata.etag or ""
+    if re.fullmatch(r"[0-9a-f]+", digest) is None or len(digest) not in (_SHA256, _GIT) or metadata.size is None:
+        raise ToolError(
+            f"{constants.ENDPOINT} gives no size and digest of {name}, so it is no hub that can be trusted",
+            "check HF_ENDPOINT and the proxy",
+        )
+    folder = Path(constants.HF_HUB_CACHE).expanduser().resolve() / repo_folder_name(
+        repo_id=repository, repo_type="model"
+    )
+    return folder / "blobs" / digest
+
+
+def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None:
+    """Read the rest of a file, check it, and give it its name in the cache."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    size = metadata.size
+    assert size is not None and metadata.etag is not None
+    partial = blob.with_name(f"{blob.name}.sa3.incomplete")
+    have = partial.stat().st_size if partial.is_file() else 0
+    if have > size:
+        partial.unlink()
+        have = 0
+    free = shutil.disk_usage(blob.parent).free
+    if free < size - have:
+        raise ToolError(
+            f"{blob.parent} has {format_bytes(free)} free, {name} needs {format_bytes(size - have)}",
+            "free some space, or name another disk with HF_HOME",
+        )
+    headers = build_hf_headers()
+    if urlsplit(metadata.location).hostname != urlsplit(url).hostname:
+        headers.pop("authorization", None)  # the address is signed, and the storage is not to see the user's token
+    try:
+        with partial.open("ab") as file:
+            http_get(
+                metadata.location,
+                file,
+                resume_size=have,
+                headers=headers,
+                expected_size=size,
+                displayed_filename=name,
+            )
+            os.fsync(file.fileno())
+    except Exception as error:
+        size_is_wrong = isinstance(error, OSError) and error.errno is None  # how the client says so
+        if not is_transport(error) and not size_is_wrong:
+            raise
+        if partial.stat().st_size > size:
+            partial.unlink()
+            raise _spoilt(name, "more bytes than") from None
+        kept = format_bytes(partial.stat().st_size)
+        raise ToolError(
+            f"the connection broke while {name} was fetched; {kept} of {format_bytes(size)} are kept",
+            "run the same command again: it goes on from there",
+        ) from None
+    found = _digest(partial, metadata.etag)
+    if found != metadata.etag:
+        partial.unlink()
+        raise _spoilt(name, f"digest {found[:12]}, not the {metadata.etag[:12]} that")
+    os.replace(partial, blob)
+
+
+def _spoilt(name: str, how: str) -> ToolError:
+    return ToolError(
+        f"{name} arrived with {how} the hub says it has",
+        "it was thrown away; run the same command again, and without a proxy if it happens twice",
+    )
+
+
+def _digest(path: Path, like: str) -> str:
+    """The file's digest of the kind of `like`."""
+    digest = hashlib.sha256() if len(like) == _SHA256 else hashlib.sha1(usedforsecurity=False)
+    if len(like) == _GIT:
+        digest.update(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _told(repository: str, name: str, revision: str) -> Iterator[None]:
+    """The client's many errors as ours."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (ToolError, errors.EntryNotFoundError):
+        raise
+    except errors.RevisionNotFoundError:
+        raise ToolError(f"{repository} has no revision {revision}", "choose another --revision") from None
+    except errors.GatedRepoError:
+        raise gated(repository) from None
+    except errors.HfHubHTTPError as error:
+        raise _refused(error, repository, name) from None
+    except errors.FileMetadataError as error:
+        raise ToolError(f"no hub answers for {name}: {error}", "check HF_ENDPOINT and the proxy") from None
+    except (ConnectionError, TimeoutError):
+        raise unreachable(repository, name) from None
+    except OSError as error:
+        raise ToolError(f"cannot store {name}: {error.strerror or error}", "free disk space or set HF_HOME") from None
+    except Exception as error:
+        if is_transport(error):
+            raise unreachable(repository, name) from None
+        raise
+
+
+def is_transport(error: Exception) -> bool:
+    """Whether an error is of the connection: the client passes those of its transport on as they are."""
+    return type(error).__module__.startswith(_TRANSPORT)
+
+
+def _refused(error: HfHubHTTPError, repository: str, name: str) -> ToolError:
+    status = error.response.status_code
+    if status in _FORBIDDEN or status == _NO_REPOSITORY:
+        return gated(repository)
+    if status == _TOO_MANY:
+        wait = error.response.headers.get("Retry-After", "")
+        pause = f"wait {wait} seconds" if wait.isdigit() else "wait some minutes"
+        return ToolError(
+            "the hub answered 429: too many requests from here", f"{pause}; after hf auth login the limit is higher"
+        )
+    when = "try again later" if status >= _SERVER else "check HF_ENDPOINT and the proxy"
+    return ToolError(f"the hub answered {status} for {repository}/{name}", when)
+
+
+def gated(repository: str) -> ToolError:
+    """The answer to a repository that the hub does not show, or does not show to this user."""
+    return ToolError(
+        f"the hub does not give {repository} to you",
+        f"accept its licence at https://huggingface.co/{repository}, then run: hf auth login",
+    )
+
+
+def unreachable(repository: str, name: str, off: str | None = None) -> ToolError:
+    """The answer when the file is not here and the hub cannot, or must not (`off` says why), be asked."""
+    why = f"the hub is switched off ({off})" if off else "the hub cannot be reached"
+    return ToolError(
+        f"{repository}/{name} is not in the cache and {why}",
+        "connect to the network once, or give --onnx-root ROOT with your own files",
+    )

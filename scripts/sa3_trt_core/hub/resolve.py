@@ -1,0 +1,117 @@
+"""Finding ONNX files and the tokenizer: in a local folder if one is given, else in the hub's cache, else on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sa3_trt_core.artifacts.external_data import external_data_names
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.hub import download
+from sa3_trt_core.targets import (
+    CHECKPOINT_REPOSITORY,
+    CHECKPOINT_TOKENIZER_FOLDER,
+    HUB_FOLDER,
+    HUB_REPOSITORY,
+    HUB_REVISION,
+    TOKENIZER_FILES,
+    Target,
+)
+
+__all__ = ["external_data_names", "local_onnx", "local_tokenizer", "resolve_onnx", "resolve_tokenizer"]
+
+
+def local_onnx(root: Path, target: Target) -> Path | None:
+    """The target's ONNX under a local root, or None; names in order. Raises ToolError if a sidecar is missing."""
+    for name in target.onnx:
+        path = root / name
+        if path.is_file():
+            for sidecar in external_data_names(path):
+                if not (path.parent / sidecar).is_file():
+                    raise ToolError(
+                        f"{path} needs {sidecar} beside it, which is missing",
+                        f"copy it there, or make both again: {target.produced_by}",
+                    )
+            return path
+    return None
+
+
+def resolve_onnx(target: Target, onnx_root: Path | None, offline: bool = False, revision: str | None = None) -> Path:
+    """The target's ONNX file with its sidecars beside it.
+
+    A given `onnx_root` is the only place looked at: silently taking the hub's file instead would run another model.
+    Otherwise the hub's cache at the target's pinned revision, then the hub itself. A `revision` that is given and is
+    no commit (a branch) is asked for at the hub first. With `offline` or HF_HUB_OFFLINE nothing is asked. Graph and
+    sidecars are always of one commit. Raises ToolError.
+    """
+    if onnx_root is not None:
+        path = local_onnx(onnx_root, target)
+        if path is None:
+            raise ToolError(f"no {' or '.join(target.onnx)} under {onnx_root}", f"make it: {target.produced_by}")
+        return path
+    names = [f"{HUB_FOLDER}/{name}" for name in target.onnx]
+    path = _find(HUB_REPOSITORY, names, target.revision, revision, offline)
+    if path is None:
+        raise ToolError(
+            f"{target.onnx[0]} is not published yet in {HUB_REPOSITORY}",
+            f"make it: {target.produced_by}; then give --onnx-root ROOT",
+        )
+    commit = download.commit_of(path)
+    folder = next(name for name in names if path.as_posix().endswith(name)).rpartition("/")[0]
+    for sidecar in external_data_names(path):
+        if _find(HUB_REPOSITORY, [f"{folder}/{sidecar}"], commit or target.revision, None, offline) is None:
+            raise ToolError(
+                f"{sidecar} of {target.name} is not published, only the graph that needs it",
+                f"make both: {target.produced_by}; then give --onnx-root ROOT",
+            )
+    return path
+
+
+def resolve_file(names: list[str], target: Target, offline: bool = False, revision: str | None = None) -> Path | None:
+    """The first of these paths of the hub's repository that there is, in the cache; or None. Raises ToolError."""
+    return _find(HUB_REPOSITORY, names, target.revision, revision, offline)
+
+
+def local_tokenizer(root: Path) -> Path | None:
+    """tokenizer.json under a local root, or None unless its config is there too."""
+    files = [root / name for name in TOKENIZER_FILES]
+    return files[0] if all(file.is_file() for file in files) else None
+
+
+def resolve_tokenizer(onnx_root: Path | None, offline: bool = False) -> Path:
+    """tokenizer.json, its config beside it: from the root if given, else from the checkpoint's hub repository."""
+    if onnx_root is not None:
+        path = local_tokenizer(onnx_root)
+        if path is None:
+            raise ToolError(
+                f"no {' and '.join(TOKENIZER_FILES)} under {onnx_root}",
+                "make them: python build/export_onnx.py --model-dir DIR --onnx-root ROOT",
+            )
+        return path
+    found: list[Path] = []
+    for name in TOKENIZER_FILES:
+        file = f"{CHECKPOINT_TOKENIZER_FOLDER}/{name.rpartition('/')[2]}"
+        pinned = (download.commit_of(found[0]) if found else None) or HUB_REVISION
+        path = _find(CHECKPOINT_REPOSITORY, [file], pinned, None, offline)
+        if path is None:
+            raise ToolError(f"{CHECKPOINT_REPOSITORY} has no {file}", "give --onnx-root ROOT with t5gemma/ in it")
+        found.append(path)
+    return found[0]
+
+
+def _find(repository: str, names: list[str], pinned: str, given: str | None, offline: bool) -> Path | None:
+    """The first of the names that is in the cache, else the first that the hub has; None if it has none of them."""
+    revision = given or pinned
+    moves = given is not None and download.COMMIT.fullmatch(given) is None
+    off = "--offline" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None
+    if off or not moves:
+        for name in names:
+            path = download.cached(repository, name, revision)
+            if path is not None:
+                return path
+    if off:
+        raise download.unreachable(repository, names[0], off)
+    for name in names:
+        path = download.fetch(repository, name, revision)
+        if path is not None:
+            return path
+    return None

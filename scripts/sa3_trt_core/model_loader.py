@@ -1,0 +1,173 @@
+"""Which engines a model needs, where their files lie, and opening them: each once, on its first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core import engines, gpu, paths, targets
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.audio.tiling import require_chunk
+from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.hub import resolve
+from sa3_trt_core.text import Tokenizer
+
+if TYPE_CHECKING:
+    from sa3_trt_core.engines.base import GraphEngine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before a file is opened: a target and a backend for each stage, and where their files lie.
+
+    `stages` are those opened at once, in the order they run; the audio encoder is opened when it is first needed
+    unless it stands among them. `chunk_frames` is the window of the autoencoder: 0 for one piece, None for what the
+    length asks for.
+    """
+
+    targets: Mapping[str, targets.Target]
+    backends: Mapping[str, str]
+    stages: tuple[str, ...]
+    precision: str
+    onnx_root: Path | None
+    models_dir: Path
+    revision: str | None = None  # of the hub, instead of the pinned one
+    offline: bool = False  # the hub's cache only
+    chunk_frames: int | None = None
+
+
+def make_plan(
+    dit: str, precision: str, backend: str = "auto", onnx_root: str | Path | None = None,
+    models_dir: str | Path | None = None, audio_input: bool = False, revision: str | None = None, offline: bool = False,
+    chunk_frames: int | None = None,
+) -> Plan:  # fmt: skip
+    """Decide everything that needs no file to be opened. Raises ToolError."""
+    if targets.codec_reach(dit) is None:
+        if chunk_frames:
+            raise ToolError(f"how far the autoencoder of {dit} looks is not known", "leave --chunk-frames away, or 0")
+        chunk_frames = 0
+    require_chunk(chunk_frames or 0)
+    chosen = {
+        "text": targets.find_target(targets.TEXT_ENCODER),
+        "encode": targets.encoder_for(dit),
+        "dit": targets.dit_target(dit, precision),
+        "decoder": targets.decoder_for(dit, precision),
+    }
+    folder = Path(models_dir) if models_dir is not None else paths.default_models_dir()
+    return Plan(
+        targets=chosen,
+        backends={stage: engines.pick_backend(backend, target, folder) for stage, target in chosen.items()},
+        stages=tuple(stage for stage in chosen if audio_input or stage != "encode"),
+        precision=precision,
+        onnx_root=paths.onnx_root_from(onnx_root),
+        models_dir=folder,
+        revision=revision,
+        offline=offline,
+        chunk_frames=chunk_frames,
+    )
+
+
+def build_command(plan: Plan, arch: str) -> str | None:
+    """The one command that builds every engine of a plan that is missing for an architecture; None when none is."""
+    for backend in gpu.TENSORRT_BACKENDS:
+        wanted = [plan.targets[stage] for stage in plan.stages if plan.backends[stage] == backend]
+        missing = [t.name for t in wanted if not paths.engine_path(plan.models_dir, arch, t, backend).is_file()]
+        if missing:
+            return f"{engines.rebuild_command(' '.join(missing), backend, arch)} --models-dir {plan.models_dir}"
+    return None
+
+
+class EngineSet(Closing):
+    """The tokenizer and the engines of a plan; after closing, asking for an engine raises RuntimeError."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Find every file of the plan's stages, so that a missing one is told before minutes of loading.
+
+        Raises ToolError.
+        """
+        self.plan = plan
+        self._sources: dict[str, Path] = {}
+        self._open: dict[str, GraphEngine] = {}
+        self._closed = False
+        arch = gpu.current_arch()
+        command = build_command(plan, arch) if arch is not None else None
+        if command is not None:
+            raise ToolError(f"{plan.models_dir} has not all engines that are asked for", f"build them: {command}")
+        # An opt-in file may not be published: that is told first. The small tokenizer, behind a licence, comes next.
+        opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
+        for stage in opt_in:
+            self._source(stage)
+        tokenizer = resolve.resolve_tokenizer(plan.onnx_root, plan.offline)
+        for stage in plan.stages:
+            self._source(stage)
+        self.tokenizer = Tokenizer(tokenizer)
+
+    def load(self, on_engine: Callable[[str], None] | None = None) -> None:
+        """Open the engines of the plan's stages, all at once; `on_engine(name)` is called after each. Raises ToolError.
+
+        Reading and deserialising release Python's lock. What is open when another one fails is closed with the rest.
+        """
+        missing = [stage for stage in self.plan.stages if stage not in self._open]
+        failed: dict[str, Exception] = {}
+        with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
+            opening = {pool.submit(self._opened, stage): stage for stage in missing}
+            for done in as_completed(opening):
+                stage = opening[done]
+                try:
+                    self._open[stage] = done.result()
+                except Exception as error:  # raised below, when no other is on its way any more
+                    failed[stage] = error
+                    continue
+                if on_engine is not None:
+                    on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+        for stage in missing:
+            if stage in failed:
+                raise failed[stage]
+
+    def engine(self, stage: str) -> GraphEngine:
+        """The open engine of a stage: text, encode, dit or decoder. Raises ToolError when it cannot be opened."""
+        if self._closed:
+            raise RuntimeError("these engines are closed")
+        if stage not in self._open:
+            self._open[stage] = self._opened(stage)
+        return self._open[stage]
+
+    def identity(self, stage: str) -> str | None:
+        """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
+        return manifest.identity(self._source(stage))
+
+    @property
+    def open_stages(self) -> tuple[str, ...]:
+        """The stages whose engines are open."""
+        return tuple(self._open)
+
+    def release(self, stage: str) -> None:
+        """Close the engine of a stage, if it is open; the next use opens it again."""
+        if stage in self._open:
+            self._open.pop(stage).close()
+
+    def close(self) -> None:
+        """Close every engine, whatever the others do."""
+        self._closed = True
+        with ExitStack() as stack:
+            for engine in self._open.values():
+                stack.callback(engine.close)
+            self._open.clear()
+
+    def _opened(self, stage: str) -> GraphEngine:
+        target, backend = self.plan.targets[stage], self.plan.backends[stage]
+        source = self._source(stage)
+        return engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
+
+    def _source(self, stage: str) -> Path:
+        if stage not in self._sources:
+            plan = self.plan
+            self._sources[stage] = engines.source_path(
+                plan.targets[stage], plan.backends[stage], plan.onnx_root, plan.models_dir, plan.revision, plan.offline
+            )
+        return self._sources[stage]

@@ -1,0 +1,1 @@
+"""The ping-pong sampler: schedule, inputs, guidance, ring."""

@@ -1,0 +1,65 @@
+"""What requests tell the sampler: noise levels, conditioning, what they start from, what they are led by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.conditioning import Conditioning
+from sa3_trt_core.request import FULL_APG, Request
+from sa3_trt_core.sampling import guidance, schedule
+from sa3_trt_core.shapes import LATENT_CHANNELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Features = Mapping[str, tuple["Tensor", "Tensor"]]  # of each text: t5_hidden (1, 256, 768), t5_mask (1, 256)
+
+
+def sigmas_of(request: Request) -> Tensor:
+    """The noise levels (steps + 1,) of a request's own schedule."""
+    if request.legacy_schedule:
+        return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
+    return schedule.sigmas(request.steps, request.sigma_max)
+
+
+def conditioning(
+    rows: Sequence[Request], features: Features, inits: Sequence[Tensor | None]
+) -> tuple[Conditioning, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """What the DiT is told, what audio to audio starts from, and what in-painting puts back after every step.
+
+    local_add_cond is the keep mask (1 keep, 0 regenerate), then the kept latent; zeros where nothing is kept.
+    """
+    import torch
+
+    frames = rows[0].frames
+    latents = torch.cat([torch.zeros(1, LATENT_CHANNELS, frames) if init is None else init for init in inits])
+    keep = torch.zeros(len(rows), 1, frames)
+    for index, row in enumerate(rows):
+        if row.inpaint:
+            keep[index] = 1.0
+        for start, end in row.regenerated:
+            keep[index, :, start:end] = 0.0
+    cond = Conditioning(
+        t5_hidden=torch.cat([features[row.prompt][0] for row in rows]),
+        t5_mask=torch.cat([features[row.prompt][1] for row in rows]),
+        seconds_total=torch.tensor([row.seconds for row in rows], dtype=torch.float32),
+        local_add_cond=torch.cat([keep, latents * keep], dim=1),
+    )
+    varied = rows[0].init_noise_level is not None
+    return cond, latents if varied else None, (latents, keep) if rows[0].paste_kept else None
+
+
+def guidance_of(rows: Sequence[Request], cond: Conditioning, features: Features) -> guidance.Guidance | None:
+    """Each row's null or negative row, and how far it leads; None where there is no guidance. Equal batch keys."""
+    import torch
+
+    first = rows[0]
+    if first.cfg == 1.0:
+        return None
+    null = guidance.null_conditioning(cond)
+    led = [features[row.negative_prompt] if row.negative_prompt is not None else None for row in rows]
+    hidden = [null.t5_hidden[i : i + 1] if pair is None else pair[0] for i, pair in enumerate(led)]
+    mask = [null.t5_mask[i : i + 1] if pair is None else pair[1] for i, pair in enumerate(led)]
+    null = guidance.negative_conditioning(cond, torch.cat(hidden), torch.cat(mask))
+    return guidance.Guidance(null, first.cfg, FULL_APG if first.apg is None else first.apg)

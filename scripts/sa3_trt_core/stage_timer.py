@@ -1,0 +1,31 @@
+"""What a batch costs: seconds of each stage, and the GPU's memory after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sa3_trt_core import gpu
+
+
+class Meter:
+    """Seconds a row of each stage, and the GPU's memory in use after it."""
+
+    def __init__(self, rows: int = 1) -> None:
+        self._rows = rows
+        self.timings: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.add(name, (time.perf_counter() - started) / self._rows)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count a row's seconds of a stage that has just ended."""
+        self.timings[name] = self.timings.get(name, 0.0) + seconds
+        used = gpu.memory_in_use()
+        if used is not None:
+            self.memory[name] = max(used, self.memory.get(name, 0))

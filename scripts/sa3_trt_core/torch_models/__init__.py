@@ -1,0 +1,1 @@
+"""Packed networks that PyTorch runs."""

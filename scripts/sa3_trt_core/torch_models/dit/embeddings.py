@@ -1,0 +1,60 @@
+"""What a DiT computes before its blocks, in fp32: the modulation of a noise level, the cross tokens of a text."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sa3_trt_core.torch_models.dit.linear import result
+from sa3_trt_core.torch_models.dit.weights import Packed
+
+
+class Front:
+    """The parts of a packed DiT that do not see x: each runs once a noise level or once a generation."""
+
+    def __init__(self, packed: Packed) -> None:
+        self._packed = packed
+        self._depth = packed.sizes.depth
+        self._tables = torch.stack([packed.tensor(f"blocks.{i}.modulation") for i in range(self._depth)])
+        self._products = {name: packed.product(name) for name in ("context_in", "context_out")}
+
+    def duration(self, seconds: Tensor) -> Tensor:
+        """The duration token (B, 768) of seconds (B,)."""
+        share = seconds.float().clamp(0.0, self._packed.sizes.seconds_range) / self._packed.sizes.seconds_range
+        return self._linear("seconds", self._waves(share, "seconds.frequencies"))
+
+    def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
+        """What every block adds, multiplies and gates with: (6, depth, B, width) fp32 of t (B,) and seconds (B,).
+
+        Scale, shift and gate of the self-attention, then of the feed-forward; gates are sigmoid(1 - g) already.
+        """
+        told = functional.silu(functional.linear(self.duration(seconds), self._packed.tensor("global.0.weight")))
+        told = functional.linear(told, self._packed.tensor("global.2.weight"))
+        level = self._linear("time.0", self._waves(t.float(), "time.frequencies"))
+        told = told + self._linear("time.2", functional.silu(level))
+        shared = self._linear("modulation.2", functional.silu(self._linear("modulation.0", told)))
+        parts = (self._tables[:, None, :] + shared).unflatten(-1, (6, -1)).permute(2, 0, 1, 3).contiguous()
+        for gate in (2, 5):
+            parts[gate] = torch.sigmoid(1.0 - parts[gate])
+        return parts
+
+    def context(self, t5_hidden: Tensor, t5_mask: Tensor, seconds: Tensor) -> Tensor:
+        """The cross tokens (B, 257, width) fp16: padding replaced, the duration last, null rows zero."""
+        token = self.duration(seconds).unsqueeze(1)
+        text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden.float(), self._packed.tensor("padding"))
+        tokens = torch.cat([text, token], dim=1)
+        if self._packed.sizes.null_rows:
+            tokens = tokens * (t5_hidden.abs().amax(dim=(1, 2), keepdim=True) > 0)
+        hidden = functional.silu(result(tokens.to(torch.float16), self._products["context_in"]).float())
+        return result(hidden.to(torch.float16), self._products["context_out"])
+
+    def _linear(self, name: str, value: Tensor) -> Tensor:
+        return functional.linear(value, self._packed.tensor(f"{name}.weight"), self._packed.tensor(f"{name}.bias"))
+
+    def _waves(self, value: Tensor, frequencies: str) -> Tensor:
+        # In this order: angles reach 62,832 rad, where one rounding more is 4e-3 rad.
+        angles = value[:, None] * self._packed.tensor(frequencies) * 2.0 * math.pi
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)

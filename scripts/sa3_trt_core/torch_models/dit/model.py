@@ -1,0 +1,220 @@
+"""One forward of the packed DiT: conditioning once a generation, modulation once a noise level, blocks every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sa3_trt_core.shapes import TEXT_TOKENS
+from sa3_trt_core.torch_models.dit.embeddings import Front
+from sa3_trt_core.torch_models.dit.linear import coded, finished, result, sums
+from sa3_trt_core.torch_models.dit.reference_ops import head_norm
+from sa3_trt_core.torch_models.dit.weights import BLOCK_NORMS, BLOCK_PRODUCTS, HEAD_CHANNELS, Packed, Product
+
+
+class BlockOps(Protocol):
+    """What stands between the products of a block: plain.PlainOps, or the kernels of fused.FusedOps.
+
+    `stored` are a product's sums without its channels' `ratio` (None in 16 bits). What feeds a product is coded for its
+    activation scale. Vectors are (B or 1, width) fp32. No score of an attention is larger than its `bound`.
+    """
+
+    def normed(
+        self, hidden: Tensor, gain: Tensor, shift: Tensor | None, epsilon: float, activation_scale: float | None
+    ) -> Tensor:
+        """RMS norm of the residual (B, T, E) fp16, times gain, plus shift."""
+        ...
+
+    def add_normed(
+        self, hidden: Tensor, stored: Tensor, multiplier: Tensor | None, addend: Tensor | None, local: Tensor | None,
+        memory: int, gain: Tensor | None, shift: Tensor | None, epsilon: float, activation_scale: float | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The residual plus stored * multiplier + addend, plus `local` (B or 1, L or 1, E) behind the memory tokens;
+        and `normed` of it, or the residual again without a gain."""
+        ...
+
+    def self_attention(
+        self, stored: Tensor, ratio: Tensor | None, q_gamma: Tensor, k_gamma: Tensor, epsilon: float, bound: float,
+        activation_scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Differential self-attention (B, T, E) of q1, q2, k1, k2, v (B, T, 5E)."""
+        ...
+
+    def cross_attention(
+        self, stored: Tensor, ratio: Tensor | None, keys: Tensor, q_gamma: Tensor, epsilon: float, bound: float,
+        activation_scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        """Differential attention (B, T, E) of q1, q2 (B, T, 2E) over keys (B, S, 3E): k1, k2, normed already, and v."""
+        ...
+
+    def gated(self, stored: Tensor, ratio: Tensor | None, bias: Tensor, activation_scale: float | None) -> Tensor:
+        """a * silu(g) (B, T, F) of a and g (B, T, 2F), whose bias (2F,) is still to be added."""
+        ...
+
+
+TOKEN_NORMS = ("self_norm", "ff_norm")
+GATED = ("self_out", "ff_out")  # products whose branch a gate of the modulation multiplies
+
+
+@dataclass
+class Told:
+    """What a batch of rows is told, ready for the blocks: the same at every step.
+
+    `keys` (depth, B, 257, 3 width): k1, k2, normed, and v. `local` (depth, B or 1, L or 1, width): one value where
+    local_add_cond is zero throughout, because its embedding is then a constant.
+    """
+
+    keys: Tensor
+    local: Tensor
+
+
+class Block:
+    """The weights of one block."""
+
+    def __init__(self, packed: Packed, index: int) -> None:
+        self.products = {name: packed.product(f"blocks.{index}.{name}") for name in BLOCK_PRODUCTS}
+        self.gammas = {name: packed.tensor(f"blocks.{index}.{name}") for name in BLOCK_NORMS}
+        # An RMS-normed head has at most a norm of 8 times its largest gamma, and rotation keeps it: q k / 8 is bounded.
+        self.bounds = {
+            kind: HEAD_CHANNELS**0.5 * _largest(self.gammas[f"{kind}_q_norm"]) * _largest(self.gammas[f"{kind}_k_norm"])
+            for kind in ("self", "cross")
+        }
+        ratio = self.products["cross_out"].ratio
+        self.cross_ratio = None if ratio is None else ratio.unsqueeze(0)
+
+    def scale(self, name: str) -> float | None:
+        """The activation scale of a product, None in 16 bits."""
+        return self.products[name].activation_scale
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's gamma (1, width)."""
+        return self.gammas[name].unsqueeze(0)
+
+
+class Dit:
+    """The packed DiT on one device; `ops` does what stands between the products."""
+
+    def __init__(self, packed: Packed, ops: BlockOps) -> None:
+        self.sizes = packed.sizes
+        self.front = Front(packed)
+        self.blocks = [Block(packed, index) for index in range(packed.sizes.depth)]
+        self._ops = ops
+        self._memory = packed.tensor("memory")
+        self._gammas = {name: torch.stack([block.vector(name) for block in self.blocks]) for name in TOKEN_NORMS}
+        self._ratios = {name: torch.stack([_ratio(block.products[name]) for block in self.blocks]) for name in GATED}
+        self._bias = torch.stack([_vector(block.products["ff_out"].bias) for block in self.blocks])
+        # The residual 1x1 convolutions at both ends are linear, as is what follows or precedes: one product each.
+        pre, post = (packed.tensor(name).double() for name in ("preprocess", "postprocess"))
+        one = torch.eye(pre.shape[0], dtype=torch.float64, device=pre.device)
+        first, last = packed.product("input").weight.double(), packed.product("output").weight.double()
+        self.latent_channels, self.cross_tokens = pre.shape[0], TEXT_TOKENS + 1
+        self._first, self._last = (first @ (one + pre)).half(), ((one + post) @ last).half()
+
+    def keys(self, t5_hidden: Tensor, t5_mask: Tensor, seconds: Tensor) -> Tensor:
+        """k1, k2, normed, and v of every block's cross-attention: (depth, B, 257, 3 width) fp16."""
+        context = self.front.context(t5_hidden, t5_mask, seconds)
+        return torch.stack([self._keys(block, context) for block in self.blocks])
+
+    def local(self, local_add_cond: Tensor) -> Tensor:
+        """The local embedding of every block (depth, B, L, width) fp16 of local_add_cond (B, 257, L)."""
+        given = local_add_cond.transpose(1, 2).to(torch.float16).contiguous()
+        found = []
+        for block in self.blocks:
+            into, out = block.products["local_in"], block.products["local_out"]
+            padded = functional.pad(given, (0, into.weight.shape[1] - given.shape[-1]))
+            found.append(result(functional.silu(result(padded, into).float()).to(torch.float16), out))
+        return torch.stack(found)
+
+    def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
+        """The vectors that blocks multiply and add (7, depth, B, width) fp32, for t (B,) and seconds (B,).
+
+        Gain, shift and branch multiplier of the self-attention, the same of the feed-forward, and the feed-forward's
+        addend: norms' gammas, gates, channels' ratios and biases are in them.
+        """
+        scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = self.front.modulation(t, seconds).unbind(0)
+        return torch.stack(
+            [
+                self._gammas["self_norm"] * (1.0 + scale_a), shift_a, self._ratios["self_out"] * gate_a,
+                self._gammas["ff_norm"] * (1.0 + scale_f), shift_f, self._ratios["ff_out"] * gate_f,
+                self._bias * gate_f,
+            ]
+        )  # fmt: skip
+
+    def step(self, x: Tensor, modulation: Tensor, told: Told) -> Tensor:
+        """Velocity (B, 256, L) fp32 of x (B, 256, L) fp32, and `modulation` of the same rows."""
+        ops, memory, epsilon = self._ops, self.sizes.memory, self.sizes.norm_epsilon
+        rows = x.shape[0]
+        entered = linear(x.transpose(1, 2).to(torch.float16), self._first)
+        hidden = torch.cat([self._memory.expand(rows, -1, -1), entered], dim=1)
+        gain_a, shift_a, gate_a, gain_f, shift_f, gate_f, bias_f = modulation.unbind(0)
+        normed = ops.normed(hidden, gain_a[0], shift_a[0], epsilon, self.blocks[0].scale("self_qkv"))
+        for index, block in enumerate(self.blocks):
+            mixed = self._self_attention(block, normed)
+            hidden, normed = ops.add_normed(
+                hidden, sums(mixed, block.products["self_out"]), gate_a[index], None, None, memory,
+                block.vector("cross_norm"), None, epsilon, block.scale("cross_q"),
+            )  # fmt: skip
+            mixed = self._cross_attention(block, normed, told.keys[index])
+            hidden, normed = ops.add_normed(
+                hidden, sums(mixed, block.products["cross_out"]), block.cross_ratio, None, told.local[index], memory,
+                gain_f[index], shift_f[index], epsilon, block.scale("ff_in"),
+            )  # fmt: skip
+            into = block.products["ff_in"]
+            assert into.bias is not None
+            gated = ops.gated(sums(normed, into), into.ratio, into.bias, block.scale("ff_out"))
+            last = index + 1 == len(self.blocks)
+            hidden, normed = ops.add_normed(
+                hidden, sums(gated, block.products["ff_out"]), gate_f[index], bias_f[index], None, memory,
+                None if last else gain_a[index + 1], None if last else shift_a[index + 1], epsilon,
+                None if last else self.blocks[index + 1].scale("self_qkv"),
+            )  # fmt: skip
+        return linear(hidden[:, memory:], self._last).transpose(1, 2).float().contiguous()
+
+    def _self_attention(self, block: Block, normed: Tensor) -> Tensor:
+        product, norms = block.products["self_qkv"], block.gammas
+        return self._ops.self_attention(
+            sums(normed, product), product.ratio, norms["self_q_norm"], norms["self_k_norm"], self.sizes.head_epsilon,
+            block.bounds["self"], block.scale("self_out"),
+        )  # fmt: skip
+
+    def _cross_attention(self, block: Block, normed: Tensor, keys: Tensor) -> Tensor:
+        product = block.products["cross_q"]
+        return self._ops.cross_attention(
+            sums(normed, product), product.ratio, keys, block.gammas["cross_q_norm"], self.sizes.head_epsilon,
+            block.bounds["cross"], block.scale("cross_out"),
+        )  # fmt: skip
+
+    def _keys(self, block: Block, context: Tensor) -> Tensor:
+        """k1, k2, normed, and v of the cross tokens (B, 257, width): (B, 257, 3 width) fp16."""
+        product = block.products["cross_kv"]
+        found = finished(sums(coded(context, product.activation_scale), product), product).to(torch.float16)
+        k, v = found.split((2 * self.sizes.width, self.sizes.width), dim=-1)
+        normed = head_norm(k.unflatten(-1, (-1, HEAD_CHANNELS)), block.gammas["cross_k_norm"], self.sizes.head_epsilon)
+        return torch.cat([normed.flatten(2), v], dim=-1)
+
+
+def linear(value: Tensor, weight: Tensor) -> Tensor:
+    """value @ weight^T in fp16: in fp32 on a CPU, whose 16-bit products are slow."""
+    if value.is_cuda:
+        return functional.linear(value, weight)
+    return functional.linear(value.float(), weight.float()).to(torch.float16)
+
+
+def _ratio(product: Product) -> Tensor:
+    """The ratio of a product's channels (1, N); ones in 16 bits."""
+    if product.ratio is None:
+        return torch.ones((1, product.weight.shape[0]), device=product.weight.device)
+    return product.ratio.unsqueeze(0)
+
+
+def _vector(bias: Tensor | None) -> Tensor:
+    assert bias is not None
+    return bias.unsqueeze(0)
+
+
+def _largest(gamma: Tensor) -> float:
+    return float(gamma.abs().max())

@@ -1,0 +1,93 @@
+"""Which DiTs are compared: a precision, an ONNX file or an engine, each with the backend that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core import engines, gpu, targets
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from sa3_trt_core.engines.base import GraphEngine
+
+ENGINE_FILES = {suffix: backend for backend, suffix in targets.ENGINE_SUFFIX.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where engines and graphs are looked for: the model, an ONNX root (None: the hub) and the folder of engines."""
+
+    dit: str
+    onnx_root: Path | None
+    models_dir: Path
+
+
+@dataclass(frozen=True)
+class Side:
+    """One DiT: what it is called, its file and its backend; `plain` is ONNX Runtime without graph optimisation."""
+
+    name: str
+    target: targets.Target
+    backend: str
+    path: Path
+    plain: bool = False
+
+    def open(self) -> GraphEngine:
+        """Load it. Raises ToolError."""
+        if self.plain:
+            from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+            return OnnxRuntimeEngine(self.path, low_memory=True)
+        return engines.open_engine(self.target, self.backend, None, self.path.parent, self.path)
+
+    def described(self) -> dict[str, str | None]:
+        """What the report says of it."""
+        return {
+            "name": self.name,
+            "backend": f"{self.backend}, not optimised" if self.plain else self.backend,
+            "file": str(self.path),
+            "manifest": manifest.identity(self.path),
+        }
+
+
+def find_side(text: str, backend: str, place: Place) -> Side:
+    """The DiT that a person names: fp16mixed, fp32, fp8, or the path of a .onnx, .trt or .rtx file. Raises ToolError.
+
+    Files are found, and a missing one is told, before anything is loaded.
+    """
+    if text in targets.PRECISIONS:
+        target = targets.dit_target(place.dit, text)
+        chosen = engines.pick_backend(backend, target, place.models_dir)
+        return Side(text, target, chosen, engines.source_path(target, chosen, place.onnx_root, place.models_dir))
+    path = Path(text)
+    if not path.is_file():
+        raise ToolError(f"{text} is no precision and no file", f"give {', '.join(targets.PRECISIONS)}, or a path")
+    target = targets.dit_target(place.dit, targets.PRECISIONS[0])
+    if path.suffix in ENGINE_FILES:
+        return Side(path.stem, target, engines.pick_backend(ENGINE_FILES[path.suffix], target, place.models_dir), path)
+    chosen = "onnxruntime" if backend == "auto" else engines.pick_backend(backend, target, place.models_dir)
+    if chosen in gpu.TENSORRT_BACKENDS:
+        raise ToolError(f"{chosen} runs engines, not {path}", "give the engine's own path, or --backend onnxruntime")
+    return Side(path.stem, target, chosen, path)
+
+
+def control_side(reference: Side, place: Place) -> Side | None:
+    """The reference in another backend, or with other kernels where there is one backend only; None where neither is.
+
+    A TensorRT engine is compared with its ONNX, an ONNX with a built engine that this machine runs, else with ONNX
+    Runtime without graph optimisation.
+    """
+    try:
+        if reference.backend != "onnxruntime":
+            path = engines.source_path(reference.target, "onnxruntime", place.onnx_root, place.models_dir)
+            return replace(reference, backend="onnxruntime", path=path)
+        best = engines.pick_backend("auto", reference.target, place.models_dir)
+        if best != "onnxruntime" and reference.name == reference.target.precision:
+            path = engines.source_path(reference.target, best, place.onnx_root, place.models_dir)
+            return replace(reference, backend=best, path=path)
+    except ToolError:
+        return None
+    return replace(reference, plain=True)

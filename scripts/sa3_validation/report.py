@@ -1,0 +1,143 @@
+"""The report for people: Markdown of the document, and the lines that a terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sa3_trt_core import console
+from sa3_validation.gates import Verdict
+from sa3_validation.metrics import STEP_FIGURES
+from sa3_validation.study import CANDIDATE, OTHER, PERTURBED
+
+NAMES = {CANDIDATE: "candidate", PERTURBED: "control: x off by 1e-3 at every step", OTHER: "control: other kernels"}
+SHOWN = {"velocity": "velocity v", "denoised": "denoised x - sigma v", "euler": "Euler step x + dt v"}
+PROBED = {"t": "noise levels", "seconds": "durations"}
+SOUND_FIGURES = {
+    "rms": "RMS curve", "spectral": "spectral, dB", "chroma": "chroma", "onsets": "onsets", "loudness": "loudness, LU",
+    "clipped": "clipped more", "silent": "silent more",
+}  # fmt: skip
+Section = tuple[str, Sequence[str], list[list[str]]]
+
+
+def sections(document: Mapping[str, Any]) -> list[Section]:
+    """Title, header and cells of every table of the report, in order."""
+    return [*_steps(document), *_rollouts(document), *_audio(document), *_batches(document), *_resolution(document)]
+
+
+def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """The whole report."""
+    sides = [document[name] for name in ("reference", "candidate")]
+    said = [f"{side['name']} ({side['backend']}, {side['file']})" for side in sides]
+    failed = [verdict for verdict in verdicts if not verdict.passed]
+    lines = [
+        f"# {sides[1]['name']} against {sides[0]['name']}", "", f"Reference: {said[0]}  ", f"Candidate: {said[1]}  ",
+        f"Made: {document['created']}, {', '.join(f'{k} {v}' for k, v in document['tools'].items())}", "",
+        f"**{'No gate fails' if not failed else f'{len(failed)} of {len(verdicts)} gates fail'}.** {_same(document)}",
+        "", *(f"- {verdict.line}" for verdict in failed or verdicts), "",
+        "What each figure can and cannot tell: build/README.md of the project.", "",
+    ]  # fmt: skip
+    for title, header, rows in sections(document):
+        lines += [f"## {title}", "", console.markdown(header, rows), ""]
+    lines += ["## Worst rows", "", *(_worst_line(kind, row) for kind, row in _worst(document)), ""]
+    lines += ["## Speed", "", _speed(document), ""]
+    return "\n".join(lines)
+
+
+def summary(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """What the terminal shows: the tables, the worst rows and the gates."""
+    parts = [f"{title}\n{console.table(header, rows)}" for title, header, rows in sections(document)]
+    parts += ["\n".join(_worst_line(kind, row) for kind, row in _worst(document)), _speed(document)]
+    failed = [verdict.line for verdict in verdicts if not verdict.passed]
+    parts.append("\n".join(failed) if failed else f"all {len(verdicts)} gates pass. {_same(document)}".strip())
+    return "\n\n".join(parts)
+
+
+def _same(document: Mapping[str, Any]) -> str:
+    return "Every bit is the reference's own." if document["identical"] else ""
+
+
+def _steps(document: Mapping[str, Any]) -> list[Section]:
+    steps = document["single_step"]
+    header = ("figure", "rows", "worst cosine", "5 %", "median", "mean", "worst rel L2", "mean", "gain off by")
+    found: list[Section] = []
+    for what in STEP_FIGURES:
+        rows = [[kind, *_step_cells(one, what)] for kind, one in steps["by_kind"].items()]
+        rows += [[f"sigma {one['sigma']:.4f}", *_step_cells(one, what)] for one in steps["by_sigma"]]
+        found.append((f"Single steps: {SHOWN[what]}", ("rows are", *header[1:]), rows))
+    return found
+
+
+def _step_cells(one: Mapping[str, Any], what: str) -> list[str]:
+    cosine, relative, gain = (one[what][name] for name in ("cosine", "relative", "gain"))
+    off = None if gain["worst"] is None else abs(gain["worst"] - 1.0)
+    return [
+        str(one["rows"]), *(_number(cosine[name], 6) for name in ("worst", "p5", "median", "mean")),
+        _small(relative["worst"]), _small(relative["mean"]), _small(off),
+    ]  # fmt: skip
+
+
+def _rollouts(document: Mapping[str, Any]) -> list[Section]:
+    rows = [
+        [sampler.replace("_", "-"), kind, NAMES[name], str(one["cosine"]["n"]),
+         *(_number(one["cosine"][key], 6) for key in ("worst", "p5", "median", "mean")),
+         _small(one["relative"]["median"])]
+        for sampler, kinds in document["rollouts"].items()
+        for kind, compared in kinds.items()
+        for name, one in compared.items()
+    ]  # fmt: skip
+    header = ("sampler", "kind", "against the reference", "n", "worst cosine", "5 %", "median", "mean", "median rel L2")
+    return [("Whole generations, final latent", header, rows)]
+
+
+def _audio(document: Mapping[str, Any]) -> list[Section]:
+    rows = [
+        [kind, NAMES[name], key, *(_number(one[figure][key], 4) for figure in SOUND_FIGURES)]
+        for kind, compared in document["audio"].items()
+        for name, one in compared.items()
+        for key in ("worst", "median")
+    ]
+    return [
+        ("Sound of the ping-pong generations", ("kind", "against the reference", "", *SOUND_FIGURES.values()), rows)
+    ]
+
+
+def _batches(document: Mapping[str, Any]) -> list[Section]:
+    rows = [
+        [name, str(one["rows"]), _number(one["cosine"]["worst"], 6), _small(one["relative"]["worst"])]
+        for name, sizes in document["batch"].items()
+        for one in sizes
+    ]
+    return [("Rows of a batch against the same rows alone", ("DiT", "B", "worst cosine", "worst rel L2"), rows)]
+
+
+def _resolution(document: Mapping[str, Any]) -> list[Section]:
+    rows = [
+        [PROBED[name], _small(max(one["reference"])), _small(max(one[CANDIDATE])), _number(one["share"]["worst"], 3)]
+        for name, one in document["resolution"].items()
+    ]  # fmt: skip
+    header = ("two values that are one to 16 bits", "reference tells apart", "candidate", "worst share")
+    return [("Islands in fp32: relative L2 between answers", header, rows)]
+
+
+def _worst(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return list(document["single_step"]["worst"].items())
+
+
+def _worst_line(kind: str, row: Mapping[str, Any]) -> str:
+    prompt = f' "{row["prompt"]}"' if row["prompt"] else ""
+    cosine = _number(row["cosine"], 6)
+    return f"- worst {kind} row: {row['row']} at sigma {row['sigma']:.4f}, denoised cosine {cosine}{prompt}"
+
+
+def _speed(document: Mapping[str, Any]) -> str:
+    speed = document["speed"]
+    return f"not measured: {speed['skipped']}" if "skipped" in speed else "measured by bench_dit.py: see bench/bench.md"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2e}"

@@ -1,0 +1,129 @@
+"""What a sound is made of, with nothing but NumPy: spectra, onsets, pitch classes, and a picture of it."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.shapes import SAMPLE_RATE
+
+Floats = NDArray[np.float64]
+BAND_EDGES = (20.0, 120.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16_000.0)  # Hz
+QUIET = 1e-6  # a magnitude that nobody hears; a clip that never exceeds it is silent
+
+ONSET_SECONDS, ONSET_HOPS = 0.023, 4  # window of the spectra, and windows that overlap
+COMPRESSION = 100.0  # of magnitudes, before the logarithm
+CHROMA_SECONDS, CHROMA_HOPS = 0.186, 4
+CHROMA_RANGE = (60.0, 2000.0)  # Hz: the notes, not the cymbals
+
+PICTURE_WINDOW, PICTURE_HOP = 4096, 512  # samples: 86 columns a second
+PICTURE_ROWS, PICTURE_RANGE = 240, (40.0, 16_000.0)  # Hz, bottom to top, evenly spaced in pitch
+PICTURE_DECIBELS = 80.0  # from the brightest colour down to black
+COLOURS = ((0, 0, 0), (60, 15, 110), (170, 40, 110), (245, 120, 40), (255, 250, 190))  # evenly spaced, dark to bright
+
+
+def spectrogram_png(path: Path, samples: ArrayLike, sample_rate: float = SAMPLE_RATE) -> None:
+    """Write the picture of a clip, atomically."""
+    files.write_atomic_bytes(path, spectrogram(samples, sample_rate))
+
+
+def spectrogram(samples: ArrayLike, sample_rate: float = SAMPLE_RATE, hop: int = PICTURE_HOP) -> bytes:
+    """A PNG picture of a clip: time to the right, pitch upwards, loudness from black to pale yellow.
+
+    samples (N, 2), (2, N) or (N,). Levels are in dB below the loudest point, a power mean over each row's frequencies.
+    """
+    power = np.square(spectra(mono(samples), PICTURE_WINDOW, hop))
+    below = np.pad(np.cumsum(power, axis=1), ((0, 0), (1, 0)))  # power below the lower edge of every bin
+    edges = np.geomspace(*PICTURE_RANGE, PICTURE_ROWS + 1) * PICTURE_WINDOW / sample_rate + 0.5
+    bins = np.arange(below.shape[1])
+    rows = np.stack([np.diff(np.interp(edges, bins, frame)) / np.diff(edges) for frame in below], axis=1)
+    levels = 10.0 * np.log10(np.maximum(rows, QUIET**4) / max(float(rows.max()), QUIET**2))
+    shades = np.round(255.0 * np.clip(1.0 + levels / PICTURE_DECIBELS, 0.0, 1.0)).astype(np.uint8)
+    stops = np.linspace(0, 255, len(COLOURS))
+    palette = [np.interp(np.arange(256), stops, channel) for channel in np.transpose(COLOURS)]
+    return png(shades[::-1], np.round(np.stack(palette, axis=1)).astype(np.uint8))
+
+
+def png(shades: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
+    """A PNG file of palette indices (height, width) and colours (256, 3). Source: W3C PNG, 3rd edition."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = shades.shape
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette, no interlace
+    lines = np.pad(shades, ((0, 0), (1, 0)))  # each line begins with its filter: none
+    body = zlib.compress(lines.tobytes(), 9)
+    parts = ((b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", body), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+
+
+def spectra(mono: Floats, size: int, hop: int) -> Floats:
+    """Magnitudes (frames, size / 2 + 1) of Hann windows every `hop` samples, the first centred on the first sample.
+
+    A sine of amplitude 1 has a peak of about 1.
+    """
+    padded = np.pad(mono, (size // 2, size // 2))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+    return np.abs(np.fft.rfft(windows * np.hanning(size), axis=1)) / (size / 4)
+
+
+def mono(samples: ArrayLike) -> Floats:
+    """The mean of the channels; the shorter axis is that of the channels."""
+    array = np.asarray(samples, dtype=np.float64)
+    if array.ndim not in (1, 2) or not array.size:
+        raise ValueError(f"samples (N, 2), (2, N) or (N,) wanted, not {array.shape}")
+    return array if array.ndim == 1 else array.mean(axis=int(np.argmin(array.shape)))
+
+
+def onset_strength(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
+    """How much begins at every moment in every band that is alive, (frames, bands), and frames a second.
+
+    Each band has mean 0 and deviation 1 over the clip.
+    """
+    size = nearest_window(ONSET_SECONDS, sample_rate)
+    hop = size // ONSET_HOPS
+    louder = np.maximum(np.diff(np.log1p(COMPRESSION * spectra(mono, size, hop)), axis=0), 0.0)
+    edges = np.searchsorted(np.fft.rfftfreq(size, 1.0 / sample_rate), BAND_EDGES)
+    bands = [louder[:, low:high].mean(axis=1) for low, high in pairwise(edges) if high > low]
+    alive = [standard(band) for band in bands if band.std() > QUIET]
+    return np.stack(alive, axis=1) if alive else np.zeros((len(louder), 1)), sample_rate / hop
+
+
+def standard(values: Floats) -> Floats:
+    """The values at mean 0 and deviation 1."""
+    return (values - values.mean()) / values.std()
+
+
+def chroma(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
+    """Magnitude of every pitch class, C first, in every frame (frames, 12), and frames a second.
+
+    Only local peaks of the spectrum count, at their interpolated frequency, the less the further they lie from a
+    tempered note: drums have few peaks and out-of-tune ones.
+    """
+    size = nearest_window(CHROMA_SECONDS, sample_rate)
+    hop = size // CHROMA_HOPS
+    low, high = (int(edge * size / sample_rate) for edge in CHROMA_RANGE)
+    levels = spectra(mono, size, hop)[:, low : high + 3]
+    before, here, after = (np.log(levels[:, i : levels.shape[1] - 2 + i] + QUIET) for i in range(3))
+    frame, column = np.nonzero((here > before) & (here >= after) & (levels[:, 1:-1] > QUIET))
+    left, middle, right = (side[frame, column] for side in (before, here, after))
+    offset = 0.5 * (left - right) / (left - 2.0 * middle + right)
+    pitch = 69.0 + 12.0 * np.log2((low + 1 + column + offset) * sample_rate / size / 440.0)
+    nearest = np.round(pitch)
+    weight: Floats = levels[frame, column + 1] * np.cos(np.pi * (pitch - nearest))
+    cell = frame * 12 + nearest.astype(np.int64) % 12
+    found = np.zeros(12 * len(levels))
+    np.add.at(found, cell, weight)
+    return found.reshape(-1, 12), sample_rate / hop
+
+
+def nearest_window(seconds: float, sample_rate: float) -> int:
+    """The power of two of samples that is nearest to a length."""
+    return 1 << round(np.log2(seconds * sample_rate))

@@ -1,0 +1,94 @@
+"""The command on a machine with nothing on it: it ends with a sound, or with one command to type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import sa3_trt
+from helpers import hub_server
+from helpers.commands import run, two_lines
+from helpers.hub_server import Answer, LocalHub
+from sa3_trt_core import model_loader, paths
+from sa3_trt_core.targets import (
+    CHECKPOINT_REPOSITORY,
+    CHECKPOINT_TOKENIZER_FOLDER,
+    HUB_FOLDER,
+    HUB_REPOSITORY,
+    TOKENIZER_FILES,
+    find_target,
+)
+
+STAGES = ("text", "encode", "dit", "decoder")
+NEEDED = ("t5gemma", "sa3-m-fp8", "same-l-decoder")
+
+
+@pytest.fixture
+def local(tiny_fp8: Path, tmp_path: Path) -> Iterator[LocalHub]:
+    """A hub that has what text to audio in FP8 needs, and a client that has nothing."""
+    files = {}
+    for target in (find_target(name) for name in NEEDED):
+        for name in (target.onnx[0], f"{target.onnx[0]}.data"):
+            files[f"{HUB_FOLDER}/{name}"] = (tiny_fp8 / name).read_bytes()
+    tokenizer = {
+        f"{CHECKPOINT_TOKENIZER_FOLDER}/{Path(name).name}": (tiny_fp8 / name).read_bytes() for name in TOKENIZER_FILES
+    }
+    with hub_server.serve() as server:
+        server.commit(HUB_REPOSITORY, files)
+        server.commit(CHECKPOINT_REPOSITORY, tokenizer)
+        with hub_server.client_at(server.address, tmp_path / "cache"):
+            yield server
+
+
+def sound(out: Path, *words: object) -> None:
+    line = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--steps", 1, "--seed", 1, "--out", out]
+    done = run(sa3_trt.main, [*line, "--models-dir", out.parent / "models", "--quiet", *words])
+    assert done.code == 0, done.err
+    assert soundfile.info(out).frames == 22050
+
+
+def test_it_ends_with_a_sound_and_then_needs_no_network(local: LocalHub, tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav")
+    asked = len(local.asked)
+    assert asked > 0
+    sound(tmp_path / "b.wav", "--offline")
+    assert len(local.asked) == asked
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "answer", "words", "command"),
+    [
+        ("onnx/sa3-m/dit_fp8.onnx", Answer(404, "EntryNotFound"), "is not published yet", "build/build_dit_fp8.py"),
+        ("onnx/same-l/dec_fp16.onnx", Answer(403, "GatedRepo"), "does not give", "hf auth login"),
+        ("t5gemma-b-b-ul2/tokenizer.json", Answer(401, "GatedRepo"), "does not give", "hf auth login"),
+    ],
+)
+def test_or_with_one_command_to_type(  # the fixture and the four
+    local: LocalHub, tmp_path: Path, file: str, answer: Answer, words: str, command: str
+) -> None:
+    local.refuse[file] = answer
+    line = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--out", tmp_path / "a.wav", "--quiet"]
+    done = run(sa3_trt.main, [*line, "--models-dir", tmp_path / "models"])
+    two_lines(done, words)
+    assert command in done.err.splitlines()[1]
+    assert not (tmp_path / "a.wav").exists()
+
+
+def test_every_missing_engine_is_in_one_command(tmp_path: Path) -> None:
+    """What a GPU host without engines says."""
+    plan = replace(
+        model_loader.make_plan("medium", "fp8", "auto", tmp_path, tmp_path), backends=dict.fromkeys(STAGES, "tensorrt")
+    )
+    build = "python build/build_from_onnx.py"
+    where = f"--backend tensorrt --arch sm_89 --models-dir {tmp_path}"
+    assert model_loader.build_command(plan, "sm_89") == f"{build} t5gemma sa3-m-fp8 same-l-decoder {where}"
+    for name, left in (("sa3-m-fp8", "t5gemma same-l-decoder"), ("t5gemma", "same-l-decoder"), ("same-l-decoder", "")):
+        engine = paths.engine_path(tmp_path, "sm_89", find_target(name), "tensorrt")
+        engine.parent.mkdir(parents=True)
+        engine.touch()
+        assert model_loader.build_command(plan, "sm_89") == (f"{build} {left} {where}" if left else None)

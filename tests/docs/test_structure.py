@@ -1,0 +1,198 @@
+"""Holds the house to its plan: who may import whom, sizes of files and functions, light commands, equal pins."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import ROOT
+from sa3_trt_core.targets import TARGETS
+
+MOST_LINES, MOST_FUNCTION_LINES = 300, 50
+SOURCES = sorted(file for folder in ("build", "scripts", "interface") for file in (ROOT / folder).rglob("*.py"))
+RUNTIME = [file for file in SOURCES if file.is_relative_to(ROOT / "scripts")]
+CORE = ROOT / "scripts" / "sa3_trt_core"
+SEARCHED = [ROOT / "build", ROOT / "scripts", ROOT / "interface"]  # where our own modules are found
+COMMANDS = sorted([*(ROOT / "build").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
+PIN = re.compile(r"([A-Za-z0-9_.-]+)==([0-9][A-Za-z0-9.+]*)")
+ONLY_GPU, ONLY_CPU = {"onnxruntime-gpu", "tensorrt"}, {"onnxruntime", "tensorrt-rtx"}
+
+
+def label(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def imported_names(file: Path) -> Iterator[str]:
+    """Every module that a file imports, lazily or not: `from a import b` gives a and a.b."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            yield from (word.value for word in node.args if isinstance(word, ast.Constant))
+
+
+def packages(file: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_names(file)}
+
+
+def file_of(name: str) -> Path | None:
+    """Our own file behind a module name, or None for somebody else's module."""
+    for folder in SEARCHED:
+        stem = folder.joinpath(*name.split("."))
+        for file in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+def reached_from(start: Path) -> set[Path]:
+    """Our files that a file imports, through any number of others; a package's __init__ counts with its modules."""
+    found, queue = {start}, [start]
+    while queue:
+        for name in imported_names(queue.pop()):
+            parts = name.split(".")
+            for length in range(1, len(parts) + 1):
+                file = file_of(".".join(parts[:length]))
+                if file is not None and file not in found:
+                    found.add(file)
+                    queue.append(file)
+    return found
+
+
+def test_the_walker_sees_imports_of_every_kind(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("import x.y\ndef f():\n    from p import q\n    importlib.import_module('lazy')\n")
+    assert set(imported_names(file)) == {"x.y", "p", "p.q", "lazy"}
+    assert packages(file) == {"x", "p", "lazy"}
+    reached = reached_from(ROOT / "build" / "build_dit_fp8.py")
+    assert {label(file) for file in reached} >= {
+        "build/sa3_build/quantization/selection.py",
+        "scripts/sa3_trt_core/errors.py",
+    }
+    assert "modelopt" in set().union(*map(packages, reached))
+
+
+@pytest.mark.parametrize("file", RUNTIME, ids=label)
+def test_the_runtime_knows_nothing_of_the_producer(file: Path) -> None:
+    producers = {"build", "sa3_build", *(path.stem for path in (ROOT / "build").glob("*.py"))}
+    assert packages(file) & producers == set()
+
+
+@pytest.mark.parametrize("file", sorted(CORE.rglob("*.py")), ids=label)
+def test_the_runtime_library_needs_no_producers_package(file: Path) -> None:
+    assert packages(file) & {"onnx", "onnx_ir", "modelopt", "diffusers", "transformers"} == set()
+
+
+def test_compiling_from_onnx_reaches_no_modelopt() -> None:
+    reached = reached_from(ROOT / "build" / "build_from_onnx.py")
+    assert {label(file) for file in reached} >= {
+        "build/sa3_build/engines/tensorrt.py",
+        "scripts/sa3_trt_core/hub/resolve.py",
+    }
+    assert [label(file) for file in reached if "modelopt" in packages(file)] == []
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=label)
+def test_nothing_edits_the_import_path(file: Path) -> None:
+    tree = ast.parse(file.read_text("utf-8"))
+    assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "path"
+            and ast.unparse(node.value) == "sys"] == []  # fmt: skip
+    assert not {"sys.path", "site", "site.addsitedir"} & set(imported_names(file))
+
+
+def test_no_module_hides_one_of_the_standard_library() -> None:
+    names = {path.stem for folder in ("build", "scripts") for path in (ROOT / folder).glob("*") if path.is_dir()}
+    names |= {file.stem for folder in SEARCHED for file in folder.glob("*.py")}
+    assert {"sa3_build", "sa3_trt_core", "make_calib", "reprompt"} <= names
+    assert names & set(sys.stdlib_module_names) == set()
+
+
+def test_the_build_folder_is_no_package() -> None:
+    assert not (ROOT / "build" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "build").exists()
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=label)
+def test_files_and_functions_are_short(file: Path) -> None:
+    text = file.read_text("utf-8")
+    assert len(text.splitlines()) <= MOST_LINES
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in functions]
+    assert [(name, length) for name, length in lengths if length > MOST_FUNCTION_LINES] == []
+
+
+def bare(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """A command with no third-party package: no site-packages, our runtime library by PYTHONPATH only."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SA3_"))}
+    env["PYTHONPATH"] = str(ROOT / "scripts")
+    line = [sys.executable, "-S", *command]
+    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=label)
+def test_help_needs_no_package(command: Path, tmp_path: Path) -> None:
+    done = bare([str(command), "--help"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["build_from_onnx.py", "build.py"])
+def test_the_list_needs_no_package(command: str, tmp_path: Path) -> None:
+    done = bare([str(ROOT / "build" / command), "--list"], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    first_words = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert first_words == [target.name for target in TARGETS]
+    assert list(tmp_path.iterdir()) == []
+
+
+def pins(name: str) -> dict[str, str]:
+    """Version by package of a requirements file. Everything but the last line is an exact pin."""
+    lines = [line for line in (ROOT / name).read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines[-1] == "-e ."
+    matches = {line: PIN.fullmatch(line) for line in lines[:-1]}
+    assert [line for line, match in matches.items() if match is None] == []
+    found = [(match[1], match[2]) for match in matches.values() if match]
+    assert len(dict(found)) == len(found), "a package is pinned twice"
+    return dict(found)
+
+
+def test_the_two_requirements_files_agree() -> None:
+    gpu, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
+    assert gpu.keys() - cpu.keys() == ONLY_GPU
+    assert cpu.keys() - gpu.keys() == ONLY_CPU
+    assert {name: gpu[name] for name in gpu.keys() & cpu.keys()} == {
+        name: cpu[name] for name in gpu.keys() & cpu.keys()
+    }
+    assert gpu["onnxruntime-gpu"] == cpu["onnxruntime"]
+    assert {"torch", "onnx", "nvidia-modelopt", "numpy", "huggingface_hub"} <= gpu.keys() & cpu.keys()
+
+
+def test_what_is_installed_is_what_is_pinned() -> None:
+    installed = {dist.metadata["Name"].lower().replace("_", "-") for dist in importlib.metadata.distributions()}
+    if "onnxruntime-gpu" in installed:
+        pytest.skip("the requirements of a GPU host are installed")
+    wanted = pins("requirements-cpu.txt")
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in wanted}
+    assert found == wanted
+    assert not installed & ONLY_GPU
+
+
+def test_every_pinned_package_that_the_project_declares_is_there() -> None:
+    """pyproject.toml names what the runtime library imports; each has its exact version in both files."""
+    import tomllib
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    assert set(declared) <= pins("requirements.txt").keys() & pins("requirements-cpu.txt").keys()

@@ -1,0 +1,137 @@
+"""An fp32 DiT of PyTorch's older exporter in the published style, through the whole chain, against our own export."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import build_dit_fp8
+import build_dit_fp16mixed
+import numpy as np
+import onnx
+import pytest
+from conftest import made, onnx_of
+
+from helpers import published_style
+from helpers.placed import placed_amax, placed_scales
+from sa3_build.graph import io as graph_io, query
+from sa3_build.graph.fp32_islands import rms_norms
+from sa3_build.recipes.fp8 import report_path
+from sa3_build.verification import parity as verification_parity
+from sa3_build.verification.probe_rows import check_rows
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+DEPTH = 1
+
+
+@pytest.fixture(scope="module")
+def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 graph. Read only."""
+    folder = tmp_path_factory.mktemp("published")
+    module = published_style.legacy_module(tiny_checkpoint)
+    return published_style.write_single(module, folder / "theirs" / "dit.onnx", folder)
+
+
+@pytest.fixture(scope="module")
+def half(published: Path) -> Path:
+    """Made of it by the command."""
+    path = published.parents[1] / "half" / "dit_fp16mixed.onnx"
+    made(build_dit_fp16mixed.main, ["--input", published, "--onnx", path])
+    return path
+
+
+@pytest.fixture(scope="module", params=["direct", "modelopt"])
+def quantised(request: pytest.FixtureRequest, half: Path, tiny_calib: Path) -> Path:
+    path = half.parents[1] / request.param / "dit_fp8.onnx"
+    line = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", request.param, "--parity-rows", 8]
+    made(build_dit_fp8.main, line)
+    return path
+
+
+def denoised(path: Path, rows) -> list[tuple[float, np.ndarray]]:  # type: ignore[no-untyped-def]
+    with OnnxRuntimeEngine(path) as engine:
+        return verification_parity.denoise_rows(engine, rows)
+
+
+def worst_cosine(first: Path, second: Path, rows) -> float:  # type: ignore[no-untyped-def]
+    rows = list(rows)
+    parity = verification_parity.parity_by_sigma(denoised(first, rows), denoised(second, rows))
+    return min(one.worst_cosine for one in parity)
+
+
+def product_types(path: Path) -> Counter[str]:
+    nodes = graph_io.load(path).graph
+    return Counter(str(node.outputs[0].dtype) for node in nodes if node.op_type in query.PRODUCTS)
+
+
+def test_the_graph_is_of_the_published_style(published: Path, tiny_onnx: Path) -> None:
+    """What facts section 7 says of such graphs, and the same network as our own export."""
+    proto = onnx.load(published, load_external_data=False)
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    assert [entry.version for entry in proto.opset_import] == [17] and not proto.graph.value_info
+    with pytest.raises(onnx.checker.ValidationError, match="topologically sorted"):
+        onnx.checker.check_model(str(published))
+    assert all(node.attribute for node in proto.graph.node if node.op_type == "ReduceMean")
+    assert kinds["Constant"] > 100 and kinds["Einsum"] == kinds["Range"] == 1 and kinds["Cos"] == 2 + 4 * DEPTH
+    assert "dit.transformer.layers.0.self_attn.to_qkv.weight" in {tensor.name for tensor in proto.graph.initializer}
+    transposes = {node.output[0]: node for node in proto.graph.node if node.op_type == "Transpose"}
+    products = [node for node in proto.graph.node if node.op_type == "MatMul"]
+    names = {tensor.name for tensor in proto.graph.initializer}
+    behind = [node for node in products if node.input[1] in transposes and transposes[node.input[1]].input[0] in names]
+    assert len(behind) == 9 * DEPTH + 6
+    assert [file.name for file in graph_io.files_of(published)] == ["dit.onnx", published_style.SIDECAR]
+    assert worst_cosine(onnx_of(tiny_onnx, "sa3-m-fp32"), published, check_rows()) > 1 - 1e-9
+
+
+def test_it_becomes_fp16_mixed_as_ours_does(published: Path, half: Path, tiny_onnx: Path) -> None:
+    """Valid ONNX, weights direct, no Constant node and no useless cast, and as close to fp32 as our own."""
+    onnx.checker.check_model(str(half), full_check=True)
+    model = graph_io.load(half)
+    assert {tuple(w.shape) for n, w in query.weighted_products(model) if n.inputs[1] is not w} == set()
+    assert not [node.name for node in model.graph if node.op_type in ("Constant", "Identity")]
+    casts = [node for node in model.graph if node.op_type == "Cast"]
+    assert not [cast.name for cast in casts if cast.inputs[0].dtype == cast.outputs[0].dtype]
+    assert product_types(half) == product_types(onnx_of(tiny_onnx, "sa3-m"))
+    assert {str(node.outputs[0].dtype) for node in model.graph if node.op_type == "Softmax"} == {"FLOAT16"}
+    # No root but the norms': the attention scale is a number, one in front of each side of the first product. Of the 11
+    # norms a layer has, those of q and k serve both halves of attention.
+    assert sum(node.op_type == "Sqrt" for node in model.graph) == rms_norms(model)[1] == 7 * DEPTH
+    assert worst_cosine(published, half, check_rows()) >= 0.99999
+    assert worst_cosine(onnx_of(tiny_onnx, "sa3-m"), half, check_rows()) >= 0.999999
+
+
+def test_the_same_activations_enter_the_same_products(
+    published: Path, tiny_onnx: Path, tiny_calib: Path, tmp_path: Path
+) -> None:
+    """In fp32, where no rounding stands between: 0.01 % is asked, the two differ by 3e-7."""
+    ours = placed_amax(onnx_of(tiny_onnx, "sa3-m-fp32"), tmp_path, tiny_calib)
+    theirs = placed_amax(published, tmp_path, tiny_calib)
+    assert theirs == pytest.approx(ours, rel=1e-4) and len(theirs) == 7 * DEPTH + 2
+
+
+def test_it_becomes_fp8_as_ours_does(quantised: Path, half: Path, tiny_fp8: Path, tiny_calib: Path) -> None:
+    """The same products with the same scales: weights' equal, activations' within two steps of fp16."""
+    ours = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
+    theirs = placed_scales(half, quantised)
+    assert theirs.keys() == ours.keys() and len(ours) == 7 * DEPTH + 2
+    for place, (activation, weight) in ours.items():
+        assert theirs[place][0] == pytest.approx(activation, rel=2e-3), place
+        assert np.array_equal(theirs[place][1], weight), place
+    report = json.loads(report_path(quantised).read_text())
+    assert all(claim["holds"] for claim in report["stages"]["scales"]["proof"])
+    rows = list(CalibrationSet.open(tiny_calib))
+    own = worst_cosine(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"), rows)
+    assert worst_cosine(half, quantised, rows) == pytest.approx(own, abs=5e-4)
+    assert worst_cosine(onnx_of(tiny_fp8, "sa3-m-fp8"), quantised, rows) >= 0.998
+
+
+def test_the_velocity_at_a_long_duration_is_that_of_fp32(published: Path, half: Path) -> None:
+    """A frequency table behind an Unsqueeze is no trunk: in 16 bits its angle would be wrong by radians."""
+    row = next(iter(check_rows()))
+    found = []
+    for path in (published, half):
+        with OnnxRuntimeEngine(path) as engine:
+            found.append(engine.run(tensors({**row, "seconds_total": np.array([183.25], np.float32)}))["velocity"])
+    assert verification_parity.relative(*(one.numpy() for one in found)) < 2e-3

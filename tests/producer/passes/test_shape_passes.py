@@ -1,0 +1,163 @@
+"""The shape of a DiT graph: rotary table baked, attention halves stacked, K = 257 padded; each with a switch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import build_dit_fp16mixed
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import made, onnx_of
+
+from helpers import published_style
+from sa3_build.export import torch_to_onnx
+from sa3_build.graph import io as graph_io, query
+from sa3_build.graph.fp32_islands import find_dit_islands
+from sa3_build.passes.bake_rope import BakeRope
+from sa3_build.passes.base import Pass, PassResult, run_passes
+from sa3_build.passes.canonicalize import adopt
+from sa3_build.passes.fold_weights import FoldWeights
+from sa3_build.passes.pad_k import PadK
+from sa3_build.passes.stack_attention import StackAttention
+from sa3_build.verification import parity
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.shapes import CONTRACTS, MAX_FRAMES
+
+SIZES = ((1, 1), (2, 3), (3, 37), (1, 700))  # rows, latent frames
+ROUNDING = 5e-6  # relative L2 of a velocity when only the order of fp32 sums or a rounding of a cosine changed
+MEMORY_TOKENS = 64
+
+
+@pytest.fixture(scope="module", params=["ours", "older exporter"])
+def single(request: pytest.FixtureRequest, tiny_onnx: Path, tiny_checkpoint: Path, tmp_path_factory) -> Path:
+    """An fp32 DiT of either exporter, one layer. Read only."""
+    if request.param == "ours":
+        return onnx_of(tiny_onnx, "sa3-m-fp32")
+    folder = tmp_path_factory.mktemp("published")
+    module = published_style.legacy_module(tiny_checkpoint)
+    return published_style.write_single(module, folder / "dit.onnx", folder)
+
+
+def adopted(path: Path) -> ir.Model:
+    model = graph_io.load(path)
+    adopt(model)
+    run_passes(model, [FoldWeights()])
+    return model
+
+
+def velocities(path: Path) -> list[np.ndarray]:
+    names = [spec.name for spec in CONTRACTS["dit"].inputs]
+    with OnnxRuntimeEngine(path) as engine:
+        return [
+            engine.run(dict(zip(names, torch_to_onnx.example_inputs("dit", batch=b, frames=n, seed=n), strict=True)))[
+                "velocity"
+            ].numpy()
+            for b, n in SIZES
+        ]
+
+
+def kinds(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def shaped(path: Path, one: Pass, folder: Path) -> tuple[ir.Model, PassResult, list[np.ndarray]]:
+    model = adopted(path)
+    (result,) = run_passes(model, [one])
+    graph_io.save(model, folder / "dit.onnx")
+    return model, result, velocities(folder / "dit.onnx")
+
+
+@pytest.mark.parametrize("one", [BakeRope(), StackAttention(), PadK()], ids=lambda one: one.name)
+def test_a_pass_changes_no_velocity_at_any_size_and_does_nothing_twice(single: Path, one: Pass, tmp_path: Path) -> None:
+    model, _, found = shaped(single, one, tmp_path)
+    for wanted, got in zip(velocities(single), found, strict=True):
+        assert parity.relative(wanted, got) < ROUNDING
+    before = [node.name for node in model.graph]
+    (again,) = run_passes(model, [one])
+    assert [node.name for node in model.graph] == before and not any(again.counts.get(k) for k in ("baked", "stacked"))
+    assert find_dit_islands(model).rotary
+
+
+def test_the_table_is_every_position_and_has_no_angle_left(single: Path) -> None:
+    model = adopted(single)
+    behind = query.graph_inputs_behind(model)
+    trig = sum(node.op_type in ("Cos", "Sin") and not behind[node] for node in model.graph)
+    run_passes(model, [BakeRope()])
+    tables = {name: v for name, v in model.graph.initializers.items() if name.startswith("rotary_table") and v.uses()}
+    big = [v.const_value.numpy() for v in tables.values() if v.const_value is not None and v.const_value.size > 9]
+    assert trig >= 2 and len(big) == 2
+    frequencies = 10000.0 ** (-np.arange(16) / 16)
+    for table in big:
+        assert table.reshape(table.shape[0], -1).shape == (MAX_FRAMES + MEMORY_TOKENS, 32) and table.dtype == np.float32
+        angles = np.tile(np.arange(len(table))[:, None] * frequencies, 2)
+        wanted = min((np.cos(angles), np.sin(angles)), key=lambda one: np.abs(one - table.reshape(angles.shape)).max())
+        assert np.abs(wanted - table.reshape(angles.shape)).max() < 1e-3  # the angle's own fp32 rounding at 4159 rad
+    assert "Range" not in kinds(model)
+
+
+def test_one_call_serves_both_halves(single: Path, request: pytest.FixtureRequest) -> None:
+    """And one norm: in the older exporter's order of heads that holds for half of them."""
+    model = adopted(single)
+    before = kinds(model)
+    norms = before["ReduceMean"]
+    (result,) = run_passes(model, [StackAttention()])
+    after = kinds(model)
+    assert (before["Softmax"], after["Softmax"]) == (4, 2) and before["MatMul"] - after["MatMul"] == 4
+    wanted = 4 if "[ours]" in request.node.name else 2
+    assert norms - after["ReduceMean"] == wanted
+    assert result.counts["stacked"] == 2 and result.counts["left"] == 0
+
+
+def test_local_products_are_padded_to_272_once(single: Path) -> None:
+    model = adopted(single)
+    (result,) = run_passes(model, [PadK()])
+    assert result.counts["padded"] == result.counts["activations"] == kinds(model)["Pad"] == 1
+    for _, weight in query.weighted_products(model):
+        assert weight.const_value is not None and weight.const_value.shape.numpy()[0] % 16 == 0
+
+
+def test_what_is_not_recognised_is_left_with_a_reason(single: Path) -> None:
+    model = adopted(single)
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    values = softmax.outputs[0].uses()[0].node
+    twin = ir.node("Neg", [values.inputs[1]], name="a_v_of_its_own")
+    twin.outputs[0].name, twin.outputs[0].type = "a_v_of_its_own", values.inputs[1].type
+    model.graph.insert_before(values, twin)
+    values.replace_input_with(1, twin.outputs[0])
+    (result,) = run_passes(model, [StackAttention()])
+    assert result.counts["stacked"] == 1 and result.counts["left"] == 2
+    assert any("a v of its own" in note for note in result.notes)
+
+    model = adopted(single)
+    counter = next(node for node in model.graph if node.op_type == "Range")
+    two = ir.val("two", const_value=ir.tensor(np.array(2, counter.inputs[0].dtype.numpy()), name="two"))
+    model.graph.register_initializer(two)
+    counter.replace_input_with(2, two)
+    before = kinds(model)
+    (result,) = run_passes(model, [BakeRope()])
+    assert result.counts["baked"] == 0 and kinds(model) == before
+    assert "does not count 0, 1, ..." in result.notes[0]
+
+
+def test_switches(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Each switch turns its own pass off; a shaped graph is taken again by the FP8 build (tests/test_fp8.py)."""
+    source = onnx_of(tiny_onnx, "sa3-m-fp32")
+    seen = {}
+    for switch in ("", "--no-bake-rope", "--no-stack-attention", "--no-pad-k"):
+        path = tmp_path / f"d{switch}" / "dit.onnx"
+        made(build_dit_fp16mixed.main, ["--input", source, "--onnx", path, *([switch] if switch else [])])
+        found = kinds(graph_io.load(path))
+        seen[switch] = ("Range" in found, found["Softmax"], found["Pad"])
+    assert seen == {
+        "": (False, 2, 1), "--no-bake-rope": (True, 2, 1), "--no-stack-attention": (False, 4, 1), "--no-pad-k":
+        (False, 2, 0),
+    }  # fmt: skip
+
+
+def test_the_fp8_build_takes_a_shaped_graph(tiny_fp8: Path) -> None:
+    model = graph_io.load(onnx_of(tiny_fp8, "sa3-m-fp8"))
+    found = kinds(model)
+    assert found["Softmax"] == 2 and found["Pad"] == 1 and "Range" not in found and found["DequantizeLinear"] > 10
+    assert {str(v.dtype) for node in find_dit_islands(model).rotary for v in node.outputs} == {"FLOAT"}

@@ -1,0 +1,218 @@
+"""Rounding with error feedback: what it wins, that it goes on where it was killed, and that its proof sees damage."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import build_dit_fp8
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+
+from helpers.commands import run
+from sa3_build.e4m3 import E4M3_MAX, quantized
+from sa3_build.graph import io as graph_io, quantizers
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.fold_weights import FoldWeights
+from sa3_build.passes.rename_nodes import RenameNodes
+from sa3_build.passes.topological_sort import SortTopologically
+from sa3_build.quantization import gptq, round_weights, selection as quantization_selection
+from sa3_build.quantization.switchable_graph import switchable
+from sa3_build.recipes.fp8 import report_path
+from sa3_build.verification import graph_proof, parity as verification_parity
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows
+from sa3_trt_core.targets import dit_target
+
+HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
+K, N, TOKENS = 96, 40, 2000
+
+
+@pytest.fixture(scope="module")
+def weight() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((K, N)).astype(np.float16)
+
+
+def scale_of(weight: np.ndarray, axis: int = 1) -> np.ndarray:
+    return (np.abs(weight).max(axis=1 - axis) / np.float16(E4M3_MAX)).astype(np.float16)
+
+
+def correlated() -> torch.Tensor:
+    """Activations as a network has them: few directions hold most of the energy; one input is dead."""
+    dice = torch.Generator().manual_seed(2)
+    tokens = torch.randn(TOKENS, 12, generator=dice) @ torch.randn(12, K, generator=dice)
+    tokens += 0.3 * torch.randn(TOKENS, K, generator=dice)
+    tokens[:, 7] = 0.0
+    return tokens
+
+
+def error(tokens: torch.Tensor, weight: np.ndarray, codes: np.ndarray) -> float:
+    off = codes.astype(np.float32) * scale_of(weight).astype(np.float32) - weight.astype(np.float32)
+    return float((tokens @ torch.from_numpy(off)).square().sum())
+
+
+def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest(weight: np.ndarray) -> None:
+    codes = gptq.rounded(weight, scale_of(weight), 1, torch.eye(K), damping=0.1)
+    assert codes.dtype == ml_dtypes.float8_e4m3fn
+    assert np.array_equal(codes.view(np.uint8), quantized(weight, scale_of(weight), 1).view(np.uint8))
+
+
+def test_the_product_is_nearer_on_tokens_that_the_codes_have_not_seen(weight: np.ndarray) -> None:
+    tokens = correlated()
+    seen, unseen = tokens[: TOKENS // 2], tokens[TOKENS // 2 :]
+    codes = gptq.rounded(weight, scale_of(weight), 1, seen.T @ seen, damping=0.1)
+    nearest = quantized(weight, scale_of(weight), 1)
+    assert error(unseen, weight, codes) < 0.5 * error(unseen, weight, nearest)
+    assert gptq.deviation(weight, nearest, scale_of(weight), 1) < gptq.deviation(weight, codes, scale_of(weight), 1)
+    assert gptq.deviation(weight, codes, scale_of(weight), 1) < graph_proof.MAX_DEVIATION
+
+
+def test_a_weight_stored_the_other_way_round_gets_the_same_codes(weight: np.ndarray) -> None:
+    tokens = correlated()
+    gram = tokens.T @ tokens
+    codes = gptq.rounded(weight, scale_of(weight), 1, gram, 0.1)
+    turned = np.ascontiguousarray(weight.T)
+    assert np.array_equal(
+        gptq.rounded(turned, scale_of(turned, axis=0), 0, gram, 0.1).T.view(np.uint8), codes.view(np.uint8)
+    )
+
+
+def test_a_weight_that_errors_push_over_the_end_is_held_there() -> None:
+    """Two inputs that are one: the second would have to be 448 and the error of the first."""
+    weight = np.full((2, 1), 441.0, np.float32)  # a fifth of the way from 448 down to 416
+    gram = torch.ones(2, 2)
+    codes = gptq.rounded(weight, np.ones(1, np.float32), 1, gram, damping=1e-4).astype(np.float32)
+    assert np.isfinite(codes).all() and np.abs(codes).max() <= E4M3_MAX
+
+
+@pytest.fixture(scope="module")
+def clean(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = graph_io.load(tiny_onnx / HALF)
+    run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
+    path = tmp_path_factory.mktemp("clean") / "clean.onnx"
+    graph_io.save(model, path)
+    return path
+
+
+def every_row(calibration: Path) -> ChosenRows:
+    whole = CalibrationSet.open(calibration)
+    return ChosenRows(whole, frozenset(range(whole.rows)))
+
+
+def test_an_interrupted_stage_goes_on_and_gives_the_same_codes(
+    clean: Path, tiny_calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection, rows = quantization_selection.select_products(graph_io.load(clean)), every_row(tiny_calib)
+    found = round_weights.round_weights(clean, selection, rows, tmp_path)
+    assert found["products"] == len(selection.quantized) and 0.05 < found["codes not nearest"] < 0.6
+    codes = {path: path.read_bytes() for path in sorted((tmp_path / round_weights.FOLDER).iterdir())}
+    assert len(codes) == len(selection.quantized)
+    kept, *_, lost = codes
+    before = kept.stat().st_mtime_ns
+    lost.unlink()
+    monkeypatch.setattr(round_weights, "GRAM_BYTES", 1)  # an activation at a time: memory changes nothing else
+    assert round_weights.round_weights(clean, selection, rows, tmp_path) == found
+    assert kept.stat().st_mtime_ns == before
+    assert {path: path.read_bytes() for path in codes} == codes
+
+
+def test_a_session_for_some_activations_stops_at_the_last_of_them(clean: Path) -> None:
+    selection = quantization_selection.select_products(graph_io.load(clean))
+    whole, first = (
+        len(ir.from_proto(parsed(graph_io.observed(clean, {"seen": selection.activations[0]}, alone=alone))).graph)
+        for alone in (False, True)
+    )
+    assert first < whole / 4
+
+
+def test_the_switchable_graph_leaves_weights_and_codes_on_the_disk(clean: Path, tiny_calib: Path) -> None:
+    """In one file with them a graph of full size would be over the 2 GB that a protobuf holds."""
+    model = graph_io.load(clean)
+    selection = quantization_selection.select_products(model)
+    amax = np.ones((1, len(selection.activations)), np.float32)
+    round_weights.round_weights(clean, selection, every_row(tiny_calib), clean.parent)
+    codes = round_weights.stored_codes(selection, clean.parent)
+    made = parsed(switchable(clean, selection, amax, 2.0, codes))
+    large = [one for one in made.graph.initializer if np.prod(one.dims) > graph_io.SIDECAR_THRESHOLD]
+    assert large and not [one.name for one in large if not one.external_data]
+    stored = {entry.value for one in large for entry in one.external_data if entry.key == "location"}
+    assert len(stored) == 1 + len(selection.quantized)
+
+
+def parsed(made: bytes):
+    import onnx
+
+    return onnx.load_model_from_string(made)
+
+
+def test_rows_of_the_parity_are_not_fitted_on_where_there_are_others(tmp_path: Path, tiny_calib: Path) -> None:
+    whole = CalibrationSet.open(tiny_calib)
+    assert whole.rows == 8
+    parity = verification_parity.parity_rows_of(whole, 4)
+    assert not round_weights.rows_of(whole, parity, limit=4).indices & parity.indices
+    assert round_weights.rows_of(whole, parity, limit=8).indices == frozenset(range(8))
+
+
+def test_the_build_is_nearer_than_with_the_nearest_codes(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dit_fp8.onnx"
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
+    assert run(build_dit_fp8.main, [*line, "--ptq", "direct", "--rounding", "nearest"])[0] == 0
+    chosen, nearest = (json.loads(report_path(path).read_text()) for path in (tiny_fp8 / FP8, out))
+    assert nearest["settings"]["rounding"] == "nearest" and "rounding" not in nearest["stages"]
+    assert chosen["stages"]["rounding"]["rows also in the parity"] == chosen["stages"]["rounding"]["rows"] == 8
+
+    def lost(report: dict) -> float:
+        return sum(1 - entry["mean_cosine"] for entry in report["stages"]["parity"]["parity"])
+
+    assert lost(chosen) < 0.9 * lost(nearest)
+
+
+@pytest.fixture(scope="module")
+def proven(tiny_fp8: Path, clean: Path, tiny_calib: Path):
+    """A source, its finished graph, and the codes that the build chose."""
+    selection = quantization_selection.select_products(graph_io.load(clean))
+    round_weights.round_weights(clean, selection, every_row(tiny_calib), clean.parent)
+    return graph_io.load(clean), tiny_fp8 / FP8, selection, round_weights.stored_codes(selection, clean.parent)
+
+
+def test_the_proof_knows_the_chosen_codes(proven) -> None:
+    source, path, selection, codes = proven
+    assert graph_proof.failures_of(graph_proof.prove(source, graph_io.load(path), selection, codes)) == []
+    result = graph_io.load(path)
+    stored = quantizers.dequantizers({str(node.name): node for node in result.graph}[selection.quantized[2].node])[
+        1
+    ].inputs[0]
+    flipped = stored.const_value.numpy().copy()
+    flipped.reshape(-1).view(np.uint8)[5] ^= 1
+    stored.const_value = ir.tensor(flipped, name=stored.name)
+    failures = graph_proof.failures_of(graph_proof.prove(source, result, selection, codes))
+    assert [line for line in failures if "is not the E4M3 that was chosen for it" in line]
+
+
+def test_the_proof_does_not_take_codes_of_another_weight(proven) -> None:
+    source, path, selection, codes = proven
+    pairs = itertools.combinations(selection.quantized, 2)
+    first, second = next((one, other) for one, other in pairs if (one.k, one.n) == (other.k, other.n))
+    result = graph_io.load(path)
+    by_name = {str(node.name): node for node in result.graph}
+    stored = [quantizers.dequantizers(by_name[one.node])[1].inputs[0] for one in (first, second)]
+    stored[0].const_value, stored[1].const_value = stored[1].const_value, stored[0].const_value
+    swapped = {**codes, first.weight: codes[second.weight], second.weight: codes[first.weight]}
+    failures = graph_proof.failures_of(graph_proof.prove(source, result, selection, swapped))
+    assert len([line for line in failures if "is further than 25% from its source" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [(["--weights", "fp16"], "--weights fp16"), (["--recipe", "reference"], "--recipe reference")]
+)
+def test_flags_that_are_at_odds_answer_in_two_lines(
+    tiny_fp8: Path, tiny_calib: Path, tmp_path: Path, flags: list[str], named: str
+) -> None:
+    out = tmp_path / "x" / "dit_fp8.onnx"
+    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--rounding", "gptq"]
+    code, _, errors = run(build_dit_fp8.main, [*line, *flags])
+    assert code == 2 and len(errors.strip().splitlines()) == 2 and named in errors
+    assert not out.parent.exists()

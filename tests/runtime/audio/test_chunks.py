@@ -1,0 +1,110 @@
+"""Encoding and decoding in windows: every frame from exactly one, equal to one piece, in no more memory than one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import onnx_of
+from hypothesis import given, settings, strategies as st
+
+from sa3_trt_core import Generator, Request
+from sa3_trt_core.audio import autoencoder
+from sa3_trt_core.audio.tiling import CONTEXT, LEAST_CHUNK, LONGEST_SHOT, chunks
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.shapes import MAX_FRAMES
+from sa3_trt_core.targets import codec_reach
+
+REACH = codec_reach("medium") or 0
+
+
+@given(st.integers(1, MAX_FRAMES), st.one_of(st.just(0), st.integers(LEAST_CHUNK, MAX_FRAMES)))
+@settings(deadline=None)
+def test_every_frame_comes_from_exactly_one_window(frames: int, size: int) -> None:
+    found = chunks(frames, size)
+    assert [frame for part in found for frame in range(part.first, part.last)] == list(range(frames))
+    for part in found:
+        assert part.stop - part.start == (min(size, frames) if size else frames)
+        assert 0 <= part.start <= part.first < part.last <= part.stop <= frames
+        assert part.start == 0 or part.first - part.start >= CONTEXT
+        assert part.stop == frames or part.stop - part.last >= CONTEXT
+
+
+class Blurring:
+    """An autoencoder that sums what lies up to `REACH` frames away, in whole numbers; keeps the lengths given."""
+
+    input_names, output_names = ("latent",), ("audio",)
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        window = torch.ones(1, 1, 2 * REACH + 1)
+        if "latent" in inputs:
+            frames = torch.nn.functional.conv1d(inputs["latent"][:, :1], window, padding=REACH)
+            self.lengths.append(frames.shape[-1])
+            return {"audio": frames.repeat_interleave(4096, dim=-1).expand(1, 2, -1)}
+        frames = torch.nn.functional.conv1d(inputs["audio"][:, :1, ::4096], window, padding=REACH)
+        self.lengths.append(frames.shape[-1])
+        return {"latent": frames.expand(1, 256, -1)}
+
+    def close(self) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@given(st.integers(1, 400), st.integers(LEAST_CHUNK, 150))
+@settings(max_examples=25, deadline=None)
+def test_what_lies_within_reach_is_seen_and_no_engine_is_given_less_than_it_takes(frames: int, size: int) -> None:
+    engine = Blurring()
+    latents = torch.randint(-9, 9, (1, 256, frames), generator=torch.Generator().manual_seed(frames)).float()
+    assert torch.equal(autoencoder.decode(engine, latents, size), autoencoder.decode(Blurring(), latents))
+    audio = latents[0, :2].repeat_interleave(4096, dim=-1)
+    assert torch.equal(autoencoder.encode(engine, audio, size), autoencoder.encode(Blurring(), audio))
+    assert all(32 <= length <= max(32, size) for length in engine.lengths)
+    assert len(set(engine.lengths)) == 1
+
+
+def test_a_real_autoencoder_in_windows_equals_one_piece(tiny_onnx: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 256, 150, generator=generator)
+    with OnnxRuntimeEngine(onnx_of(tiny_onnx, "same-l-decoder-fp32")) as engine:
+        whole, parts = (autoencoder.decode(engine, latents, size) for size in (0, 64))
+    assert float((parts - whole).norm() / whole.norm()) <= 1e-4  # 16-bit samples: half a step is 1.5e-5 of full scale
+    audio = 0.1 * torch.randn(2, 150 * 4096, generator=generator)
+    with OnnxRuntimeEngine(onnx_of(tiny_onnx, "same-l-encoder")) as engine:
+        whole, parts = (autoencoder.encode(engine, audio, size) for size in (0, 64))
+    assert float((parts - whole).norm() / whole.norm()) <= 1e-5
+    assert float(whole.abs().max()) > 0.1
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "noise.wav"
+    soundfile.write(path, np.random.default_rng(1).normal(0, 0.1, (88_200, 2)), 44_100, subtype="FLOAT")
+    return path
+
+
+def test_generations_in_windows_are_those_in_one_piece(tiny_onnx: Path, sound: Path) -> None:
+    """Long sounds take windows by themselves, an encoder's too; --chunk-frames 0 is one piece."""
+    request = Request("piano", 43.0, steps=1, seed=1, init_audio=sound, init_noise_level=0.5)
+    assert request.frames > LONGEST_SHOT >= replace(request, seconds=41.0).frames
+    found = {}
+    for size in (None, 0):
+        with Generator.load(
+            precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx, chunk_frames=size
+        ) as generator:
+            found[size] = generator.generate(request)
+    assert found[None].audio.shape == (43 * 44_100, 2)
+    assert float((found[None].latents - found[0].latents).abs().max()) <= 1e-4
+    assert float((found[None].audio - found[0].audio).norm() / found[0].audio.norm()) <= 1e-3
+    assert not torch.equal(found[None].latents, found[0].latents)  # windows of the encoder round otherwise
+    assert not torch.equal(found[None].audio, found[0].audio)

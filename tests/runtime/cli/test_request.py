@@ -1,0 +1,187 @@
+"""What is asked for: contradictions in two lines with nothing written, batches, names, prompts files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings, strategies as st
+
+import sa3_trt
+from helpers.commands import listing, run, two_lines
+from sa3_trt_core import Request
+from sa3_trt_core.cli import prompts
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.request import batches
+
+SAY = ["--prompt", "x"]
+INIT = [*SAY, "--init-audio", "tone.wav"]
+BAD = [
+    ([*SAY, "--inpaint-range", "1,2"], "in-painting range"),
+    ([*SAY, "--init-noise-level", "0.5"], "init_noise_level"),
+    ([*SAY, "--init-start", "1"], "init_start"),
+    ([*SAY, "--paste-kept"], "paste_kept"),
+    (INIT, "init audio alone"),
+    ([*INIT, "--init-noise-level", "0.5", "--inpaint-range", "1,2"], "takes no init noise level"),
+    ([*INIT, "--init-noise-level", "0.5", "--paste-kept"], "paste_kept"),
+    ([*INIT, "--init-noise-level", "0.001"], "outside 0.01 to 1"),
+    ([*INIT, "--inpaint-range", "1"], "not two numbers"),
+    ([*INIT, "--inpaint-range", "2,1"], "2,1"),
+    ([*INIT, "--inpaint-range", "1,nan"], "1,nan"),
+    ([*INIT, "--inpaint-range", "1,2", "--inpaint-range", "4,31"], "4,31"),
+    ([*INIT, "--inpaint-range", "1,1.001"], "shorter than a latent frame"),
+    ([*INIT, "--init-noise-level", "0.5", "--init-start", "9"], "ends at 1.00 s"),
+    ([*SAY, "--init-audio", "absent.wav", "--init-noise-level", "0.5"], "absent.wav"),
+    ([*SAY, "--init-audio", "noise.wav", "--init-noise-level", "0.5"], "noise.wav"),
+    ([*SAY, "--init-audio", "four.wav", "--init-noise-level", "0.5"], "4 channels"),
+    ([*SAY, "--negative-prompt", "y"], "cfg 1"),
+    ([*SAY, "--apg", "0.5"], "cfg 1"),
+    ([*SAY, "--apg", "1.5", "--cfg", "3"], "outside 0 to 1"),
+    ([*SAY, "--cfg", "3", "--batch", "5"], "batch of 5"),
+    ([*SAY, "--batch", "9"], "outside 1 to 8"),
+    ([*SAY, "--chunk-frames", "63"], "chunks of 63"),
+    ([*SAY, "--chunk-frames", "-1"], "outside 0 to 4096"),
+    ([*SAY, "--chunk-frames", "128", "--dit", "sm-music"], "autoencoder of sm-music"),
+    ([*SAY, "--depth", "2", "--free-models"], "--depth and --free-models"),
+    ([*SAY, "--device", "99"], "no GPU 99"),
+    ([*SAY, "--device", "first"], "'first' is no device"),
+    ([*SAY, "--device", "cpu,cpu"], "more than one"),
+    ([*SAY, "--devices", "cpu,"], "'' is no device"),
+    ([*SAY, "--devices", "cpu,-1"], "'-1' is no device"),
+    ([*SAY, "--devices", "0,cpu,0"], "device 0 is named twice"),
+    ([*SAY, "--devices", "cpu,99"], "no GPU 99"),
+    ([*SAY, "--device", "cpu", "--devices", "cpu,cpu"], "--device and --devices"),
+    ([*SAY, "--depth", "9"], "outside 1 to 8"),
+    ([*SAY, "--depth", "0"], "outside 1 to 8"),
+    ([*SAY, "--cfg", "3", "--depth", "5"], "ring of 5"),
+    ([*SAY, "--batch", "1", "--depth", "2"], "--batch and --depth"),
+    ([*SAY, *SAY, "--out", "x.wav"], "--out"),
+    ([*SAY, *SAY, "--save-latents", "x.npz"], "--save-latents"),
+    ([*SAY, "--out", "x.wav", "--out-dir", "d"], "--out"),
+    ([*SAY, "--out", "x.wav", "--format", "flac"], "--out"),
+    ([*SAY, "--out", "x.ogg"], "x.ogg"),
+    ([*SAY, "--out", "x.flac", "--bits", "32f"], "FLAC"),
+    ([*SAY, "--prompts-file", "many.txt"], "--prompts-file"),
+    (["--prompts-file", "absent.txt"], "absent.txt"),
+    (["--prompts-file", "empty.txt"], "empty.txt"),
+    (["--prompts-file", "noise.wav"], "UTF-8"),
+    (["--prompts-file", "key.jsonl"], "line 2 has 'sedes'"),
+    (["--prompts-file", "kind.jsonl"], "seed is '1'"),
+    (["--prompts-file", "broken.jsonl"], "line 1"),
+    (["--prompts-file", "long.jsonl"], "seconds 1000"),
+    ([], "no prompt"),
+]
+
+
+@pytest.fixture()
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with sounds and prompts files, good and bad."""
+    soundfile.write(tmp_path / "tone.wav", np.zeros((44_100, 2)), 44_100)
+    soundfile.write(tmp_path / "four.wav", np.zeros((44_100, 4)), 44_100)
+    (tmp_path / "noise.wav").write_bytes(bytes(range(128, 256)) * 9)
+    (tmp_path / "many.txt").write_text("one\n\n two \n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "key.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "sedes": 2}\n')
+    (tmp_path / "kind.jsonl").write_text('{"prompt": "a", "seed": "1"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
+    (tmp_path / "long.jsonl").write_text('{"prompt": "a", "seconds": 1000}\n')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("line", "words"), BAD, ids=[" ".join(line) for line, _ in BAD])
+def test_a_contradiction_is_two_lines_and_nothing_is_written(
+    folder: Path, line: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", (folder / "many.txt").open())
+    before = listing(folder)
+    two_lines(run(sa3_trt.main, [*line, "--backend", "onnxruntime"]), words)
+    assert listing(folder) == before
+
+
+def planned(*line: object) -> list[dict]:
+    done = run(sa3_trt.main, [*line, "--dry-run", "--json", "--backend", "onnxruntime"])
+    assert done.code == 0, done.err
+    return json.loads(done.out)["rows"]
+
+
+def test_rows_get_their_own_seeds_and_predictable_names(folder: Path) -> None:
+    rows = planned("--prompts-file", "many.txt", "--seed", 7, "--out-dir", "d", "--format", "flac")
+    assert [(row["prompt"], row["seed"], row["out"]) for row in rows] == [
+        ("one", 7, "d/001_one_7.flac"), ("two", 8, "d/002_two_8.flac"),
+    ]  # fmt: skip
+    (row,) = planned("--prompt", "one", "--seed", 7, "--out-dir", "d")
+    assert row["out"] == "d/one_7.wav"
+    first, second = (planned("--prompt", "a")[0]["seed"] for _ in range(2))
+    assert first != second
+
+
+def test_a_line_may_be_an_object_of_its_own_settings(folder: Path) -> None:
+    rows = [{"prompt": "a", "seed": 3, "seconds": 12, "negative_prompt": "n"}, {"prompt": "b"}]
+    Path("rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "plain"]))
+    assert prompts.read_prompts(Path("rows.jsonl")) == [
+        prompts.Row("a", 3, 12, "n"), prompts.Row("b"), prompts.Row("plain")
+    ]  # fmt: skip
+    found = planned("--prompts-file", "rows.jsonl", "--seed", 20, "--seconds", 5, "--cfg", 2)
+    assert [(row["seed"], row["seconds"]) for row in found] == [(3, 12), (21, 5), (22, 5)]
+
+
+def test_the_modes_are_told_apart(folder: Path) -> None:
+    assert planned(*SAY)[0]["mode"] == "text"
+    assert planned(*INIT, "--init-noise-level", 0.5)[0]["mode"] == "audio-to-audio"
+    assert planned(*INIT, "--inpaint-range", "1,2")[0]["mode"] == "inpainting"
+
+
+def test_the_published_runtimes_length_rule() -> None:
+    lengths = [(0.01, 1), (54.0, 582), (374.4, 4032)]
+    assert [(s, Request("x", s, legacy_schedule=True).frames) for s, _ in lengths] == lengths
+
+
+def test_in_painted_frames_are_rounded_and_stay_inside() -> None:
+    request = Request("x", 5.0, init_audio=Path("a"), inpaint=((0.0, 1.0), (1.2, 5.0)))
+    assert request.regenerated == ((0, 11), (13, 54))
+
+
+@given(st.lists(st.sampled_from([2.0, 2.01, 9.0, 40.0]), min_size=1, max_size=12), st.integers(1, 8))
+@settings(max_examples=40, deadline=None)
+def test_batches_hold_every_row_once_and_equal_lengths_only(lengths: list[float], batch: int) -> None:
+    requests = [Request("x", seconds, seed=index) for index, seconds in enumerate(lengths)]
+    found = list(batches(requests, batch))
+    assert sorted(row for rows in found for row in rows) == list(range(len(requests)))
+    assert all(len(rows) <= batch and len({requests[row].frames for row in rows}) == 1 for rows in found)
+    full = {requests[rows[0]].frames for rows in found if len(rows) < batch}
+    assert len(full) == sum(len(rows) < batch for rows in found)  # at most one rest a length
+    assert [rows[0] for rows in found] == sorted(rows[0] for rows in found)
+
+
+@pytest.mark.parametrize("bad", [{"seconds": float("nan")}, {"steps": 0}, {"seed": -1}, {"cfg": -1.0}, {"apg": 0.5}])
+def test_the_python_door_refuses_the_same(bad: dict) -> None:
+    with pytest.raises(ToolError):
+        Request("x", **bad)
+
+
+def test_importing_the_library_is_cheap() -> None:
+    code = "import sys, sa3_trt_core; print(sorted({'torch', 'numpy', 'soundfile'} & set(sys.modules)))"
+    code += "; from sa3_trt_core import Generator, Request, Result; print('torch' in sys.modules, Request('x').steps)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "False 8"]
+
+
+def test_a_terminal_is_asked_for_the_prompt(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    line = [sys.executable, "-m", "sa3_trt", "--dry-run", "--json", "--seed", "1", "--backend", "onnxruntime"]
+    process = subprocess.Popen(line, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
+    os.write(ours, b"warm pads\n")
+    out, _ = process.communicate(timeout=120)
+    os.close(theirs)
+    asked = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert process.returncode == 0 and "Prompt: " in asked
+    assert json.loads(out)["rows"][0]["prompt"] == "warm pads"

@@ -1,0 +1,241 @@
+"""The PyTorch engine: packed from ONNX by structure, the same answer as ONNX Runtime on the same file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import bench_dit
+import build_dit_fp16mixed
+import build_from_onnx
+import onnx
+import pytest
+import torch
+from conftest import made, onnx_of
+from torch import Tensor
+from torch.nn import functional
+
+import sa3_trt
+from helpers.commands import run
+from sa3_trt_core import paths
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.engines.torch import TorchEngine
+from sa3_trt_core.sampling import schedule
+from sa3_trt_core.targets import find_target
+
+ALIKE = {"sa3-m": 0.999999, "sa3-m-fp8": 0.9998}  # FP8: an activation at a step of E4M3 may fall on either side
+FRAMES = 20
+
+
+def packed(models: Path, name: str) -> Path:
+    return paths.engine_path(models, paths.NO_GPU, find_target(name), "torch")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The torch engines of both precisions, by the command. Read only."""
+    models = tmp_path_factory.mktemp("tiny") / "models"
+    line = ["sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
+    made(build_from_onnx.main, [*line, "--models-dir", models])
+    return models
+
+
+def inputs_at(sigma: float, seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
+    """A row of text, one of in-painting, and one null row."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = 0.3 * torch.randn(rows, 256, 768, generator=generator)
+    local = torch.zeros(rows, 257, FRAMES)
+    if rows > 1:
+        local[1, 0, ::2] = 1.0
+        local[1, 1:, ::2] = torch.randn(256, FRAMES // 2, generator=generator)
+        hidden[-1] = 0.0
+    return {
+        "x": torch.randn(rows, 256, FRAMES, generator=generator), "t": torch.full((rows,), sigma),
+        "t5_hidden": hidden, "t5_mask": (torch.arange(256) < 30).float().expand(rows, -1).contiguous(),
+        "seconds_total": torch.tensor([29.72, 47.0, 183.25])[:rows].contiguous(), "local_add_cond": local,
+    }  # fmt: skip
+
+
+def worst_cosine(engine: TorchEngine, reference: OnnxRuntimeEngine) -> float:
+    """Of the denoised latents, over the sampler's noise levels and the rows."""
+    worst = 1.0
+    for index, sigma in enumerate(schedule.sigmas(8)[:-1]):
+        given = inputs_at(float(sigma), seed=index)
+        clean = [
+            (given["x"] - sigma * one.run(given)["velocity"]).double().flatten(1) for one in (engine, reference)
+        ]  # fmt: skip
+        worst = min(worst, float(functional.cosine_similarity(clean[0], clean[1]).min()))
+    return worst
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_it_gives_what_onnx_runtime_gives_on_the_same_file(tiny_fp8: Path, tiny_models: Path, name: str) -> None:
+    engine = TorchEngine(packed(tiny_models, name), "again")
+    with engine, OnnxRuntimeEngine(onnx_of(tiny_fp8, name)) as reference:
+        assert worst_cosine(engine, reference) > ALIKE[name]
+
+
+def test_the_fp8_engine_runs_fp8_products_and_not_the_16_bit_ones(tiny_fp8: Path, tiny_models: Path) -> None:
+    engine = TorchEngine(packed(tiny_models, "sa3-m-fp8"), "again")
+    with engine, OnnxRuntimeEngine(onnx_of(tiny_fp8, "sa3-m")) as half:
+        assert worst_cosine(engine, half) < ALIKE["sa3-m-fp8"]
+
+
+@pytest.mark.parametrize("switches", [["--no-bake-rope", "--no-stack-attention", "--no-pad-k"], ["--no-pad-k"]])
+def test_graphs_of_other_shapes_are_packed_too(tiny_onnx: Path, tmp_path: Path, switches: list[str]) -> None:
+    root = tmp_path / "onnx"
+    half = onnx_of(root, "sa3-m")
+    made(build_dit_fp16mixed.main, ["--input", onnx_of(tiny_onnx, "sa3-m-fp32"), "--onnx", half, *switches])
+    line = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    made(build_from_onnx.main, line)
+    with TorchEngine(packed(tmp_path / "models", "sa3-m"), "again") as engine, OnnxRuntimeEngine(half) as reference:
+        assert worst_cosine(engine, reference) > ALIKE["sa3-m"]
+
+
+def test_a_row_that_is_told_something_else_is_worked_out_again_and_its_neighbours_stay(tiny_models: Path) -> None:
+    first, other = inputs_at(0.9), inputs_at(0.9, seed=7)
+    for name in ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond"):
+        changed = {key: value.clone() for key, value in first.items()}
+        changed[name][1] = 1.0 - changed[name][1] if name == "t5_mask" else other[name][1] + 0.5
+        with TorchEngine(packed(tiny_models, "sa3-m"), "again") as engine:
+            before = engine.run(first)["velocity"]
+            after = engine.run(changed)["velocity"]
+        with TorchEngine(packed(tiny_models, "sa3-m"), "again") as fresh:
+            expected = fresh.run(changed)["velocity"]
+        assert torch.equal(after, expected), name
+        assert not torch.equal(after[1], before[1]), name
+        assert torch.equal(after[0], before[0]) and torch.equal(after[2], before[2]), name
+
+
+def test_a_row_written_in_place_is_noticed(tiny_models: Path) -> None:
+    given = inputs_at(0.5)
+    with TorchEngine(packed(tiny_models, "sa3-m"), "again") as engine:
+        before = engine.run(given)["velocity"]
+        given["seconds_total"][0] = 5.0
+        given["t5_hidden"][0] *= -1.0
+        after = engine.run(given)["velocity"]
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1:], before[1:])
+
+
+def test_rows_do_not_depend_on_their_neighbours(tiny_models: Path) -> None:
+    given = inputs_at(0.7)
+    with TorchEngine(packed(tiny_models, "sa3-m-fp8"), "again") as engine:
+        together = engine.run(given)["velocity"]
+        for row in range(3):
+            alone = engine.run({name: value[row : row + 1] for name, value in given.items()})["velocity"]
+            assert torch.allclose(together[row], alone[0], atol=1e-5)
+
+
+MODES: dict[str, list[object]] = {
+    "text": [],
+    "guided": ["--cfg", 3, "--negative-prompt", "noise"],
+    "audio to audio": ["--init-noise-level", 0.6],
+    "in-painting": ["--inpaint-range", "0.2,0.6"],
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_sounds_as_through_onnx_runtime(
+    tiny_fp8: Path, tiny_models: Path, tmp_path: Path, mode: str
+) -> None:
+    import soundfile
+
+    line: list[object] = ["--prompt", "slow piano", "--seconds", 1, "--seed", 3, "--steps", 2, "--quiet"]
+    line += ["--onnx-root", tiny_fp8, "--models-dir", tiny_models, *MODES[mode]]
+    if mode in ("audio to audio", "in-painting"):
+        soundfile.write(tmp_path / "in.wav", 0.3 * torch.randn(44100, 2).numpy(), 44100)
+        line += ["--init-audio", tmp_path / "in.wav"]
+    sounds = []
+    for backend in ("torch", "onnxruntime"):
+        out = tmp_path / f"{backend}.wav"
+        made(sa3_trt.main, [*line, "--backend", backend, "--out", out])
+        sounds.append(torch.from_numpy(soundfile.read(out)[0]).flatten())
+    assert sounds[0].abs().max() > 0
+    assert functional.cosine_similarity(sounds[0], sounds[1], dim=0) > 0.9999
+
+
+def test_what_is_current_is_kept_and_a_changed_graph_is_packed_again(tiny_fp8: Path, tmp_path: Path) -> None:
+    root = tmp_path / "onnx"
+    shutil.copytree(tiny_fp8, root)
+    line = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    states = []
+    for _ in range(2):
+        states += json.loads(run(build_from_onnx.main, [*line, "--json"]).out)
+    model = onnx.load(onnx_of(root, "sa3-m"), load_external_data=False)
+    model.doc_string = "another"
+    onnx_of(root, "sa3-m").write_bytes(model.SerializeToString())
+    states += json.loads(run(build_from_onnx.main, [*line, "--json"]).out)
+    assert [state["state"] for state in states] == ["built", "current", "built"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("sa3-m", "worst denoised cosine"), ("sa3-m-fp8", "times as far away")])
+def test_a_graph_that_computes_something_else_is_a_failed_gate(
+    tiny_fp8: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    root = tmp_path / "onnx"
+    shutil.copytree(tiny_fp8, root)
+    path = onnx_of(root, name)
+    model = onnx.load(path, load_external_data=False)
+    gate = [node for node in model.graph.node if node.op_type == "Sigmoid"][-1]
+    gate.op_type = "Tanh"
+    path.write_bytes(model.SerializeToString())
+    line = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    done = run(build_from_onnx.main, line)
+    assert done.code == 3 and said in done.err
+    assert not packed(tmp_path / "models", name).exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["t5gemma", "--arch", "cpu"], "no torch engine"),
+        (["sa3-m-fp32", "--arch", "cpu"], "no torch engine"),
+        (["sa3-m", "--arch", "cpu", "--best-of", "2"], "GPU"),
+        (["sa3-m", "--arch", "cpu", "--prebuilt"], "TensorRT"),
+        (["sa3-m-fp8", "--arch", "sm_80"], "FP8 tensor cores"),
+    ],
+)
+def test_what_it_cannot_build_is_said_in_two_lines(
+    tiny_fp8: Path, tmp_path: Path, argv: list[object], said: str
+) -> None:
+    done = run(build_from_onnx.main, [*argv, "--backend", "torch", "--onnx-root", tiny_fp8, "--models-dir", tmp_path])
+    assert done.code == 2 and said in done.err and len(done.err.strip().splitlines()) == 2
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_graph_of_another_precision_is_refused(tiny_fp8: Path, tmp_path: Path) -> None:
+    root = tmp_path / "onnx"
+    shutil.copytree(tiny_fp8, root)
+    for suffix in ("", ".data"):
+        source, target = (Path(f"{onnx_of(root, name)}{suffix}") for name in ("sa3-m", "sa3-m-fp8"))
+        shutil.copy(source, target)
+    model = onnx.load(onnx_of(root, "sa3-m-fp8"), load_external_data=False)
+    assert model.graph.node
+    line = ["sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "m"]
+    done = run(build_from_onnx.main, line)
+    assert done.code == 2 and "is a DiT in fp16mixed, not fp8" in done.err
+
+
+def test_a_torn_engine_and_a_missing_one_say_how_to_build_it(tiny_fp8: Path, tiny_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_models, tmp_path / "models")
+    engine = packed(tmp_path / "models", "sa3-m")
+    line = ["--prompt", "x", "--seconds", 1, "--quiet", "--backend", "torch", "--onnx-root", tiny_fp8]
+    line += ["--models-dir", tmp_path / "models", "--out", tmp_path / "a.wav"]
+    engine.write_bytes(engine.read_bytes()[:-100])
+    torn = run(sa3_trt.main, line)
+    engine.unlink()
+    missing = run(sa3_trt.main, line)
+    for done in (torn, missing):
+        assert done.code == 2 and "build_from_onnx.py sa3-m --backend torch" in done.err
+        assert len(done.err.strip().splitlines()) == 2
+    assert not (tmp_path / "a.wav").exists()
+
+
+def test_the_benchmark_compares_with_diffusers_on_the_same_weights(tmp_path: Path) -> None:
+    line = ["--tiny", "--lengths", 12, "--batches", "--peers", "eager", "--repeats", 1, "--out", tmp_path]
+    made(bench_dit.main, line)
+    record = json.loads((tmp_path / "bench.json").read_text())
+    cosines = {one["contestant"]: one["cosine"] for one in record["timings"]}
+    assert cosines["fp16mixed"] > 0.99999 and 0.999 < cosines["fp8"] < cosines["fp16mixed"]
+    assert "diffusers fp16" in (tmp_path / "bench.md").read_text() and (tmp_path / "bench.png").stat().st_size > 1000

@@ -1,0 +1,259 @@
+"""Every mode through ONNX Runtime against a plain loop in torch over the checkpoint, on the same noise."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from sa3_build.calibration.capture import CheckpointModel
+from sa3_build.export import load_modules
+from sa3_build.export.model_config import load_geometry
+from sa3_trt_core import Generator, Request, Result
+from sa3_trt_core.sampling.guidance import guided, parallel_part
+from sa3_trt_core.sampling.schedule import legacy_sigmas, sigmas
+
+RATE = 44_100
+SECONDS = 1.5
+PUBLISHED = [1.0, 0.9250, 0.8409, 0.7459, 0.6378, 0.5138, 0.3699, 0.2010, 0.0]  # facts.md, section 2: at L = 646
+BASE = Request("slow piano, 70 BPM", SECONDS, steps=3, seed=11)
+
+
+# Every mode runs on each of these; what a backend's fp32 latents may be off by.
+BACKENDS = {"onnxruntime": 5e-5}
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def generator(request: pytest.FixtureRequest, tiny_onnx: Path) -> Iterator[Generator]:
+    with Generator.load(precision="fp32", backend=request.param, onnx_root=tiny_onnx) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten seconds of a decaying chord with noise."""
+    path = tmp_path_factory.mktemp("sound") / "chord.wav"
+    time = np.arange(10 * RATE) / RATE
+    chord = sum(np.sin(2 * np.pi * hertz * time) for hertz in (220, 277, 330)) * np.exp(-(time % 1.0)) / 4
+    noise = np.random.default_rng(1).normal(0, 0.02, (len(time), 2))
+    soundfile.write(path, chord[:, None] + noise, RATE, subtype="FLOAT")
+    return path
+
+
+class Plain:
+    """The model's own generation in torch, written out: facts.md, section 2."""
+
+    def __init__(self, folder: Path) -> None:
+        config, weights = folder / "model_config.json", folder / "model.safetensors"
+        self.model = CheckpointModel(config, weights, "cpu")
+        geometry = load_geometry(config)
+        self.autoencoder = load_modules.load_autoencoder(load_modules.NativeWeights(weights), geometry.autoencoder)
+
+    def encode(self, request: Request, frames: int) -> torch.Tensor:
+        """Silence after the sound, diffusers' own encoder."""
+        samples, _ = soundfile.read(request.init_audio, dtype="float32")
+        samples = samples[round(request.init_start * RATE) :][: frames * 4096]
+        padded = torch.zeros(1, 2, frames * 4096)
+        padded[0, :, : len(samples)] = torch.from_numpy(samples.T)
+        return self.autoencoder.encode(padded).latents
+
+    @torch.inference_mode()
+    def latents(self, request: Request) -> torch.Tensor:
+        frames = math.ceil(int((request.seconds + 6) * RATE) / 4096)
+        frames = math.ceil(request.seconds * RATE / 4096) if request.legacy_schedule else frames + frames % 2
+        level = request.init_noise_level or 1.0
+        levels = sigmas(request.steps) * level
+        if request.legacy_schedule:
+            levels = legacy_sigmas(request.steps, frames, level)
+        told = self.model.conditioning(request.prompt, request.seconds, frames)
+        init, keep, local = None, torch.zeros(1, 1, frames), told.local_add_cond
+        if request.init_audio is not None:
+            init = self.encode(request, frames)
+        if request.inpaint:
+            keep = torch.ones(1, 1, frames)
+            for start, end in request.inpaint:
+                keep[..., round(start * RATE / 4096) : round(end * RATE / 4096)] = 0
+            local = torch.cat([keep, init * keep], dim=1)
+        null, mask = torch.zeros_like(told.t5_hidden), torch.ones_like(told.t5_mask)
+        if request.negative_prompt is not None:
+            other = self.model.conditioning(request.negative_prompt, request.seconds, frames)
+            null = torch.where(other.t5_mask[..., None] > 0, other.t5_hidden, 0.0)
+        torch.manual_seed(request.seed)
+        x = torch.randn(1, 256, frames)
+        if request.init_noise_level is not None:
+            x = init * (1 - level) + x * level
+        for now, after in itertools.pairwise(levels):
+            rest = (told.seconds_total, local)
+            clean = x - now * self.model.module(x, now[None], told.t5_hidden, told.t5_mask, *rest)
+            if request.cfg != 1:
+                away = clean - (x - now * self.model.module(x, now[None], null, mask, *rest))
+                unit = clean / clean.norm()
+                across = away - (away * unit).sum() * unit
+                apg = 1.0 if request.apg is None else request.apg
+                clean = clean + (request.cfg - 1) * (apg * across + (1 - apg) * away)
+            x = (1 - after) * clean + after * torch.randn(1, 256, frames)
+            if request.paste_kept:
+                x = init * keep + x * (1 - keep)
+        return x
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint: Path) -> Plain:
+    return Plain(tiny_checkpoint)
+
+
+GUIDED = {"cfg": 3.0}
+HALF = ((0.5, 1.0),)
+TWO = ((0.0, 0.3), (0.9, SECONDS))
+MODES = {
+    "text": {},
+    "text, published schedule": {"legacy_schedule": True},
+    "audio to audio": {"init_noise_level": 0.6},
+    "audio to audio from 2 s": {"init_noise_level": 0.05, "init_start": 2.0},
+    "audio to audio past the end": {"init_noise_level": 0.6, "init_start": 9.0},
+    "audio to audio, published schedule": {"init_noise_level": 0.4, "legacy_schedule": True, "seconds": 3.5},
+    "in-painting": {"inpaint": HALF},
+    "in-painting, two ranges": {"inpaint": TWO},
+    "in-painting, pasted": {"inpaint": TWO, "paste_kept": True},
+    "guidance": GUIDED,
+    "plain guidance": {**GUIDED, "apg": 0.0},
+    "half projected guidance": {**GUIDED, "apg": 0.5},
+    "negative prompt": {**GUIDED, "negative_prompt": "harsh noise"},
+    "empty negative prompt": {**GUIDED, "negative_prompt": ""},
+    "guided audio to audio": {**GUIDED, "init_noise_level": 0.8},
+    "guided in-painting away from a text": {"cfg": 2.0, "inpaint": HALF, "negative_prompt": "drums"},
+}
+
+
+def requested(name: str, sound: Path) -> Request:
+    settings = MODES[name]
+    init = sound if {"init_noise_level", "inpaint"} & settings.keys() else None
+    return replace(BASE, init_audio=init, **settings)
+
+
+@pytest.fixture(scope="module")
+def made(generator: Generator, sound: Path) -> Callable[[str], Result]:
+    """What a mode gives, generated once."""
+    return functools.cache(lambda name: generator.generate(requested(name, sound)))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_latents_are_those_of_a_plain_loop(
+    generator: Generator, made: Callable[[str], Result], plain: Plain, sound: Path, name: str
+) -> None:
+    """The table of mode x backend."""
+    request = requested(name, sound)
+    found, wanted = made(name), plain.latents(request)
+    assert found.latents.shape == wanted.shape == (1, 256, request.frames)
+    tolerance = BACKENDS[generator.engines.plan.backends["dit"]]
+    assert float((found.latents - wanted).abs().max()) <= tolerance
+    assert found.audio.shape == (int(request.seconds * RATE), 2) and found.audio.dtype == torch.float32
+    assert bool(torch.isfinite(found.audio).all()) and float(found.audio.abs().max()) > 0.01
+
+
+def test_every_setting_changes_the_sound(made: Callable[[str], Result]) -> None:
+    """Equality with the loop says nothing if a setting is ignored by both."""
+    found = {name: made(name).latents for name in MODES}
+    for first, second in itertools.combinations(found, 2):
+        if found[first].shape == found[second].shape:
+            assert float((found[first] - found[second]).abs().max()) > 1e-3, (first, second)
+
+
+@pytest.mark.parametrize("settings", [{}, GUIDED, {"inpaint": HALF}], ids=["text", "guided", "in-painting"])
+def test_a_row_does_not_depend_on_its_neighbours(generator: Generator, sound: Path, settings: dict) -> None:
+    """Rows of other prompts, seeds, lengths and negative prompts, against the same rows alone."""
+    first = replace(BASE, init_audio=sound if "inpaint" in settings else None, **settings)
+    rows = [first, replace(first, prompt="techno", seed=5), replace(first, seconds=2.0), replace(first, seconds=1.51)]
+    if "cfg" in settings:
+        rows[1] = replace(rows[1], negative_prompt="voices")
+    together = dict(generator.generate_many(rows, batch=3))
+    assert sorted(together) == [0, 1, 2, 3] and rows[3].frames == rows[0].frames != rows[2].frames
+    for index, row in enumerate(rows):
+        alone = generator.generate(row)
+        assert float((together[index].latents - alone.latents).abs().max()) <= 1e-5
+        assert float((together[index].audio - alone.audio).abs().max()) <= 1e-4
+        assert together[index].audio.shape == (int(row.seconds * RATE), 2)
+
+
+def test_the_kept_region_is_kept_and_the_rest_is_not_seen(
+    generator: Generator, plain: Plain, sound: Path, tmp_path: Path
+) -> None:
+    request = replace(BASE, seconds=3.0, steps=2, init_audio=sound, inpaint=((0.5, 2.5),), paste_kept=True)
+    found = generator.generate(request).latents
+    init = plain.encode(request, request.frames)
+    ((start, end),) = request.regenerated
+    assert (start, end) == (5, 27)
+    kept = torch.ones(request.frames, dtype=torch.bool)
+    kept[start:end] = False
+    assert torch.allclose(found[..., kept], init[..., kept], atol=1e-5)
+    assert float((found[..., ~kept] - init[..., ~kept]).abs().mean()) > 0.1
+    # Sound well inside the range plays no part, sound outside does, with nothing pasted either.
+    samples, _ = soundfile.read(sound)
+    free = replace(request, paste_kept=False)
+    here = generator.generate(free).latents
+    for second, same in ((1.5, True), (2.7, False)):
+        changed = samples.copy()
+        changed[int(second * RATE) : int((second + 0.2) * RATE)] = 0.5
+        soundfile.write(tmp_path / "changed.wav", changed, RATE, subtype="FLOAT")
+        other = generator.generate(replace(free, init_audio=tmp_path / "changed.wav")).latents
+        assert torch.equal(other, here) == same
+
+
+def test_the_published_schedule_has_its_published_levels() -> None:
+    levels = legacy_sigmas(8, 646)
+    assert [round(level, 4) for level in levels.tolist()] == PUBLISHED
+    assert not torch.allclose(legacy_sigmas(8, 1292), levels, atol=1e-3)
+    scaled = legacy_sigmas(8, 646, 0.5)
+    assert (float(scaled[0]), float(scaled[-1])) == (0.5, 0.0)
+
+
+def test_guidance_of_one_is_none_and_the_parallel_part_is_parallel() -> None:
+    text, null, clean = torch.randn(3, 2, 256, 40, generator=torch.Generator().manual_seed(2)).unbind()
+    assert torch.equal(guided(text, null, 1.0), text)
+    assert torch.allclose(guided(text, null, 0.0), null, atol=1e-6)
+    part = parallel_part(text, clean)
+    rest = text - part
+    for row in range(2):  # each row by itself
+        assert abs(float((rest[row] * clean[row]).sum())) < 1e-2
+        ratio = part[row] / clean[row]
+        assert float(ratio.max() - ratio.min()) < 1e-3
+    assert torch.allclose(parallel_part(clean, clean), clean, atol=1e-6)
+
+
+def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> None:
+    """Tensors that live on after a generation, in bytes; and the process, which also sees what no collector does."""
+    request = replace(requested("audio to audio", sound), seconds=5.0, steps=1)
+
+    def held() -> int:
+        gc.collect()
+        return sum(t.numel() * t.element_size() for t in gc.get_objects() if type(t) is torch.Tensor)
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * 4096
+
+    for _ in range(2):
+        generator.generate(request)
+    tensors, memory = held(), resident()
+    for seed in range(8):
+        sizes = {result.audio.nbytes for _, result in generator.generate_many([replace(request, seed=seed)])}
+    assert sizes == {5 * RATE * 2 * 4}
+    assert held() == tensors
+    assert resident() - memory < 8 * 1_500_000  # a sound is 1.8 MB: one kept a generation is more
+
+
+def test_a_closed_generator_says_so(tiny_onnx: Path) -> None:
+    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as one:
+        assert one.clips
+    with pytest.raises(RuntimeError, match="closed"):
+        one.generate(BASE)
+    one.close()
