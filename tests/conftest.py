@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from helpers.commands import run
 from sa3_trt_core.targets import find_target
@@ -22,14 +24,29 @@ def made(main, argv: list[object]) -> None:  # type: ignore[no-untyped-def]
     assert done.code == 0, done.err
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder `name`, filled by `make` in whichever of the parallel test processes comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / name  # a worker of pytest-xdist has its own
+    with FileLock(f"{folder}.lock"):
+        if not folder.with_suffix(".done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            make(folder)
+            folder.with_suffix(".done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native checkpoint folder: embed 128, 2 heads, 1 layer. Read only: copy it before changing it."""
     import make_demo_checkpoint
 
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    made(make_demo_checkpoint.main, ["--random", "--out", folder, "--width", 128, "--depth", 1])
-    return folder
+    line = ["--random", "--width", 128, "--depth", 1, "--out"]
+    return once(
+        tmp_path_factory, "tiny-checkpoint",
+        lambda folder: made(make_demo_checkpoint.main, [*line, folder / "checkpoint"]),
+    ) / "checkpoint"  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +55,11 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     import build_dit_fp16mixed
     import export_onnx
 
-    root = tmp_path_factory.mktemp("tiny") / "onnx"
-    made(export_onnx.main, ["--model-dir", tiny_checkpoint, "--onnx-root", root])
-    made(
-        build_dit_fp16mixed.main,
-        ["--input", onnx_of(root, "sa3-m-fp32"), "--onnx", onnx_of(root, "sa3-m")],
-    )
-    return root
+    def make(root: Path) -> None:
+        made(export_onnx.main, ["--model-dir", tiny_checkpoint, "--onnx-root", root])
+        made(build_dit_fp16mixed.main, ["--input", onnx_of(root, "sa3-m-fp32"), "--onnx", onnx_of(root, "sa3-m")])
+
+    return once(tmp_path_factory, "tiny-onnx", make)
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +67,11 @@ def tiny_calib(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A calibration set: 2 prompts of 4 steps, 8 text rows of 70 latent frames, in the rectangular form. Read only."""
     import make_calib
 
-    path = tmp_path_factory.mktemp("tiny") / "sa3-m.calib.npz"
     config, weights = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
-    line = ["--model-config", config, "--checkpoint", weights, "--out", path]
-    made(make_calib.main, [*line, "--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text"])
-    return path
+    line = ["--model-config", config, "--checkpoint", weights]
+    line += ["--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text", "--out"]
+    name = "sa3-m.calib.npz"
+    return once(tmp_path_factory, "tiny-calib", lambda folder: made(make_calib.main, [*line, folder / name])) / name
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +79,9 @@ def tiny_fp8(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPat
     """An ONNX root like `tiny_onnx` that holds the FP8 DiT too. Read only."""
     import build_dit_fp8
 
-    root = tmp_path_factory.mktemp("tiny") / "onnx"
-    shutil.copytree(tiny_onnx, root)
-    line = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
-    made(build_dit_fp8.main, [*line, "--parity-rows", 8])
-    return root
+    def make(root: Path) -> None:
+        shutil.copytree(tiny_onnx, root, dirs_exist_ok=True)
+        line = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
+        made(build_dit_fp8.main, [*line, "--parity-rows", 8])
+
+    return once(tmp_path_factory, "tiny-fp8", make)
