@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.request import FULL_APG, Request
 from sa3_trt_core.sampling import guidance, schedule
+from sa3_trt_core.sampling.inpainting import keep_mask, local_conditioning
 from sa3_trt_core.shapes import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -20,31 +21,29 @@ def sigmas_of(request: Request) -> Tensor:
     """The noise levels (steps + 1,) of a request's own schedule."""
     if request.legacy_schedule:
         return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
-    return schedule.sigmas(request.steps, request.sigma_max)
+    return schedule.sigmas(request.steps, request.sigma_max, request.schedule_order)
 
 
 def conditioning(
     rows: Sequence[Request], features: Features, inits: Sequence[Tensor | None]
 ) -> tuple[Conditioning, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What the DiT is told, what audio to audio starts from, and what in-painting puts back after every step.
+    """Return the DiT's conditioning, the latents that audio to audio starts from, and what to paste after every step.
 
-    local_add_cond is the keep mask (1 keep, 0 regenerate), then the kept latent; zeros where nothing is kept.
+    `inits` are latents (1, 256, L) of the rows' init audio. Everything is cut to the valid frames V, of which the rows
+    have equally many: local_add_cond (B, 257, V) is zero where there is nothing to keep.
     """
     import torch
 
-    frames = rows[0].frames
-    latents = torch.cat([torch.zeros(1, LATENT_CHANNELS, frames) if init is None else init for init in inits])
-    keep = torch.zeros(len(rows), 1, frames)
-    for index, row in enumerate(rows):
-        if row.inpaint:
-            keep[index] = 1.0
-        for start, end in row.regenerated:
-            keep[index, :, start:end] = 0.0
+    frames = rows[0].valid_frames
+    silent = torch.zeros(1, LATENT_CHANNELS, frames)
+    latents = torch.cat([silent if init is None else init[..., :frames] for init in inits])
+    keeps = [keep_mask(row.seconds, frames, row.inpaint) if row.inpaint else silent[:, :1] for row in rows]
+    keep = torch.cat(keeps)
     cond = Conditioning(
         t5_hidden=torch.cat([features[row.prompt][0] for row in rows]),
         t5_mask=torch.cat([features[row.prompt][1] for row in rows]),
         seconds_total=torch.tensor([row.seconds for row in rows], dtype=torch.float32),
-        local_add_cond=torch.cat([keep, latents * keep], dim=1),
+        local_add_cond=local_conditioning(latents, keep),
     )
     varied = rows[0].init_noise_level is not None
     return cond, latents if varied else None, (latents, keep) if rows[0].paste_kept else None
