@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.conditioning import Conditioning
@@ -39,9 +40,11 @@ def conditioning(
     latents = torch.cat([silent if init is None else init[..., :frames] for init in inits])
     keeps = [keep_mask(row.seconds, frames, row.inpaint) if row.inpaint else silent[:, :1] for row in rows]
     keep = torch.cat(keeps)
+    texts = [features[row.prompt] for row in rows]
+    hidden, mask = guidance.positive_conditioning(*(torch.cat(part) for part in zip(*texts, strict=True)))
     cond = Conditioning(
-        t5_hidden=torch.cat([features[row.prompt][0] for row in rows]),
-        t5_mask=torch.cat([features[row.prompt][1] for row in rows]),
+        t5_hidden=hidden,
+        t5_mask=mask,
         seconds_total=torch.tensor([row.seconds for row in rows], dtype=torch.float32),
         local_add_cond=local_conditioning(latents, keep),
     )
@@ -57,8 +60,10 @@ def guidance_of(rows: Sequence[Request], cond: Conditioning, features: Features)
     if first.cfg == 1.0:
         return None
     null = guidance.null_conditioning(cond)
-    led = [features[row.negative_prompt] if row.negative_prompt is not None else None for row in rows]
-    hidden = [null.t5_hidden[i : i + 1] if pair is None else pair[0] for i, pair in enumerate(led)]
-    mask = [null.t5_mask[i : i + 1] if pair is None else pair[1] for i, pair in enumerate(led)]
-    null = guidance.negative_conditioning(cond, torch.cat(hidden), torch.cat(mask))
+    hidden, mask = list(null.t5_hidden.split(1)), list(null.t5_mask.split(1))
+    for index, row in enumerate(rows):
+        if row.negative_prompt is not None:
+            away = guidance.negative_conditioning(cond, *features[row.negative_prompt])
+            hidden[index], mask[index] = away.t5_hidden, away.t5_mask
+    null = replace(null, t5_hidden=torch.cat(hidden), t5_mask=torch.cat(mask))
     return guidance.Guidance(null, first.cfg, FULL_APG if first.apg is None else first.apg)
