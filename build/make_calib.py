@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.out} is current")
         return 0
     rows = settings.rows()
-    frames, kinds = [row.frames for row in rows], [row.kind for row in rows]
+    frames, kinds = [row.valid_frames for row in rows], [row.kind for row in rows]
     with locks.held(locks.lock_path(args.out), f"the capture of {args.out}"):
         writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
         manifest.manifest_path(args.out).unlink(missing_ok=True)

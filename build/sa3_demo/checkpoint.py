@@ -23,6 +23,17 @@ from sa3_demo.text_encoder import DemoSize
 from sa3_trt_core import shapes
 
 TEXT_FOLDER = "t5gemma-b-b-ul2"
+TEXT_MODEL = f"google/{TEXT_FOLDER}"  # the one name of a text encoder that the model's own package takes
+_DIFFUSION = {
+    "diffusion_objective": "rf_denoiser",
+    "cross_attention_cond_ids": ["prompt", "seconds_total"],
+    "global_cond_ids": ["seconds_total"],
+    "local_add_cond_ids": ["inpaint_mask", "inpaint_masked_input"],
+    "distribution_shift_options": {"min_length": 256, "max_length": shapes.MAX_FRAMES},
+    "sampling_distribution_shift_options": None,
+    "mask_padding_attention": True,
+    "use_effective_length_for_schedule": True,
+}
 GROUP_TOKENS = 2000  # most, of a random checkpoint's vocabulary
 TARGET_RMS = 0.15  # of the decoded noise: well above silence, far from clipping
 
@@ -35,7 +46,11 @@ MEDIUM = DemoSize(
 
 
 def model_config(size: DemoSize) -> dict[str, Any]:
-    """The model_config.json of a demo checkpoint, in the native layout."""
+    """Return the model_config.json of a demo checkpoint, in the native layout.
+
+    Every key of a native medium config is there, so that the model's own package opens it too. `repo_id` is where that
+    package looks for the text encoder: a folder, here the checkpoint's own as seen from inside it.
+    """
     shared = {
         "channels": size.autoencoder_channels,
         "c_mults": [6],
@@ -50,26 +65,27 @@ def model_config(size: DemoSize) -> dict[str, Any]:
     }
     patch = shapes.SAMPLES_PER_FRAME // 16
     patched = patch * shapes.AUDIO_CHANNELS
+    decoder = {"out_channels": patched, "sinusoidal_blocks": [size.autoencoder_sinusoidal], "mask_noise": 0.1}
+    bottleneck = {"dim": shapes.LATENT_CHANNELS, "auto_scale": True, "freeze": True}
+    bottleneck |= {"noise_augment_dim": 0, "noise_regularize": True}
     autoencoder = {
-        "encoder": {"type": "same", "config": {"in_channels": patched, "sinusoidal_blocks": [0], **shared}},
-        "decoder": {
-            "type": "same",
-            "config": {"out_channels": patched, "sinusoidal_blocks": [size.autoencoder_sinusoidal], **shared},
-        },
-        "bottleneck": {"type": "softnorm", "config": {"dim": shapes.LATENT_CHANNELS, "auto_scale": True}},
+        "encoder": {"type": "same", "config": {"in_channels": patched, "mask_noise": 0.001, **shared}},
+        "decoder": {"type": "same", "config": {**decoder, **shared}},
+        "bottleneck": {"type": "softnorm", "config": bottleneck},
         "latent_dim": shapes.LATENT_CHANNELS,
         "downsampling_ratio": shapes.SAMPLES_PER_FRAME,
         "io_channels": shapes.AUDIO_CHANNELS,
         "pretransform": {"type": "patched", "config": {"channels": shapes.AUDIO_CHANNELS, "patch_size": patch}},
     }
-    prompt = {"model_name": TEXT_FOLDER, "subfolder": TEXT_FOLDER, "max_length": shapes.TEXT_TOKENS}
+    prompt = {"model_name": TEXT_MODEL, "repo_id": ".", "subfolder": TEXT_FOLDER, "max_length": shapes.TEXT_TOKENS}
     seconds = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
     return {
         "model_type": "diffusion_cond_inpaint",
+        "sample_size": shapes.MAX_FRAMES * shapes.SAMPLES_PER_FRAME,
         "sample_rate": shapes.SAMPLE_RATE,
         "audio_channels": shapes.AUDIO_CHANNELS,
         "model": {
-            "pretransform": {"type": "autoencoder", "config": autoencoder},
+            "pretransform": {"type": "autoencoder", "iterate_batch": True, "config": autoencoder},
             "conditioning": {
                 "configs": [
                     {"id": "prompt", "type": "t5gemma", "config": {**prompt, "padding_mode": "learned"}},
@@ -77,7 +93,7 @@ def model_config(size: DemoSize) -> dict[str, Any]:
                 ],
                 "cond_dim": shapes.TEXT_CHANNELS,
             },
-            "diffusion": {"type": "dit", "diffusion_objective": "rf_denoiser", "config": _dit_config(size)},
+            "diffusion": {"type": "dit", **_DIFFUSION, "config": _dit_config(size)},
             "io_channels": shapes.LATENT_CHANNELS,
         },
     }
@@ -92,6 +108,9 @@ def _dit_config(size: DemoSize) -> dict[str, Any]:
         "cond_token_dim": shapes.TEXT_CHANNELS,
         "global_cond_dim": shapes.TEXT_CHANNELS,
         "local_add_cond_dim": shapes.LOCAL_CHANNELS,
+        "global_cond_type": "adaLN",
+        "norm_type": "rms_norm",
+        "transformer_type": "continuous_transformer",
         "norm_kwargs": {"force_fp32": True},
         "attn_kwargs": {"qk_norm": "rms", "differential": True},
         "ff_kwargs": {"mult": size.ff_mult},

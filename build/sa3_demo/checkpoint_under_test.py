@@ -49,8 +49,9 @@ class Subject:
         self._autoencoder = native.load_autoencoder(native.NativeWeights(weights), geometry)
         self._decoder = DecoderContract(self._autoencoder)
         self.seconds, self.steps, self.batch = seconds, steps, batch
-        self.frames = shapes.latent_frames(seconds)
-        self.sounding = -(-shapes.output_samples(seconds) // shapes.SAMPLES_PER_FRAME)  # frames that are not silence
+        self.drawn_frames = shapes.latent_frames(seconds)  # of noise
+        self.frames = shapes.valid_frames(seconds, self.drawn_frames)
+        self.sounding = shapes.frames_before(seconds)  # frames that are not silence
 
     @torch.inference_mode()
     def conditioning(self, rows: Sequence[Row]) -> Conditioning:
@@ -79,7 +80,7 @@ class Subject:
         return torch.cat([self._batch(part, engine or self._engine, on_step) for part in parts])
 
     def _batch(self, rows: Sequence[Row], engine: VelocityEngine, on_step: Callable[[int], None]) -> torch.Tensor:
-        noise = row_noise([row.seed for row in rows], shapes.LATENT_CHANNELS, self.frames)
+        noise = row_noise([row.seed for row in rows], shapes.LATENT_CHANNELS, self.drawn_frames, self.frames)
         levels = schedule.sigmas(self.steps)
         return ping_pong(engine, noise, levels, self.conditioning(rows), lambda *_: on_step(len(rows)))
 

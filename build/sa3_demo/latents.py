@@ -60,7 +60,8 @@ class LatentSet:
 def keep_masks(generator: torch.Generator, frames: torch.Tensor, length: int, share: float) -> torch.Tensor:
     """Keep masks (rows, 1, length) of 0/1: a `share` of the rows keeps all but one span of the music, others nothing.
 
-    The span is 10 to 100 % of the `frames` (rows,) that sound; the silence after them is kept too.
+    The span is 10 to 100 % of the `frames` (rows,) that sound. Nothing after those is kept, as in deployment
+    (sampling/inpainting.py): the DiT never meets a mask that keeps its padding.
     """
     rows, device = len(frames), frames.device
     width = (0.1 + 0.9 * torch.rand(rows, generator=generator, device=device)) * frames
@@ -68,7 +69,8 @@ def keep_masks(generator: torch.Generator, frames: torch.Tensor, length: int, sh
     position = torch.arange(length, device=device)
     inside = (position >= start.floor()[:, None]) & (position < (start + width).ceil()[:, None])
     chosen = torch.rand(rows, 1, generator=generator, device=device) < share
-    return (~inside & chosen).float().unsqueeze(1)
+    sounds = position < frames[:, None]
+    return (~inside & chosen & sounds).float().unsqueeze(1)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from sa3_trt_core.console import Progress
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.sampling import inpainting
 from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sa3_validation import spectra
 
@@ -190,14 +191,17 @@ def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict
     Latents: relative L2 against the loop's own over the kept frames that sound. Samples: SI-SDR in dB against the
     rendered loop, EDGE_FRAMES away from the span; the autoencoder's own is the most that can be had.
     """
-    first, last = round(subject.sounding / 3), round(2 * subject.sounding / 3)
-    keep = torch.ones(1, 1, subject.frames)
-    keep[..., first:last] = 0.0
+    start, end = subject.seconds / 3, 2 * subject.seconds / 3
+    first, last = inpainting.regenerated_frames(start, end)
+    keep = inpainting.keep_mask(subject.seconds, subject.frames, [(start, end)])
     kept = torch.cat([torch.arange(first), torch.arange(last, subject.sounding)])
     clear = np.ones(subject.sounding * SAMPLES_PER_FRAME, dtype=bool)
     clear[max(0, first - EDGE_FRAMES) * SAMPLES_PER_FRAME : (last + EDGE_FRAMES) * SAMPLES_PER_FRAME] = False
     clear = clear[: len(loops[0].rendered)]
-    told = [Row(loop.caption, seed + i, torch.cat([keep, keep * loop.latent], dim=1)) for i, loop in enumerate(loops)]
+    told = [
+        Row(loop.caption, seed + index, inpainting.local_conditioning(loop.latent, keep))
+        for index, loop in enumerate(loops)
+    ]
     untold = [Row(row.caption, row.seed) for row in told]
     rows: list[dict[str, Any]] = [{"piece_seed": loop.piece.seed} for loop in loops]
     with Progress("in-painting", 2 * len(loops) * subject.steps, "row steps") as progress:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+
 USAGE_EXIT = 2
 GATE_EXIT = 3
 
@@ -24,6 +29,10 @@ class ToolError(Exception):
         return f"error: {_one_line(self.message)}\n  hint: {_one_line(self.hint)}"
 
 
+class ToolWarning(UserWarning):
+    """A loss that does not stop a run and that its user should know of; commands print it as one line on stderr."""
+
+
 class GateError(ToolError):
     """A check of the result said no: exit code 3, and `report`, where there is one, after the two lines."""
 
@@ -37,3 +46,95 @@ class GateError(ToolError):
 
 def _one_line(text: str) -> str:
     return " ".join(str(text).split())
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words for a full disk
+# What torch, ONNX Runtime, CUDA, safetensors and the dynamic linker say when memory ends.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|cannot allocate memory|failed to allocate memory|unable to allocate|bad[ _]alloc"
+    r"|out of memory|std::bad_array_new_length|AllocateRawInternal|_ALLOC_FAILED|can't start new thread"
+    r"|pthread_create failed|failed to map segment|memory allocation of \d+ bytes|memory exhausted",
+    re.IGNORECASE,
+)
+_AMOUNT = re.compile(
+    r"(?:allocate|requested buffer of size|allocation of|mmap|requested bytes of)[: ]+([\d.]+ ?(?:[KMGT]?i?B\b)?)",
+    re.IGNORECASE,
+)
+_LESS = "free some, or ask for less: a shorter length, fewer rows at a time, --free-models or --chunk-frames 64"
+
+
+def as_tool_error(error: BaseException) -> ToolError | None:
+    """Return the ToolError for what the system refuses: memory, room on a disk, a path, text; None for anything else.
+
+    Libraries wrap such errors, or say them in words of their own, so causes and messages are looked at too.
+    """
+    for one in _chain(error):
+        if isinstance(one, ToolError):
+            return one
+        found = memory_error(one) or _disk_error(one) or _path_error(one)
+        if found is not None:
+            return found
+    return None
+
+
+def memory_error(error: BaseException, doing: str = "") -> ToolError | None:
+    """Return the ToolError for memory that ended, with what was asked for; None for an error of another kind."""
+    words = str(error)
+    system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (isinstance(error, MemoryError) or system or _NO_MEMORY.search(words)):
+        return None
+    amount = _AMOUNT.search(words)
+    size = "" if amount is None else _size(amount[1])
+    asked = f": {size} more were asked for" if size else ""
+    return ToolError(f"memory ended{f' while {doing}' if doing else ''}{asked}", _LESS)
+
+
+def _size(text: str) -> str:
+    text = text.strip().rstrip(".")
+    return f"{int(text) / 1e6:,.1f} MB" if text.isdigit() else text
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    step: BaseException | None = error
+    while step is not None and id(step) not in seen:
+        seen.add(id(step))
+        yield step
+        step = step.__cause__ or step.__context__
+
+
+def _disk_error(error: BaseException) -> ToolError | None:
+    words = str(error)
+    by_number = isinstance(error, OSError) and error.errno in _NO_ROOM
+    by_words = any(os.strerror(number) in words or f"os error {number})" in words for number in _NO_ROOM)
+    if not (by_number or by_words or _CUT_SHORT.fullmatch(words)):
+        return None
+    return ToolError(f"the disk takes no more: {words}", "free some space and run the same command again")
+
+
+def _path_error(error: BaseException) -> ToolError | None:
+    """Return the ToolError for a path that the system refuses, or for text that is no Unicode."""
+    if isinstance(error, UnicodeError):
+        text = getattr(error, "object", "")
+        shown = ascii(text if isinstance(text, str) else bytes(text))[:80]
+        return ToolError(f"{shown} holds characters that cannot be encoded", "write it in UTF-8, or rename the file")
+    if isinstance(error, ValueError) and "null byte" in str(error):
+        return ToolError("a path holds a null character", "give the path of a file")
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _CURES):
+        return None
+    if error.filename is None or error.errno is None:
+        return ToolError(f"the system refuses: {error}", _CURES.get(error.errno or 0, "give another path"))
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+    return ToolError(f"cannot use {shown}: {error.strerror or error}", _CURES.get(error.errno, "give another path"))
+
+
+_LONGEST_SHOWN = 120
+_CURES = {
+    errno.EACCES: "give a path that you may read and write, or change its permissions",
+    errno.EPERM: "give a path that you may read and write, or change its permissions",
+    errno.ENAMETOOLONG: "give a path whose names have at most 255 bytes each",
+    errno.ELOOP: "its symbolic links lead in a circle: give another path",
+    errno.ENOENT: "give a path that exists, and run the command again",
+}

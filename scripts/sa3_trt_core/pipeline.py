@@ -34,7 +34,9 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Result:
-    """Latents (1, 256, L) fp32, sigmas (steps + 1,), and audio fp32 (samples, 2), which may lie beyond full scale (1).
+    """Latents (1, 256, V) fp32 of the valid frames, sigmas (steps + 1,), and audio fp32 (samples, 2).
+
+    The audio may lie beyond full scale (1).
 
     `timings` are the seconds of each stage, this row's share of its batch's; `memory` the bytes in use on the GPU after
     each stage, empty without one.
@@ -194,7 +196,7 @@ class Generator(Closing):
                 key = (row.init_audio, row.init_start, row.frames)
                 if key not in known.sounds:
                     samples = audio_io.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
-                    known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row))
+                    known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
                 found.append(known.sounds[key])
         job.inits = found
         tell("init audio")
@@ -214,11 +216,11 @@ class Generator(Closing):
         if self._frees:
             self.engines.release(stage)
 
-    def _chunk(self, row: Request) -> int:
-        return tiling.chunk_frames(row.frames, self.engines.plan.chunk_frames)
+    def _chunk(self, frames: int) -> int:
+        return tiling.chunk_frames(frames, self.engines.plan.chunk_frames)
 
     def _sample(self, job: Batch, tell: Tell) -> None:
-        """The latents (B, 256, L) of a batch."""
+        """The latents (B, 256, V) of a batch."""
         import torch
 
         first, velocity = job.rows[0], self._velocity(job.meter)
@@ -226,7 +228,7 @@ class Generator(Closing):
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
             guidance = guidance_of(job.rows, cond, job.features)
             engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
-            noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames)
+            noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
@@ -242,7 +244,7 @@ class Generator(Closing):
         (row,) = job.rows
         with torch.inference_mode():
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
-            noise = row_noise([row.seed], LATENT_CHANNELS, row.frames)
+            noise = row_noise([row.seed], LATENT_CHANNELS, row.frames, row.valid_frames)
             path = Trajectory(noise, sigmas_of(row), start, kept)
             return RingRow(path, cond, guidance_of(job.rows, cond, job.features), job.meter)
 
@@ -255,7 +257,7 @@ class Generator(Closing):
         with torch.inference_mode():
             for index, row in enumerate(job.rows):
                 with job.meter.stage("decode"):
-                    decoded = autoencoder.decode(decoder, job.latents[index : index + 1], self._chunk(row))
+                    decoded = autoencoder.decode(decoder, job.latents[index : index + 1], self._chunk(row.valid_frames))
                     sounds.append(autoencoder.finish(decoded, row.seconds))
                 tell("decoded")
         levels = sigmas_of(job.rows[0])

@@ -11,10 +11,12 @@ from sa3_trt_core import shapes
 from sa3_trt_core.errors import ToolError
 
 MOST_STEPS = 1000
+SCHEDULE_ORDERS = ("warp-then-scale", "scale-then-warp")  # of noise levels below 1: sampling/schedule.py
 MOST_SEED = 2**63 - 1
 MOST_CFG = 100.0
 LEAST_NOISE = 0.01  # the published runtime's limit too: the model is not defined at sigma 0
 FULL_APG = 1.0
+MOST_PADDING = 60.0  # seconds; the model's own interface offers 30
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,11 @@ class Request:
     and one row a forward; anything else is two. `negative_prompt` takes the place of the null row. `apg` 0 to 1 is how
     much of the guidance along the sound itself is taken away (None: all of it, the model's own default).
     `init_audio` is any sound file, read from `init_start` seconds on: with `init_noise_level` (0.01 to 1) it is varied
-    (audio to audio), with `inpaint`, ranges (start, end) in seconds, it is kept outside of them. `paste_kept` puts the
-    kept latent back after every step, as the published runtime does and the model's own code does not.
-    `legacy_schedule` takes the published TensorRT runtime's noise levels and length rule.
+    (audio to audio), with `inpaint`, ranges (start, end) in seconds, it is kept outside of them; both may be given.
+    `paste_kept` puts the kept latent back after every step, as the published runtime does and the model's own code
+    does not. `duration_padding` is the seconds that are generated after the end and thrown away. `schedule_order` is
+    the order of warp and scale where `init_noise_level` is below 1 (sampling schedule). `legacy_schedule` takes the
+    published TensorRT runtime's noise levels and length rule, which has no padding.
     """
 
     prompt: str
@@ -43,12 +47,17 @@ class Request:
     inpaint: tuple[tuple[float, float], ...] = ()
     paste_kept: bool = False
     legacy_schedule: bool = False
+    duration_padding: float = shapes.PADDING_SECONDS
+    schedule_order: str = SCHEDULE_ORDERS[0]
 
     def __post_init__(self) -> None:
         _require_range("seconds", self.seconds, shapes.MIN_SECONDS, shapes.MAX_SECONDS)
         _require_range("steps", self.steps, 1, MOST_STEPS)
         _require_range("seed", self.seed, 0, MOST_SEED)
         _require_range("cfg", self.cfg, 0.0, MOST_CFG)
+        _require_range("duration_padding", self.duration_padding, 0.0, MOST_PADDING)
+        if self.schedule_order not in SCHEDULE_ORDERS:
+            raise ToolError(f"unknown schedule order {self.schedule_order!r}", f"known: {', '.join(SCHEDULE_ORDERS)}")
         if self.cfg == 1.0 and self.negative_prompt is not None:
             raise ToolError("a negative prompt does nothing at cfg 1", "add --cfg, for example --cfg 3")
         if self.cfg == 1.0 and self.apg is not None:
@@ -68,10 +77,17 @@ class Request:
 
     @property
     def frames(self) -> int:
-        """Latent frames to generate."""
+        """Latent frames whose noise is drawn."""
         if self.legacy_schedule:
             return shapes.legacy_latent_frames(self.seconds)
-        return shapes.latent_frames(self.seconds, shapes.frame_cap(self.seconds))
+        return shapes.latent_frames(self.seconds, self.duration_padding)
+
+    @property
+    def valid_frames(self) -> int:
+        """Latent frames that the DiT runs on and the decoder decodes: the first of `frames`."""
+        if self.legacy_schedule:
+            return self.frames
+        return shapes.valid_frames(self.seconds, self.frames, self.duration_padding)
 
     @property
     def sigma_max(self) -> float:
@@ -84,15 +100,11 @@ class Request:
         return 1 if self.cfg == 1.0 else 2
 
     @property
-    def regenerated(self) -> tuple[tuple[int, int], ...]:
-        """The in-painted ranges in latent frames: round(sec * 44100 / 4096). Source: facts.md, section 2."""
-        return tuple((_frame(start), min(_frame(end), self.frames)) for start, end in self.inpaint)
-
-    @property
     def batch_key(self) -> tuple[object, ...]:
         """Requests with the same key can be rows of one batch: equal length, noise levels and guidance."""
         return (
-            self.frames, self.steps, self.cfg, self.apg, self.init_noise_level, self.paste_kept, self.legacy_schedule
+            self.frames, self.valid_frames, self.steps, self.cfg, self.apg, self.init_noise_level, self.paste_kept,
+            self.legacy_schedule, self.schedule_order,
         )  # fmt: skip
 
     def _check_init(self) -> None:
@@ -108,8 +120,6 @@ class Request:
                 "an init audio alone says nothing of what to do with it",
                 "add --init-noise-level (0.01 to 1: the more, the freer) or --inpaint-range A,B",
             )
-        if level is not None and self.inpaint:
-            raise ToolError("in-painting starts from noise and takes no init noise level", "choose one of the two")
         if level is not None:
             _require_range("init_noise_level", level, LEAST_NOISE, 1.0)
         if self.paste_kept and not self.inpaint:
@@ -122,9 +132,9 @@ class Request:
                 f"the in-painting range {start:g},{end:g} is not inside 0 to {self.seconds:g} seconds",
                 "give A,B with 0 <= A < B <= --seconds",
             )
-        if _frame(start) == min(_frame(end), self.frames):
+        if shapes.frames_before(start) == shapes.frames_before(end):  # sampling/inpainting.py
             raise ToolError(
-                f"the in-painting range {start:g},{end:g} is shorter than a latent frame",
+                f"the in-painting range {start:g},{end:g} holds the beginning of no latent frame",
                 f"a frame is {shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE:.3f} s",
             )
 
@@ -147,7 +157,7 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
 
 
 def ring_groups(requests: Sequence[Request], depth: int, most_rows: int | None = None) -> list[list[int]]:
-    """The requests' indices by latent frames, in order of each length's first: one forward has one length.
+    """The requests' indices by valid latent frames, in order of each length's first: one forward has one length.
 
     `most_rows` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
     would not fit.
@@ -161,7 +171,7 @@ def ring_groups(requests: Sequence[Request], depth: int, most_rows: int | None =
         raise ToolError(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
     groups: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
-        groups.setdefault(request.frames, []).append(index)
+        groups.setdefault(request.valid_frames, []).append(index)
     return list(groups.values())
 
 
@@ -171,10 +181,6 @@ def count_stages(requests: Sequence[Request], batch: int) -> int:
         1 + any(requests[row].init_audio is not None for row in rows) + requests[rows[0]].steps + len(rows)
         for rows in batches(requests, batch)
     )
-
-
-def _frame(seconds: float) -> int:
-    return round(seconds * shapes.SAMPLE_RATE / shapes.SAMPLES_PER_FRAME)
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:

@@ -16,13 +16,12 @@ TEXT_CHANNELS = 768
 LOCAL_CHANNELS = 257  # the keep mask, then the masked latent
 AUDIO_CHANNELS = 2
 PADDING_SECONDS = 6.0
-TAIL_FRAMES = 64  # frames beyond the wanted length that still count as valid
-DEFAULT_FRAME_CAP = 1292
+USUAL_FRAMES = 1292  # latent frames that engines are tuned for: the middle of their optimisation profile
 MIN_CODEC_FRAMES = 32
 MAX_FRAMES = 4096
 MAX_BATCH = 8
 MIN_SECONDS = 0.01
-MAX_SECONDS = MAX_FRAMES * SAMPLES_PER_FRAME / SAMPLE_RATE - PADDING_SECONDS  # 374.4: the engines' limit
+MAX_SECONDS = MAX_FRAMES * SAMPLES_PER_FRAME / SAMPLE_RATE  # 380.4: the checkpoint's own sample_size
 
 Which = Literal["min", "opt", "max"]
 _POSITION = {"min": 0, "opt": 1, "max": 2}
@@ -63,10 +62,10 @@ class GraphContract:
         return value * int(match[3]) if match[2] == "*" else value // int(match[3])
 
 
-_CODEC_FRAMES = (MIN_CODEC_FRAMES, DEFAULT_FRAME_CAP, MAX_FRAMES)
+_CODEC_FRAMES = (MIN_CODEC_FRAMES, USUAL_FRAMES, MAX_FRAMES)
 _CODEC_SAMPLES = (
     MIN_CODEC_FRAMES * SAMPLES_PER_FRAME,
-    DEFAULT_FRAME_CAP * SAMPLES_PER_FRAME,
+    USUAL_FRAMES * SAMPLES_PER_FRAME,
     MAX_FRAMES * SAMPLES_PER_FRAME,
 )
 
@@ -92,7 +91,7 @@ CONTRACTS: Mapping[str, GraphContract] = {
                 TensorSpec("local_add_cond", "float32", ("B", LOCAL_CHANNELS, "L")),
             ),
             outputs=(TensorSpec("velocity", "float32", ("B", LATENT_CHANNELS, "L")),),
-            profile={"B": (1, 1, MAX_BATCH), "L": (1, DEFAULT_FRAME_CAP, MAX_FRAMES)},
+            profile={"B": (1, 1, MAX_BATCH), "L": (1, USUAL_FRAMES, MAX_FRAMES)},
         ),
         GraphContract(
             kind="same-decoder",
@@ -115,12 +114,13 @@ def output_samples(seconds: float) -> int:
     return int(seconds * SAMPLE_RATE)
 
 
-def latent_frames(seconds: float, cap: int = DEFAULT_FRAME_CAP) -> int:
-    """How many latent frames are generated for a length: padding of 6 s included, made even, capped.
+def latent_frames(seconds: float, padding: float = PADDING_SECONDS, cap: int = MAX_FRAMES) -> int:
+    """Return the latent frames whose noise is drawn for a length: `padding` seconds included, made even, capped.
 
-    Source: the model's own generation (facts.md, section 2).
+    The cap is the checkpoint's sample_size; the last 6 s below it have less padding. Source: the model's own
+    generation.
     """
-    frames = _ceil_frames(int((seconds + PADDING_SECONDS) * SAMPLE_RATE))
+    frames = frames_before(seconds + padding)
     return min(frames + frames % 2, cap)
 
 
@@ -132,16 +132,14 @@ def legacy_latent_frames(seconds: float) -> int:
     return max(1, math.ceil(seconds * SAMPLE_RATE / SAMPLES_PER_FRAME))
 
 
-def valid_frames(seconds: float, frames: int) -> int:
-    """How many of `frames` latent frames may sound: the wanted length and a tail of 64, never more than there are."""
-    return min(_ceil_frames(output_samples(seconds)) + TAIL_FRAMES, frames)
+def valid_frames(seconds: float, frames: int, padding: float = PADDING_SECONDS) -> int:
+    """Return how many of `frames` latent frames the DiT runs on: the length itself and whole frames of `padding`.
+
+    The frames after them take no part in the model's own attention. Source: the model's own generation.
+    """
+    return min(frames_before(seconds) + int(padding * SAMPLE_RATE / SAMPLES_PER_FRAME), frames)
 
 
-def frame_cap(seconds: float) -> int:
-    """The default cap, or the engines' limit where the wanted audio itself would not fit under the default."""
-    fits = output_samples(seconds) <= DEFAULT_FRAME_CAP * SAMPLES_PER_FRAME
-    return DEFAULT_FRAME_CAP if fits else MAX_FRAMES
-
-
-def _ceil_frames(samples: int) -> int:
-    return -(-samples // SAMPLES_PER_FRAME)
+def frames_before(seconds: float) -> int:
+    """Return the first latent frame whose first sample lies at or after int(seconds * 44100)."""
+    return -(-output_samples(seconds) // SAMPLES_PER_FRAME)

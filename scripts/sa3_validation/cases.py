@@ -17,6 +17,7 @@ from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import FULL_APG
 from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity, null_conditioning
+from sa3_trt_core.sampling.inpainting import keep_mask, local_conditioning
 from sa3_trt_core.sampling.sampler import row_noise
 from sa3_validation.perturbation import started
 
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def frames(self) -> int:
-        """Latent frames."""
+        """Latent frames that the DiT runs on."""
         return int(self.cond.local_add_cond.shape[-1])
 
     def dit(self, engine: GraphEngine) -> VelocityEngine:
@@ -58,7 +59,9 @@ class Case:
 
     def noise(self) -> Iterator[Tensor]:
         """The start, then one draw a step; the same for every DiT."""
-        drawn = row_noise([self.seed], shapes.LATENT_CHANNELS, self.frames)
+        whole = shapes.latent_frames(self.seconds)
+        padded = shapes.valid_frames(self.seconds, whole) == self.frames
+        drawn = row_noise([self.seed], shapes.LATENT_CHANNELS, whole if padded else self.frames, self.frames)
         return drawn if self.start is None else started(self.start, drawn)
 
 
@@ -103,7 +106,7 @@ def text_cases(wanted: Wanted, encoder: GraphEngine, tokenizer: text.Tokenizer) 
     """One case a prompt and seed, in that order of variation: all prompts with the first seed, then the second."""
     import torch
 
-    frames = shapes.latent_frames(wanted.seconds, shapes.frame_cap(wanted.seconds))
+    frames = shapes.valid_frames(wanted.seconds, shapes.latent_frames(wanted.seconds))
     conds = []
     for prompt in wanted.prompts:
         hidden, mask = text.encode_text(encoder, tokenizer, [prompt])
@@ -149,11 +152,9 @@ def in_painted(case: Case, latents: np.ndarray) -> Case:
     """The same text over its own latents (1, 256, L), of which the middle half is made anew, with other noise."""
     import torch
 
-    sounding = round(case.seconds * shapes.SAMPLE_RATE / shapes.SAMPLES_PER_FRAME)
-    first, last = (round(share * sounding) for share in REGENERATED)
-    keep = torch.ones(1, 1, case.frames)
-    keep[..., first : max(last, first + 1)] = 0.0
-    local = torch.cat([keep, keep * torch.from_numpy(latents)], dim=1)
+    start, end = (share * case.seconds for share in REGENERATED)
+    keep = keep_mask(case.seconds, case.frames, [(start, end)])
+    local = local_conditioning(torch.from_numpy(latents), keep)
     cond = replace(case.cond, local_add_cond=local)
     return replace(case, name=_renamed(case, INPAINT), kind=INPAINT, seed=case.seed + 10_000, cond=cond, start=None)
 

@@ -149,7 +149,7 @@ def test_a_file_limit_stops_a_writer_in_two_lines(tiny_onnx: Path, tmp_path: Pat
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "import build_dit_fp16mixed as command\n"
-        "from sa3_trt_core.errors import run_command\n"
+        "from sa3_trt_core.cli.arguments import run_command\n"
         "sys.exit(run_command(lambda: command.main(sys.argv[1:])))\n"
     )
     import build_dit_fp16mixed

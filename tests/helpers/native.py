@@ -57,8 +57,11 @@ def gated(x: torch.Tensor, w: Weights, name: str, sinusoidal: bool = False) -> t
     return (value * opened) @ w[f"{name}.ff.2.weight"].T + w[f"{name}.ff.2.bias"]
 
 
-def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond) -> torch.Tensor:
-    """The DiT's velocity from the six inputs, every row of the text attended, padded rows learned."""
+def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond, valid=None) -> torch.Tensor:
+    """The DiT's velocity from the six inputs, every row of the text attended, padded rows learned.
+
+    `valid`: how many latent frames are attended, None for all; the velocity of the others means nothing then.
+    """
     base = "conditioner.conditioners."
     number = fourier(seconds_total.clamp(0.0, 384.0) / 384.0)
     linear = f"{base}seconds_total.embedder.embedding.1."
@@ -71,15 +74,17 @@ def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond
     h = x.transpose(1, 2) @ w[f"{DIT}transformer.project_in.weight"].T
     memory = w[f"{DIT}transformer.memory_tokens"]
     h = torch.cat([memory.expand(len(h), -1, -1), h], dim=1)
+    unseen = torch.arange(h.shape[1]) >= len(memory) + (x.shape[-1] if valid is None else valid)
+    mask = torch.zeros(h.shape[1]).masked_fill(unseen, -math.inf)
     layer = 0
     while f"{DIT}transformer.layers.{layer}.pre_norm.gamma" in w:
-        h = dit_layer(w, f"{DIT}transformer.layers.{layer}", h, context, modulation, local_add_cond, len(memory))
+        h = dit_layer(w, f"{DIT}transformer.layers.{layer}", h, context, modulation, local_add_cond, len(memory), mask)
         layer += 1
     out = (h[:, len(memory) :] @ w[f"{DIT}transformer.project_out.weight"].T).transpose(1, 2)
     return out + torch.einsum("oi,bil->bol", w[f"{DIT}postprocess_conv.weight"][..., 0], out)
 
 
-def dit_layer(w: Weights, name: str, h, context, modulation, local_add_cond, memory: int) -> torch.Tensor:
+def dit_layer(w: Weights, name: str, h, context, modulation, local_add_cond, memory: int, mask) -> torch.Tensor:
     """Self-attention, cross-attention, local embedding, feed-forward; native eps 1e-5 outside, 1e-6 on q and k."""
     parts = (w[f"{name}.to_scale_shift_gate"] + modulation)[:, None].chunk(6, dim=-1)
     scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = parts
@@ -92,7 +97,7 @@ def dit_layer(w: Weights, name: str, h, context, modulation, local_add_cond, mem
     q, k, v, q2, k2 = (y @ w[f"{name}.self_attn.to_qkv.weight"].T).chunk(5, dim=-1)
     q, q2 = (rotate(normed(value, "q", "self_attn"), inv_freq) for value in (q, q2))
     k, k2 = (rotate(normed(value, "k", "self_attn"), inv_freq) for value in (k, k2))
-    out = attend(q, k, heads(v)) - attend(q2, k2, heads(v))
+    out = attend(q, k, heads(v), mask) - attend(q2, k2, heads(v), mask)
     h = h + out.transpose(1, 2).flatten(2) @ w[f"{name}.self_attn.to_out.weight"].T * torch.sigmoid(1 - gate_a)
     y = rms(h, w[f"{name}.cross_attend_norm.gamma"], 1e-5)
     q, q2 = (y @ w[f"{name}.cross_attn.to_q.weight"].T).chunk(2, dim=-1)

@@ -68,27 +68,35 @@ class Plain:
 
     @torch.inference_mode()
     def latents(self, request: Request) -> torch.Tensor:
-        frames = math.ceil(int((request.seconds + 6) * RATE) / 4096)
-        frames = math.ceil(request.seconds * RATE / 4096) if request.legacy_schedule else frames + frames % 2
+        drawn = math.ceil(int((request.seconds + request.duration_padding) * RATE) / 4096)
+        drawn += drawn % 2
+        sounding = math.ceil(int(request.seconds * RATE) / 4096)
+        frames = min(sounding + int(request.duration_padding * RATE / 4096), drawn)  # those that are attended
+        if request.legacy_schedule:
+            frames = drawn = math.ceil(request.seconds * RATE / 4096)
         level = request.init_noise_level or 1.0
         levels = sigmas(request.steps) * level
         if request.legacy_schedule:
             levels = legacy_sigmas(request.steps, frames, level)
+        if request.schedule_order == "scale-then-warp":
+            levels = torch.sigmoid(8.2 * torch.linspace(level, 0, request.steps + 1) - 2)
+            levels[0], levels[-1] = level, 0.0
         told = self.model.conditioning(request.prompt, request.seconds, frames)
         init, keep, local = None, torch.zeros(1, 1, frames), told.local_add_cond
         if request.init_audio is not None:
-            init = self.encode(request, frames)
+            init = self.encode(request, drawn)[..., :frames]
         if request.inpaint:
-            keep = torch.ones(1, 1, frames)
-            for start, end in request.inpaint:
-                keep[..., round(start * RATE / 4096) : round(end * RATE / 4096)] = 0
+            samples = torch.ones(frames * 4096)  # the mask is made in samples; a frame has that of its first one
+            for start, end in (*request.inpaint, (request.seconds, math.inf)):
+                samples[int(start * RATE) : None if end == math.inf else int(end * RATE)] = 0
+            keep = samples[::4096].reshape(1, 1, frames)
             local = torch.cat([keep, init * keep], dim=1)
         null, mask = torch.zeros_like(told.t5_hidden), torch.ones_like(told.t5_mask)
         if request.negative_prompt is not None:
             other = self.model.conditioning(request.negative_prompt, request.seconds, frames)
             null = torch.where(other.t5_mask[..., None] > 0, other.t5_hidden, 0.0)
         torch.manual_seed(request.seed)
-        x = torch.randn(1, 256, frames)
+        x = torch.randn(1, 256, drawn)[..., :frames]
         if request.init_noise_level is not None:
             x = init * (1 - level) + x * level
         for now, after in itertools.pairwise(levels):
@@ -100,7 +108,7 @@ class Plain:
                 across = away - (away * unit).sum() * unit
                 apg = 1.0 if request.apg is None else request.apg
                 clean = clean + (request.cfg - 1) * (apg * across + (1 - apg) * away)
-            x = (1 - after) * clean + after * torch.randn(1, 256, frames)
+            x = (1 - after) * clean + after * torch.randn(1, 256, drawn)[..., :frames]
             if request.paste_kept:
                 x = init * keep + x * (1 - keep)
         return x
@@ -124,6 +132,10 @@ MODES = {
     "in-painting": {"inpaint": HALF},
     "in-painting, two ranges": {"inpaint": TWO},
     "in-painting, pasted": {"inpaint": TWO, "paste_kept": True},
+    "in-painting from a noise level": {"inpaint": HALF, "init_noise_level": 0.6},
+    "scaled, then warped": {"init_noise_level": 0.6, "schedule_order": "scale-then-warp"},
+    "no padding": {"duration_padding": 0.0},
+    "more padding": {"duration_padding": 7.3},
     "guidance": GUIDED,
     "plain guidance": {**GUIDED, "apg": 0.0},
     "half projected guidance": {**GUIDED, "apg": 0.5},
@@ -153,7 +165,7 @@ def test_latents_are_those_of_a_plain_loop(
     """The table of mode x backend."""
     request = requested(name, sound)
     found, wanted = made(name), plain.latents(request)
-    assert found.latents.shape == wanted.shape == (1, 256, request.frames)
+    assert found.latents.shape == wanted.shape == (1, 256, request.valid_frames)
     tolerance = BACKENDS[generator.engines.plan.backends["dit"]]
     assert float((found.latents - wanted).abs().max()) <= tolerance
     assert found.audio.shape == (int(request.seconds * RATE), 2) and found.audio.dtype == torch.float32
@@ -176,7 +188,7 @@ def test_a_row_does_not_depend_on_its_neighbours(generator: Generator, sound: Pa
     if "cfg" in settings:
         rows[1] = replace(rows[1], negative_prompt="voices")
     together = dict(generator.generate_many(rows, batch=3))
-    assert sorted(together) == [0, 1, 2, 3] and rows[3].frames == rows[0].frames != rows[2].frames
+    assert sorted(together) == [0, 1, 2, 3] and rows[3].batch_key == rows[0].batch_key != rows[2].batch_key
     for index, row in enumerate(rows):
         alone = generator.generate(row)
         assert float((together[index].latents - alone.latents).abs().max()) <= 1e-5
@@ -190,10 +202,10 @@ def test_the_kept_region_is_kept_and_the_rest_is_not_seen(
     request = replace(BASE, seconds=3.0, steps=2, init_audio=sound, inpaint=((0.5, 2.5),), paste_kept=True)
     found = generator.generate(request).latents
     init = plain.encode(request, request.frames)
-    ((start, end),) = request.regenerated
-    assert (start, end) == (5, 27)
-    kept = torch.ones(request.frames, dtype=torch.bool)
-    kept[start:end] = False
+    kept = torch.zeros(request.valid_frames, dtype=torch.bool)
+    kept[:33] = True
+    kept[6:27] = False  # 0.5 s lies in frame 5, 2.5 s in frame 26, 3 s in frame 32
+    init = init[..., : request.valid_frames]
     assert torch.allclose(found[..., kept], init[..., kept], atol=1e-5)
     assert float((found[..., ~kept] - init[..., ~kept]).abs().mean()) > 0.1
     # Sound well inside the range plays no part, sound outside does, with nothing pasted either.

@@ -29,16 +29,19 @@ def generate(root: Path, out: Path, *more: str) -> dict:
     return json.loads(printed)
 
 
-@pytest.mark.parametrize(("seconds", "frames"), [("5", 120), ("12.34", 198)])
-def test_latents_are_the_models_own(tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path, seconds, frames) -> None:
+@pytest.mark.parametrize(("seconds", "frames", "valid"), [("5", 120, 118), ("12.34", 198, 197)])
+def test_latents_are_the_models_own(
+    tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path, seconds, frames, valid
+) -> None:
     """fp32 engines against the checkpoint in torch, prompt to latents."""
     saved = tmp_path / "l.npz"
     more = ["--seconds", seconds, "--seed", "11", "--precision", "fp32", "--save-latents", str(saved)]
-    assert generate(tiny_onnx, tmp_path / "x.wav", *more)["rows"][0]["frames"] == frames
+    (row,) = generate(tiny_onnx, tmp_path / "x.wav", *more)["rows"]
+    assert (row["frames"], row["valid_frames"]) == (frames, valid)
     model = CheckpointModel(tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors", "cpu")
     wanted = model.generate(PROMPT, float(seconds), 8, 11).numpy()
     with np.load(saved, allow_pickle=False) as found:
-        assert found["latents"].shape == (1, 256, frames)
+        assert found["latents"].shape == (1, 256, valid)
         assert np.abs(found["latents"] - wanted).max() <= 5e-5
         assert np.array_equal(found["sigmas"], schedule.sigmas(8).numpy())
 

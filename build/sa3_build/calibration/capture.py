@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sa3_build.calibration.plan import Generation, generations, in_painting, keep_mask, started_from
+from sa3_build.calibration.plan import Generation, generations, started_from
 from sa3_build.calibration.writer import CalibrationWriter
 from sa3_build.export import load_modules as native, text_encoder
 from sa3_build.export.model_config import load_geometry
@@ -19,6 +19,7 @@ from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.guidance import guided, null_conditioning
+from sa3_trt_core.sampling.inpainting import keep_mask, local_conditioning
 from sa3_trt_core.sampling.sampler import ping_pong, row_noise
 
 
@@ -84,10 +85,12 @@ class CheckpointModel:
         """Nothing is held beyond this object."""
 
     def generate(self, prompt: str, seconds: float, steps: int, seed: int) -> torch.Tensor:
-        """Latents (1, 256, L) of one prompt, as the model itself generates them."""
-        frames = shapes.latent_frames(seconds, shapes.frame_cap(seconds))
-        cond = self.conditioning(prompt, seconds, frames)
-        return ping_pong(self, row_noise([seed], shapes.LATENT_CHANNELS, frames), schedule.sigmas(steps), cond)
+        """Return latents (1, 256, V) of one prompt, V valid frames, as the model itself generates them."""
+        frames = shapes.latent_frames(seconds)
+        valid = shapes.valid_frames(seconds, frames)
+        cond = self.conditioning(prompt, seconds, valid)
+        noise = row_noise([seed], shapes.LATENT_CHANNELS, frames, valid)
+        return ping_pong(self, noise, schedule.sigmas(steps), cond)
 
 
 class _Recorded:
@@ -148,10 +151,10 @@ def _generate(
     latents: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """Latents (1, 256, L) of one generation, its rows recorded; `latents` are the prompt's own, made just before."""
-    cond = model.conditioning(settings.prompts[one.prompt], one.seconds, one.frames)
-    noise = row_noise([one.seed], shapes.LATENT_CHANNELS, one.frames)
+    cond = model.conditioning(settings.prompts[one.prompt], one.seconds, one.valid_frames)
+    noise = row_noise([one.seed], shapes.LATENT_CHANNELS, one.frames, one.valid_frames)
     if one.kind == "inpaint" and latents is not None:
-        local = in_painting(latents, keep_mask(one.seconds, one.frames, one.spans))
+        local = local_conditioning(latents, keep_mask(one.seconds, one.valid_frames, one.ranges))
         cond = replace(cond, local_add_cond=local.to(cond.local_add_cond.device))
     if one.kind == "audio" and latents is not None:
         noise = started_from(latents, one.sigma_max, noise)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import shapes
+from sa3_trt_core.sampling import inpainting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +46,27 @@ class Generation:
 
     @property
     def frames(self) -> int:
-        """Latent frames."""
-        return shapes.latent_frames(self.seconds, shapes.frame_cap(self.seconds))
+        """Latent frames whose noise is drawn."""
+        return shapes.latent_frames(self.seconds)
+
+    @property
+    def valid_frames(self) -> int:
+        """Latent frames that the DiT runs on."""
+        return shapes.valid_frames(self.seconds, self.frames)
+
+    @property
+    def ranges(self) -> Spans:
+        """The spans in seconds, each lengthened to its next latent frame where it would hold none."""
+        found = []
+        for share, until in self.spans:
+            start, end = share * self.seconds, until * self.seconds
+            first, last = inpainting.regenerated_frames(start, end)
+            if first == last:  # the frame that holds the start
+                middle = (first - 1) * shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE
+                half = shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE / 2
+                start, end = max(0.0, middle - half), middle + half
+            found.append((start, end))
+        return tuple(found)
 
 
 def generations(prompts: int, seconds: Sequence[float], seed: int, cover: str) -> list[tuple[Generation, ...]]:
@@ -59,27 +79,6 @@ def generations(prompts: int, seconds: Sequence[float], seed: int, cover: str) -
         text = Generation("text", index, length, seed + index)
         found.append((text, *(_extra(turns[index % len(turns)], index, turn, text) for _ in turns[:1])))
     return found
-
-
-def keep_mask(seconds: float, frames: int, spans: Spans) -> Tensor:
-    """Keep mask (1, 1, L) fp32: 0 where the spans, parts of `seconds`, are made anew, 1 elsewhere.
-
-    Bounds are round(seconds * 44100 / 4096), as in deployment; a span too short for that still takes one frame.
-    """
-    import torch
-
-    keep = torch.ones(1, 1, frames)
-    for start, end in spans:
-        first, last = (round(share * seconds * shapes.SAMPLE_RATE / shapes.SAMPLES_PER_FRAME) for share in (start, end))
-        keep[..., first : max(last, first + 1)] = 0.0
-    return keep
-
-
-def in_painting(latents: Tensor, keep: Tensor) -> Tensor:
-    """local_add_cond (1, 257, L): the keep mask (1, 1, L), then the latents (1, 256, L) where they are kept."""
-    import torch
-
-    return torch.cat([keep, keep * latents], dim=1)
 
 
 def started_from(latents: Tensor, sigma_max: float, noise: Iterator[Tensor]) -> Iterator[Tensor]:

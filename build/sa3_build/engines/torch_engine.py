@@ -169,7 +169,7 @@ def _warm(runner: Runner) -> None:
     """Run each kind of kernel once at a short and a long length: what Triton compiles stays beside the engine."""
     generator = torch.Generator().manual_seed(0)
     inputs = _inputs(0.5, generator, inpaint=True)
-    for frames in (CHECKED_FRAMES, shapes.DEFAULT_FRAME_CAP):
+    for frames in (CHECKED_FRAMES, shapes.USUAL_FRAMES):
         longer = {name: value.repeat(1, 1, 1 + frames // value.shape[2])[..., :frames] if name in LONG else value
                   for name, value in inputs.items()}  # fmt: skip
         for told in (longer, longer | {"local_add_cond": torch.zeros_like(longer["local_add_cond"])}):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import contextlib
 import math
-import os
 import re
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import warnings
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TextIO
 
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.cli import streams
+from sa3_trt_core.errors import ToolError, ToolWarning, as_tool_error
 
 INTERRUPT_EXIT = 130
 
-_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words for it
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+MOST_DIGITS = 4000
+SHOWN_DIGITS = 40  # of a number or text that is refused
+_DASHED = re.compile(r"argument ([^:]+): expected (?:one|at least one) argument")
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,34 +29,68 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # argparse's own signature, passed through
 
     def error(self, message: str) -> NoReturn:
+        """Raise the ToolError of a wrong command line; a value that begins with a dash needs an equals sign."""
+        dashed = _DASHED.match(message)
+        if dashed is not None:
+            flag = dashed[1].split("/")[-1]
+            raise ToolError(
+                message, f"a value that begins with a dash is given as {flag}=-value; see {self.prog} --help"
+            )
         raise ToolError(message, f"see {self.prog} --help")
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """The exit code of `main`, its ToolErrors as two lines on stderr; anything unforeseen keeps its traceback."""
-    try:
-        code = main()
-        sys.stdout.flush()
-        return code
-    except ToolError as error:
-        print(error.lines(), file=sys.stderr)
-        report = getattr(error, "report", None)
-        if report:
-            print(report, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPT_EXIT
-    except BrokenPipeError:
-        # The reader of our output has gone. Without this, the interpreter complains once more while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        told = ToolError(f"the disk takes no more: {error}", "free some space and run the same command again")
-        print(told.lines(), file=sys.stderr)
-        return told.exit_code
+    """Return the exit code of `main`; print a ToolError, and what the system refuses, as two lines on stderr.
+
+    Anything unforeseen keeps its traceback. Standard streams that are closed or that nobody reads do not stop a run.
+    """
+    streams.make_usable()
+    with warnings_shown():
+        try:
+            code = main()
+            full = streams.lost_output()
+            return code if full is None else _failed(as_tool_error(full) or ToolError(str(full), "free some space"))
+        except ToolError as error:
+            return _failed(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPT_EXIT
+        except Exception as error:
+            known = as_tool_error(error)
+            if known is None:
+                raise
+            return _failed(known)
+
+
+def _failed(error: ToolError) -> int:
+    print(error.lines(), file=sys.stderr)
+    report = getattr(error, "report", None)
+    if report:
+        print(report, file=sys.stderr)
+    return error.exit_code
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Print each ToolWarning that is issued in the block once, as a line on stderr; other warnings as before."""
+    printed: set[str] = set()
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:  # fmt: skip
+            text = " ".join(str(message).split())
+            if not issubclass(category, ToolWarning):
+                before(message, category, filename, lineno, file, line)
+            elif text not in printed:
+                printed.add(text)
+                print(f"warning: {text}", file=sys.stderr, flush=True)
+
+        warnings.simplefilter("always", ToolWarning)
+        warnings.showwarning = show
+        yield
 
 
 def number_type(low: float, high: float, unit: str = "") -> Callable[[str], float]:
@@ -64,10 +99,10 @@ def number_type(low: float, high: float, unit: str = "") -> Callable[[str], floa
     def convert(text: str) -> float:
         try:
             value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{_shown(text)!r} is not a number") from None
         if not math.isfinite(value) or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is outside {low:g} to {high:g}{_unit(unit)}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is outside {low:g} to {high:g}{_unit(unit)}")
         return value
 
     return convert
@@ -77,28 +112,22 @@ def integer_type(low: int, high: int, unit: str = "") -> Callable[[str], int]:
     """An argparse `type=` for a whole number in [low, high]."""
 
     def convert(text: str) -> int:
+        digits = text.strip().lstrip("+-")
+        if len(digits) > MOST_DIGITS and digits.isdecimal():  # Python refuses to read more than 4300
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is outside {low} to {high}{_unit(unit)}")
         try:
             value = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+            raise argparse.ArgumentTypeError(f"{_shown(text)!r} is not a whole number") from None
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is outside {low} to {high}{_unit(unit)}")
+            raise argparse.ArgumentTypeError(f"{_shown(text)} is outside {low} to {high}{_unit(unit)}")
         return value
 
     return convert
 
 
-def _disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for want of room, or what caused the error did; libraries say it in words of their own."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return True
-    words = str(error)
-    if _CUT_SHORT.fullmatch(words) or any(
-        os.strerror(number) in words or f"os error {number})" in words for number in _NO_ROOM
-    ):
-        return True
-    before = error.__cause__ or error.__context__
-    return before is not None and _disk_is_full(before)
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN_DIGITS else f"{text[:SHOWN_DIGITS]}..."
 
 
 def _unit(unit: str) -> str:

@@ -97,7 +97,7 @@ def show_result(
     print(console.table(header, cells))
     print(f"{totals.rate:.3g} generations a second")
     if latents is not None:
-        print(f"{latents}  latents, {requests[0].frames} frames")
+        print(f"{latents}  latents, {requests[0].valid_frames} frames")
     for request, out in zip(requests, outs, strict=True):
         print(f"{out}  {shapes.output_samples(request.seconds) / shapes.SAMPLE_RATE:.2f} s, seed {request.seed}")
 
@@ -126,6 +126,7 @@ def _row(request: Request, out: Path) -> dict[str, Any]:
         "seconds": request.seconds,
         "samples": shapes.output_samples(request.seconds),
         "frames": request.frames,
+        "valid_frames": request.valid_frames,
         "steps": request.steps,
         "seed": request.seed,
     }

@@ -75,10 +75,10 @@ def parallel_part(difference: Tensor, direction: Tensor) -> Tensor:
 
 
 def negative_conditioning(cond: Conditioning, hidden: Tensor, mask: Tensor) -> Conditioning:
-    """Conditioning of rows led away from a text: its features (B, 256, 768), zero where its mask (B, 256) is zero.
+    """Return the conditioning of rows led away from a text: its features (B, 256, 768), zero where its mask is zero.
 
-    The mask itself is one, as on the null rows: the model's own puts no padding embedding there. The duration stays.
-    Source: facts.md, section 2.
+    The mask (B, 256) itself becomes one, so that no padding embedding takes those places, and the duration stays: so it
+    is for an empty text too, which is a text. Source: the model's own generation.
     """
     import torch
 
@@ -86,11 +86,23 @@ def negative_conditioning(cond: Conditioning, hidden: Tensor, mask: Tensor) -> C
 
 
 def null_conditioning(cond: Conditioning) -> Conditioning:
-    """Conditioning of the null rows (B): text told of, and all of it zero; duration and local_add_cond as they are.
+    """Return the conditioning of the null rows (B): zero text under a zero mask; duration and local_add_cond stay.
 
-    Our own exported graphs take zero text for the null row and zero the duration's cross token as well, which is the
-    model's own null branch (facts.md, section 2). The mask is one: a masked position would be the padding embedding.
+    That pair is the marker of the null row. Our graphs make all of its cross tokens zero, the duration's included, as
+    the model's own null branch has them; no text gives it (`positive_conditioning`).
     """
     import torch
 
-    return replace(cond, t5_hidden=torch.zeros_like(cond.t5_hidden), t5_mask=torch.ones_like(cond.t5_mask))
+    return replace(cond, t5_hidden=torch.zeros_like(cond.t5_hidden), t5_mask=torch.zeros_like(cond.t5_mask))
+
+
+def positive_conditioning(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features (B, 256, 768) and mask (B, 256) of texts such that none of them is the null row's marker.
+
+    A tokenizer without BOS gives an empty text a zero mask. Its features are then padding, which the padding embedding
+    replaces whatever they are, so ones may stand in for zeros.
+    """
+    import torch
+
+    marked = (hidden.abs().amax(dim=(1, 2)) == 0) & (mask.amax(dim=1) <= 0)
+    return torch.where(marked[:, None, None], torch.ones_like(hidden), hidden), mask

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.request import FULL_APG, Request
 from sa3_trt_core.sampling import guidance, schedule
+from sa3_trt_core.sampling.inpainting import keep_mask, local_conditioning
 from sa3_trt_core.shapes import LATENT_CHANNELS
 
 if TYPE_CHECKING:
@@ -20,31 +22,31 @@ def sigmas_of(request: Request) -> Tensor:
     """The noise levels (steps + 1,) of a request's own schedule."""
     if request.legacy_schedule:
         return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
-    return schedule.sigmas(request.steps, request.sigma_max)
+    return schedule.sigmas(request.steps, request.sigma_max, request.schedule_order)
 
 
 def conditioning(
     rows: Sequence[Request], features: Features, inits: Sequence[Tensor | None]
 ) -> tuple[Conditioning, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What the DiT is told, what audio to audio starts from, and what in-painting puts back after every step.
+    """Return the DiT's conditioning, the latents that audio to audio starts from, and what to paste after every step.
 
-    local_add_cond is the keep mask (1 keep, 0 regenerate), then the kept latent; zeros where nothing is kept.
+    `inits` are latents (1, 256, L) of the rows' init audio. Everything is cut to the valid frames V, of which the rows
+    have equally many: local_add_cond (B, 257, V) is zero where there is nothing to keep.
     """
     import torch
 
-    frames = rows[0].frames
-    latents = torch.cat([torch.zeros(1, LATENT_CHANNELS, frames) if init is None else init for init in inits])
-    keep = torch.zeros(len(rows), 1, frames)
-    for index, row in enumerate(rows):
-        if row.inpaint:
-            keep[index] = 1.0
-        for start, end in row.regenerated:
-            keep[index, :, start:end] = 0.0
+    frames = rows[0].valid_frames
+    silent = torch.zeros(1, LATENT_CHANNELS, frames)
+    latents = torch.cat([silent if init is None else init[..., :frames] for init in inits])
+    keeps = [keep_mask(row.seconds, frames, row.inpaint) if row.inpaint else silent[:, :1] for row in rows]
+    keep = torch.cat(keeps)
+    texts = [features[row.prompt] for row in rows]
+    hidden, mask = guidance.positive_conditioning(*(torch.cat(part) for part in zip(*texts, strict=True)))
     cond = Conditioning(
-        t5_hidden=torch.cat([features[row.prompt][0] for row in rows]),
-        t5_mask=torch.cat([features[row.prompt][1] for row in rows]),
+        t5_hidden=hidden,
+        t5_mask=mask,
         seconds_total=torch.tensor([row.seconds for row in rows], dtype=torch.float32),
-        local_add_cond=torch.cat([keep, latents * keep], dim=1),
+        local_add_cond=local_conditioning(latents, keep),
     )
     varied = rows[0].init_noise_level is not None
     return cond, latents if varied else None, (latents, keep) if rows[0].paste_kept else None
@@ -58,8 +60,10 @@ def guidance_of(rows: Sequence[Request], cond: Conditioning, features: Features)
     if first.cfg == 1.0:
         return None
     null = guidance.null_conditioning(cond)
-    led = [features[row.negative_prompt] if row.negative_prompt is not None else None for row in rows]
-    hidden = [null.t5_hidden[i : i + 1] if pair is None else pair[0] for i, pair in enumerate(led)]
-    mask = [null.t5_mask[i : i + 1] if pair is None else pair[1] for i, pair in enumerate(led)]
-    null = guidance.negative_conditioning(cond, torch.cat(hidden), torch.cat(mask))
+    hidden, mask = list(null.t5_hidden.split(1)), list(null.t5_mask.split(1))
+    for index, row in enumerate(rows):
+        if row.negative_prompt is not None:
+            away = guidance.negative_conditioning(cond, *features[row.negative_prompt])
+            hidden[index], mask[index] = away.t5_hidden, away.t5_mask
+    null = replace(null, t5_hidden=torch.cat(hidden), t5_mask=torch.cat(mask))
     return guidance.Guidance(null, first.cfg, FULL_APG if first.apg is None else first.apg)

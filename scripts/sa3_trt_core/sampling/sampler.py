@@ -19,9 +19,11 @@ def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
     return x - sigma * v
 
 
-def row_noise(seeds: Sequence[int], channels: int, frames: int) -> Iterator[Tensor]:
-    """Endless fp32 noise (B, C, L): each row from a CPU generator of its own seed, drawn as randn(1, C, L).
+def row_noise(seeds: Sequence[int], channels: int, frames: int, valid: int | None = None) -> Iterator[Tensor]:
+    """Yield endless fp32 noise (B, C, V): each row from a CPU generator of its own seed, drawn as randn(1, C, L).
 
+    `valid` is V, how many of the L `frames` the DiT runs on (None: all). The noise of the padded frames is drawn too:
+    without it the noise of the valid ones would not be that of the model's own generation.
     The first draw is the initial noise, then one a step. A row's sound therefore depends on its seed alone, not on its
     neighbours, the batch size or the GPU; for B = 1 it is what torch.manual_seed(seed) and torch.randn give.
     """
@@ -29,7 +31,8 @@ def row_noise(seeds: Sequence[int], channels: int, frames: int) -> Iterator[Tens
 
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     while True:
-        yield torch.cat([torch.randn(1, channels, frames, generator=generator) for generator in generators])
+        drawn = [torch.randn(1, channels, frames, generator=generator)[..., :valid] for generator in generators]
+        yield torch.cat(drawn)
 
 
 class Trajectory:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from sa3_trt_core.request import SCHEDULE_ORDERS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -12,12 +14,13 @@ SLOPE, OFFSET = 8.2, -2.0
 LEGACY_SHIFTS, LEGACY_FRAMES = (0.5, 1.15), (256, 4096)  # the exponent grows from the one to the other
 
 
-def sigmas(steps: int, sigma_max: float = 1.0) -> Tensor:
-    """Falling noise levels, fp32 (steps + 1,): exactly sigma_max first, exactly 0 last.
+def sigmas(steps: int, sigma_max: float = 1.0, order: str = SCHEDULE_ORDERS[0]) -> Tensor:
+    """Return noise levels, fp32 (steps + 1,): exactly sigma_max first, exactly 0 last. Independent of the length.
 
-    sigma(u) = sigmoid(8.2 u - 2.0) on u = 1 -> 0, ends set to 1 and 0, then times sigma_max. The 1 -> 0 grid is warped
-    before it is scaled: warping a scaled grid is not monotone. Independent of the length.
-    Source: the model's own generation (facts.md, section 2).
+    sigma(u) = sigmoid(8.2 u - 2.0). `warp-then-scale`: on u = 1 -> 0, ends set to 1 and 0, then times sigma_max; falls
+    at every step. `scale-then-warp`: on u = sigma_max -> 0, ends set to sigma_max and 0, as the model's main branch and
+    diffusers 0.42 have it; below sigma_max 1 the second level can lie above the first. Equal at sigma_max 1.
+    Source: the model's own generation.
     """
     import torch
 
@@ -25,9 +28,12 @@ def sigmas(steps: int, sigma_max: float = 1.0) -> Tensor:
         raise ValueError(f"a schedule needs at least 1 step, not {steps}")
     if not 0.0 < sigma_max <= 1.0:
         raise ValueError(f"sigma_max lies in (0, 1], not {sigma_max}")
-    warped = torch.sigmoid(SLOPE * torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32) + OFFSET)
-    warped[0], warped[-1] = 1.0, 0.0
-    return warped * sigma_max
+    if order not in SCHEDULE_ORDERS:
+        raise ValueError(f"the order is one of {', '.join(SCHEDULE_ORDERS)}, not {order!r}")
+    high, scale = (1.0, sigma_max) if order == SCHEDULE_ORDERS[0] else (sigma_max, 1.0)
+    warped = torch.sigmoid(SLOPE * torch.linspace(high, 0.0, steps + 1, dtype=torch.float32) + OFFSET)
+    warped[0], warped[-1] = high, 0.0
+    return warped * scale
 
 
 def legacy_sigmas(steps: int, frames: int, sigma_max: float = 1.0) -> Tensor:

@@ -31,7 +31,8 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.sampling import schedule
 
 SECONDS, STEPS, SEED, EXTRA = (1.0, 0.5), 2, 1528, 10_000
-FRAMES = [shapes.latent_frames(seconds) for seconds in SECONDS]
+DRAWN = [shapes.latent_frames(seconds) for seconds in SECONDS]
+FRAMES = [shapes.valid_frames(seconds, drawn) for seconds, drawn in zip(SECONDS, DRAWN, strict=True)]
 Tensor = torch.Tensor
 
 
@@ -61,8 +62,10 @@ def velocity(model: CheckpointModel, row: dict[str, Tensor]) -> Tensor:
 
 
 def noises(seed: int, frames: int, count: int) -> list[Tensor]:
+    """The first draws of a seed; the padded frames are drawn and cut away."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, 256, frames, generator=generator) for _ in range(count)]
+    drawn = DRAWN[FRAMES.index(frames)]
+    return [torch.randn(1, 256, drawn, generator=generator)[..., :frames] for _ in range(count)]
 
 
 def finished(model: CheckpointModel, rows: list[dict[str, Tensor]], prompt: int) -> Tensor:
@@ -114,10 +117,11 @@ def test_in_painting_keeps_the_latents_just_made(
     model: CheckpointModel, rows: list[dict[str, Tensor]], prompt: int, parts: tuple[float, float]
 ) -> None:
     seconds, frames = SECONDS[prompt // 3], FRAMES[prompt // 3]
-    first, last = (round(part * seconds * 44100 / 4096) for part in parts)
+    first, last, end = (-(-int(part * seconds * 44100) // 4096) for part in (*parts, 1.0))
     latents = finished(model, rows, prompt)
     keep = torch.ones(1, 1, frames)
     keep[..., first:last] = 0
+    keep[..., end:] = 0
     assert 0 < int((keep == 0).sum()) < frames
     for row in rows[4 * prompt + 2 : 4 * prompt + 4]:
         assert torch.equal(row["local_add_cond"][:, :1], keep)
@@ -146,7 +150,7 @@ def test_audio_starts_between_its_latents_and_noise(model: CheckpointModel, rows
 def test_null_rows_are_those_of_a_guided_generation(model: CheckpointModel, rows: list[dict[str, Tensor]]) -> None:
     """No text, and x as velocity = null + 3 (text - null) leads to it."""
     start, after = rows[10:12]
-    assert not start["t5_hidden"].any() and bool((start["t5_mask"] == 1).all())
+    assert not start["t5_hidden"].any() and not start["t5_mask"].any()
     assert float(start["seconds_total"]) == SECONDS[0] and not start["local_add_cond"].any()
     first, second = noises(SEED + 2 + EXTRA, FRAMES[0], 2)
     assert torch.equal(start["x"], first)

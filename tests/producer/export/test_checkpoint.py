@@ -49,6 +49,19 @@ def test_the_velocity_is_the_native_networks(dit, weights, sigma: float, frames:
     assert difference(dit, weights, inputs) < TOLERANCE
 
 
+@pytest.mark.parametrize("valid", [1, 7, 62, 64])
+def test_running_the_valid_frames_alone_is_masking_the_others(dit, weights, valid: int) -> None:
+    """The velocity of frames whose neighbours from `valid` on are masked out of attention, in-painting included."""
+    inputs = torch_to_onnx.example_inputs("dit", batch=2, frames=64, seed=valid)
+    inputs[5] = torch.randn(2, 257, 64)
+    cut = [inputs[0][..., :valid], *inputs[1:5], inputs[5][..., :valid]]
+    with torch.inference_mode():
+        found, whole = dit(*cut), dit(*inputs)[..., :valid]
+        wanted = native.velocity(weights, *inputs, valid=valid)[..., :valid]
+    assert float((found - wanted).abs().max()) < TOLERANCE
+    assert valid == 64 or float((whole - wanted).abs().max()) > 10 * TOLERANCE  # padding that is attended is heard
+
+
 def test_trunk_norms_have_the_native_eps(dit, weights) -> None:
     """Rows of small variance, where 1e-5 and 1e-6 differ by far more than rounding."""
     quiet = {key: value * (0.02 if "memory_tokens" in key else 1.0) for key, value in weights.items()}

@@ -61,7 +61,7 @@ def test_our_own_bug_keeps_its_traceback() -> None:
 
 
 def test_a_closed_pipe_is_quiet() -> None:
-    code = "from sa3_trt_core.errors import run_command\nrun_command(lambda: print('x' * 10_000_000) or 0)"
+    code = "from sa3_trt_core.cli.arguments import run_command\nrun_command(lambda: print('x' * 10_000_000) or 0)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
     ) as process:

@@ -16,10 +16,11 @@ from hypothesis import given, settings, strategies as st
 
 import sa3_trt
 from helpers.commands import listing, run, two_lines
-from sa3_trt_core import Request
+from sa3_trt_core import Request, shapes
 from sa3_trt_core.cli import prompts
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import batches
+from sa3_trt_core.sampling import inpainting
 
 SAY = ["--prompt", "x"]
 INIT = [*SAY, "--init-audio", "tone.wav"]
@@ -29,14 +30,13 @@ BAD = [
     ([*SAY, "--init-start", "1"], "init_start"),
     ([*SAY, "--paste-kept"], "paste_kept"),
     (INIT, "init audio alone"),
-    ([*INIT, "--init-noise-level", "0.5", "--inpaint-range", "1,2"], "takes no init noise level"),
     ([*INIT, "--init-noise-level", "0.5", "--paste-kept"], "paste_kept"),
     ([*INIT, "--init-noise-level", "0.001"], "outside 0.01 to 1"),
     ([*INIT, "--inpaint-range", "1"], "not two numbers"),
     ([*INIT, "--inpaint-range", "2,1"], "2,1"),
     ([*INIT, "--inpaint-range", "1,nan"], "1,nan"),
     ([*INIT, "--inpaint-range", "1,2", "--inpaint-range", "4,31"], "4,31"),
-    ([*INIT, "--inpaint-range", "1,1.001"], "shorter than a latent frame"),
+    ([*INIT, "--inpaint-range", "1,1.001"], "beginning of no latent frame"),
     ([*INIT, "--init-noise-level", "0.5", "--init-start", "9"], "ends at 1.00 s"),
     ([*SAY, "--init-audio", "absent.wav", "--init-noise-level", "0.5"], "absent.wav"),
     ([*SAY, "--init-audio", "noise.wav", "--init-noise-level", "0.5"], "noise.wav"),
@@ -137,6 +137,7 @@ def test_the_modes_are_told_apart(folder: Path) -> None:
     assert planned(*SAY)[0]["mode"] == "text"
     assert planned(*INIT, "--init-noise-level", 0.5)[0]["mode"] == "audio-to-audio"
     assert planned(*INIT, "--inpaint-range", "1,2")[0]["mode"] == "inpainting"
+    assert planned(*INIT, "--inpaint-range", "1,2", "--init-noise-level", 0.5)[0]["mode"] == "inpainting"
 
 
 def test_the_published_runtimes_length_rule() -> None:
@@ -144,9 +145,34 @@ def test_the_published_runtimes_length_rule() -> None:
     assert [(s, Request("x", s, legacy_schedule=True).frames) for s, _ in lengths] == lengths
 
 
-def test_in_painted_frames_are_rounded_and_stay_inside() -> None:
-    request = Request("x", 5.0, init_audio=Path("a"), inpaint=((0.0, 1.0), (1.2, 5.0)))
-    assert request.regenerated == ((0, 11), (13, 54))
+@pytest.mark.parametrize(
+    ("seconds", "ranges", "kept"),
+    [
+        (5.127, [(1.0, 2.5)], [*range(11), *range(27, 56)]),
+        (5.127, [(2.0, 5.127)], range(22)),
+        (5.127, [(0.0, 5.127)], []),
+        (5.0, [(0.05, 0.2)], [0, *range(3, 54)]),
+        (5.0, [(0.1, 0.5), (1.1, 2.2)], [0, 1, *range(6, 12), *range(24, 54)]),
+        (12.3, [(3.3333, 7.7777), (9, 9.5), (7, 9.2)], [*range(36), *range(103, 133)]),
+    ],
+)
+def test_the_keep_mask_is_the_models_own(seconds: float, ranges: list[tuple[float, float]], kept: list[int]) -> None:
+    """Frames kept in the model's own generation; nothing is kept after the end, the padding included."""
+    frames = shapes.latent_frames(seconds)
+    mask = inpainting.keep_mask(seconds, frames, ranges)
+    assert mask.shape == (1, 1, frames) and mask[0, 0].nonzero()[:, 0].tolist() == list(kept)
+
+
+@given(st.floats(0.3, 20.0), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_a_frame_is_kept_where_its_first_sample_is(seconds: float, shares: list[tuple[float, float]]) -> None:
+    ranges = [tuple(sorted((a * seconds, b * seconds))) for a, b in shares]
+    frames = shapes.latent_frames(seconds)
+    samples = np.ones(frames * 4096)
+    for start, end in ranges:
+        samples[int(start * 44100) : int(end * 44100)] = 0
+    samples[int(seconds * 44100) :] = 0
+    assert inpainting.keep_mask(seconds, frames, ranges)[0, 0].tolist() == samples[::4096].tolist()
 
 
 @given(st.lists(st.sampled_from([2.0, 2.01, 9.0, 40.0]), min_size=1, max_size=12), st.integers(1, 8))
@@ -155,8 +181,8 @@ def test_batches_hold_every_row_once_and_equal_lengths_only(lengths: list[float]
     requests = [Request("x", seconds, seed=index) for index, seconds in enumerate(lengths)]
     found = list(batches(requests, batch))
     assert sorted(row for rows in found for row in rows) == list(range(len(requests)))
-    assert all(len(rows) <= batch and len({requests[row].frames for row in rows}) == 1 for rows in found)
-    full = {requests[rows[0]].frames for rows in found if len(rows) < batch}
+    assert all(len(rows) <= batch and len({requests[row].batch_key for row in rows}) == 1 for rows in found)
+    full = {requests[rows[0]].batch_key for rows in found if len(rows) < batch}
     assert len(full) == sum(len(rows) < batch for rows in found)  # at most one rest a length
     assert [rows[0] for rows in found] == sorted(rows[0] for rows in found)
 

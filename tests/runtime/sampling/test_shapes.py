@@ -14,33 +14,41 @@ PUBLISHED = [1.0, 0.9943755865, 0.9844802022, 0.9579122663, 0.8909031749, 0.7455
 
 
 @pytest.mark.parametrize(
-    ("seconds", "frames", "valid"), [(5, 120, 118), (30, 388, 387), (54, 646, 646), (60, 712, 710), (120, 1292, 1292)]
-)
+    ("seconds", "frames", "valid"),
+    [
+        (5, 120, 118), (5.127, 120, 120), (30, 388, 387), (54, 646, 646), (60, 712, 710), (117, 1326, 1324),
+        (120, 1358, 1356), (374.4, 4096, 4096), (380, 4096, 4096),
+    ],
+)  # fmt: skip
 def test_length_table(seconds: float, frames: int, valid: int) -> None:
     assert shapes.latent_frames(seconds) == frames
     assert shapes.valid_frames(seconds, frames) == valid
 
 
-def test_the_cap_opens_only_where_the_audio_would_not_fit() -> None:
-    assert shapes.frame_cap(120) == shapes.DEFAULT_FRAME_CAP
-    assert shapes.frame_cap(121) == shapes.MAX_FRAMES
-    assert shapes.latent_frames(121, shapes.MAX_FRAMES) == 1368
-    assert shapes.latent_frames(1000, shapes.MAX_FRAMES) == shapes.MAX_FRAMES
+def test_the_cap_is_the_checkpoints_own_and_the_padding_shrinks_under_it() -> None:
+    assert shapes.latent_frames(120, cap=1292) == 1292
+    assert abs(shapes.MAX_SECONDS - 380.4357) < 1e-4
+    assert shapes.frames_before(shapes.MAX_SECONDS) == shapes.MAX_FRAMES == shapes.latent_frames(shapes.MAX_SECONDS)
+    assert shapes.valid_frames(378.0, 4096) == 4096 == shapes.frames_before(378.0) + 26
 
 
-def test_the_longest_length_just_fills_the_engines_limit() -> None:
-    assert abs(shapes.MAX_SECONDS - 374.435) < 1e-3
-    assert shapes.latent_frames(shapes.MAX_SECONDS, 10**9) == shapes.MAX_FRAMES
-    assert shapes.latent_frames(shapes.MAX_SECONDS + 0.1, 10**9) > shapes.MAX_FRAMES
+# Of the model's own generation at other paddings (seconds, padding, frames, valid).
+@pytest.mark.parametrize(
+    ("padding", "frames", "valid"), [(0.0, 54, 54), (2.5, 82, 80), (6.0, 120, 118), (20.0, 270, 269)]
+)
+def test_another_padding(padding: float, frames: int, valid: int) -> None:
+    assert shapes.latent_frames(5, padding) == frames
+    assert shapes.valid_frames(5, frames, padding) == valid
 
 
-@given(st.floats(shapes.MIN_SECONDS, shapes.MAX_SECONDS))
-def test_frames_hold_the_audio_and_are_even(seconds: float) -> None:
-    frames = shapes.latent_frames(seconds, shapes.frame_cap(seconds))
+@given(st.floats(shapes.MIN_SECONDS, shapes.MAX_SECONDS), st.floats(0.0, 60.0))
+def test_frames_hold_the_audio_and_are_even(seconds: float, padding: float) -> None:
+    frames = shapes.latent_frames(seconds, padding)
     assert frames % 2 == 0
     assert frames <= shapes.MAX_FRAMES
     assert frames * shapes.SAMPLES_PER_FRAME >= shapes.output_samples(seconds)
-    assert shapes.valid_frames(seconds, frames) * shapes.SAMPLES_PER_FRAME >= shapes.output_samples(seconds)
+    valid = shapes.valid_frames(seconds, frames, padding)
+    assert valid <= frames and valid * shapes.SAMPLES_PER_FRAME >= shapes.output_samples(seconds)
 
 
 def test_eight_steps_are_the_published_list() -> None:
@@ -56,6 +64,16 @@ def test_schedules_fall_from_sigma_max_to_zero(steps: int, sigma_max: float) -> 
     assert levels[0] == torch.tensor(sigma_max, dtype=torch.float32)
     assert levels[-1] == 0
     assert bool((levels.diff() < 0).all())
+
+
+def test_the_other_order_of_warp_and_scale_is_that_of_the_models_main_branch() -> None:
+    """Levels of the model's own generation, which rise after the first; both orders are one at sigma_max 1."""
+    levels = sigmas(8, 0.7, "scale-then-warp").tolist()
+    published = [0.7, 0.9535803, 0.9092903, 0.8302641, 0.7047457, 0.5380513, 0.3623913, 0.2171250, 0.0]
+    assert levels == pytest.approx(published, abs=1e-6)
+    assert torch.equal(sigmas(8, 1.0, "scale-then-warp"), sigmas(8))
+    with pytest.raises(ValueError, match="scale-then-warp"):
+        sigmas(8, 0.7, "both")
 
 
 @pytest.mark.parametrize(("steps", "sigma_max"), [(0, 1.0), (-1, 1.0), (8, 0.0), (8, 1.5), (8, float("nan"))])
