@@ -14,7 +14,7 @@ from sa3_build.graph import query
 from sa3_build.graph.errors import described
 from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
 from sa3_build.graph.shape_inference import Shapes
-from sa3_build.graph.shape_values import Numbers
+from sa3_build.graph.shape_rules import Numbers
 from sa3_build.graph.symbolic_dim import Length, symbol
 from sa3_build.passes.base import PassResult, check_sorted
 from sa3_build.passes.fold_shapes import declared, follow
@@ -109,7 +109,10 @@ class _Angles:
         start, step = (_single(self._shapes, counter.inputs[place]) for place in (0, 2))
         if value is None or not isinstance(length, Length) or (start, step) != (0.0, 1.0):
             raise Left(f"{described(counter)} does not count 0, 1, ... to a length that is known")
-        if [count for _, count in length.terms] != [1] or not 0 <= length.constant <= MOST_TOKENS:
+        if (
+            length != symbol(min(length.symbols, default="")) + length.constant
+            or not 0 <= length.constant <= MOST_TOKENS
+        ):
             raise Left(f"{described(counter)} counts to {length}, not to the frames and some tokens")
         return length, value
 
@@ -132,7 +135,7 @@ class _Angles:
 
     def _evaluated(self, angle: ir.Value, nodes: list[ir.Node], length: Length, frames: int) -> np.ndarray:
         if (angle, frames) not in self._done:
-            name = length.terms[0][0]
+            (name,) = length.symbols
             known: dict[str, np.ndarray] = {}
             made = {value for node in nodes for value in node.outputs}
             for value in {value for node in nodes for value in node.inputs if value is not None and value not in made}:
@@ -170,7 +173,7 @@ def _at(entry: object, name: str, frames: int) -> object:
     """A length when the symbol `name` is `frames`."""
     if not isinstance(entry, Length):
         return entry
-    bound = entry - symbol(name).times(dict(entry.terms).get(name, 0)) + dict(entry.terms).get(name, 0) * frames
+    bound = entry.at(name, frames)
     if bound.number is None:
         raise Left(f"an angle depends on {entry}")
     return bound.number

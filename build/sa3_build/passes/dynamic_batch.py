@@ -15,7 +15,13 @@ from sa3_trt_core.shapes import CONTRACTS, GraphContract
 
 BATCH = symbol("B")
 ONE = Length(1)
-ALONG_AN_AXIS = {"Softmax": -1, "Gather": 0, "Split": 0}  # ops that work along their `axis`, and where it is by default
+# Ops that work along their `axis`, and where it is by default.
+ALONG_AN_AXIS = {
+    "Softmax": -1,
+    "LogSoftmax": -1,
+    "Gather": 0,
+    "CumSum": 0,
+}  # ops that work along their `axis`, and where it is by default
 
 
 class FreeBatch:
@@ -77,23 +83,40 @@ def is_fixed(model: ir.Model) -> bool:
 def _fit(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
     """Change a node that was made for one row; returns the nodes that were put in front of it."""
     if node.op_type == "Reshape":
-        return _copy_first_axis(model, node, shapes)
+        return _for_every_row(model, node, shapes)
     if node.op_type == "Concat":
         return _repeat_constants(model, node, shapes)
     return []
 
 
-def _copy_first_axis(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
+def _for_every_row(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
+    """Let a Reshape to a first axis that was counted for one row give that axis times the rows.
+
+    Rows come first in memory: the first axis takes them, wherever a -1 stands, and one of -1 or 0 does so itself.
+    """
     shape, target = shapes.shape(node.inputs[0]), shapes.numbers(node.inputs[1])
-    if not shape or shape[0] != BATCH or target is None or target.size == 0 or target.reshape(-1)[0] != ONE:
+    first = target.reshape(-1)[0] if target is not None and target.size else None
+    if not shape or target is None or not isinstance(first, Length) or not _counts(shape[0]):
+        return []
+    if (first.number or 0) < 1:  # -1 and 0 take the rows themselves; a length would be no axis of its own
         return []
     if node.attributes.get_int("allowzero", 0):
-        raise _refusal(f"{described(node)} reshapes to one row and takes a zero for a size")
+        if Length(0) in list(target.reshape(-1)):
+            raise _refusal(f"{described(node)} reshapes to one row and takes a zero for a size")
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     asked, name = node.inputs[1], f"{node.outputs[0].name}_any_rows"
-    copy = _vector(model, f"{name}_copy", [0])
-    rest = ir.node("Slice", [asked, _vector(model, f"{name}_from", [1]), _vector(model, f"{name}_to", [2**31 - 1])])
-    joined = ir.node("Concat", [copy, rest.outputs[0]], {"axis": 0}, name=name)
-    return _in_front(model, node, 1, [rest, joined], name)
+    ends = [_vector(model, f"{name}_{at}", [at]) for at in (0, 1)]
+    added = [ir.node("Slice", [asked, ends[1], _vector(model, f"{name}_to", [2**31 - 1])])]
+    if first == ONE and shape[0] == BATCH:
+        start = _vector(model, f"{name}_copy", [0])
+    else:
+        own = ir.node("Slice", [asked, *ends])
+        rows = ir.node("Shape", [model.graph.inputs[0]], {"start": 0, "end": 1})
+        times = ir.node("Mul", [own.outputs[0], rows.outputs[0]])
+        start = times.outputs[0]
+        added = [*added, own, rows, times]
+    added.append(ir.node("Concat", [start, added[0].outputs[0]], {"axis": 0}, name=name))
+    return _in_front(model, node, 1, added, name)
 
 
 def _repeat_constants(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
@@ -148,14 +171,27 @@ def _require_rows_apart(node: ir.Node, shapes: Shapes) -> None:
         if shape is None or not _has_batch(shape):
             continue
         axis = ALONG_AN_AXIS.get(node.op_type)
-        if axis is not None and shape[node.attributes.get_int("axis", axis)] == BATCH:
+        if axis is not None and _counts(shape[node.attributes.get_int("axis", axis)]):
             raise _refusal(f"{described(node)} works across the batch axis")
         for result in node.outputs:
+            if not result.uses() and not result.is_graph_output():
+                continue
             found = shapes.shape(result)
-            if found is None or [length for length in found if length is None or "B" in dict(length.terms)] != [BATCH]:
+            if found is None or not _has_rows_apart(found):
                 raise _refusal(
                     f"{described(node)} makes {_words(found)} of {_words(shape)}: the batch is no axis of its own there"
                 )
+
+
+def _has_rows_apart(shape: Shape) -> bool:
+    """Is the batch one axis, or the outer part of one?"""
+    rows = [length for length in shape if length is None or _counts(length)]
+    return len(rows) == 1 and rows[0] is not None and rows[0].over(BATCH) is not None
+
+
+def _counts(length: object) -> bool:
+    """Does a length depend on the number of rows?"""
+    return isinstance(length, Length) and length.has("B")
 
 
 def _counts_rows(node: ir.Node, shapes: Shapes) -> bool:
@@ -169,7 +205,7 @@ def _refusal(what: str) -> GraphNotRecognised:
 
 
 def _has_batch(shape: Shape | None) -> bool:
-    return shape is not None and any(length is not None and "B" in dict(length.terms) for length in shape)
+    return shape is not None and any(_counts(length) for length in shape)
 
 
 def _stated(length: Length | None) -> int | str | None:

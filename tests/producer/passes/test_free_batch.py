@@ -63,6 +63,16 @@ FREED = {
                                       "s = Reshape(x, t)\n u = Concat <axis=0> (i1, i256, n)\n"
                                       "velocity = Reshape(s, u)",
                                       {name: INTS[name] for name in ("i1", "i4", "i64", "i256")}),
+    "rows folded into the length": (
+        "t = Transpose <perm=[0,2,1]> (x)\n f = Reshape(t, flat)\n g = Gemm(f, w)\n u = Reshape(g, back)\n"
+        "velocity = Transpose <perm=[0,2,1]> (u)",
+        {"flat": np.array([-1, 256]), "back": np.array([1, -1, 256]), "w": np.eye(256, dtype=np.float32)}),
+    "a padded length": (
+        "n = Shape <start=2> (x)\n l = Add(n, i2)\n d = Sub(l, n)\n z = ConstantOfShape <value = int64[1] {0}> (five)\n"
+        "j = Concat <axis=0> (d, z)\n p = Reshape(j, pairs)\n r = Slice(p, m1, least, i0, m1)\n"
+        "t = Transpose <perm=[1,0]> (r)\n f = Reshape(t, m1)\n y = Pad(x, f)\n velocity = Slice(y, i2, end, i2)",
+        {**{name: INTS[name] for name in ("i0", "i2", "m1")}, "pairs": np.array([-1, 2]), "five": np.array([5]),
+         "least": np.array([-(2**63) + 1]), "end": np.array([2**63 - 1])}),
     "memory tokens": ("t = Transpose <perm=[0,2,1]> (x)\n j = Concat <axis=1> (memory, t)\n m = MatMul(j, w)\n"
                       "c = Slice(m, i2, end, i1)\n velocity = Transpose <perm=[0,2,1]> (c)",
                       {"memory": NOISE.standard_normal((1, 2, 256)).astype(np.float32),
@@ -89,10 +99,10 @@ MIXING = {
     "a mean over rows": ("m = ReduceMean <keepdims=1> (x, i0)\n velocity = Add(x, m)", {}, "/theirs/ReduceMean_0"),
     "the first row": ("f = Slice(x, i0, i1, i0)\n velocity = Add(x, f)", {}, "/theirs/Slice_0 (Slice) makes [1, "),
     "a row by number": ("f = Gather <axis=0> (x, i0)\n velocity = Add(x, f)", {}, "/theirs/Gather_0 (Gather) works"),
-    "rows folded into the length": (
-        "t = Transpose <perm=[0,2,1]> (x)\n f = Reshape(t, flat)\n g = Gemm(f, w)\n n = Shape(t)\n u = Reshape(g, n)\n"
-        "velocity = Transpose <perm=[0,2,1]> (u)",
-        {"flat": np.array([-1, 256]), "w": np.eye(256, dtype=np.float32)}, "/theirs/Reshape_1 (Reshape) makes"),
+    "a softmax across rows that are folded into the length": (
+        "t = Transpose <perm=[0,2,1]> (x)\n f = Reshape(t, flat)\n g = Softmax <axis=0> (f)\n n = Shape(t)\n"
+        "u = Reshape(g, n)\n velocity = Transpose <perm=[0,2,1]> (u)",
+        {"flat": np.array([-1, 256])}, "/theirs/Softmax_2 (Softmax) works across"),
     "an op that nobody follows": ("velocity = CumSum(x, zero)", {"zero": np.array(0)}, "/theirs/CumSum_0 (CumSum)"),
     "a number of rows in a sum": (
         "n = Shape <start=0, end=1> (x)\n f = Cast <to=1> (n)\n velocity = Div(x, f)", {},
@@ -149,11 +159,17 @@ def test_lengths_add_up_as_numbers_do(a: int, b: int, c: int, d: int, factor: in
     assert first + second - second == first and first + second == second + first
     assert first.times(factor).over(factor) == first
     assert (first - first).number == 0 and (first.number is None) == (a != 0)
+    whole = first.times(second)
+    assert whole == second.times(first) and whole.over(second) == first
+    assert whole.at("L", 3).at("B", 2).number == (3 * a + b) * (3 * c + d + 2)
 
 
 def test_what_is_left_of_a_shape() -> None:
     assert quotient((B, L, Length(256)), (B, Length(4), Length(64))) == L
-    assert quotient((B, L), (Length(1),)) is None and quotient((L + 64, Length(2)), (L + 64,)) == Length(2)
+    assert quotient((B, L), (Length(1),)) == B.times(L) and quotient((B,), (L,)) is None
+    assert quotient((B.times(L + 64), Length(128)), (B, Length(64))) == (L + 64).times(2) and quotient(
+        (L + 64, Length(2)), (L + 64,)
+    ) == Length(2)
     assert broadcast(Length(1), B) == B and broadcast(None, Length(3)) == Length(3) and broadcast(None, B) is None
     with pytest.raises(ValueError, match="axes of B and L"):
         broadcast(B, L)

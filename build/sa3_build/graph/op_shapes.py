@@ -1,0 +1,248 @@
+"""Rules of shape inference: the shapes that one node gives, from those of its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from sa3_build.graph.shape_rules import whole
+from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, product, quotient
+
+if TYPE_CHECKING:
+    from sa3_build.graph.shape_inference import Shapes
+
+
+def broadcast_all(shapes: Sequence[Shape | None]) -> Shape:
+    known = [shape for shape in shapes if shape is not None]
+    rank = max(len(shape) for shape in known)
+    result: list[Length | None] = [Length(1)] * rank
+    for shape in known:
+        padded = (Length(1),) * (rank - len(shape)) + shape
+        result = [broadcast(first, second) for first, second in zip(result, padded, strict=True)]
+    return tuple(result)
+
+
+def _transpose(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    perm = node.attributes.get("perm")
+    order = perm.as_ints() if perm is not None else range(len(shape))[::-1]
+    return [tuple(shape[axis] for axis in order)]
+
+
+def _reduce(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    axes = _axes(shapes, node, len(shape))
+    if axes is None:
+        return [None]
+    if node.attributes.get_int("keepdims", 1):
+        return [tuple(Length(1) if axis in axes else length for axis, length in enumerate(shape))]
+    return [tuple(length for axis, length in enumerate(shape) if axis not in axes)]
+
+
+def _squeeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    axes = _axes(shapes, node, len(shape))
+    if axes is not None and any(shape[axis] not in (None, Length(1)) for axis in axes):
+        raise ValueError(f"an axis of {', '.join(str(shape[axis]) for axis in sorted(axes))} is squeezed away")
+    return [None if axes is None else tuple(length for axis, length in enumerate(shape) if axis not in axes)]
+
+
+def _unsqueeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    found = whole(shapes.numbers(node.inputs[1])) if len(node.inputs) > 1 else None
+    if found is None:
+        return [None]
+    rank, rest = len(shape) + len(found), list(shape)
+    axes = {axis % rank for axis in found}
+    return [tuple(Length(1) if axis in axes else rest.pop(0) for axis in range(rank))]
+
+
+def _axes(shapes: Shapes, node: ir.Node, rank: int) -> set[int] | None:
+    """The axes that a node names, as an input or (before opset 18) as an attribute; all of them where it names none."""
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        found = whole(shapes.numbers(node.inputs[1]))
+    else:
+        stated = node.attributes.get("axes")
+        found = list(stated.as_ints()) if stated is not None else None
+        if stated is None and node.op_type.startswith("Reduce"):
+            found = [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))
+    return None if found is None else {axis % rank for axis in found}
+
+
+def _reshape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    target = shapes.numbers(node.inputs[1])
+    if target is None:
+        return [None]
+    entries: list[Length | None] = list(target)
+    for axis, entry in enumerate(entries):
+        if entry == Length(0) and not node.attributes.get_int("allowzero", 0):
+            entries[axis] = shape[axis]
+    if Length(-1) in entries:
+        rest = [entry for entry in entries if entry != Length(-1)]
+        entries[entries.index(Length(-1))] = quotient(shape, rest)
+    return [tuple(entries)]
+
+
+def _slice(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    starts, ends = shapes.numbers(node.inputs[1]), shapes.numbers(node.inputs[2])
+    count = shapes.shape(node.inputs[1])
+    named = len(node.inputs) > 3 and node.inputs[3] is not None
+    axes = whole(shapes.numbers(node.inputs[3])) if named else None
+    if not named and count is not None and len(count) == 1 and count[0] is not None:
+        axes = list(range(count[0].number or 0))
+    steps = whole(shapes.numbers(node.inputs[4])) if len(node.inputs) > 4 else None
+    result = list(shape)
+    for index, axis in enumerate(axes if axes is not None else []):
+        result[axis] = None
+        if starts is not None and ends is not None and (steps is None or steps[index] == 1):
+            result[axis] = _span(shape[axis], starts[index], ends[index])
+    return [tuple(result) if axes is not None else (None,) * len(shape)]
+
+
+def _span(size: Length | None, start: Length | None, end: Length | None) -> Length | None:
+    """How much of an axis of this size lies between start and end; None when that is not certain."""
+    if size is None or start is None or end is None:
+        return None
+    first, last = (_position(size, bound) for bound in (start, end))
+    if first is None or last is None:
+        return None
+    span = last - first
+    return span if span.number is None or span.number >= 0 else Length(0)
+
+
+def _position(size: Length, bound: Length) -> Length | None:
+    """A slice's bound counted from the beginning, within the axis; -(L + 64) counts L + 64 from the end."""
+    if any(count < 0 for _, count in bound.terms) or (bound.number or 0) < 0:
+        bound = size + bound
+    beyond = (bound - size).number
+    if beyond is not None:
+        return size if beyond > 0 else bound
+    if bound.number is not None:
+        return bound if bound.number < 2**31 else size
+    return None
+
+
+def _split(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    axis = node.attributes.get_int("axis", 0) % len(shape)
+    count, length = len(node.outputs), shape[axis]
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        found = shapes.numbers(node.inputs[1])
+        parts = list(found) if found is not None else [None] * count
+    else:
+        parts = [length.over(count) if length is not None else None] * count
+        if length is not None and length.number is not None and length.number % count:
+            each = -(-length.number // count)  # the last part is the smaller one
+            parts = [Length(max(0, min(each, length.number - each * index))) for index in range(count)]
+    return [(*shape[:axis], part, *shape[axis + 1 :]) for part in parts]
+
+
+def _gather(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    axis, indices = node.attributes.get_int("axis", 0) % len(shape), shapes.shape(node.inputs[1])
+    return [None if indices is None else shape[:axis] + indices + shape[axis + 1 :]]
+
+
+def _concat(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    parts = [shapes.shape(value) for value in node.inputs]
+    axis = node.attributes["axis"].as_int() % len(shape)
+    known = [part for part in parts if part is not None]
+    if len(known) != len(parts):
+        return [None]
+    total: Length | None = Length(0)
+    for part in known:
+        length = part[axis]
+        total = None if total is None or length is None else total + length
+    for other in range(len(shape)):
+        if other != axis and len({part[other] for part in known} - {None}) > 1:
+            raise ValueError(f"axes {', '.join(str(part[other]) for part in known)} do not go together")
+    merged = [next((part[other] for part in known if part[other] is not None), None) for other in range(len(shape))]
+    return [(*merged[:axis], total, *merged[axis + 1 :])]
+
+
+def _expand(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    target = shapes.numbers(node.inputs[1])
+    return [None if target is None else broadcast_all([shape, tuple(target)])]
+
+
+def _pad(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    """Each axis with what is put before and behind it; a negative pad cuts."""
+    pads = shapes.numbers(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes: list[int] | None = list(range(len(shape)))
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        axes = whole(shapes.numbers(node.inputs[3]))
+    if pads is None or axes is None or pads.size != 2 * len(axes):
+        return [(None,) * len(shape)]
+    result = list(shape)
+    for place, axis in enumerate(axes):
+        length, before, behind = shape[axis], pads.reshape(-1)[place], pads.reshape(-1)[place + len(axes)]
+        known = length is not None and isinstance(before, Length) and isinstance(behind, Length)
+        result[axis] = length + before + behind if known else None
+    return [tuple(result)]
+
+
+def _tile(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    repeats = shapes.numbers(node.inputs[1])
+    if repeats is None or repeats.size != len(shape):
+        return [(None,) * len(shape)]
+    pairs = zip(shape, repeats.reshape(-1), strict=True)
+    return [tuple(length.times(count) if length is not None and isinstance(count, Length) else None
+                  for length, count in pairs)]  # fmt: skip
+
+
+def _flatten(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    axis = node.attributes.get_int("axis", 1) % (len(shape) + 1)
+    return [(product(shape[:axis]), product(shape[axis:]))]
+
+
+def _constant_of_shape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    sizes = shapes.numbers(node.inputs[0])
+    return [None if sizes is None else tuple(sizes)]
+
+
+def _matmul(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    other = shapes.shape(node.inputs[1])
+    if other is None or len(shape) < 2 or len(other) < 2:
+        return [None]
+    broadcast(shape[-1], other[-2])
+    return [(*broadcast_all([shape[:-2], other[:-2]]), shape[-2], other[-1]) if len(shape) + len(other) > 4 else
+            (shape[0], other[1])]  # fmt: skip
+
+
+def _gemm(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    other = shapes.shape(node.inputs[1])
+    rows = shape[1 if node.attributes.get_int("transA", 0) else 0]
+    return [None if other is None else (rows, other[0 if node.attributes.get_int("transB", 0) else 1])]
+
+
+def _conv(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    kernel = shapes.shape(node.inputs[1])
+    if kernel is None:
+        return [None]
+    plain = all(length == Length(1) for length in kernel[2:])
+    return [(shape[0], kernel[0], *(shape[2:] if plain else (None,) * (len(shape) - 2)))]
+
+
+def _range(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    start, end, step = (shapes.numbers(value) for value in node.inputs)
+    counts = [found is not None and isinstance(found.reshape(-1)[0], Length) for found in (start, end, step)]
+    if not all(counts) or whole(start) != [0] or whole(step) != [1] or end is None:
+        return [(None,)]
+    return [(end.reshape(-1)[0],)]
+
+
+def _einsum(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+    left, _, right = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    known: dict[str, Length | None] = {}
+    for term, value in zip(left.split(","), node.inputs, strict=True):
+        found = shapes.shape(value)
+        if found is None or len(found) != len(term):
+            return [None]
+        known.update(zip(term, found, strict=True))
+    return [tuple(known[letter] for letter in right)]
+
+
+RULES: dict[str, Callable[[Shapes, ir.Node, Shape], Sequence[Shape | None]]] = {
+    "Transpose": _transpose, "ReduceMax": _reduce, "ReduceMean": _reduce, "ReduceSum": _reduce, "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze, "Reshape": _reshape, "Slice": _slice, "Split": _split, "Gather": _gather,
+    "Concat": _concat, "Expand": _expand, "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Range": _range,
+    "Einsum": _einsum, "Pad": _pad, "Tile": _tile, "Flatten": _flatten, "ConstantOfShape": _constant_of_shape,
+    "ReduceMin": _reduce, "ReduceL2": _reduce, "ReduceProd": _reduce, "ReduceSumSquare": _reduce,
+    "CastLike": lambda shapes, node, shape: [shape],
+}  # fmt: skip
