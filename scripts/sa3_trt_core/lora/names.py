@@ -1,0 +1,129 @@
+"""From a tensor's key in a file to (native layer, native tensor): native, PEFT, diffusers, ComfyUI and kohya names."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from sa3_trt_core.lora.kinds import BAKED_NORMS, TENSORS
+from sa3_trt_core.lora.layers import BLOCK, DURATION, role_of_layer
+
+_NATIVE = re.compile(r"(?P<layer>.+)\.parametrizations\.weight\.(?P<index>\d+)\.(?P<tensor>\w+)")
+# PEFT writes lora_A.weight, a whole state dict of it lora_A.<adapter>.weight; ComfyUI and kohya down, up, alpha.
+_OTHERS = re.compile(
+    r"(?P<layer>.+?)\.(?P<tensor>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector|dora_scale|alpha)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)\w+))?(?:\.(?P<part>weight|bias))?"
+)
+_TENSORS = {
+    "lora_A": "lora_A", "lora_down": "lora_A", "lora_B": "lora_B", "lora_up": "lora_B", "alpha": "alpha",
+    "lora_magnitude_vector": "magnitude", "dora_scale": "magnitude",
+}  # fmt: skip
+_WRAPPERS = ("base_model.model.", "diffusion_model.", "model.diffusion_model.", "module.", "_orig_mod.", "dit.")
+_KOHYA = ("lora_unet_", "lora_transformer_", "lycoris_")
+_DIFFUSERS_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+_DIFFUSERS_LAYERS = {"ff.proj_in": "ff.ff.0.proj", "ff.proj_out": "ff.ff.2"}
+_DIFFUSERS_OTHER = {
+    "proj_in": "model.transformer.project_in",
+    "proj_out": "model.transformer.project_out",
+    "global_cond_embedder.0": "model.transformer.global_cond_embedder.0",
+    "global_cond_embedder.2": "model.transformer.global_cond_embedder.2",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a file belongs: native layer and tensor name, and how the file wrote it.
+
+    `known` is False for a layer that no Stable Audio 3 DiT has; `layer` is then the file's own name. `regrouped`: rows
+    of the fused to_qkv stand as diffusers has them, q | q2 | k | k2 | v. `index` is the native parametrization's.
+    """
+
+    layer: str
+    tensor: str
+    naming: str
+    known: bool
+    regrouped: bool = False
+    index: int = 0
+    adapter: str = ""
+
+
+def place_of(key: str) -> Place | None:
+    """Return where a tensor belongs; None for a key that is no adapter's, such as a bias or a whole weight."""
+    native = _NATIVE.fullmatch(key)
+    if native is not None:
+        tensor, index = native["tensor"], int(native["index"])
+        if tensor not in (*TENSORS, *BAKED_NORMS):
+            return None
+        layer, known, regrouped = native_layer(native["layer"])
+        return Place(layer, tensor, "native", known, regrouped, index)
+    other = _OTHERS.fullmatch(key)
+    if other is None or other["part"] == "bias":
+        return None
+    layer, known, regrouped = native_layer(other["layer"])
+    naming = "PEFT" if other["tensor"] in ("lora_A", "lora_B", "lora_magnitude_vector") else "ComfyUI"
+    if key.startswith(("diffusion_model.", *_KOHYA)):
+        naming = "ComfyUI"
+    return Place(layer, _TENSORS[other["tensor"]], naming, known, regrouped, adapter=other["adapter"] or "")
+
+
+def native_layer(name: str) -> tuple[str, bool, bool]:
+    """Return (native layer, known, rows regrouped) of a layer's name in any of the naming schemes."""
+    if name.startswith(_KOHYA):
+        layer = _kohya_layer(name)
+        return (layer, True, False) if layer is not None else (name, False, False)
+    for start in _stripped(name):
+        for candidate in (start, f"model.{start}", f"model.transformer.{start}", start.removeprefix("conditioner.")):
+            if role_of_layer(candidate) is not None:
+                return candidate, True, False
+        layer = _diffusers_layer(start)
+        if layer is not None:
+            return layer, True, layer.startswith(BLOCK)
+    return name, False, False
+
+
+def _stripped(name: str) -> list[str]:
+    """The name, and what is left of it after each wrapper in front of it is taken away."""
+    names = [name]
+    while True:
+        for wrapper in (*_WRAPPERS, "transformer.", "model."):
+            if names[-1].startswith(wrapper):
+                names.append(names[-1].removeprefix(wrapper))
+                break
+        else:
+            return names
+
+
+def _diffusers_layer(name: str) -> str | None:
+    block = _DIFFUSERS_BLOCK.fullmatch(name)
+    if block is not None:
+        layer = f"{BLOCK}{block[1]}.{_DIFFUSERS_LAYERS.get(block[2], block[2])}"
+        return layer if role_of_layer(layer) is not None else None
+    return _DIFFUSERS_OTHER.get(name)
+
+
+def _kohya_layer(name: str) -> str | None:
+    """kohya's trainers write dots as underscores."""
+    for prefix in _KOHYA:
+        name = name.removeprefix(prefix)
+    flat = re.sub(r"^(model_)?(transformer_)?", "", name)
+    for layer in (*_FLAT_OTHER, DURATION):
+        if re.sub(r"^(model\.)?(transformer\.)?", "", layer).replace(".", "_") == flat:
+            return layer
+    block = re.fullmatch(r"(?:layers|blocks)_(\d+)_(.+)", flat)
+    if block is None:
+        return None
+    for inner in _FLAT_BLOCK:
+        if inner.replace(".", "_") == block[2]:
+            return f"{BLOCK}{block[1]}.{inner}"
+    return None
+
+
+def _flat_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    from sa3_trt_core.lora.layers import layer_of_role, roles
+
+    layers = [layer_of_role(role) for role in roles(1)]
+    inner = tuple(layer.removeprefix(f"{BLOCK}0.") for layer in layers if layer.startswith(BLOCK))
+    return tuple(layer for layer in layers if not layer.startswith(BLOCK)), inner
+
+
+_FLAT_OTHER, _FLAT_BLOCK = _flat_names()
