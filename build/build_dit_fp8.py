@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_build.recipes.fp8_settings import Settings, from_arguments
+from sa3_build.quantization.settings import Settings
+from sa3_build.recipes.fp8_settings import from_arguments
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.errors import ToolError
 
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
 
     from sa3_trt_core import gpu
-    from sa3_trt_core.artifacts import files, manifest
+    from sa3_trt_core.artifacts import files
 
     arch = gpu.current_arch()
     if args.engine is not None:
@@ -95,25 +96,22 @@ def main(argv: list[str] | None = None) -> int:
                 "--engine needs an NVIDIA GPU and none is visible", "leave it out; build on the GPU's machine"
             )
 
-    from dataclasses import replace
-
     from sa3_build.recipes.fp8 import Fp8Recipe
 
     settings, why = from_arguments(args)
-    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates)
-    # Either way makes the same pairs and scales: what one made is current for the other.
-    either = ("modelopt", "direct") if args.ptq == "auto" else (settings.ptq,)
-    current = any(
-        manifest.is_current(args.onnx, recipe.inputs, replace(settings, ptq=ptq).noted())[0] for ptq in either
-    )
+    either = ("modelopt", "direct") if args.ptq == "auto" else ()
+    recipe = Fp8Recipe(args.input, args.calib, args.onnx, settings, args.work_dir, args.keep_intermediates, either)
+    current = recipe.is_current and not args.force
     if args.dry_run:
-        _show_plan(recipe, why, current and not args.force)
+        _show_plan(recipe, why, current)
         return 0
-    if current and not args.force:
+    if not current:
+        print(f"--ptq {settings.ptq}: {why}", file=sys.stderr)
+    report = None if current else recipe.run(args.force)
+    if report is None:
         print(f"{args.onnx} is current")
     else:
-        print(f"--ptq {settings.ptq}: {why}", file=sys.stderr)
-        _print(recipe.run(), args.onnx)
+        _print(report, args.onnx)
         if args.keep_intermediates:
             print(f"intermediate graphs: {recipe.work}")
     if args.validate:
@@ -122,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"validated: {validate_graph(args.input, args.onnx, args.calib)}")
     if args.engine is not None and arch is not None:
         from sa3_build.engines.tensorrt import compile_engine
-        from sa3_trt_core.targets import dit_target
+        from sa3_trt_core.targets import publishable_at
 
-        built = compile_engine(args.onnx, dit_target("medium", "fp8"), "tensorrt", arch, args.engine)
+        built = compile_engine(args.onnx, publishable_at(args.onnx), "tensorrt", arch, args.engine)
         print(f"{built.path}: {built.bytes} bytes")
     return 0
 

@@ -52,12 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.graph import contract, io as graph_io
     from sa3_build.verification import rollouts
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
+    from sa3_validation.cases import starts_of
 
     for path in (args.reference, *args.candidate):
         contract.require_contract(graph_io.load(path), "dit", path)
     calibration = CalibrationSet.open(args.calib)
     calibration.check_values()
-    starts = rollouts.starts_of(calibration)[: args.prompts]
+    starts = starts_of(calibration)[: args.prompts]
     study = rollouts.DriftStudy(calibration, starts, args.rows, args.perturb)
     controls, found = study.run(args.reference, args.candidate)
     if args.json is not None:

@@ -121,20 +121,23 @@ def _validation(demo: Demo, root: Path, half: Path, fp8: Path) -> Path:
     import validate_fp8
 
     from sa3_trt_core.artifacts import manifest
+    from sa3_trt_core.artifacts.build import build
 
     out = demo.work / "validation"
     report, page = out / "report.json", out / "listen.html"
     inputs = {path.name: str(manifest.identity(path)) for path in (half, fp8)}
     prompts = [asked_for(VALIDATED_SECONDS, PIECE + number) for number in range(VALIDATED)]
     settings = {"prompts": prompts, "seconds": VALIDATED_SECONDS}
-    if manifest.is_current(report, inputs, settings)[0]:
-        return page
-    texts = demo.work / "prompts.txt"
-    files.write_atomic_text(texts, "\n".join(prompts) + "\n")
-    line = ["--onnx-root", str(root), "--backend", "onnxruntime", "--prompts-file", str(texts), "--html"]
-    line += ["--seconds", str(VALIDATED_SECONDS), "--extra", "1", "--out", str(out)]
-    demo.stage("validation and page", validate_fp8.main, line, out)
-    manifest.write_manifest(report, "validation", [report, page], inputs, settings)
+    with build(report, "validation", inputs, settings) as draft:
+        if draft is None:
+            return page
+        texts = demo.work / "prompts.txt"
+        files.write_atomic_text(texts, "\n".join(prompts) + "\n")
+        line = ["--onnx-root", str(root), "--backend", "onnxruntime", "--prompts-file", str(texts), "--html"]
+        line += ["--seconds", str(VALIDATED_SECONDS), "--extra", "1", "--out", str(out)]
+        draft.retire()
+        demo.stage("validation and page", validate_fp8.main, line, out)
+        draft.finish([report, page])
     return page
 
 

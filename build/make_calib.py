@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.calibration import plan
     from sa3_build.calibration.capture import CaptureSettings, CheckpointModel, capture, choose_prompts
     from sa3_build.calibration.writer import CalibrationWriter
-    from sa3_trt_core.artifacts import calibration_set, files, locks, manifest
+    from sa3_trt_core.artifacts import calibration_set, files
+    from sa3_trt_core.artifacts.build import build
     from sa3_trt_core.console import format_bytes
 
     files.require_writable(args.out, "calibration set")
@@ -70,18 +71,18 @@ def main(argv: list[str] | None = None) -> int:
         "cover": args.cover,
         "generations": [asdict(one) for turn in settings.generations for one in turn],
     }
-    if manifest.is_current(args.out, inputs, recorded)[0]:
-        print(f"{args.out} is current")
-        return 0
     rows = settings.rows()
     frames, kinds = [row.valid_frames for row in rows], [row.kind for row in rows]
-    with locks.held(locks.lock_path(args.out), f"the capture of {args.out}"):
+    with build(args.out, "calibration", inputs, recorded) as draft:
+        if draft is None:
+            print(f"{args.out} is current")
+            return 0
         writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
-        manifest.manifest_path(args.out).unlink(missing_ok=True)
+        draft.retire()
         capture(model, settings, writer)
         made = calibration_set.CalibrationSet.open(args.out)
         found = calibration_set.summary(made, made.check_values())
-        manifest.write_manifest(args.out, "calibration", [args.out], inputs, recorded, found)
+        draft.finish([args.out], found)
     print(f"{args.out}: {made.rows} rows, {format_bytes(args.out.stat().st_size)}")
     for kind, lengths in found["kinds"].items():
         print(f"  {kind:<8}" + ", ".join(f"{count} rows of L {length}" for length, count in lengths.items()))

@@ -43,28 +43,28 @@ def main(argv: list[str] | None = None) -> int:
     _require_folder(out)
 
     import reprompt
-    from sa3_trt_core.artifacts import files, locks, manifest
+    from sa3_trt_core.artifacts import files, locks
+    from sa3_trt_core.artifacts.build import build
 
     shipped = Path(reprompt.__file__).with_name("demo_model")
     inputs = {} if args.random else _digests(shipped)
-    if manifest.is_current(marker, inputs, settings)[0]:
-        print(f"{out} is current")
-        return 0
+    with build(marker, "demo_checkpoint", inputs, settings, lock=locks.lock_path(out)) as draft:
+        if draft is None:
+            print(f"{out} is current")
+            return 0
 
-    from sa3_demo import checkpoint as demo, ship
+        from sa3_demo import checkpoint as demo, ship
 
-    lock = locks.held(locks.lock_path(out), f"the making of {out}")
-    with lock, tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
-        folder = Path(scratch) / out.name
-        folder.mkdir()
-        if args.random:
-            size = _random_size(settings)
-            demo.write_demo_checkpoint(folder, size, args.seed, reprompt.calibration_prompts())
-        else:
-            size = ship.write_checkpoint(shipped, folder, args.seed)
-        written = [folder / "model_config.json", folder / "model.safetensors"]
-        manifest.write_manifest(folder / marker.name, "demo_checkpoint", written, inputs, settings)
-        files.replace_folder(folder, out)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
+            folder = Path(scratch) / out.name
+            folder.mkdir()
+            if args.random:
+                size = _random_size(settings)
+                demo.write_demo_checkpoint(folder, size, args.seed, reprompt.calibration_prompts())
+            else:
+                size = ship.write_checkpoint(shipped, folder, args.seed)
+            draft.finish([folder / "model_config.json", folder / "model.safetensors"])
+            files.replace_folder(folder, out)
     what = f"random weights, seed {args.seed}" if args.random else "trained weights of interface/demo_model"
     print(f"{out}: {what}, width {size.embed_dim}, depth {size.depth}")
     return 0

@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
     if args.calib is not None:
         calibration: CalibrationSet = CalibrationSet.open(args.calib)
         calibration.check_values()
-        starts = cases.calibration_cases(calibration, args.prompts)
+        starts = cases.calibration_cases(calibration, cases.starts_of(calibration)[: args.prompts])
         found = study.run(starts, cases.calibration_rows(calibration, args.rows))
     else:
         default = None if args.prompts_file else DEFAULT_PROMPTS

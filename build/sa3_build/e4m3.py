@@ -10,12 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_trt_core.artifacts import files
+from sa3_trt_core.number_formats import E4M3_MAX
 
 SUFFIX = "_e4m3"
 
 E4M3 = ml_dtypes.float8_e4m3fn
-
-E4M3_MAX = 448.0
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sa3_trt_core.number_formats import E4M3_MAX
 from sa3_trt_core.shapes import LATENT_CHANNELS, LOCAL_CHANNELS, MAX_FRAMES, TEXT_CHANNELS
-from sa3_trt_core.torch_models.dit.weights import E4M3_MAX, HEAD_CHANNELS, Packed, Sizes
+from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS, Packed, Sizes
 
 WAVES = 128  # frequencies of t and of the duration
 ACTIVATION_AMAX = 8.0  # of every quantised activation: what weights of unit gain give, with room

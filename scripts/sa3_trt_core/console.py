@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 LINE_EVERY_SECONDS = 5.0  # where stderr is a file or a pipe
 REDRAW_EVERY_SECONDS = 0.1  # where it is a terminal
+T = TypeVar("T")
 
 
 class Progress:
@@ -53,6 +55,12 @@ class Progress:
             every = REDRAW_EVERY_SECONDS if self._terminal else LINE_EVERY_SECONDS
             if self.count >= self.total or time.monotonic() - self._shown >= every:
                 self._show()
+
+    def counted(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield the items; each is counted when the next one is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
     def _show(self) -> None:
         self._shown = time.monotonic()

@@ -47,7 +47,7 @@ def make_plan(
     chunk_frames: int | None = None,
 ) -> Plan:  # fmt: skip
     """Decide everything that needs no file to be opened. Raises ToolError."""
-    if targets.codec_reach(dit) is None:
+    if targets.find_dit(dit).reach is None:
         if chunk_frames:
             raise ToolError(f"how far the autoencoder of {dit} looks is not known", "leave --chunk-frames away, or 0")
         chunk_frames = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from sa3_trt_core.errors import ToolError
@@ -23,11 +24,35 @@ ENGINE_SUFFIX = {"tensorrt": ".trt", "tensorrt_rtx": ".rtx", "torch": ".safetens
 
 Precision = Literal["fp32", "fp16mixed", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp16mixed", "fp32", "fp8")
-DITS = ("medium", "sm-music", "sm-sfx")
 TEXT_ENCODER = "t5gemma"
 GROUPS = ("all", "all-fp32", "all-both")
 _USUAL = ("all", "all-both")
 _FP32 = ("all-fp32", "all-both")
+
+
+@dataclass(frozen=True)
+class Dit:
+    """One DiT: its folder under an ONNX root and under models/<arch>/, and the autoencoder that goes with it.
+
+    `reach` is how many latent frames to either side that autoencoder looks (build/FACTS.md, "Autoencoder"), None where
+    it is not known.
+    """
+
+    name: str
+    folder: str
+    autoencoder: str
+    reach: int | None
+
+
+MODELS = {
+    dit.name: dit
+    for dit in (
+        Dit("medium", "sa3-m", "same-l", 12),
+        Dit("sm-music", "sa3-sm-music", "same-s", None),
+        Dit("sm-sfx", "sa3-sm-sfx", "same-s", None),
+    )
+}
+DITS = tuple(MODELS)
 
 
 @dataclass(frozen=True)
@@ -36,7 +61,7 @@ class Target:
 
     `kind` is its contract (shapes.CONTRACTS). `onnx` are paths under an ONNX root, our own name first, then the names
     that the hub has used. `engine` is folder/stem under models/<arch>/. `opt_in`: built only by its own name.
-    `revision` is the hub's commit or branch that the ONNX is taken from.
+    `revision` is the hub's commit or branch that the ONNX is taken from. `publishable`: build/publish.py uploads it.
     """
 
     name: str
@@ -50,22 +75,23 @@ class Target:
     summary: str
     produced_by: str
     revision: str = HUB_REVISION
+    publishable: bool = False
 
 
-def _dit(dit: str, folder: str, stem: Precision, onnx: tuple[str, ...], produced_by: str) -> Target:
-    name = folder if stem == "fp16mixed" else f"{folder}-{stem}"
-    groups = {"fp16mixed": _USUAL, "fp32": _FP32, "fp8": ()}[stem]
+def _dit(dit: str, precision: Precision) -> Target:
+    folder = MODELS[dit].folder
     return Target(
-        name=name,
+        name=folder if precision == "fp16mixed" else f"{folder}-{precision}",
         kind="dit",
-        onnx=tuple(f"{folder}/{file}" for file in onnx),
-        engine=f"{folder}/dit_{stem}",
-        groups=groups,
-        precision=stem,
+        onnx=tuple(f"{folder}/{file}" for file in _DIT_FILES[precision]),
+        engine=f"{folder}/dit_{precision}",
+        groups={"fp16mixed": _USUAL, "fp32": _FP32, "fp8": ()}[precision],
+        precision=precision,
         dit=dit,
-        opt_in=stem == "fp8",
-        summary=f"DiT {dit}, {stem}",
-        produced_by=produced_by,
+        opt_in=precision == "fp8",
+        summary=f"DiT {dit}, {precision}",
+        produced_by=_PRODUCERS[precision].format(folder),
+        publishable=precision == "fp8",
     )
 
 
@@ -88,14 +114,18 @@ def _same(  # one line a row in the table below
 
 
 _EXPORT = "python build/export_onnx.py --model-dir DIR --onnx-root ROOT"
-_FP16 = "python build/build_dit_fp16mixed.py --input ROOT/{0}/dit.onnx --onnx ROOT/{0}/dit_fp16mixed.onnx"
-_FP8 = (
-    "python build/build_dit_fp8.py --input ROOT/sa3-m/dit_fp16mixed.onnx --calib sa3-m.calib.npz "
-    "--onnx ROOT/sa3-m/dit_fp8.onnx"
-)
+_PRODUCERS: dict[Precision, str] = {  # of a DiT; {0} is its folder
+    "fp16mixed": "python build/build_dit_fp16mixed.py --input ROOT/{0}/dit.onnx --onnx ROOT/{0}/dit_fp16mixed.onnx",
+    "fp32": _EXPORT,
+    "fp8": "python build/build_dit_fp8.py --input ROOT/{0}/dit_fp16mixed.onnx --calib {0}.calib.npz "
+    "--onnx ROOT/{0}/dit_fp8.onnx",
+}
 _NO_PRODUCER = f"hf download {HUB_REPOSITORY}"  # this repository has no exporter for it yet
-_HALF = ("dit_fp16mixed.onnx", "dit_fp16.onnx")
-_FULL = ("dit.onnx",)
+_DIT_FILES: dict[Precision, tuple[str, ...]] = {
+    "fp16mixed": ("dit_fp16mixed.onnx", "dit_fp16.onnx"),
+    "fp32": ("dit.onnx",),
+    "fp8": ("dit_fp8.onnx",),
+}
 _SAME_S = ("same-s/dec_bf16.onnx", "same-s/dec_dynamic_bf16.onnx")
 
 TARGETS: tuple[Target, ...] = (
@@ -118,18 +148,25 @@ TARGETS: tuple[Target, ...] = (
           "same-l/enc_dynamic_triton_swa", "fp16mixed", "audio encoder of medium"),
     _same("same-l-decoder", "same-decoder", ("same-l/dec_fp16.onnx", "same-l/dec_dynamic_triton_swa.onnx"),
           "same-l/dec_fp16", "fp16mixed", "audio decoder of medium"),
-    _dit("sm-music", "sa3-sm-music", "fp16mixed", _HALF, _FP16.format("sa3-sm-music")),
-    _dit("sm-sfx", "sa3-sm-sfx", "fp16mixed", _HALF, _FP16.format("sa3-sm-sfx")),
-    _dit("medium", "sa3-m", "fp16mixed", _HALF, _FP16.format("sa3-m")),
-    _dit("medium", "sa3-m", "fp32", _FULL, _EXPORT),
-    _dit("sm-music", "sa3-sm-music", "fp32", _FULL, _EXPORT),
-    _dit("sm-sfx", "sa3-sm-sfx", "fp32", _FULL, _EXPORT),
+    _dit("sm-music", "fp16mixed"),
+    _dit("sm-sfx", "fp16mixed"),
+    _dit("medium", "fp16mixed"),
+    _dit("medium", "fp32"),
+    _dit("sm-music", "fp32"),
+    _dit("sm-sfx", "fp32"),
     _same("same-l-decoder-fp32", "same-decoder", ("same-l/dec_fp32.onnx",), "same-l/dec_fp32", "fp32",
           "audio decoder of medium, fp32"),
     _same("same-s-decoder-fp32", "same-decoder", _SAME_S, "same-s/dec_fp32", "fp32",
           "audio decoder of the small models, fp32"),
-    _dit("medium", "sa3-m", "fp8", ("dit_fp8.onnx",), _FP8),
+    _dit("medium", "fp8"),
 )  # fmt: skip
+
+
+def find_dit(name: str) -> Dit:
+    """The DiT of that name. Raises ToolError with the nearest name and all good ones."""
+    if name not in MODELS:
+        raise _unknown(name, DITS, "DiT")
+    return MODELS[name]
 
 
 def find_target(name: str) -> Target:
@@ -161,8 +198,7 @@ def missing_candidates() -> list[Target]:
 
 def dit_target(dit: str, precision: str) -> Target:
     """The engine of a DiT at a precision. Raises ToolError that names the precisions it has."""
-    if dit not in DITS:
-        raise _unknown(dit, list(DITS), "DiT")
+    find_dit(dit)
     found = {target.precision: target for target in TARGETS if target.dit == dit}
     for name, target in found.items():
         if name == precision:
@@ -175,23 +211,22 @@ def dit_target(dit: str, precision: str) -> Target:
     )
 
 
+def publishable_at(onnx: Path) -> Target:
+    """The publishable target that lies at `onnx` under an ONNX root; the first one for a file in another folder."""
+    having = [target for target in TARGETS if target.publishable]
+    place = "/".join(onnx.absolute().parts[-2:])
+    return next((target for target in having if target.onnx[0] == place), having[0])
+
+
 def decoder_for(dit: str, precision: str) -> Target:
-    """The decoder that goes with a DiT: SAME-L for medium, SAME-S for the small ones; fp32 only with fp32."""
-    base = "same-l-decoder" if dit == "medium" else "same-s-decoder"
+    """The decoder that goes with a DiT; fp32 only with fp32."""
+    base = f"{find_dit(dit).autoencoder}-decoder"
     return find_target(f"{base}-fp32" if precision == "fp32" else base)
 
 
 def encoder_for(dit: str) -> Target:
     """The audio encoder that goes with a DiT, at every precision: it runs once a request."""
-    return find_target("same-l-encoder" if dit == "medium" else "same-s-encoder")
-
-
-def codec_reach(dit: str) -> int | None:
-    """How many latent frames to either side the autoencoder of a DiT looks; None where it is not known (SAME-S).
-
-    Source: facts.md, section 3.
-    """
-    return 12 if dit == "medium" else None
+    return find_target(f"{find_dit(dit).autoencoder}-encoder")
 
 
 def _unknown(name: str, good: Sequence[str], what: str = "target") -> ToolError:

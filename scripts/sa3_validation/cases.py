@@ -120,15 +120,23 @@ def text_cases(wanted: Wanted, encoder: GraphEngine, tokenizer: text.Tokenizer) 
     ]  # fmt: skip
 
 
-def calibration_cases(calibration: CalibrationSet, most: int | None) -> list[Case]:
-    """The first starts of a set: rows of sigma 1, whose x is pure noise. Raises ToolError when it has none."""
-    starts = [index for index, sigma in enumerate(calibration.sigmas()) if sigma == 1.0][:most]
+def starts_of(calibration: CalibrationSet) -> list[int]:
+    """The rows that generations can start from: of sigma 1, so that x is pure noise; the rest is the conditioning.
+
+    Raises ToolError when the set has no such row.
+    """
+    starts = [index for index, sigma in enumerate(calibration.sigmas()) if sigma == 1.0]
     if not starts:
         raise ToolError(f"{calibration.path} has no row of sigma 1", "make a set with build/make_calib.py")
+    return starts
+
+
+def calibration_cases(calibration: CalibrationSet, starts: Sequence[int]) -> list[Case]:
+    """One case for each of the rows `starts` (of `starts_of`), in their order; its seed is the row's number."""
     prompts = _prompts_of_rows(calibration)
     chosen = ChosenRows(calibration, frozenset(starts))
     found = []
-    for index, kind, row in zip(starts, chosen.kinds(), chosen, strict=True):
+    for index, kind, row in zip(sorted(chosen.indices), chosen.kinds(), chosen, strict=True):
         held = tensors(row)
         seconds = float(held["seconds_total"][0])
         found.append(

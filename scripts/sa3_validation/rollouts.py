@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from sa3_trt_core.engines.base import Closing, DiTVelocity
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import ping_pong, row_noise
 from sa3_validation.cases import Case, Row
-from sa3_validation.perturbation import Perturbed
+from sa3_validation.perturbation import Perturbed, off_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,14 +47,20 @@ class Recorder(Closing):
 
 
 def roll(
-    dit: VelocityEngine, case: Case, sampler: str, steps: int, tell: Tell, perturbation: float = 0.0
-) -> np.ndarray:
-    """The final latent (1, 256, L) fp32 of a case; with a perturbation, of a DiT that reads x off by that share."""
+    dit: VelocityEngine, case: Case, sampler: str, steps: int, tell: Tell, perturbation: float = 0.0,
+    start_only: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """The final latent (1, 256, L) fp32 of a case; with a perturbation, of a DiT that reads x off by that share.
+
+    `start_only` perturbs the start instead of every step's x.
+    """
     import torch
 
-    if perturbation:
-        shape = (shapes.LATENT_CHANNELS, case.frames)
-        dit = Perturbed(dit, perturbation, row_noise([OTHER_SEEDS + case.seed], *shape))
+    directions = row_noise([OTHER_SEEDS + case.seed], shapes.LATENT_CHANNELS, case.frames)
+    if perturbation and start_only:
+        case = replace(case, start=off_by(next(case.noise()), perturbation, next(directions)))
+    elif perturbation:
+        dit = Perturbed(dit, perturbation, directions)
     levels = schedule.sigmas(steps)
     with torch.inference_mode():
         if sampler == PING_PONG:

@@ -76,7 +76,7 @@ def test_a_kill_between_the_renames_leaves_the_marker(tiny_onnx: Path, tmp_path:
     graphs_of.save(graphs_of.load(source), path)
     code = (
         "import os, sys, pathlib\n"
-        "from sa3_build import graph\n"
+        "from sa3_build.graph import io as graph\n"
         "replace = os.replace\n"
         "def once(a, b):\n"
         "    replace(a, b)\n"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from sa3_build.e4m3 import E4M3
 from sa3_build.graph import query
 from sa3_build.graph.errors import GraphNotRecognised, described
+from sa3_trt_core.number_formats import E4M3_MAX
 
 BEFORE_WEIGHTS = ("Transpose", "Cast", "DequantizeLinear", "QuantizeLinear")
 TILE = 16  # FP8 tensor cores want multiples of it
@@ -27,7 +28,7 @@ class Weight:
     def plain(self) -> np.ndarray:
         """(N, K), as the graph has it before any quantizer."""
         value = constant(self.stored)
-        if self.scale is not None and value.dtype == ml_dtypes.float8_e4m3fn:
+        if self.scale is not None and value.dtype == E4M3:
             axis = value.shape.index(self.scale.size) if self.scale.size > 1 else 0
             shape = [-1 if i == axis else 1 for i in range(value.ndim)] if self.scale.size > 1 else [1] * value.ndim
             value = value.astype(np.float32) * self.scale.astype(np.float32).reshape(shape)
@@ -38,9 +39,9 @@ class Weight:
         assert self.scale is not None
         value = constant(self.stored)
         value = value.T if self.transposed else value
-        if value.dtype != ml_dtypes.float8_e4m3fn:
+        if value.dtype != E4M3:
             ratio = value.astype(np.float32) / self.scale.astype(np.float32).reshape(-1, 1)
-            value = np.clip(ratio, -448.0, 448.0).astype(ml_dtypes.float8_e4m3fn)
+            value = np.clip(ratio, -E4M3_MAX, E4M3_MAX).astype(E4M3)
         return np.ascontiguousarray(value)
 
 
@@ -72,21 +73,7 @@ def activation_scale(node: ir.Node) -> float | None:
 
 def cores(product: ir.Node) -> list[ir.Node]:
     """The first attention products below a product: those that read its q on their left side."""
-    seen: set[ir.Node] = set()
-    queue, found = [product], []
-    while queue:
-        for value in queue.pop().outputs:
-            for use in value.uses():
-                if use.node in seen:
-                    continue
-                if use.node.op_type in query.PRODUCTS:
-                    if use.idx == 0 and weight_of(use.node) is None:
-                        seen.add(use.node)
-                        found.append(use.node)
-                elif not query.gives_sizes(use.node):
-                    seen.add(use.node)
-                    queue.append(use.node)
-    return found
+    return [user for user, index in query.products_below(product) if index == 0 and weight_of(user) is None]
 
 
 def only(found: list[ir.Node], what: str, near: ir.Node) -> ir.Node:

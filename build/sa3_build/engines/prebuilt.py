@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sa3_trt_core.artifacts import files, locks, manifest
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.artifacts.build import build
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.targets import PREBUILT_FOLDER, Target
@@ -38,15 +39,14 @@ def take(
     if path is None:
         raise ToolError(f"the hub has no engine of {target.name} for {arch}", "leave --prebuilt away: it is compiled")
     inputs, recorded = {path.name: files.sha256_of(path)}, {**settings, "prebuilt": True}
-    with locks.held(locks.lock_path(out), f"the build of {out}"):
-        if manifest.is_current(out, inputs, recorded)[0]:
+    with build(out, "engine", inputs, recorded) as draft:
+        if draft is None:
             return out.stat().st_size, True
-        files.remove_leftovers(out)
-        manifest.manifest_path(out).unlink(missing_ok=True)
+        draft.retire()
         with files.atomic_path(out) as temporary:
             try:
                 os.link(path.resolve(), temporary)  # no second copy of some gigabytes where one disk holds both
             except OSError:
                 shutil.copyfile(path, temporary)
-        manifest.write_manifest(out, "engine", [out], inputs, recorded, {"run on a GPU": False})
+        draft.finish([out], {"run on a GPU": False})
     return out.stat().st_size, False

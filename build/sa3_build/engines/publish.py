@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 KIND = "dit_fp8"
-TARGET = "sa3-m-fp8"
 REPORT_SUFFIX, CALIBRATION = ".report.json", "dit_fp8.calibration.json"
 LARGEST_REPORT = 64 << 20  # bytes
 
@@ -69,8 +68,8 @@ def check(onnx: Path) -> Parcel:
     Raises ToolError for a file that is not one, is torn, or has another name than the published; GateError for one
     whose own gates do not hold, or that was made to compare with and not to use.
     """
-    published = targets.find_target(TARGET).onnx[0]
-    again = f"make it: {targets.find_target(TARGET).produced_by}"
+    target = targets.publishable_at(onnx)
+    published, again = target.onnx[0], f"make it: {target.produced_by}"
     if not onnx.is_file():
         raise ToolError(f"no such file: {onnx}", again)
     if onnx.name != Path(published).name:

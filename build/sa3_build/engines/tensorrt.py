@@ -18,7 +18,8 @@ from sa3_build.graph import io as graph_io
 from sa3_build.passes import lower_plugins
 from sa3_build.recipes import requirements_check
 from sa3_trt_core import gpu, paths, shapes
-from sa3_trt_core.artifacts import files, locks, manifest
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.console import format_seconds
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download, resolve
@@ -124,38 +125,22 @@ def compile_engine(
     settings = build_settings(target, backend, arch)
     sources = [onnx, *(onnx.parent / name for name in resolve.external_data_names(onnx))]
     inputs = {file.name: _digest(file) for file in sources}
-    current, why = manifest.is_current(out, inputs, settings)
-    if current and not force:
-        return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
-    files.require_writable(out, "engine")
-    requirements_check.require_build(sum(file.stat().st_size for file in sources), out.parent)
-    with locks.held(locks.lock_path(out), f"the build of {out}"):
-        current, why = manifest.is_current(out, inputs, settings)
-        if current and not force:
+    with build(out, "engine", inputs, settings, force) as draft:
+        if draft is None:
             return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
-        why = f"--force: {why}" if force else why if out.exists() else "missing"
-        return _built(onnx, target, backend, arch, out, inputs, settings, best_of, why)
+        requirements_check.require_build(sum(file.stat().st_size for file in sources), out.parent)
+        return _built(onnx, target, draft, best_of)
 
 
-def _built(  # the order is compile_engine's
-    onnx: Path,
-    target: Target,
-    backend: str,
-    arch: str,
-    out: Path,
-    inputs: dict[str, str],
-    settings: dict[str, Any],
-    best_of: int,
-    why: str,
-) -> Built:
-    """Compile, and put the engine and then its manifest in place. The caller holds the engine's lock."""
-    files.remove_leftovers(out)
+def _built(onnx: Path, target: Target, draft: Draft, best_of: int) -> Built:
+    """Compile, and put the engine and then its manifest in place."""
+    out, backend, arch = draft.output, draft.settings["backend"], draft.settings["arch"]
     started, module = time.monotonic(), load_backend(backend)
     gates: dict[str, Any] = {
         "compiled": True, "run on a GPU": False, "attention lowered": lower_plugins.lowered(onnx) is not None
     }  # fmt: skip
     # What was timed before is not timed again; several builds are to differ, so they share nothing.
-    cache = timing_cache.cache_path(out, backend, settings["backend_version"]) if best_of == 1 else None
+    cache = timing_cache.cache_path(out, backend, draft.settings["backend_version"]) if best_of == 1 else None
     with _heartbeat(f"compiling {target.name} for {arch}"):
         plan = _plan(module, onnx, target, backend, arch, cache)
         if best_of > 1:
@@ -163,12 +148,12 @@ def _built(  # the order is compile_engine's
             measured = [timing_cache.milliseconds(module, one, target) for one in plans]
             plan = plans[measured.index(min(measured))]
             gates |= {"run on a GPU": True, "milliseconds": [round(one, 4) for one in measured]}
-    manifest.manifest_path(out).unlink(missing_ok=True)
+    draft.retire()
     with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
         stream.write(plan)
     seconds = time.monotonic() - started
-    manifest.write_manifest(out, "engine", [out], inputs, settings, gates)
-    return Built(out, seconds, out.stat().st_size, reused=False, why=why)
+    draft.finish([out], gates)
+    return Built(out, seconds, out.stat().st_size, reused=False, why=draft.why)
 
 
 def _digest(file: Path) -> str:

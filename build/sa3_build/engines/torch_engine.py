@@ -17,7 +17,8 @@ from sa3_build.engines import pack_dit
 from sa3_build.engines.tensorrt import CURRENT, Built, check_graph
 from sa3_build.graph import io as graph_io
 from sa3_trt_core import gpu, shapes
-from sa3_trt_core.artifacts import files, locks, manifest
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.artifacts.build import build
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.torch import CACHE_VARIABLE, kernels_folder, open_runner, tiles_path
 from sa3_trt_core.errors import GateError, ToolError
@@ -65,27 +66,23 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
     check_graph(onnx, target)
     settings = build_settings(target, arch)
     inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(onnx)}
-    files.require_writable(out, "engine")
-    with locks.held(locks.lock_path(out), f"the build of {out}"):
-        current, why = manifest.is_current(out, inputs, settings)
-        if current and not force:
+    with build(out, "engine", inputs, settings, force) as draft:
+        if draft is None:
             return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
-        why = f"--force: {why}" if force else why if out.exists() else "missing"
         started = time.monotonic()
-        files.remove_leftovers(out)
         with files.atomic_path(out) as fresh:
             _write(onnx, target, fresh)
             gates = _compare(onnx, fresh, target)
             tiles = _tiles(fresh, out, arch)
-            manifest.manifest_path(out).unlink(missing_ok=True)
+            draft.retire()
         made = [out]
         tiles_path(out).unlink(missing_ok=True)
         if tiles is not None:
             files.write_atomic_text(tiles_path(out), json.dumps(tiles, indent=2) + "\n")
             _warm(open_runner(out, torch.device("cuda")))
             made.append(tiles_path(out))
-        manifest.write_manifest(out, "engine", made, inputs, settings, gates | {"tuned on a GPU": tiles is not None})
-    return Built(out, time.monotonic() - started, out.stat().st_size, reused=False, why=why)
+        draft.finish(made, gates | {"tuned on a GPU": tiles is not None})
+    return Built(out, time.monotonic() - started, out.stat().st_size, reused=False, why=draft.why)
 
 
 def _write(onnx: Path, target: Target, out: Path) -> None:

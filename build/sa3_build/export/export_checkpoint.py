@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from sa3_build.passes.base import run_passes
 from sa3_build.passes.fp16_mixed import MixPrecision
 from sa3_build.passes.topological_sort import SortTopologically
 from sa3_trt_core.artifacts import files, manifest
+from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.targets import TOKENIZER_FILES, Target, find_target
 
@@ -111,24 +111,27 @@ class Exporter:
         path = self._path(target)
         inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(source)}
         settings = {"target": target.name, "tolerance": HALF_DECODER_TOLERANCE}
-        if manifest.is_current(path, inputs, settings)[0]:
-            return _reused(target, path)
-        model = graph_io.load(source)
-        run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
-        written, nodes = graph_io.save(model, path), len(list(model.graph))
-        error = max(
-            relative_error(self._run_onnx(source, [latent]), self._run_onnx(path, [latent])) for latent in self._music()
-        )
-        return self._keep(target, path, written, nodes, error, HALF_DECODER_TOLERANCE, inputs, settings)
+        with build(path, "onnx", inputs, settings) as draft:
+            if draft is None:
+                return _reused(target, path)
+            model = graph_io.load(source)
+            run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
+            written, nodes = graph_io.save(model, path), len(list(model.graph))
+            pairs = [(self._run_onnx(source, [latent]), self._run_onnx(path, [latent])) for latent in self._music()]
+            error = max(relative_error(*pair) for pair in pairs)
+            return _keep(target, draft, written, nodes, error, HALF_DECODER_TOLERANCE)
 
     def _export(self, name: str, inputs: Mapping[str, str], load: Callable[[], nn.Module]) -> Exported:
         target = find_target(name)
         path = self._path(target)
         tolerance = DIT_TOLERANCE if target.kind == "dit" else RELATIVE_TOLERANCE
         settings = {"target": name, "opset": torch_to_onnx.OPSET, "tolerance": tolerance}
-        if manifest.is_current(path, inputs, settings)[0]:
-            return _reused(target, path)
-        module = load()
+        with build(path, "onnx", inputs, settings) as draft:
+            return _reused(target, path) if draft is None else self._exported(target, draft, load(), tolerance)
+
+    def _exported(self, target: Target, draft: Draft, module: nn.Module, tolerance: float) -> Exported:
+        """Trace, save and compare one module; it is freed in between."""
+        path = draft.output
         # The decoder's samples are compared before they become 16-bit: there, one in a thousand rounds the other way.
         forward = module.waveform if isinstance(module, DecoderContract) else module
         with torch.inference_mode():
@@ -149,7 +152,7 @@ class Exporter:
         else:
             found = [self._run_onnx(path, example) for example in self._examples(target)]
         error = max(measure(first, second) for first, second in zip(wanted, found, strict=True))
-        return self._keep(target, path, written, nodes, error, tolerance, inputs, settings)
+        return _keep(target, draft, written, nodes, error, tolerance)
 
     def _music(self) -> list[torch.Tensor]:
         """Latents (1, C, L) of chords with onsets: 16 bits are judged on music, a decoder is not made for noise."""
@@ -172,20 +175,6 @@ class Exporter:
             ]
         codec.float()  # exact: every value was fp32 before
         return max(errors)
-
-    def _keep(
-        self, target: Target, path: Path, written: list[Path], nodes: int, error: float, tolerance: float,
-        inputs: Mapping[str, str], settings: Mapping[str, Any],
-    ) -> Exported:  # fmt: skip
-        if not error <= tolerance:
-            for file in written:
-                file.unlink()
-            raise GateError(
-                f"{path.name} differs from its source by {error:.2e}, more than {tolerance:g}; it was removed",
-                "check the versions against the requirements file, then report this",
-            )
-        manifest.write_manifest(path, "onnx", written, inputs, settings, {"error": error})
-        return Exported(target.name, path, nodes, error, reused=False)
 
     def _examples(self, target: Target) -> list[list[torch.Tensor]]:
         return [
@@ -223,6 +212,19 @@ def relative_error(wanted: np.ndarray, found: np.ndarray) -> float:
     """||found - wanted|| / ||wanted||."""
     reference = wanted.astype(np.float64)
     return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+def _keep(target: Target, draft: Draft, written: list[Path], nodes: int, error: float, tolerance: float) -> Exported:
+    """Finish a graph, or remove it when it is too far from its source. Raises GateError."""
+    if not error <= tolerance:
+        for file in written:
+            file.unlink()
+        raise GateError(
+            f"{draft.output.name} differs from its source by {error:.2e}, more than {tolerance:g}; it was removed",
+            "check the versions against the requirements file, then report this",
+        )
+    draft.finish(written, {"error": error})
+    return Exported(target.name, draft.output, nodes, error, reused=False)
 
 
 def _reused(target: Target, path: Path) -> Exported:

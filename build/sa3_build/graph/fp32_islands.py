@@ -238,16 +238,7 @@ def _origin(value: ir.Value | None) -> ir.Value | None:
 
 
 def _users(node: ir.Node) -> list[ir.Node]:
-    """Users of a node's first output, seen through casts."""
-    found: list[ir.Node] = []
-    queue = [use.node for use in node.outputs[0].uses()]
-    while queue:
-        user = queue.pop(0)
-        if user.op_type == "Cast":
-            queue.extend(use.node for use in user.outputs[0].uses())
-        else:
-            found.append(user)
-    return found
+    return query.users(node, ("Cast",))
 
 
 def _squared(node: ir.Node) -> ir.Value | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -50,6 +50,38 @@ def ancestors(values: Iterable[ir.Value | None], stop: Callable[[ir.Node], bool]
         found.add(node)
         if not stop(node):
             queue.extend(value.producer() for value in node.inputs if value is not None)
+    return found
+
+
+def products_below(node: ir.Node) -> list[tuple[ir.Node, int]]:
+    """The nearest products below a node that read what it gives, each with the number of the input that does."""
+    seen: set[ir.Node | tuple[ir.Node, int]] = set()
+    queue, found = [node], []
+    while queue:
+        for value in queue.pop().outputs:
+            for user, index in value.uses():
+                is_product = user.op_type in PRODUCTS
+                reader = (user, index) if is_product else user
+                if reader in seen or gives_sizes(user):
+                    continue
+                seen.add(reader)
+                if is_product:
+                    found.append((user, index))
+                else:
+                    queue.append(user)
+    return found
+
+
+def users(node: ir.Node, through: Collection[str]) -> list[ir.Node]:
+    """The users of a node's first output, seen through nodes of the op types `through`."""
+    found: list[ir.Node] = []
+    queue = [use.node for use in node.outputs[0].uses()]
+    while queue:
+        user = queue.pop(0)
+        if user.op_type in through:
+            queue.extend(use.node for use in user.outputs[0].uses())
+        else:
+            found.append(user)
     return found
 
 

@@ -10,9 +10,9 @@ import onnx_ir as ir
 from sa3_build.graph.errors import GraphNotRecognised
 from sa3_build.graph.fp32_islands import MOVERS, Islands, is_float
 from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.remove_casts import HALF, SINGLE
+from sa3_trt_core.number_formats import FP16_MAX
 
-HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
-FP16_MAX = 65504.0
 _NAMES = {HALF: "half", SINGLE: "float"}
 # Ops whose type is theirs to say, not their inputs'.
 _TYPED_BY_ATTRIBUTE = ("Cast", "ConstantOfShape")

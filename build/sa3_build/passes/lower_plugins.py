@@ -11,7 +11,8 @@ from sa3_build.graph.errors import naming
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.lower_attention import LowerAttention, plugged
 from sa3_build.passes.topological_sort import SortTopologically
-from sa3_trt_core.artifacts import files, manifest
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.artifacts.build import build
 from sa3_trt_core.errors import ToolError
 
 __all__ = ["lower_file", "lowered", "plugged"]
@@ -35,17 +36,16 @@ def lower_file(source: Path, output: Path) -> int:
     0: the file is there already and was made of this one. Raises ToolError.
     """
     inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(source)}
-    settings = {"lowered": LowerAttention.name}
-    if manifest.is_current(output, inputs, settings)[0]:
-        return 0
-    model = graph_io.load(source)
-    if not plugged(model):
-        raise ToolError(f"{source} holds no plug-in to lower", "use it as it is")
-    if output.resolve() == source.resolve():
-        raise ToolError(f"{output} is the graph that is read", "give --onnx another name")
-    count = _lower(model, source)
-    written = graph_io.save(model, output)
-    manifest.write_manifest(output, "onnx", written, inputs, settings, {"lowered": count})
+    with build(output, "onnx", inputs, {"lowered": LowerAttention.name}) as draft:
+        if draft is None:
+            return 0
+        model = graph_io.load(source)
+        if not plugged(model):
+            raise ToolError(f"{source} holds no plug-in to lower", "use it as it is")
+        if output.resolve() == source.resolve():
+            raise ToolError(f"{output} is the graph that is read", "give --onnx another name")
+        count = _lower(model, source)
+        draft.finish(graph_io.save(model, output), {"lowered": count})
     return count
 
 

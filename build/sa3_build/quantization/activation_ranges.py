@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build.e4m3 import E4M3_MAX
 from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.quantization import selection as quantization_selection
+from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts.calibration_layout import KINDS
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, tensors
 from sa3_trt_core.console import Progress
+from sa3_trt_core.number_formats import E4M3_MAX
 
 SMALLEST_NORMAL = 2.0**-6  # of E4M3: what is smaller, after scaling, keeps fewer than its three bits of mantissa
 
@@ -86,6 +87,13 @@ def measure_shares(
         }
         for name, scale in scales.items()
     ]
+
+
+def shares(build: Workspace) -> Mapping[str, Any]:
+    """Measure the shares of the result's scales on the parity rows, which hold every kind at every sigma."""
+    rows = build.parity_rows
+    found = measure_shares(build.clean, scales_of(build.result, build.selection), rows)
+    return {"rows": rows.rows, "worst": worst_shares(found), "shares": found}
 
 
 def worst_shares(shares: Sequence[Mapping[str, Any]]) -> dict[str, float]:

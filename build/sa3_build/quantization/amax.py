@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from sa3_build.graph import io as graph_io
+from sa3_build.quantization.activation_ranges import amax_table
 from sa3_build.quantization.selection import Selection
+from sa3_build.quantization.workspace import Workspace
+from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, tensors
 from sa3_trt_core.console import Progress
+
+
+def measure(build: Workspace) -> Mapping[str, Any]:
+    """Write amax of every candidate's activation in every row, and return it by activation, sigma and kind of row."""
+    amax = measure_amax(build.clean, build.candidates, build.rows)
+    with files.atomic_path(build.amax) as temporary:
+        np.save(temporary, amax)
+    return {"rows": len(amax), "amax": amax_table(amax, build.candidates, build.rows)}
 
 
 def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet | ChosenRows) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sa3_build.e4m3 import E4M3, E4M3_MAX
+from sa3_build.e4m3 import E4M3
+from sa3_trt_core.number_formats import E4M3_MAX
 
 if TYPE_CHECKING:
     import torch

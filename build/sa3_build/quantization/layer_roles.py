@@ -11,7 +11,6 @@ from sa3_build.graph import query
 from sa3_build.graph.fp32_islands import LATENT
 from sa3_build.quantization.selection import Selection
 
-SHAPES = ("Shape", "Size")  # they pass on no data
 KINDS = (
     "text in",
     "text out",
@@ -78,28 +77,15 @@ class _Finder:
 
     def cores_below(self, node: ir.Node) -> list[ir.Node]:
         """The attention products that read what this product gives, with no other product between."""
-        return [one for one in self._products_below(node) if _is_core(one)]
+        return [one for one in dict.fromkeys(user for user, _ in query.products_below(node)) if _is_core(one)]
 
     def _is_cross(self, cores: Iterable[ir.Node]) -> bool:
         producers = [value.producer() for core in cores for value in core.inputs if value is not None]
         return any(producer is not None and LATENT not in self._behind[producer] for producer in producers)
 
-    def _products_below(self, node: ir.Node) -> list[ir.Node]:
-        seen: set[ir.Node] = set()
-        queue, found = [node], []
-        while queue:
-            for value in queue.pop().outputs:
-                for user in {use.node for use in value.uses()} - seen:
-                    seen.add(user)
-                    if user.op_type in query.PRODUCTS:
-                        found.append(user)
-                    elif user.op_type not in SHAPES:
-                        queue.append(user)
-        return found
-
 
 def _stops(node: ir.Node) -> bool:
-    return node.op_type in query.PRODUCTS or node.op_type in SHAPES
+    return node.op_type in query.PRODUCTS or query.gives_sizes(node)
 
 
 def _is_core(node: ir.Node) -> bool:

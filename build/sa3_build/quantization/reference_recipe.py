@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build.e4m3 import E4M3_MAX
 from sa3_build.graph import query
 from sa3_build.quantization import scales, selection
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows
+from sa3_trt_core.number_formats import E4M3_MAX
 
 HEADROOM = E4M3_MAX / 36  # its activation scales are amax / 36
 ROWS = 16  # it calibrates again on the last rows only

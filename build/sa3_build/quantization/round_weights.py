@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sa3_build import memory
-from sa3_build.e4m3 import E4M3_MAX, Codes, quantized
+from sa3_build.e4m3 import Codes, quantized
 from sa3_build.graph import io as graph_io, query
 from sa3_build.quantization import gptq, scales, selection as quantization_selection
+from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, parity_selection, tensors
 from sa3_trt_core.console import Progress
+from sa3_trt_core.number_formats import E4M3_MAX
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +23,18 @@ if TYPE_CHECKING:
 DAMPING = 0.1  # share of the mean energy; 0.003 to 0.1 differ little on rows that the fit has not seen (build/NOTES.md)
 ROWS = 32  # at most, but one at least of every kind at every sigma; each is a forward a group of activations
 GRAM_BYTES = 1 << 29  # of Gram matrices held at once: at full size a feed-forward's is 151 MB, and the limit is 6 GB
-FOLDER = "rounding"
+
+
+def choose_codes(build: Workspace) -> Mapping[str, Any]:
+    """Write the codes that GPTQ chooses for the weights of every candidate; returns what was changed."""
+    rows = rows_of(build.calibration, build.parity_rows)
+    found = round_weights(build.clean, build.candidates, rows, build.codes)
+    return {**found, "rows also in the parity": len(rows.indices & build.parity_rows.indices)}
+
+
+def codes_of(build: Workspace) -> Mapping[str, Codes]:
+    """The chosen codes by the weight's name; empty when weights are rounded to the nearest."""
+    return stored_codes(build.candidates, build.codes) if build.settings.rounding == "gptq" else {}
 
 
 def rows_of(calibration: CalibrationSet, parity: ChosenRows, limit: int = ROWS) -> ChosenRows:
@@ -35,20 +48,20 @@ def rows_of(calibration: CalibrationSet, parity: ChosenRows, limit: int = ROWS) 
 
 
 def round_weights(
-    source: Path, selection: quantization_selection.Selection, rows: ChosenRows, work: Path
+    source: Path, selection: quantization_selection.Selection, rows: ChosenRows, folder: Path
 ) -> dict[str, Any]:
-    """Leave the codes of every weight of `selection` in `work`, a file each; returns what was changed.
+    """Leave the codes of every weight of `selection` in `folder`, a file each; returns what was changed.
 
     `source` is the clean graph. A weight whose file is there already is left: an interrupted stage goes on.
     """
-    (work / FOLDER).mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     model = graph_io.load(source)
     held = {product.activation: 4 * product.k**2 for product in selection.quantized}
     groups = list(quantization_selection.in_groups(held, GRAM_BYTES))
     with Progress("rounding", len(groups) * rows.rows + len(selection.quantized), "forwards and weights") as progress:
         for group in groups:
             wanted = [one for one in selection.quantized if one.activation in group]
-            missing = [one for one in wanted if not _file(work, one).exists()]
+            missing = [one for one in wanted if not _file(folder, one).exists()]
             progress.advance(len(wanted) - len(missing))
             if not missing:
                 progress.advance(rows.rows)
@@ -59,16 +72,16 @@ def round_weights(
                 assert weight is not None and product.channel_axis is not None
                 scale = weight_scale(weight, product)
                 codes = gptq.rounded(weight, scale, product.channel_axis, grams[product.activation], DAMPING)
-                Codes.write(_file(work, product), codes)
+                Codes.write(_file(folder, product), codes)
                 progress.advance()
             del grams
             memory.return_memory()
-    return {"rows": rows.rows, "damping": DAMPING, **_changes(model, selection, work)}
+    return {"rows": rows.rows, "damping": DAMPING, **_changes(model, selection, folder)}
 
 
-def stored_codes(selection: quantization_selection.Selection, work: Path) -> dict[str, Codes]:
+def stored_codes(selection: quantization_selection.Selection, folder: Path) -> dict[str, Codes]:
     """What `round_weights` left, by the weight's name."""
-    return {product.weight: Codes(_file(work, product)) for product in selection.quantized}
+    return {product.weight: Codes(_file(folder, product)) for product in selection.quantized}
 
 
 def weight_scale(weight: np.ndarray, product: quantization_selection.Product) -> np.ndarray:
@@ -92,9 +105,9 @@ def _grams(source: Path, names: Sequence[str], rows: ChosenRows, progress: Progr
     return grams
 
 
-def _changes(model: Any, selection: quantization_selection.Selection, work: Path) -> dict[str, Any]:
+def _changes(model: Any, selection: quantization_selection.Selection, folder: Path) -> dict[str, Any]:
     """How many codes are not the nearest, and the furthest that a channel is from its source."""
-    stored = stored_codes(selection, work)
+    stored = stored_codes(selection, folder)
     changed = elements = 0
     furthest = 0.0
     for product in selection.quantized:
@@ -107,5 +120,5 @@ def _changes(model: Any, selection: quantization_selection.Selection, work: Path
     return {"products": len(selection.quantized), "codes not nearest": changed / elements, "deviation": furthest}
 
 
-def _file(work: Path, product: quantization_selection.Product) -> Path:
-    return work / FOLDER / f"{product.node.replace('/', '_')}.npy"
+def _file(folder: Path, product: quantization_selection.Product) -> Path:
+    return folder / f"{product.node.replace('/', '_')}.npy"

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from sa3_build.e4m3 import E4M3_MAX
 from sa3_build.graph import query
 from sa3_build.graph.quantizers import dequantizers, quantized_source
 from sa3_build.quantization.selection import Product, Selection
 from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.number_formats import E4M3_MAX
 
 FP16_SCALE_FLOOR = 2.0**-14  # the smallest normal fp16: below it a stored scale loses bits, and TensorRT refuses zero
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from sa3_build.graph import query
 from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.fp32_islands import LATENT, SCALAR_INPUTS
+from sa3_build.graph.quantizers import dequantizers, stored_weight
 
 KEPT = "kept: target cosine"  # why a product that could be quantised is not
 
@@ -52,6 +53,20 @@ class Selection:
         """Share of the weighted multiply-adds of one token that run in FP8 (the front end runs once a row)."""
         fp8 = sum(product.k * product.n for product in self.quantized)
         return fp8 / (fp8 + self.token_macs_elsewhere)
+
+
+def fp8_share(model: ir.Model) -> float:
+    """The same share, counted in a quantised graph."""
+    model.graph.sort()
+    behind = query.graph_inputs_behind(model)
+    fp8 = everything = 0
+    for node in model.graph:
+        weight = stored_weight(node)
+        if weight is not None and not behind[node] <= SCALAR_INPUTS:
+            macs = int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
+            everything += macs
+            fp8 += macs if all(dequantizers(node)) else 0
+    return fp8 / everything if everything else 0.0
 
 
 def select_products(model: ir.Model) -> Selection:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sa3_build.e4m3 import Codes
 from sa3_build.graph import io as graph_io
-from sa3_build.quantization import layer_roles, pareto, selection as quantization_selection
+from sa3_build.quantization import layer_roles, pareto, round_weights, selection as quantization_selection
 from sa3_build.quantization.layer_roles import Place
 from sa3_build.quantization.pareto import Effect, Point
 from sa3_build.quantization.switchable_graph import SwitchableDit
+from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts.calibration_set import ChosenRows, Row
 from sa3_trt_core.console import Progress, table
 from sa3_trt_core.errors import GateError
@@ -188,22 +187,21 @@ class Sensitivity:
         )
 
 
-def search(
-    source: Path, amax: np.ndarray, rows: ChosenRows, codes: Mapping[str, Codes], *, target: float, headroom: float,
-    max_fp16_products: int | None, weights: str,
-) -> dict[str, Any]:  # fmt: skip
-    """The stage of the recipe: what stays in 16 bits of the clean graph `source`; `amax` is of every candidate.
+def search(build: Workspace) -> Mapping[str, Any]:
+    """Find the products that must stay in 16 bits for the target cosine of the settings.
 
-    `codes` are those that were chosen for weights, by name, as the result will have them.
     Raises GateError, with the frontier, when the target is out of reach.
     """
-    model = graph_io.load(source)
+    settings, target = build.settings, build.settings.target_cosine
+    assert target is not None
+    model = graph_io.load(build.clean)
     selection = quantization_selection.select_products(model)
     found_places = layer_roles.places(model, selection)
     aim = 1 - AIM * (1 - target)
-    with SwitchableDit(source, selection, amax, headroom, codes) as dit:
-        found = Sensitivity(dit, found_places, rows, selection.token_macs_elsewhere)
-        outcome = found.search(aim, max_fp16_products, weights)
+    amax = np.load(build.amax)
+    with SwitchableDit(build.clean, selection, amax, settings.headroom, round_weights.codes_of(build)) as dit:
+        found = Sensitivity(dit, found_places, build.parity_rows, selection.token_macs_elsewhere)
+        outcome = found.search(aim, settings.max_fp16_products, settings.weights)
     return {
         "kept": list(outcome.kept),
         "frontier": {**outcome.frontier, "target": target, "aim": aim},

@@ -16,10 +16,9 @@ from sa3_build.quantization.layer_roles import KINDS, places
 from sa3_build.quantization.streaming_stats import Statistics, Tally
 from sa3_build.recipes.fp8 import input_digests
 from sa3_build.recipes.fp8_inputs import require_half
-from sa3_build.verification import parity
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import manifest
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
 
@@ -55,7 +54,7 @@ class Subject:
         whole.check_values()
         self.source, self.calibration = source, calibration
         everything = ChosenRows(whole, frozenset(range(whole.rows)))
-        self.rows = everything if limit is None else parity.parity_rows_of(whole, limit)
+        self.rows = everything if limit is None else representative(whole, limit)
         self._selection = selection.select_products(model)
         self._places = places(model, self._selection)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from sa3_build.graph import contract, io as graph_io
 from sa3_build.graph.errors import naming
@@ -19,7 +20,7 @@ from sa3_build.passes.rewrites import Shaping
 from sa3_build.verification import parity as verification_parity
 from sa3_build.verification.graph_checks import require_rows_alike
 from sa3_build.verification.probe_rows import check_rows
-from sa3_trt_core.artifacts import locks, manifest
+from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.artifacts.files import sha256_of
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import GateError, ToolError
@@ -51,8 +52,15 @@ def build_half(
     inputs = {file.name: sha256_of(file) for file in graph_io.files_of(source)}
     opset = model.opset_imports.get("", 0)
     settings = {"min_cosine": min_cosine, "opset": opset, "free_batch": free_batch, **asdict(shaping)}
-    if manifest.is_current(output, inputs, settings)[0]:
-        return None
+    with build(output, "dit_fp16mixed", inputs, settings) as draft:
+        return None if draft is None else _convert(model, source, draft, min_cosine, free_batch, shaping)
+
+
+def _convert(
+    model: ir.Model, source: Path, draft: Draft, min_cosine: float, free_batch: bool, shaping: Shaping
+) -> Half:
+    """Convert, check, compare with the source, and only then put graph and manifest in place."""
+    output = draft.output
     with naming(source):
         freed = adopt(model, free_batch).freed
         results = run_passes(model, [FoldWeights(), *shaping.passes(), MixPrecision(find_dit_islands)])
@@ -83,7 +91,6 @@ def build_half(
             "parity": [asdict(p) for p in parity],
             "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in results[1:-1]],
         }
-        with locks.held(locks.lock_path(output), f"the making of {output}"):
-            written = graph_io.move(trial, output)
-            manifest.write_manifest(output, "dit_fp16mixed", written, inputs, settings, gates)
+        written = graph_io.move(trial, output)
+        draft.finish(written, gates)
     return Half(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))

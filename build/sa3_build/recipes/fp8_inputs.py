@@ -1,8 +1,10 @@
-"""Which DiT graphs the FP8 recipe takes and what they will need: judged before anything is written."""
+"""The input graph of the FP8 recipe: refused before anything is written, or taken to the form that the stages need."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -12,10 +14,12 @@ from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes import canonicalize
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fold_weights import FoldWeights
+from sa3_build.passes.rename_nodes import RenameNodes
 from sa3_build.quantization import selection
+from sa3_build.quantization.settings import Settings
+from sa3_build.quantization.workspace import Workspace
 from sa3_build.recipes import requirements_check
-from sa3_build.recipes.fp8_settings import Settings
-from sa3_build.verification import graph_proof
+from sa3_build.verification import graph_checks, graph_proof
 from sa3_trt_core.errors import ToolError
 
 
@@ -47,3 +51,23 @@ def needs_of(model: ir.Model, source: Path, settings: Settings) -> requirements_
     total = sum(file.stat().st_size for file in graph_io.files_of(source))
     in_fp8 = sum(tensor.nbytes for tensor in quantised if tensor is not None)
     return requirements_check.estimate(total, in_fp8, rewritten, settings.ptq, settings.weights, settings.rounding)
+
+
+def clean(build: Workspace) -> Mapping[str, Any]:
+    """Write the source sorted, folded, named and mixed as ours; a converted graph is compared with the source.
+
+    Raises GraphNotRecognised naming the node, GateError when a conversion changed the network.
+    """
+    model = graph_io.load(build.source)
+    adopted = canonicalize.adopt(model, build.settings.free_batch)
+    remixed = canonicalize.remix(model)
+    results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
+    find_dit_islands(model)
+    graph_io.drop_exporter_notes(model)
+    graph_io.save_linked(model, build.clean)
+    found: dict[str, Any] = {"passes": [result.as_dict for result in results]}
+    if remixed:
+        found["cosine with the source as it was mixed"] = graph_checks.require_same_network(build.source, build.clean)
+    if adopted.freed:
+        found["rows together against one by one"] = graph_checks.require_rows_alike(build.clean)
+    return found

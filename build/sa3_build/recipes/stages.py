@@ -18,11 +18,11 @@ NOTES_FILE = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: what it needs, what it leaves in the working folder, and how it is done."""
+    """One step: the files that it reads and leaves in the working folder, and the function that does it."""
 
     name: str
-    needs: tuple[str, ...]
-    leaves: tuple[str, ...]
+    needs: tuple[Path, ...]
+    leaves: tuple[Path, ...]
     run: Callable[[], Mapping[str, Any]]
 
 
@@ -47,10 +47,10 @@ class WorkingFolder:
 
     def run(self, stage: Stage) -> None:
         """Run a stage unless it is done; what it found and its seconds are noted once its files are whole."""
-        if stage.name in self.done and all((self.folder / name).exists() for name in stage.leaves):
+        if stage.name in self.done and all(path.exists() for path in stage.leaves):
             return
-        for name in stage.needs:
-            assert (self.folder / name).exists(), f"stage {stage.name} needs {name}"
+        for path in stage.needs:
+            assert path.exists(), f"stage {stage.name} needs {path.name}"
         started = time.monotonic()
         found = dict(stage.run())
         memory.return_memory()

@@ -21,7 +21,8 @@ def validate_graph(reference: Path, candidate: Path, calibration: Path) -> Path:
     """
     out = candidate.with_name(f"{candidate.name}.validation")
     root = candidate.resolve().parent.parent
-    audible = resolve.local_onnx(root, targets.decoder_for("medium", "fp16mixed")) is not None
+    dit = str(targets.publishable_at(candidate).dit)
+    audible = resolve.local_onnx(root, targets.decoder_for(dit, "fp16mixed")) is not None
     line = ["--reference", str(reference), "--candidate", str(candidate), "--backend", "onnxruntime"]
     line += ["--calib", str(calibration), "--prompts", str(PROMPTS), "--out", str(out)]
     _run([*line, *(["--onnx-root", str(root), "--html"] if audible else ["--no-audio"])])

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from sa3_build.e4m3 import SUFFIX, Codes, quantized
-from sa3_build.graph import query
+from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.graph.quantizers import dequantizers
+from sa3_build.passes.base import run_passes
+from sa3_build.passes.store_fp8_weights import StoreWeightsAsFp8
+from sa3_build.quantization import reference_recipe, selection as quantization_selection
 from sa3_build.quantization.gptq import deviation
-from sa3_build.quantization.scales import FP16_SCALE_FLOOR
+from sa3_build.quantization.round_weights import codes_of
+from sa3_build.quantization.scales import FP16_SCALE_FLOOR, apply_scales
 from sa3_build.quantization.selection import Selection
+from sa3_build.quantization.workspace import Workspace
+from sa3_trt_core.errors import GateError
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
 MAX_DEVIATION = 0.25  # relative L2 of a channel: rounding takes 0.03 to 0.1, another weight or scale takes more than 1
@@ -33,6 +40,29 @@ class Check:
     def holds(self) -> bool:
         """A claim about nothing does not hold: an empty set would pass every graph."""
         return self.looked_at > 0 and not self.failures
+
+
+def finish_graph(build: Workspace) -> Mapping[str, Any]:
+    """Set the scales, store the weights as E4M3 and prove the result before it is written. Raises GateError."""
+    source, result = graph_io.load(build.clean), graph_io.load(build.quantized)
+    selection, codes, settings = build.selection, codes_of(build), build.settings
+    amax = np.load(build.amax)[:, quantization_selection.columns(build.candidates, selection)]
+    if settings.recipe == "reference":
+        amax = reference_recipe.bounded(amax)
+    counts = apply_scales(result, selection, amax, settings.headroom, settings.ptq == "modelopt")
+    if settings.weights == "fp8":
+        counts = {**counts, **run_passes(result, [StoreWeightsAsFp8(codes)])[0].counts}
+    checks = prove(source, result, selection, codes)
+    failures = failures_of(checks)
+    if failures:
+        raise GateError(
+            f"the proof of {build.output.name} failed ({len(failures)} contradictions); nothing was written",
+            f"the intermediate graphs lie in {build.folder}; report this with the lines below",
+            "\n".join(failures),
+        )
+    graph_io.save(result, build.result)
+    claims = [{"claim": check.claim, "looked at": check.looked_at, "holds": check.holds} for check in checks]
+    return {**counts, "proof": claims, "excluded": selection.excluded}
 
 
 def prove(

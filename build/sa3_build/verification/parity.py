@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts.calibration_layout import KINDS
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative, tensors
+from sa3_trt_core.artifacts.calibration_set import tensors
+from sa3_trt_core.console import Progress, table
+from sa3_trt_core.errors import GateError
 from sa3_validation.distances import cosine, relative
 
 if TYPE_CHECKING:
@@ -37,6 +40,33 @@ class KindParity:
     worst_cosine: float
     mean_cosine: float
     worst_relative: float
+
+
+def require_parity(build: Workspace) -> Mapping[str, Any]:
+    """Compare the result with the clean graph on the parity rows.
+
+    The clean graph, not the source: what a source of another recipe has wrong is put right in it. Raises GateError when
+    a row's cosine is under the limit of the settings.
+    """
+    from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+
+    rows = build.parity_rows
+    sides = []
+    with Progress("parity with the source graph", 2 * rows.rows) as progress:
+        for path in (build.clean, build.result):
+            with OnnxRuntimeEngine(path, low_memory=True) as engine:
+                sides.append(denoise_rows(engine, progress.counted(rows)))
+    parity = parity_by_sigma(*sides)
+    worst = min(p.worst_cosine for p in parity)
+    limit = max(build.settings.min_cosine, build.settings.target_cosine or 0.0)
+    if not worst >= limit:
+        raise GateError(
+            f"worst denoised cosine {worst:.6f} is under {limit:g}; nothing was written",
+            "calibrate on more prompts, or lower the limit if you know why (--min-cosine, --target-cosine)",
+            table(PARITY_HEADER, parity_rows(parity)),
+        )
+    kinds = parity_by_kind(sides[0], sides[1], rows.kinds())
+    return {"parity": [asdict(p) for p in parity], "by kind": [asdict(p) for p in kinds], "worst": worst}
 
 
 def denoise_rows(engine: GraphEngine, rows: Iterable[Mapping[str, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
@@ -102,8 +132,3 @@ def parity_rows(parity: Sequence[SigmaParity | KindParity]) -> list[list[str]]:
 
 PARITY_HEADER = ("sigma", "rows", "worst cosine", "mean cosine", "worst rel L2")
 KIND_HEADER = ("rows are", *PARITY_HEADER[1:])
-
-
-def parity_rows_of(calibration: CalibrationSet, limit: int) -> ChosenRows:
-    """The rows that the parity runs on."""
-    return representative(calibration, limit)

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from sa3_build.graph import io as graph_io, query
-from sa3_build.graph.fp32_islands import SCALAR_INPUTS
-from sa3_build.graph.quantizers import dequantizers
+from sa3_build.graph import io as graph_io
+from sa3_build.quantization.selection import fp8_share
+from sa3_build.quantization.workspace import Workspace
 from sa3_build.verification import parity as verification_parity
-from sa3_trt_core import conditioning
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, Row, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative
 from sa3_trt_core.console import Progress
 from sa3_trt_core.engines.base import DiTVelocity
-from sa3_trt_core.errors import ToolError
-from sa3_trt_core.sampling import sampler, schedule
-from sa3_validation.perturbation import Perturbed, off_by, started
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sa3_trt_core.engines.base import VelocityEngine
+from sa3_validation.cases import calibration_cases, starts_of
+from sa3_validation.distances import cosine
+from sa3_validation.rollouts import PING_PONG, roll
 
 CONTROLS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # relative L2 of what is added to what the DiT reads
 EVERY_STEP, START = "every-step", "start"  # where: at each step, or to the start alone, which ping-pong soon replaces
 STEPS = 8
-OTHER_SEEDS = 10**6  # of perturbations: apart from those of the noise, which are the prompts' places
 FORMAT = 1
 CONTROL_HEADER = ("perturbed by", "median rollout cosine", "worst rollout cosine")
 HEADER = (
@@ -61,15 +54,12 @@ class Compared:
     rollouts: tuple[Rollout, ...]
 
 
-def starts_of(calibration: CalibrationSet) -> list[int]:
-    """The rows that generations can start from: of sigma 1, so that x is pure noise; the rest is the conditioning.
-
-    Raises ToolError when the set has no such row.
-    """
-    starts = [index for index, sigma in enumerate(calibration.sigmas()) if sigma == 1.0]
-    if not starts:
-        raise ToolError(f"{calibration.path} has no row of sigma 1", "make a set with build/make_calib.py")
-    return starts
+def compare_generations(build: Workspace) -> Mapping[str, Any]:
+    """Compare whole generations of result and clean graph, beside the clean graph's own on an x off by known sizes."""
+    starts = varied_starts(build.calibration, build.settings.rollouts)
+    controls, found = DriftStudy(build.calibration, starts, None, low_memory=True).run(build.clean, [build.result])
+    kinds = build.calibration.kinds()
+    return {"kinds": [kinds[start] for start in starts], **document(controls, found, EVERY_STEP)}
 
 
 def varied_starts(calibration: CalibrationSet, count: int) -> list[int]:
@@ -92,32 +82,23 @@ class DriftStudy:
         self, calibration: CalibrationSet, starts: Sequence[int], rows: int | None, perturb: str = EVERY_STEP,
         low_memory: bool = False,
     ) -> None:  # fmt: skip
-        self._starts = list(ChosenRows(calibration, frozenset(starts)))
-        self._rows = (
-            ChosenRows(calibration, frozenset())
-            if rows is None
-            else verification_parity.parity_rows_of(calibration, rows)
-        )
-        self._steps, self._perturb, self._low_memory = schedule.sigmas(STEPS), perturb, low_memory
+        """The noise of every later step is drawn from a start's place among the starts: all DiTs share it."""
+        self._cases = [
+            replace(case, seed=place) for place, case in enumerate(calibration_cases(calibration, sorted(starts)))
+        ]
+        self._rows = ChosenRows(calibration, frozenset()) if rows is None else representative(calibration, rows)
+        self._start_only, self._low_memory = perturb == START, low_memory
 
     def run(self, reference: Path, candidates: Sequence[Path]) -> tuple[list[list[float]], list[Compared]]:
-        """Controls (cosine by prompt and size) and candidates; one DiT is in memory at a time.
-
-        The noise of every later step is drawn from the prompt's place in the set: all DiTs and controls share it.
-        """
-        count, rows = len(self._starts), self._rows.rows
+        """Controls (cosine by prompt and size) and candidates; one DiT is in memory at a time."""
+        count, rows = len(self._cases), self._rows.rows
         total = (count * STEPS) * (1 + len(CONTROLS) + len(candidates)) + rows * (1 + len(candidates))
         with Progress("rollouts and rows", total, "forwards") as progress:
             with self._engine(reference) as engine:
-                ends = [self._roll(engine, index, 0.0, progress) for index in range(count)]
-                controls = [
-                    [
-                        verification_parity.cosine(ends[index], self._roll(engine, index, size, progress))
-                        for size in CONTROLS
-                    ]
-                    for index in range(count)
-                ]
-                denoised = self._denoise(engine, progress)
+                ends = self._ends(engine, 0.0, progress)
+                at_sizes = [self._cosines(engine, ends, size, progress) for size in CONTROLS]
+                controls = [list(row) for row in zip(*at_sizes, strict=True)]
+                denoised = verification_parity.denoise_rows(engine, progress.counted(self._rows))
             found = [self._one(path, ends, controls, denoised, progress) for path in candidates]
         return controls, found
 
@@ -130,41 +111,32 @@ class DriftStudy:
         progress: Progress,
     ) -> Compared:
         with self._engine(path) as engine:
-            cosines = [
-                verification_parity.cosine(end, self._roll(engine, index, 0.0, progress))
-                for index, end in enumerate(ends)
-            ]
-            parity = verification_parity.parity_by_sigma(denoised, self._denoise(engine, progress))
+            cosines = self._cosines(engine, ends, 0.0, progress)
+            parity = verification_parity.parity_by_sigma(
+                denoised, verification_parity.denoise_rows(engine, progress.counted(self._rows))
+            )
         rollouts = tuple(
             Rollout(cosine, equivalent(1 - cosine, [1 - control for control in row]))
             for cosine, row in zip(cosines, controls, strict=True)
         )
-        return Compared(str(path), fp8_share(path), {p.sigma: p.worst_cosine for p in parity}, rollouts)
+        return Compared(str(path), fp8_share(graph_io.load(path)), {p.sigma: p.worst_cosine for p in parity}, rollouts)
 
     def _engine(self, path: Path) -> Any:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, low_memory=self._low_memory)
 
-    def _denoise(self, engine: Any, progress: Progress) -> list[tuple[float, np.ndarray]]:
-        return verification_parity.denoise_rows(engine, _counted(self._rows, progress))
+    def _ends(self, engine: Any, size: float, progress: Progress) -> list[np.ndarray]:
+        """The final latents (1, 256, L), fp64, of the starts, with the DiT's input off by `size` of its length."""
+        return [
+            roll(DiTVelocity(engine), case, PING_PONG, STEPS, progress.advance, size, self._start_only).astype(
+                np.float64
+            )
+            for case in self._cases
+        ]
 
-    def _roll(self, engine: Any, index: int, size: float, progress: Progress) -> np.ndarray:
-        """The final latent (1, 256, L), fp64, of one prompt, with its input off by `size` of its length."""
-        row = tensors(self._starts[index])
-        shape = row["x"].shape[1:]
-        noise, directions = sampler.row_noise([index], *shape), sampler.row_noise([OTHER_SEEDS + index], *shape)
-        start = row["x"]
-        plain = DiTVelocity(engine)
-        dit: VelocityEngine = plain
-        if size and self._perturb == START:
-            start = off_by(start, size, next(directions))
-        elif size:
-            dit = Perturbed(plain, size, directions)
-        latent = sampler.ping_pong(
-            dit, started(start, noise), self._steps, _conditioning(row), lambda *_: progress.advance()
-        )
-        return latent.numpy().astype(np.float64)
+    def _cosines(self, engine: Any, ends: Sequence[np.ndarray], size: float, progress: Progress) -> list[float]:
+        return [cosine(*pair) for pair in zip(ends, self._ends(engine, size, progress), strict=True)]
 
 
 def equivalent(drift: float, controls: Sequence[float], sizes: Sequence[float] = CONTROLS) -> float:
@@ -183,28 +155,6 @@ def equivalent(drift: float, controls: Sequence[float], sizes: Sequence[float] =
         slope = (y[1] - y[0]) / (x[1] - x[0])
         return float(np.exp(x[0] + (np.log(drift) - y[0]) / slope)) if slope > 0 else float(sizes[0])
     return float(np.exp(np.interp(np.log(drift), y, x)))
-
-
-def fp8_share(path: Path) -> float:
-    """Share of the weighted multiply-adds of one token that a DiT graph runs in FP8, the front end left out."""
-    model = graph_io.load(path)
-    model.graph.sort()
-    behind = query.graph_inputs_behind(model)
-    fp8 = everything = 0
-    for node in model.graph:
-        if node.op_type not in query.PRODUCTS or behind[node] <= SCALAR_INPUTS:
-            continue
-        pair = dequantizers(node)
-        quantised = pair[0] is not None and pair[1] is not None
-        weight = pair[1].inputs[0] if pair[1] is not None else query.weight_of(node)
-        if weight is not None and weight.producer() is not None:  # a weight that is quantised when it is read
-            weight = weight.producer().inputs[0]  # type: ignore[union-attr]
-        if weight is None or weight.shape is None or not weight.is_initializer():
-            continue
-        macs = int(np.prod(weight.shape.numpy()))
-        everything += macs
-        fp8 += macs if quantised else 0
-    return fp8 / everything if everything else 0.0
 
 
 def table_rows(found: Sequence[Compared]) -> list[list[str]]:
@@ -263,15 +213,5 @@ def drifted(rollout: Mapping[str, Any]) -> str:
     return _size(math.inf if rollout["perturbation"] is None else rollout["perturbation"])
 
 
-def _counted(rows: Iterable[Row], progress: Progress) -> Iterator[Row]:
-    for row in rows:
-        yield row
-        progress.advance()
-
-
 def _size(value: float) -> str:
     return f">{CONTROLS[-1]:g}" if math.isinf(value) else f"{value:.2e}"
-
-
-def _conditioning(row: Mapping[str, Tensor]) -> conditioning.Conditioning:
-    return conditioning.Conditioning(row["t5_hidden"], row["t5_mask"], row["seconds_total"], row["local_add_cond"])

@@ -22,10 +22,10 @@ from sa3_build.calibration.writer import CalibrationWriter
 from sa3_build.graph import io as graph_io
 from sa3_build.quantization import activation_ranges, selection
 from sa3_build.recipes.fp8 import report_path
-from sa3_build.verification import parity as verification_parity, rollouts
+from sa3_build.verification import rollouts
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts.calibration_layout import KEYS, KINDS, row_shape
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, parity_selection, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, parity_selection, representative, tensors
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.sampling import schedule
@@ -275,7 +275,7 @@ def test_shares_are_told_by_product_and_sigma(built: tuple[dict, str]) -> None:
 def test_shares_are_those_of_the_tensors(tiny_onnx: Path, covering: Path) -> None:
     source = onnx_of(tiny_onnx, "sa3-m")
     names = selection.select_products(graph_io.load(source)).activations[:4]
-    few = verification_parity.parity_rows_of(CalibrationSet.open(covering), 1)
+    few = representative(CalibrationSet.open(covering), 1)
     watched = {f"w{index}": name for index, name in enumerate(names)}
     values: dict[tuple[str, str], list[np.ndarray]] = {}
     with OnnxRuntimeEngine(source, graph_io.observed(source, watched)) as engine:
@@ -299,7 +299,7 @@ def test_parity_rows_hold_every_kind_and_sigma(covering: Path) -> None:
     calibration = CalibrationSet.open(covering)
     whole = set(zip(calibration.kinds(), calibration.sigmas(), strict=True))
     for limit in (1, 8, 100):
-        chosen = verification_parity.parity_rows_of(calibration, limit)
+        chosen = representative(calibration, limit)
         assert set(zip(chosen.kinds(), chosen.sigmas(), strict=True)) == whole
         assert chosen.rows == (16 if limit == 100 else 8)
         assert chosen.lengths() == [calibration.lengths()[index] for index in sorted(chosen.indices)]

@@ -23,8 +23,8 @@ from sa3_build.passes.topological_sort import SortTopologically
 from sa3_build.quantization import gptq, round_weights, selection as quantization_selection
 from sa3_build.quantization.switchable_graph import switchable
 from sa3_build.recipes.fp8 import report_path
-from sa3_build.verification import graph_proof, parity as verification_parity
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows
+from sa3_build.verification import graph_proof
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative
 from sa3_trt_core.targets import dit_target
 
 HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
@@ -106,15 +106,15 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_codes(
     clean: Path, tiny_calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     selection, rows = quantization_selection.select_products(graph_io.load(clean)), every_row(tiny_calib)
-    found = round_weights.round_weights(clean, selection, rows, tmp_path)
+    found = round_weights.round_weights(clean, selection, rows, tmp_path / "codes")
     assert found["products"] == len(selection.quantized) and 0.05 < found["codes not nearest"] < 0.6
-    codes = {path: path.read_bytes() for path in sorted((tmp_path / round_weights.FOLDER).iterdir())}
+    codes = {path: path.read_bytes() for path in sorted((tmp_path / "codes").iterdir())}
     assert len(codes) == len(selection.quantized)
     kept, *_, lost = codes
     before = kept.stat().st_mtime_ns
     lost.unlink()
     monkeypatch.setattr(round_weights, "GRAM_BYTES", 1)  # an activation at a time: memory changes nothing else
-    assert round_weights.round_weights(clean, selection, rows, tmp_path) == found
+    assert round_weights.round_weights(clean, selection, rows, tmp_path / "codes") == found
     assert kept.stat().st_mtime_ns == before
     assert {path: path.read_bytes() for path in codes} == codes
 
@@ -151,7 +151,7 @@ def parsed(made: bytes):
 def test_rows_of_the_parity_are_not_fitted_on_where_there_are_others(tmp_path: Path, tiny_calib: Path) -> None:
     whole = CalibrationSet.open(tiny_calib)
     assert whole.rows == 8
-    parity = verification_parity.parity_rows_of(whole, 4)
+    parity = representative(whole, 4)
     assert not round_weights.rows_of(whole, parity, limit=4).indices & parity.indices
     assert round_weights.rows_of(whole, parity, limit=8).indices == frozenset(range(8))
 

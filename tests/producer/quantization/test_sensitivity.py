@@ -31,7 +31,7 @@ from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import parity
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.artifacts.calibration_layout import Layout
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
 
@@ -79,7 +79,7 @@ def switchable(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempP
     selection = quantization_selection.select_products(model)
     calibration = CalibrationSet.open(tiny_calib)
     amax = quantization_amax.measure_amax(clean, selection, calibration)
-    round_weights.round_weights(clean, selection, parity.parity_rows_of(calibration, round_weights.ROWS), clean.parent)
+    round_weights.round_weights(clean, selection, representative(calibration, round_weights.ROWS), clean.parent)
     codes = round_weights.stored_codes(selection, clean.parent)
     with SwitchableDit(clean, selection, amax, build_dit_fp8.DEFAULT_HEADROOM, codes) as dit:
         yield dit

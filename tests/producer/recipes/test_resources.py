@@ -26,7 +26,7 @@ FRAGMENTS = """
 import sys
 from pathlib import Path
 import numpy as np
-from sa3_build.stages import Stage, WorkingFolder
+from sa3_build.recipes.stages import Stage, WorkingFolder
 
 def resident():
     lines = dict(line.split(":") for line in open("/proc/self/status"))

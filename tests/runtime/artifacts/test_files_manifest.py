@@ -43,7 +43,7 @@ def test_a_killed_run_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.bin"
     target.write_bytes(b"old")
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom sa3_trt_core.files import atomic_path\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom sa3_trt_core.artifacts.files import atomic_path\n"
         "with atomic_path(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

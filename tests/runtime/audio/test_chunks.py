@@ -19,9 +19,9 @@ from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.audio.tiling import CONTEXT, LEAST_CHUNK, LONGEST_SHOT, chunks
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.shapes import MAX_FRAMES
-from sa3_trt_core.targets import codec_reach
+from sa3_trt_core.targets import find_dit
 
-REACH = codec_reach("medium") or 0
+REACH = find_dit("medium").reach or 0
 
 
 @given(st.integers(1, MAX_FRAMES), st.one_of(st.just(0), st.integers(LEAST_CHUNK, MAX_FRAMES)))

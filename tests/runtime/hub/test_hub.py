@@ -196,7 +196,8 @@ def test_two_processes_at_once_read_the_bytes_once(local: LocalHub) -> None:
 def test_the_environment_is_honoured(local: LocalHub, tmp_path: Path) -> None:
     """In a process of its own, as a user sets it."""
     code = (
-        "from sa3_trt_core import hub, targets, errors\n"
+        "from sa3_trt_core import targets, errors\n"
+        "from sa3_trt_core.hub import resolve as hub\n"
         "try: print(hub.resolve_onnx(targets.find_target('sa3-m-fp8'), None))\n"
         "except errors.ToolError as error: print(error.lines())\n"
     )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sa3_trt_core.torch_models.dit.weights import E4M3_MAX, Product
+from sa3_trt_core.number_formats import E4M3_MAX
+from sa3_trt_core.torch_models.dit.weights import Product
 
 
 def coded(value: Tensor, scale: float | None) -> Tensor:

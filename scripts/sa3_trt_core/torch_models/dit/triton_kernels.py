@@ -10,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-E4M3_MAX = tl.constexpr(448.0)
+from sa3_trt_core import number_formats
+
+E4M3_MAX = tl.constexpr(number_formats.E4M3_MAX)
 LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD = tl.constexpr(64)  # channels of a head
 TAIL = tl.constexpr(16)  # keys at a time beyond the last whole block: 257 leave 1, and memory tokens 6

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.number_formats import E4M3_MAX, FP16_MAX
 
 FORMAT = "sa3-dit-1"
 HEAD_CHANNELS = 64  # the kernels are written for it
-E4M3_MAX = 448.0
-FP16_MAX = 65504.0
 BLOCK_PRODUCTS = (
     "self_qkv", "self_out", "cross_q", "cross_kv", "cross_out", "ff_in", "ff_out", "local_in", "local_out"
 )  # fmt: skip
