@@ -15,6 +15,7 @@ from typing import Any
 
 from sa3_trt_core import console, gpu, targets
 from sa3_trt_core.artifacts import files
+from sa3_trt_core.artifacts.calibration_kinds import TURNS
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.errors import GateError
 
@@ -32,7 +33,10 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--seconds", type=number_type(1, 120, "seconds"), default=10.0, help="of sound (default 10)")
     line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the sound (default 0)")
     line.add_argument(
-        "--prompts", type=integer_type(1, 47), default=3, help="to calibrate on (default 3: every kind of row)"
+        "--prompts",
+        type=integer_type(1, 47),
+        default=len(TURNS),
+        help="to calibrate on (default %(default)s: every kind of row)",
     )
     line.add_argument("--no-engines", action="store_true", help="leave the TensorRT engines out")
     return line

@@ -7,11 +7,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from sa3_trt_core.artifacts import calibration_kinds
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.shapes import MAX_SECONDS, MIN_SECONDS
 
-EPILOG = """Rows: prompts x steps of text; twice as many with --cover deployment, where 3 prompts hold every kind and 9
-every kind at 3 durations (144 rows of 8 steps). Each row is a forward of the DiT here, and two in build_dit_fp8.py."""
+TURNS = len(calibration_kinds.TURNS)
+EPILOG = f"""Rows: prompts x steps of text; twice as many with --cover deployment, where {TURNS} prompts hold every kind
+and {3 * TURNS} every kind at 3 durations ({6 * TURNS * 8} rows of 8 steps). Each row is a forward of the DiT here, and
+two in build_dit_fp8.py."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     )
     line.add_argument(
         "--cover", choices=("deployment", "text"), default="deployment",
-        help="deployment: beside its text a prompt gives in-painting, audio to audio or null rows of guidance, in turn "
-        "(default); text: text alone",
+        help=f"deployment: beside its text a prompt gives {calibration_kinds.EXTRA}, in turn (default); "
+        "text: text alone",
     )  # fmt: skip
     line.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps a prompt (default 8)")
     line.add_argument(

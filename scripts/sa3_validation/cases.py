@@ -11,6 +11,7 @@ import numpy as np
 
 from sa3_trt_core import shapes, text
 from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.artifacts.calibration_kinds import KINDS as CALIBRATED
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative, tensors
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import DiTVelocity
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine, VelocityEngine
 
 TEXT, INPAINT, GUIDED = "text", "inpaint", "guided"
-KINDS = (TEXT, INPAINT, GUIDED, "audio", "null")  # the last two: rows of a calibration set
+KINDS = (TEXT, INPAINT, GUIDED, *(kind for kind in CALIBRATED if kind not in (TEXT, INPAINT)))  # then those of sets
 SCALE = 3.0  # of guided generations
 REGENERATED = (0.25, 0.75)  # of the sound: what in-painting makes anew
 

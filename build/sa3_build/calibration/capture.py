@@ -153,12 +153,12 @@ def _generate(
     """Latents (1, 256, L) of one generation, its rows recorded; `latents` are the prompt's own, made just before."""
     cond = model.conditioning(settings.prompts[one.prompt], one.seconds, one.valid_frames)
     noise = row_noise([one.seed], shapes.LATENT_CHANNELS, one.frames, one.valid_frames)
-    if one.kind == "inpaint" and latents is not None:
+    if one.spans and latents is not None:
         local = local_conditioning(latents, keep_mask(one.seconds, one.valid_frames, one.ranges))
         cond = replace(cond, local_add_cond=local.to(cond.local_add_cond.device))
-    if one.kind == "audio" and latents is not None:
+    if one.sigma_max < 1 and latents is not None:
         noise = started_from(latents, one.sigma_max, noise)
-    engine = _Guided(model, recorded, one.cfg) if one.kind == "null" else recorded
+    engine = _Guided(model, recorded, one.cfg) if one.cfg > 1 else recorded
     return ping_pong(engine, noise, schedule.sigmas(settings.steps, one.sigma_max), cond)
 
 

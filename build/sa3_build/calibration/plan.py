@@ -1,31 +1,26 @@
-"""What a calibration set is captured from: which generation each prompt gives, so that the rows cover deployment.
+"""The generations that a calibration set is captured from: which one each prompt gives, so that rows cover deployment.
 
-Every prompt is generated from its text. Covering deployment, it then gives one more generation, and the three kinds
-take turns from prompt to prompt: in-painting of the latents just made, audio to audio from them to the text of the
-prompt before, and guided generation, of which the null rows are kept. Durations change every three prompts, so that 9
-prompts hold every kind at each of 3 durations; mask, start level and guidance scale change with every turn.
+Every prompt is generated from its text. Covering deployment, it then gives one more generation, and the other kinds
+(sa3_trt_core/artifacts/calibration_kinds) take turns from prompt to prompt. Durations change when every kind has had
+its turn, so that 9 prompts hold 3 kinds at each of 3 durations; what a kind varies changes with its every turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sa3_trt_core import shapes
+from sa3_trt_core.artifacts.calibration_kinds import KINDS, TURNS, CalibrationKind, Spans
 from sa3_trt_core.sampling import inpainting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
 COVERS = ("deployment", "text")
-TURNS = ("inpaint", "audio", "null")
 DEFAULT_SECONDS = {"deployment": (54.0, 10.0, 120.0), "text": (54.0,)}
-Spans = tuple[tuple[float, float], ...]
-# Parts of the sound to make anew: its middle, its end (a continuation), two holes, its beginning.
-MASKS: tuple[Spans, ...] = (((0.25, 0.75),), ((0.5, 1.0),), ((0.1, 0.3), (0.6, 0.8)), ((0.0, 0.4),))
-START_LEVELS = (0.9, 0.7, 0.5, 0.3)  # sigma_max of audio to audio
-GUIDANCE = (3.0, 7.0)
 EXTRA_SEEDS = 10_000  # more than there are prompts: no two generations share their noise
 
 
@@ -33,7 +28,7 @@ EXTRA_SEEDS = 10_000  # more than there are prompts: no two generations share th
 class Generation:
     """One ping-pong generation; its text is that of prompt number `prompt`.
 
-    `spans` (in-painting) are parts of `seconds`, `sigma_max` (audio to audio) the start level, `cfg` (null) the scale.
+    `spans` are parts of `seconds`; `spans`, `sigma_max` and `cfg` are those of its kind at this turn.
     """
 
     kind: str
@@ -76,8 +71,8 @@ def generations(prompts: int, seconds: Sequence[float], seed: int, cover: str) -
     for index in range(prompts):
         turn = index // max(1, len(turns))
         length = seconds[turn % len(seconds)]
-        text = Generation("text", index, length, seed + index)
-        found.append((text, *(_extra(turns[index % len(turns)], index, turn, text) for _ in turns[:1])))
+        text = Generation(KINDS[0], index, length, seed + index)
+        found.append((text, *(_extra(turns[index % len(turns)], turn, text) for _ in turns[:1])))
     return found
 
 
@@ -87,11 +82,11 @@ def started_from(latents: Tensor, sigma_max: float, noise: Iterator[Tensor]) -> 
     yield from noise
 
 
-def _extra(kind: str, index: int, turn: int, text: Generation) -> Generation:
-    seed = text.seed + EXTRA_SEEDS
-    if kind == "inpaint":
-        return Generation(kind, index, text.seconds, seed, spans=MASKS[turn % len(MASKS)])
-    if kind == "audio":
-        level = START_LEVELS[turn % len(START_LEVELS)]
-        return Generation(kind, index - 1, text.seconds, seed, sigma_max=level)
-    return Generation(kind, index, text.seconds, seed, cfg=GUIDANCE[turn % len(GUIDANCE)])
+def _extra(kind: CalibrationKind, turn: int, text: Generation) -> Generation:
+    def in_turn(values: Sequence[T]) -> T:
+        return values[turn % len(values)]
+
+    return Generation(
+        kind.name, text.prompt - kind.text, text.seconds, text.seed + EXTRA_SEEDS,
+        in_turn(kind.spans), in_turn(kind.sigma_max), in_turn(kind.cfg),
+    )  # fmt: skip

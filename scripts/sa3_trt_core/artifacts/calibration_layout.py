@@ -6,7 +6,7 @@ local_add_cond (R, 257, L), all fp32.
 
 Ragged, for rows of several L or of several kinds: the same six, but x and local_add_cond, whose rows have an L, lie
 flat (1-D fp32), one row's (256, L) or (257, L) after the other; and two more, latent_frames (R,) int32, the L of each
-row, and kind (R,) uint8, its place in KINDS. No pickle in either.
+row, and kind (R,) uint8, its place in calibration_kinds.KINDS. No pickle in either.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import IO, Any
 import numpy as np
 
 from sa3_trt_core import shapes
+from sa3_trt_core.artifacts.calibration_kinds import KINDS
 from sa3_trt_core.errors import ToolError
 
 KEYS = tuple(spec.name for spec in shapes.CONTRACTS["dit"].inputs)
 FLAT = ("x", "local_add_cond")
 FRAMES, KIND = "latent_frames", "kind"
-KINDS = ("text", "inpaint", "audio", "null")  # the code of a kind is its place here: append, never reorder
 MAX_ROWS = 1 << 20
 # What zipfile, zlib and NumPy's header parser raise on damaged or hostile archives (RuntimeError: encrypted).
 UNREADABLE = (

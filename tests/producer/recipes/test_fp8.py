@@ -28,6 +28,7 @@ from sa3_build.verification import graph_proof
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.targets import dit_target
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -326,9 +327,7 @@ def test_our_own_inserter_agrees_with_modelopt(tiny_fp8: Path, tiny_calib: Path,
 def test_a_dead_activation_is_named(at_run_time: Path, selection: quantization_selection.Selection) -> None:
     amax = np.ones((2, len(selection.activations)), np.float32)
     amax[:, 1] = 0.0
-    with pytest.raises(
-        quantization_selection.ToolError, match=f"activation {selection.activations[1]} of .* is 0 in every row"
-    ):
+    with pytest.raises(ToolError, match=f"activation {selection.activations[1]} of .* is 0 in every row"):
         scales.apply_scales(graph_io.load(at_run_time), selection, amax, headroom=1.0)
 
 
@@ -337,9 +336,7 @@ def test_a_dead_weight_is_named(at_run_time: Path, selection: quantization_selec
     result, product = graph_io.load(at_run_time), selection.quantized[2]
     weight = result.graph.initializers[product.weight]
     weight.const_value = ir.tensor(np.full_like(weight.const_value.numpy(), value), name=weight.name)
-    with pytest.raises(
-        quantization_selection.ToolError, match=f"weight {product.weight} of {product.node} is zero throughout"
-    ):
+    with pytest.raises(ToolError, match=f"weight {product.weight} of {product.node} is zero throughout"):
         scales.apply_scales(result, selection, amax_of(result, selection), headroom=1.0)
 
 
@@ -350,7 +347,7 @@ def test_a_calibration_that_disagrees_with_modelopts_is_refused(
     amax = amax_of(result, selection)
     scales.apply_scales(result, selection, amax, headroom=1.0)
     amax[0, 0] *= 1.1
-    with pytest.raises(quantization_selection.GateError, match="disagree"):
+    with pytest.raises(GateError, match="disagree"):
         scales.apply_scales(result, selection, amax, headroom=1.0)
 
 
