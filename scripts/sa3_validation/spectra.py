@@ -1,9 +1,8 @@
-"""What a sound is made of, with nothing but NumPy: spectra, onsets, pitch classes, and a picture of it."""
+"""Spectra, onsets and pitch classes of a sound, and a picture of it."""
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +37,9 @@ def spectrogram(samples: ArrayLike, sample_rate: float = SAMPLE_RATE, hop: int =
 
     samples (N, 2), (2, N) or (N,). Levels are in dB below the loudest point, a power mean over each row's frequencies.
     """
+    from matplotlib import image
+    from matplotlib.colors import LinearSegmentedColormap
+
     power = np.square(spectra(mono(samples), PICTURE_WINDOW, hop))
     below = np.pad(np.cumsum(power, axis=1), ((0, 0), (1, 0)))  # power below the lower edge of every bin
     edges = np.geomspace(*PICTURE_RANGE, PICTURE_ROWS + 1) * PICTURE_WINDOW / sample_rate + 0.5
@@ -45,23 +47,10 @@ def spectrogram(samples: ArrayLike, sample_rate: float = SAMPLE_RATE, hop: int =
     rows = np.stack([np.diff(np.interp(edges, bins, frame)) / np.diff(edges) for frame in below], axis=1)
     levels = 10.0 * np.log10(np.maximum(rows, QUIET**4) / max(float(rows.max()), QUIET**2))
     shades = np.round(255.0 * np.clip(1.0 + levels / PICTURE_DECIBELS, 0.0, 1.0)).astype(np.uint8)
-    stops = np.linspace(0, 255, len(COLOURS))
-    palette = [np.interp(np.arange(256), stops, channel) for channel in np.transpose(COLOURS)]
-    return png(shades[::-1], np.round(np.stack(palette, axis=1)).astype(np.uint8))
-
-
-def png(shades: NDArray[np.uint8], palette: NDArray[np.uint8]) -> bytes:
-    """A PNG file of palette indices (height, width) and colours (256, 3). Source: W3C PNG, 3rd edition."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    height, width = shades.shape
-    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette, no interlace
-    lines = np.pad(shades, ((0, 0), (1, 0)))  # each line begins with its filter: none
-    body = zlib.compress(lines.tobytes(), 9)
-    parts = ((b"IHDR", header), (b"PLTE", palette.tobytes()), (b"IDAT", body), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, data) for kind, data in parts)
+    picture = io.BytesIO()
+    colours = LinearSegmentedColormap.from_list("loudness", np.divide(COLOURS, 255.0))
+    image.imsave(picture, shades, cmap=colours, vmin=0, vmax=255, origin="lower", format="png")
+    return picture.getvalue()
 
 
 def spectra(mono: Floats, size: int, hop: int) -> Floats:
