@@ -1,6 +1,6 @@
 """Write a small native-format checkpoint with seeded random weights: the real structure, none of the taste.
 
-Every file and tensor name is what `stabilityai/stable-audio-3-medium` has (facts measured for this project), at a
+Every file and tensor name is what `stabilityai/stable-audio-3-medium` has (build/FACTS.md, Native checkpoint), at a
 width and depth that a CPU can run in seconds. No weight is left at zero: a product with a zero weight would hide a
 missing conversion, and a quantizer cannot scale it.
 """

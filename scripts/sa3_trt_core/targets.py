@@ -34,7 +34,7 @@ _FP32 = ("all-fp32", "all-both")
 class Dit:
     """One DiT: its folder under an ONNX root and under models/<arch>/, and the autoencoder that goes with it.
 
-    `reach` is how many latent frames to either side that autoencoder looks (build/FACTS.md, "Autoencoder"), None where
+    `reach` is how many latent frames to either side that autoencoder looks (build/FACTS.md, Autoencoder), None where
     it is not known.
     """
 

@@ -24,7 +24,7 @@ from sa3_trt_core.sampling.schedule import legacy_sigmas, sigmas
 
 RATE = 44_100
 SECONDS = 1.5
-PUBLISHED = [1.0, 0.9250, 0.8409, 0.7459, 0.6378, 0.5138, 0.3699, 0.2010, 0.0]  # facts.md, section 2: at L = 646
+PUBLISHED = [1.0, 0.9250, 0.8409, 0.7459, 0.6378, 0.5138, 0.3699, 0.2010, 0.0]  # build/FACTS.md, Generation: at L = 646
 BASE = Request("slow piano, 70 BPM", SECONDS, steps=3, seed=11)
 
 
@@ -50,7 +50,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Plain:
-    """The model's own generation in torch, written out: facts.md, section 2."""
+    """The model's own generation in torch, written out: build/FACTS.md, Generation."""
 
     def __init__(self, folder: Path) -> None:
         config, weights = folder / "model_config.json", folder / "model.safetensors"

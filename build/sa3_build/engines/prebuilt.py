@@ -1,4 +1,4 @@
-"""Engines that the hub has ready, for the one TensorRT version that made them. An engine is code: see THREATS."""
+"""Take engines that the hub has ready, for the one TensorRT version that made them. They are code: build/README.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Load a native Stable Audio 3 folder into the diffusers modules, strictly and in fp32.
 
-The native names and the diffusers names differ; the tables below are the whole of the difference (facts measured for
-this project: 522 + 472 + 3 tensors, both directions). A tensor too many, too few or of another shape is the user's
+The native names and the diffusers names differ; the tables below are the whole of the difference (build/FACTS.md,
+Native checkpoint: 522 + 472 + 3 tensors, both directions). A tensor too many, too few or of another shape is the user's
 mistake and is named by its native key.
 """
 

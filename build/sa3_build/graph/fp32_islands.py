@@ -1,6 +1,6 @@
 """Find, by structure and never by name, the parts of a graph that must stay in fp32.
 
-Each finder takes a sorted graph and returns nodes. Why these (measured for this project, facts section 4): the variance
+Each finder takes a sorted graph and returns nodes. Why these (build/FACTS.md, Precision): the variance
 of an RMSNorm overflows fp16; Fourier angles reach 62,832 rad; rotary angles are unsafe below fp32; and near
 sigma = 1 the timestep features flush to one value in 16 bits.
 """

@@ -28,7 +28,7 @@ class LowerAttention:
     q, k, v are (B, N, 2H, D) of one float type, N = 17 L. The result (B, N, H, D) is the first H heads minus the last H
     of softmax(q k^T / sqrt(D)) v over the keys with |i - j| <= 17. A segment of 17 queries meets only the 51 keys of
     the previous, its own and the next one, so that the block form is exact, and linear in L.
-    Source: facts.md, sections 1 and 3.
+    Source: build/FACTS.md, Contracts and Autoencoder.
     """
 
     name = "lower-attention"

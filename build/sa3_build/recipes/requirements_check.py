@@ -10,7 +10,7 @@ from sa3_build.memory import available_memory
 from sa3_trt_core.console import format_bytes
 from sa3_trt_core.errors import ToolError
 
-# Peak memory over the bytes of the FP16-mixed graph, measured at full size (facts.md, section 6; build/NOTES.md).
+# Peak memory over the bytes of the FP16-mixed graph, measured at full size (build/FACTS.md, ModelOpt; build/NOTES.md).
 MODELOPT_SHARE = 7.5
 DIRECT_SHARE = 1.8
 MODELOPT_COPIES = 4  # its private copy, what it makes on the way, and its result

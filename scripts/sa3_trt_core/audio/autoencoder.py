@@ -101,7 +101,7 @@ def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
 def finish(samples: Tensor, seconds: float) -> Tensor:
     """The samples (N, 2) that were asked for: silence from the first frame that is not valid, cut to int(sec * 44100).
 
-    Source: the model's own generation (facts.md, section 2).
+    Source: the model's own generation (build/FACTS.md, Generation).
     """
     valid = valid_frames(seconds, samples.shape[0] // SAMPLES_PER_FRAME) * SAMPLES_PER_FRAME
     muted = samples.clone()

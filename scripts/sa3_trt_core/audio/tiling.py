@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sa3_trt_core.errors import ToolError
 
-# Frames a side that are run and thrown away: the autoencoder looks 12 to either side (facts.md, section 3).
+# Frames a side that are run and thrown away: the autoencoder looks 12 to either side (build/FACTS.md, Autoencoder).
 CONTEXT = 16
 LEAST_CHUNK = 64  # under it more is thrown away than kept
 LONGEST_SHOT = 512  # frames that are run in one piece where nothing is asked for

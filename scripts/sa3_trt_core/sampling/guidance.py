@@ -64,7 +64,7 @@ def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
 def parallel_part(difference: Tensor, direction: Tensor) -> Tensor:
     """The part of `difference` (B, C, L) that lies along `direction`, the norm over channels and time of each row.
 
-    In fp64, as the model's own: a sum over a million products. Source: facts.md, section 2 (APG).
+    In fp64, as the model's own: a sum over a million products. Source: build/FACTS.md, Generation.
     """
     import torch
 

@@ -42,7 +42,7 @@ class Trajectory:
     the last step is drawn too, and multiplied by 0: the generator then stands where the model's own does.
     `start` (B, C, L) is what audio to audio starts from: (1 - s_0) start + s_0 noise. `kept` is what to put back after
     every step: latents (B, C, L) and a mask (B, 1, L) of 1 where.
-    Source: the model's own generation (facts.md, section 2).
+    Source: the model's own generation (build/FACTS.md, Generation).
     """
 
     def __init__(

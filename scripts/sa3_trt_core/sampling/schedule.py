@@ -40,9 +40,10 @@ def legacy_sigmas(steps: int, frames: int, sigma_max: float = 1.0) -> Tensor:
     """The noise levels of the published TensorRT runtime, fp32 (steps + 1,): another warp, that depends on the length.
 
     sigma(u) = s u / (1 + (s - 1) u) on u = sigma_max -> 0, the first set to sigma_max, where ln s goes straight from
-    0.5 at 256 latent frames to 1.15 at 4096 (and on beyond either). That gives the eight steps of facts.md, section 2,
-    at 646 frames to the last digit shown; at other lengths it has been compared with nothing. Below sigma_max 1 the
-    second level can lie above the first: that is the published runtime's own, and why `sigmas` scales after its warp.
+    0.5 at 256 latent frames to 1.15 at 4096 (and on beyond either). That gives the eight steps at 646 frames of
+    build/FACTS.md, Generation, to the last digit shown; at other lengths it has been compared with nothing. Below
+    sigma_max 1 the second level can lie above the first: that is the published runtime's own, and why `sigmas` scales
+    after its warp.
     """
     import torch
 

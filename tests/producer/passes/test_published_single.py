@@ -67,7 +67,7 @@ def product_types(path: Path) -> Counter[str]:
 
 
 def test_the_graph_is_of_the_published_style(published: Path, tiny_onnx: Path) -> None:
-    """What facts section 7 says of such graphs, and the same network as our own export."""
+    """What build/FACTS.md says of published graphs, and the same network as our own export."""
     proto = onnx.load(published, load_external_data=False)
     kinds = Counter(node.op_type for node in proto.graph.node)
     assert [entry.version for entry in proto.opset_import] == [17] and not proto.graph.value_info
