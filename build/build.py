@@ -6,13 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from sa3_build.engines import status
-from sa3_trt_core import console, gpu, paths, targets
+from sa3_trt_core import console, engines, paths, targets
 from sa3_trt_core.cli.arguments import Parser, run_command
 from sa3_trt_core.errors import ToolError
 
-States = list[tuple[targets.Target, status.State]]
+States = list[tuple[targets.Target, dict[str, status.State]]]  # by backend, the one to build for first
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     line = Parser(prog="build.py", description=__doc__)
     line.add_argument("--list", action="store_true", help="show every target and its state, and leave")
     line.add_argument("--missing", action="store_true", help="build all that is missing (opt-in targets are left out)")
-    line.add_argument("--backend", choices=gpu.TENSORRT_BACKENDS, default=None, help="default: tensorrt if installed")
+    line.add_argument("--backend", choices=tuple(engines.BUILT), default=None, help="default: tensorrt if installed")
     line.add_argument("--arch", help="one architecture, e.g. sm_89 (default: this machine's GPU)")
     line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
     line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
@@ -32,17 +33,23 @@ def main(argv: list[str] | None = None) -> int:
     """List, build what is missing, or ask."""
     args = parser().parse_args(argv)
     models = args.models_dir or paths.default_models_dir()
-    backend = args.backend or ("tensorrt" if gpu.tensorrt_module("tensorrt") else "tensorrt_rtx")
-    arch = paths.parse_arches(args.arch)[0] if args.arch else gpu.current_arch()
+    backend = engines.BACKENDS[args.backend] if args.backend else engines.default_build()
+    shown = [backend] if args.backend else [backend, *(one for one in engines.BUILT.values() if one is not backend)]
+    given = paths.parse_arches(args.arch)[0] if args.arch else None
+    arch = given or backend.arch_here()
     onnx_root = paths.onnx_root_from(args.onnx_root)
-    states = [(target, status.state_of(target, models, arch, backend, onnx_root)) for target in targets.TARGETS]
+    states = [
+        (t, {b.name: status.state_of(t, models, given or b.arch_here(), b.name, onnx_root) for b in shown})
+        for t in targets.TARGETS
+    ]
     if args.list or not (args.missing or sys.stdin.isatty()):
         return _list(states, f"{models}/{arch or '-'}", args.json)
     if arch is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"
         )
-    missing = [target for target, state in states if not target.opt_in and state.name != status.CURRENT]
+    done = (status.CURRENT, status.NO_ENGINE)
+    missing = [target for target, one in states if not target.opt_in and one[backend.name].name not in done]
     chosen = missing if args.missing else _ask(states, missing)
     if not chosen:
         print("nothing to build")
@@ -50,31 +57,45 @@ def main(argv: list[str] | None = None) -> int:
 
     import build_from_onnx
 
-    line = [target.name for target in chosen] + ["--backend", backend, "--arch", arch, "--models-dir", str(models)]
+    line = [target.name for target in chosen] + ["--backend", backend.name, "--arch", arch, "--models-dir", str(models)]
     return build_from_onnx.main([*line, *(["--onnx-root", args.onnx_root] if args.onnx_root else [])])
 
 
 def _list(states: States, place: str, as_json: bool) -> int:
     if as_json:
         found = [
-            {"name": t.name, "state": s.name, "reason": s.reason, "opt_in": t.opt_in, "bytes": s.bytes}
-            for t, s in states
-        ]
+            {
+                "name": target.name, "opt_in": target.opt_in, **_document(next(iter(by_backend.values()))),
+                "engines": {name: _document(state) for name, state in by_backend.items()},
+            }
+            for target, by_backend in states
+        ]  # fmt: skip
         print(json.dumps(found, indent=2))
     else:
-        rows = [[t.name, t.summary, str(s) + (" (opt-in)" if t.opt_in else ""), _size(s)] for t, s in states]
+        rows = [[t.name, t.summary, _text(s) + (" (opt-in)" if t.opt_in else ""), _size(s)] for t, s in states]
         print(console.table(("target", "what", f"state in {place}", "size"), rows))
     return 0
 
 
-def _size(state: status.State) -> str:
-    return console.format_bytes(state.bytes) if state.bytes else "-"
+def _document(state: status.State) -> dict[str, Any]:
+    return {"state": state.name, "reason": state.reason, "bytes": state.bytes}
+
+
+def _text(by_backend: dict[str, status.State]) -> str:
+    """The state for the backend to build for, then those of other backends' engines where there are any."""
+    first, *others = by_backend.items()
+    return "; ".join([str(first[1]), *(f"{name} {state}" for name, state in others if state.bytes)])
+
+
+def _size(by_backend: dict[str, status.State]) -> str:
+    size = sum(state.bytes for state in by_backend.values())
+    return console.format_bytes(size) if size else "-"
 
 
 def _ask(states: States, missing: list[targets.Target]) -> list[targets.Target]:
     """The menu. Opt-in targets have their own number and are in no other choice."""
-    for number, (target, state) in enumerate(states, 1):
-        print(f"{number:3}  {target.name:<20} {target.summary:<38} {state} {_size(state)}")
+    for number, (target, by_backend) in enumerate(states, 1):
+        print(f"{number:3}  {target.name:<20} {target.summary:<38} {_text(by_backend)} {_size(by_backend)}")
     print(f"  m  build all missing ({len(missing)})\n  q  quit")
     try:
         answer = input("> ").strip().lower()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core import console, gpu, paths, targets
+from sa3_trt_core import console, engines, paths, targets
 from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
 from sa3_trt_core.errors import ToolError
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = Parser(prog="build_from_onnx.py", description=__doc__, epilog=EXITS)
     line.add_argument("names", nargs="*", metavar="NAME", help="targets or groups; --list shows them")
-    line.add_argument("--backend", choices=gpu.BUILT_BACKENDS, default=None, help="default: tensorrt if installed")
+    line.add_argument("--backend", choices=tuple(engines.BUILT), default=None, help="default: tensorrt if installed")
     line.add_argument("--arch", help="sm_89,sm_120 (default: this machine's GPU)")
     line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
     line.add_argument("--revision", metavar="R", help="the hub's commit or branch, instead of the pinned one")
@@ -54,12 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     if not args.names:
         raise ToolError("name at least one target", "--list shows them; sa3-m-fp8 is built by its own name only")
     chosen = targets.expand(args.names)
-    backend = args.backend or ("tensorrt" if gpu.tensorrt_module("tensorrt") else "tensorrt_rtx")
+    backend = args.backend or engines.default_build().name
     arches = _arches(args.arch, backend)
     onnx_root = paths.onnx_root_from(args.onnx_root)
     models_dir = args.models_dir or paths.default_models_dir()
     plan = [
-        (target, arch, paths.engine_path(models_dir, arch, target, backend)) for target in chosen for arch in arches
+        (target, arch, engines.BACKENDS[backend].engine_path(models_dir, arch, target))
+        for target in chosen
+        for arch in arches
     ]
     if args.dry_run:
         return _show_plan(plan, backend, onnx_root, args.json)
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 def _arches(text: str | None, backend: str) -> list[str]:
     if text is not None:
         return paths.parse_arches(text)
-    here = gpu.current_arch() or (paths.NO_GPU if backend == "torch" else None)
+    here = engines.BACKENDS[backend].arch_here()
     if here is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"

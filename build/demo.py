@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core import console, gpu, targets
+from sa3_trt_core import console, engines, gpu, targets
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.calibration_kinds import TURNS
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
@@ -22,7 +22,7 @@ from sa3_trt_core.errors import GateError
 PIECE = 10  # of the held-out ones: what the model is asked for
 VALIDATED, VALIDATED_SECONDS = 2, 5.0  # prompts and seconds of the short validation
 ENGINES = ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder")
-RTX_ARCHES = "sm_89,sm_120"
+ARCHES = "sm_89,sm_120"  # where the builder needs no GPU
 MIN_COSINE = 0.99
 
 
@@ -92,14 +92,14 @@ def main(argv: list[str] | None = None) -> int:
     demo.stage("calibration capture", make_calib.main, capture, calibration)
     quantise = ["--input", str(half), "--calib", str(calibration), "--onnx", str(fp8)]
     demo.stage("DiT to FP8", build_dit_fp8.main, quantise, *_graph(fp8))
-    engines = "" if args.no_engines else _engines(demo, root, models)
+    built = "" if args.no_engines else _engines(demo, root, models)
 
     prompt = asked_for(args.seconds)
     wavs = [_sound(demo, args, prompt, precision, root) for precision in ("fp16mixed", "fp8")]
 
     page = _validation(demo, root, half, fp8)
     report = json.loads(report_path(fp8).read_text())
-    _show(demo, report, engines)
+    _show(demo, report, built)
     _tell(prompt, wavs)
     print(f"Both, sound by sound and blind if you like: {page} (open it in a browser)")
     worst = report["stages"]["parity"]["worst"]
@@ -146,16 +146,17 @@ def _validation(demo: Demo, root: Path, half: Path, fp8: Path) -> Path:
 
 
 def _engines(demo: Demo, root: Path, models: Path) -> str:
-    """Compile the demo's engines: for this machine's GPU with TensorRT, else for two GPUs with TensorRT-RTX."""
+    """Compile the demo's engines: for this machine's GPU, else for two others where the builder needs none."""
     import build_from_onnx
 
     arch = gpu.current_arch()
-    if arch is not None and gpu.tensorrt_module("tensorrt") is not None:
-        line = ["--backend", "tensorrt", "--arch", arch]
-    elif gpu.tensorrt_module("tensorrt_rtx") is not None:
-        line = ["--backend", "tensorrt_rtx", "--arch", RTX_ARCHES]
+    for backend in engines.BUILT.values():
+        whole = all(backend.supports(targets.find_target(name)) for name in ENGINES)
+        if whole and backend.available() and (backend.builds_elsewhere or arch is not None):
+            break
     else:
-        return "no engines: neither tensorrt nor tensorrt-rtx is installed\n"
+        return "no engines: no package that compiles them is installed\n"
+    line = ["--backend", backend.name, "--arch", ARCHES if backend.builds_elsewhere else str(arch)]
     line += ["--onnx-root", str(root), "--models-dir", str(models)]
     return demo.stage("engines", build_from_onnx.main, [*ENGINES, *line], models)
 
@@ -183,7 +184,7 @@ def _tell(prompt: str, wavs: list[Path]) -> None:
     print("The model is a demonstration trained on made-up loops (interface/demo_model/README.md), not Stability's.")
 
 
-def _show(demo: Demo, report: dict[str, Any], engines: str) -> None:
+def _show(demo: Demo, report: dict[str, Any], built: str) -> None:
     from sa3_build.verification.parity import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
 
     print(console.table(("stage", "seconds", "made"), demo.rows))
@@ -191,8 +192,8 @@ def _show(demo: Demo, report: dict[str, Any], engines: str) -> None:
     parity = report["stages"]["parity"]
     print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in parity["parity"]])))
     print(f"\n{console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in parity['by kind']]))}")
-    if engines:
-        print(f"\n{engines}", end="")
+    if built:
+        print(f"\n{built}", end="")
 
 
 def _graph(path: Path) -> list[Path]:

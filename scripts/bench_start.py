@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     line = Parser(prog="bench_start.py", description=__doc__)
     line.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
     line.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="its DiT (default: %(default)s)")
-    line.add_argument("--backend", choices=engines.BACKENDS, default="torch", help="(default: %(default)s)")
+    line.add_argument("--backend", choices=engines.CHOICES, default="torch", help="(default: %(default)s)")
     line.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
     line.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     line.add_argument("--seconds", type=number_type(0.5, 380, "seconds"), default=54.0, help="of sound (default: 54)")

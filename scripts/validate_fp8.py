@@ -31,9 +31,9 @@ def parser() -> argparse.ArgumentParser:
     dit = f"{', '.join(targets.PRECISIONS)}, or the path of an ONNX file or engine"
     sides.add_argument("--reference", default="fp16mixed", metavar="DIT", help=f"{dit} (default: %(default)s)")
     sides.add_argument("--candidate", default="fp8", metavar="DIT", help="the same (default: %(default)s)")
-    sides.add_argument("--backend", choices=engines.BACKENDS, default="auto", help="of both (default: %(default)s)")
+    sides.add_argument("--backend", choices=engines.CHOICES, default="auto", help="of both (default: %(default)s)")
     for side in ("reference", "candidate"):
-        sides.add_argument(f"--{side}-backend", choices=engines.BACKENDS, help=f"of the {side} alone")
+        sides.add_argument(f"--{side}-backend", choices=engines.CHOICES, help=f"of the {side} alone")
     sides.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
     sides.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
     sides.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
 
 def _other(target: targets.Target, args: argparse.Namespace, place: Place) -> tuple[targets.Target, str, Path]:
     """A text encoder or decoder: with the backend asked for where it has one, and where its file lies."""
-    wanted = args.backend if args.backend in ("auto", "onnxruntime") else "auto"
+    wanted = engines.AUTO if args.backend in engines.BUILT else args.backend
     backend = engines.pick_backend(wanted, target, place.models_dir)
     return target, backend, engines.source_path(target, backend, place.onnx_root, place.models_dir)
 

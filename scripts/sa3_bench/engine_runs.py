@@ -35,10 +35,10 @@ def find_engines(words: Sequence[str], place: Place) -> dict[str, Side]:
     found: dict[str, Side] = {}
     for word in words:
         precision, at, backend = word.partition(AT)
-        if not at or precision not in targets.PRECISIONS or backend not in engines.BACKENDS:
+        if not at or precision not in targets.PRECISIONS or backend not in engines.CHOICES:
             raise ToolError(
                 f"--engines: {word!r} is no PRECISION{AT}BACKEND",
-                f"precisions: {', '.join(targets.PRECISIONS)}; backends: {', '.join(engines.BACKENDS)}",
+                f"precisions: {', '.join(targets.PRECISIONS)}; backends: {', '.join(engines.CHOICES)}",
             )
         if word in found:
             raise ToolError(f"--engines: {word} stands there twice", "name each engine once")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 from typing import Any
 
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
-TENSORRT_BACKENDS = ("tensorrt", "tensorrt_rtx")
-BUILT_BACKENDS = (*TENSORRT_BACKENDS, "torch")  # those that need an engine file
 
 
 def has_nvidia_gpu() -> bool:
@@ -75,11 +72,3 @@ def tensorrt_logger(module: Any) -> Any:
                 self.last = message
 
     return Logger()
-
-
-def available_backends() -> list[str]:
-    """The backends whose packages are installed here, best first; a GPU is another question."""
-    found = [name for name in TENSORRT_BACKENDS if tensorrt_module(name) is not None]
-    if importlib.util.find_spec("onnxruntime") is not None:
-        found.append("onnxruntime")
-    return found

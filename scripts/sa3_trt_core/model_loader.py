@@ -74,11 +74,11 @@ def make_plan(
 
 def build_command(plan: Plan, arch: str) -> str | None:
     """The one command that builds every engine of a plan that is missing for an architecture; None when none is."""
-    for backend in gpu.TENSORRT_BACKENDS:
-        wanted = [plan.targets[stage] for stage in plan.stages if plan.backends[stage] == backend]
-        missing = [t.name for t in wanted if not paths.engine_path(plan.models_dir, arch, t, backend).is_file()]
+    for name, backend in engines.BUILT.items():
+        wanted = [plan.targets[stage] for stage in plan.stages if plan.backends[stage] == name]
+        missing = [t.name for t in wanted if not backend.engine_path(plan.models_dir, arch, t).is_file()]
         if missing:
-            return f"{engines.rebuild_command(' '.join(missing), backend, arch)} --models-dir {plan.models_dir}"
+            return f"{backend.rebuild_command(' '.join(missing), arch)} --models-dir {plan.models_dir}"
     return None
 
 

@@ -6,17 +6,11 @@ import os
 from pathlib import Path
 
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.targets import ENGINE_SUFFIX, Target
 
 ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 NO_GPU = "cpu"  # the architecture of a torch engine on a machine without a GPU
 ONNX_ROOT_VARIABLE = "SA3_ONNX_DIR"
 MODELS_VARIABLE = "SA3_MODELS_DIR"
-
-
-def engine_path(models_dir: Path, arch: str, target: Target, backend: str) -> Path:
-    """models/<sm_XX>/<folder>/<stem>.trt for tensorrt, .rtx for tensorrt_rtx, .safetensors for torch."""
-    return models_dir / arch / f"{target.engine}{ENGINE_SUFFIX[backend]}"
 
 
 def default_models_dir() -> Path:

@@ -20,7 +20,6 @@ PREBUILT_TENSORRT = "10.15.1.29"  # what the hub's engines were built with; they
 CHECKPOINT_REPOSITORY = "stabilityai/stable-audio-3-medium"
 CHECKPOINT_TOKENIZER_FOLDER = "t5gemma-b-b-ul2"
 TOKENIZER_FILES = ("t5gemma/tokenizer.json", "t5gemma/tokenizer_config.json")  # under an ONNX root
-ENGINE_SUFFIX = {"tensorrt": ".trt", "tensorrt_rtx": ".rtx", "torch": ".safetensors"}
 
 Precision = Literal["fp32", "fp16mixed", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp16mixed", "fp32", "fp8")

@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core import engines, gpu, targets
+from sa3_trt_core import engines, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
-
-ENGINE_FILES = {suffix: backend for backend, suffix in targets.ENGINE_SUFFIX.items()}
 
 
 @dataclass(frozen=True)
@@ -66,11 +64,13 @@ def find_side(text: str, backend: str, place: Place) -> Side:
     if not path.is_file():
         raise ToolError(f"{text} is no precision and no file", f"give {', '.join(targets.PRECISIONS)}, or a path")
     target = targets.dit_target(place.dit, targets.PRECISIONS[0])
-    if path.suffix in ENGINE_FILES:
-        return Side(path.stem, target, engines.pick_backend(ENGINE_FILES[path.suffix], target, place.models_dir), path)
-    chosen = "onnxruntime" if backend == "auto" else engines.pick_backend(backend, target, place.models_dir)
-    if chosen in gpu.TENSORRT_BACKENDS:
-        raise ToolError(f"{chosen} runs engines, not {path}", "give the engine's own path, or --backend onnxruntime")
+    engine = engines.backend_of_file(path)
+    if engine is not None:
+        return Side(path.stem, target, engines.pick_backend(engine.name, target, place.models_dir), path)
+    direct = engines.DIRECT.name
+    chosen = engines.pick_backend(direct if backend == engines.AUTO else backend, target, place.models_dir)
+    if chosen in engines.BUILT:
+        raise ToolError(f"{chosen} runs engines, not {path}", f"give the engine's own path, or --backend {direct}")
     return Side(path.stem, target, chosen, path)
 
 
@@ -81,11 +81,12 @@ def control_side(reference: Side, place: Place) -> Side | None:
     Runtime without graph optimisation.
     """
     try:
-        if reference.backend != "onnxruntime":
-            path = engines.source_path(reference.target, "onnxruntime", place.onnx_root, place.models_dir)
-            return replace(reference, backend="onnxruntime", path=path)
-        best = engines.pick_backend("auto", reference.target, place.models_dir)
-        if best != "onnxruntime" and reference.name == reference.target.precision:
+        direct = engines.DIRECT.name
+        if reference.backend != direct:
+            path = engines.source_path(reference.target, direct, place.onnx_root, place.models_dir)
+            return replace(reference, backend=direct, path=path)
+        best = engines.pick_backend(engines.AUTO, reference.target, place.models_dir)
+        if best != direct and reference.name == reference.target.precision:
             path = engines.source_path(reference.target, best, place.onnx_root, place.models_dir)
             return replace(reference, backend=best, path=path)
     except ToolError:

@@ -13,7 +13,8 @@ import sa3_trt
 from helpers import hub_server
 from helpers.commands import run, two_lines
 from helpers.hub_server import Answer, LocalHub
-from sa3_trt_core import model_loader, paths
+from sa3_trt_core import model_loader
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_TOKENIZER_FOLDER,
@@ -88,7 +89,7 @@ def test_every_missing_engine_is_in_one_command(tmp_path: Path) -> None:
     where = f"--backend tensorrt --arch sm_89 --models-dir {tmp_path}"
     assert model_loader.build_command(plan, "sm_89") == f"{build} t5gemma sa3-m-fp8 same-l-decoder {where}"
     for name, left in (("sa3-m-fp8", "t5gemma same-l-decoder"), ("t5gemma", "same-l-decoder"), ("same-l-decoder", "")):
-        engine = paths.engine_path(tmp_path, "sm_89", find_target(name), "tensorrt")
+        engine = BACKENDS["tensorrt"].engine_path(tmp_path, "sm_89", find_target(name))
         engine.parent.mkdir(parents=True)
         engine.touch()
         assert model_loader.build_command(plan, "sm_89") == (f"{build} {left} {where}" if left else None)

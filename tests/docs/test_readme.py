@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 import sa3_trt
-from sa3_trt_core import paths
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import find_target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_the_demo_shows_stages_parity_and_engines(demo: str, checkout: Path) -> 
         assert re.search(rf"^{kind} +\d+ +0\.99\d+", demo, re.MULTILINE), kind
     for name in ENGINES:
         for arch in ("sm_89", "sm_120"):
-            engine = paths.engine_path(Path("output/demo/models"), arch, find_target(name), "tensorrt_rtx")
+            engine = BACKENDS["tensorrt_rtx"].engine_path(Path("output/demo/models"), arch, find_target(name))
             assert str(engine) in demo and (checkout / engine).stat().st_size > 100_000
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from helpers.commands import ROOT
+from sa3_build.engines.builders import BUILDERS
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import TARGETS
 
 MOST_LINES, MOST_FUNCTION_LINES = 300, 50
@@ -102,6 +104,33 @@ def test_compiling_from_onnx_reaches_no_modelopt() -> None:
         "scripts/sa3_trt_core/hub/resolve.py",
     }
     assert [label(file) for file in reached if "modelopt" in packages(file)] == []
+
+
+def compared_backends(file: Path) -> list[tuple[int, str]]:
+    """Where a file compares something with a backend's name: ==, !=, in, not in, or a case of a match."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Compare | ast.match_case):
+            parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node.pattern]
+            words = [one.value for part in parts for one in ast.walk(part) if isinstance(one, ast.Constant)]
+            found += [(parts[0].lineno, word) for word in words if word in BACKENDS]
+    return found
+
+
+def test_the_scan_for_backends_sees_comparisons_of_every_kind(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text("a == 'torch'\nb not in ('x', 'tensorrt')\nmatch c:\n    case 'onnxruntime': pass\nd = 'torch'\n")
+    assert [line for line, _ in compared_backends(file)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=label)
+def test_no_file_but_a_backends_own_compares_with_its_name(file: Path) -> None:
+    own = {CORE / "engines" / f"{name}.py": name for name in BACKENDS}
+    assert [(line, name) for line, name in compared_backends(file) if name != own.get(file)] == []
+
+
+def test_every_backend_with_engines_has_a_builder_and_no_other() -> None:
+    assert BUILDERS.keys() == {name for name, backend in BACKENDS.items() if backend.suffix}
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=label)

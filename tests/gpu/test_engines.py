@@ -11,15 +11,16 @@ import torch
 
 from helpers import graphs
 from helpers.commands import run
+from sa3_build.engines.builders import BUILDERS
 from sa3_build.export.torch_to_onnx import example_inputs
-from sa3_trt_core import gpu
+from sa3_trt_core import engines, gpu
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.tensorrt import TensorRtEngine
 from sa3_trt_core.shapes import CONTRACTS
 from sa3_trt_core.targets import find_target
 
-BACKENDS = [name for name in gpu.TENSORRT_BACKENDS if gpu.tensorrt_module(name) is not None]
+BACKENDS = [name for name, one in BUILDERS.items() if one.compiles and gpu.tensorrt_module(name) is not None]
 pytestmark = pytest.mark.skipif(
     gpu.current_arch() is None or not BACKENDS or not torch.cuda.is_available(), reason="no NVIDIA GPU with TensorRT"
 )
@@ -58,7 +59,7 @@ def test_an_engine_gives_what_its_graph_gives(tiny_fp8: Path, tmp_path: Path, na
 
 
 def test_a_second_build_reads_the_timing_cache(tiny_fp8: Path, tmp_path: Path) -> None:
-    if BACKENDS[0] != "tensorrt":
+    if engines.BACKENDS[BACKENDS[0]].builds_elsewhere:
         pytest.skip("TensorRT-RTX times nothing when it builds")
     path, _ = built("sa3-m", tiny_fp8, tmp_path)
     (cache,) = path.parent.parent.glob(".timing-*.cache")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sa3_trt_core import paths, targets
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import CONTRACTS
 
@@ -94,8 +95,10 @@ def test_a_dit_without_fp8_is_refused_in_words(dit: str) -> None:
 
 def test_engine_paths() -> None:
     fp8 = targets.find_target("sa3-m-fp8")
-    assert paths.engine_path(Path("models"), "sm_89", fp8, "tensorrt") == Path("models/sm_89/sa3-m/dit_fp8.trt")
-    assert paths.engine_path(Path("models"), "sm_120", fp8, "tensorrt_rtx") == Path("models/sm_120/sa3-m/dit_fp8.rtx")
+    assert BACKENDS["tensorrt"].engine_path(Path("models"), "sm_89", fp8) == Path("models/sm_89/sa3-m/dit_fp8.trt")
+    assert BACKENDS["tensorrt_rtx"].engine_path(Path("models"), "sm_120", fp8) == Path(
+        "models/sm_120/sa3-m/dit_fp8.rtx"
+    )
 
 
 def test_arches() -> None:

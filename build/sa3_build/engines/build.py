@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sa3_build.engines import inspector, prebuilt, tensorrt as compiler
-from sa3_trt_core import gpu
+from sa3_build.engines.builders import BUILDERS
+from sa3_trt_core import engines, gpu
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.console import Progress, format_bytes, format_seconds, table
 from sa3_trt_core.errors import GATE_EXIT, USAGE_EXIT, GateError, ToolError
@@ -76,14 +77,17 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
         raise ToolError("--best-of measures engines, and no NVIDIA GPU is visible", "leave it away, or use a GPU host")
     if options.report and gpu.current_arch() is None:
         raise ToolError("--engine-report loads the engine, and no NVIDIA GPU is visible", "leave it away here")
+    builder = BUILDERS[options.backend]
     for job in jobs:
         compiler.require_arch(job.target, options.backend, job.arch)
         files.require_writable(job.out, "engine")
-    if options.backend == "torch":
-        _require_torch(jobs, options)
+        engines.BACKENDS[options.backend].require_engine(job.target)
+    if not builder.compiles:
+        if options.best_of > 1 or options.report or options.prebuilt:
+            raise ToolError("--best-of, --engine-report and --prebuilt are of TensorRT", "leave them away")
         return
     version = str(compiler.load_backend(options.backend).__version__)
-    matches = options.backend == "tensorrt" and version == PREBUILT_TENSORRT
+    matches = version == builder.prebuilt
     if options.prebuilt and not matches:
         raise ToolError(
             f"the prebuilt engines are of TensorRT {PREBUILT_TENSORRT}, here is {options.backend} {version}",
@@ -91,15 +95,6 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
         )
     if matches and not options.prebuilt:
         print("the hub has engines of this very TensorRT: --prebuilt takes them instead of compiling", file=sys.stderr)
-
-
-def _require_torch(jobs: Sequence[Job], options: Options) -> None:
-    from sa3_build.engines import torch_engine
-
-    if options.best_of > 1 or options.report or options.prebuilt:
-        raise ToolError("--best-of, --engine-report and --prebuilt are of TensorRT", "leave them away")
-    for job in jobs:
-        torch_engine.require_packable(job.target)
 
 
 def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
@@ -176,10 +171,5 @@ def _make(job: Job, options: Options) -> compiler.Built:
         size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.offline, options.revision)
         return compiler.Built(job.out, 0.0, size, reused, "prebuilt, of the hub")
     source = resolve.resolve_onnx(job.target, options.onnx_root, options.offline, options.revision)
-    if options.backend == "torch":
-        from sa3_build.engines import torch_engine
-
-        return torch_engine.pack_engine(source, job.target, job.arch, job.out, options.force)
-    return compiler.compile_engine(
-        source, job.target, options.backend, job.arch, job.out, options.force, options.best_of
-    )
+    build = BUILDERS[options.backend].build
+    return build(source, job.target, job.arch, job.out, options.force, options.best_of)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sa3_trt_core import gpu, paths, shapes
+from sa3_trt_core import engines, shapes
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.targets import Target
 
 MISSING, CURRENT, STALE, FOREIGN, NO_GPU = "missing", "current", "stale", "foreign", "no GPU"
+NO_ENGINE = "no engine"  # of a backend that leaves such a graph to another
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_
     one in `onnx_root`, as far as that graph's own manifest tells. Foreign: a file without a manifest, which somebody
     else made or a killed build left. A build looks closer: it reads every byte of the graph.
     """
+    record = engines.BACKENDS[backend]
+    if not record.supports(target):
+        return State(NO_ENGINE, f"{engines.DIRECT.label} runs it")
     if arch is None:
         return State(NO_GPU)
-    return state_of_path(paths.engine_path(models, arch, target, backend), target, arch, backend, onnx_root)
+    return state_of_path(record.engine_path(models, arch, target), target, arch, backend, onnx_root)
 
 
 def state_of_path(path: Path, target: Target, arch: str, backend: str, onnx_root: Path | None = None) -> State:
@@ -55,10 +59,10 @@ def state_of_path(path: Path, target: Target, arch: str, backend: str, onnx_root
 def _outdated(target: Target, path: Path, arch: str, backend: str, onnx_root: Path | None) -> str | None:
     record = manifest.read_manifest(path)
     assert record is not None
-    settings, module = record.settings, gpu.tensorrt_module(backend)
+    settings = record.settings
     if (settings.get("target"), settings.get("backend"), settings.get("arch")) != (target.name, backend, arch):
         return f"it is {settings.get('target')} by {settings.get('backend')} for {settings.get('arch')}"
-    version = str(module.__version__) if module is not None else settings.get("backend_version")
+    version = engines.BACKENDS[backend].version() or settings.get("backend_version")
     if settings.get("backend_version") != version:
         return f"built by {backend} {settings.get('backend_version')}, {version} is installed"
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}

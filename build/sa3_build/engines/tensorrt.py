@@ -17,7 +17,7 @@ from sa3_build.engines import timing_cache
 from sa3_build.graph import io as graph_io
 from sa3_build.passes import lower_plugins
 from sa3_build.recipes import requirements_check
-from sa3_trt_core import gpu, paths, shapes
+from sa3_trt_core import engines, gpu, paths, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.console import format_seconds
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 FP8_ARCHES = ("sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
-RTX_ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 HEARTBEAT_SECONDS = 15.0
 CURRENT = "made of the same graph with the same settings"
 
@@ -47,22 +46,27 @@ class Built:
 
 def require_arch(target: Target, backend: str, arch: str) -> None:
     """Refuse an architecture before anything is read or downloaded. Raises ToolError in the user's words."""
-    if arch == paths.NO_GPU and backend != "torch":
-        raise ToolError(f"{backend} builds for NVIDIA GPUs", "give --arch, e.g. --arch sm_89, or --backend torch")
+    record = engines.BACKENDS[backend]
+    if arch == paths.NO_GPU and not record.on_cpu:
+        others = " or ".join(other.name for other in engines.BUILT.values() if other.on_cpu)
+        raise ToolError(f"{backend} builds for NVIDIA GPUs", f"give --arch, e.g. --arch sm_89, or --backend {others}")
     if target.precision == "fp8" and arch not in (*FP8_ARCHES, paths.NO_GPU):
         raise ToolError(
             f"{target.name} needs FP8 tensor cores and {arch} has none (they begin with sm_89)",
             f"build the FP16-mixed engine instead: {target.name.removesuffix('-fp8')}",
         )
-    if backend == "tensorrt_rtx" and arch not in RTX_ARCHES:
+    if arch not in (*record.arches, paths.NO_GPU):
+        others = " or ".join(other.name for other in engines.BUILT.values() if arch in other.arches)
         raise ToolError(
-            f"TensorRT-RTX does not build for {arch}", f"it builds for {', '.join(RTX_ARCHES)}; try --backend tensorrt"
+            f"{record.label} does not build for {arch}",
+            f"it builds for {', '.join(record.arches)}; try --backend {others}",
         )
-    if backend == "tensorrt" and arch != gpu.current_arch():
+    if not record.builds_elsewhere and arch != gpu.current_arch():
         here = gpu.current_arch() or "no NVIDIA GPU"
+        others = " or ".join(other.name for other in engines.BUILT.values() if other.builds_elsewhere)
         raise ToolError(
-            f"tensorrt builds for the GPU in this machine only ({here}), not for {arch}",
-            "build on that machine, or use --backend tensorrt_rtx, which needs no GPU",
+            f"{backend} builds for the GPU in this machine only ({here}), not for {arch}",
+            f"build on that machine, or use --backend {others}, which needs no GPU",
         )
 
 
@@ -139,8 +143,10 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int) -> Built:
     gates: dict[str, Any] = {
         "compiled": True, "run on a GPU": False, "attention lowered": lower_plugins.lowered(onnx) is not None
     }  # fmt: skip
-    # What was timed before is not timed again; several builds are to differ, so they share nothing.
-    cache = timing_cache.cache_path(out, backend, draft.settings["backend_version"]) if best_of == 1 else None
+    # What was timed before is not timed again; several builds are to differ, so they share nothing. A builder that
+    # needs no GPU times nothing.
+    timed = best_of == 1 and not engines.BACKENDS[backend].builds_elsewhere
+    cache = timing_cache.cache_path(out, backend, draft.settings["backend_version"]) if timed else None
     with _heartbeat(f"compiling {target.name} for {arch}"):
         plan = _plan(module, onnx, target, backend, arch, cache)
         if best_of > 1:
@@ -180,9 +186,9 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cach
         raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"make the graph again: {target.produced_by}")
     config = builder.create_builder_config()
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # what --engine-report reads
-    if cache is not None and backend == "tensorrt":  # TensorRT-RTX times nothing when it builds
+    if cache is not None:
         timing_cache.read_cache(config, cache)
-    if backend == "tensorrt_rtx":
+    if engines.BACKENDS[backend].builds_elsewhere:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(module.ComputeCapability, arch.upper().replace("_", "")), 0)
     _add_profile(module, builder, network, config, target)
@@ -192,7 +198,7 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cach
             f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'it gave no reason'}",
             f"check that the graph is what {target.produced_by.split()[1]} makes, and that memory and disk are free",
         )
-    if cache is not None and backend == "tensorrt":
+    if cache is not None:
         timing_cache.write_cache(config, cache)
     return plan
 

@@ -20,14 +20,13 @@ from sa3_trt_core import gpu, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import build
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-from sa3_trt_core.engines.torch import CACHE_VARIABLE, kernels_folder, open_runner, tiles_path
+from sa3_trt_core.engines.torch import BACKEND, CACHE_VARIABLE, kernels_folder, open_runner, tiles_path
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.targets import Target
 from sa3_trt_core.torch_models.dit import weights
 from sa3_trt_core.torch_models.dit.runner import CONDITIONING, Runner
 
-PRECISIONS = ("fp16mixed", "fp8")
 LONG = ("x", "local_add_cond")  # inputs with an axis of latent frames
 CHECKED_FRAMES, CHECKED_ROWS = 24, 2
 CHECKED_SECONDS = (29.72, 47.0)  # durations that a rounded seconds / 384 gets wrong
@@ -38,20 +37,11 @@ MIN_COSINE = 0.9999  # of the denoised latent, in 16 bits
 NUDGE, MOST_APART = 1e-4, 1.5
 
 
-def require_packable(target: Target) -> None:
-    """Raise ToolError for a target that has no engine in PyTorch."""
-    if target.kind != "dit" or target.precision not in PRECISIONS:
-        raise ToolError(
-            f"{target.name} has no torch engine: that is the DiT in fp16mixed or fp8",
-            "with --backend torch, ONNX Runtime runs everything else; nothing has to be built for it",
-        )
-
-
 def build_settings(target: Target, arch: str) -> dict[str, Any]:
     """What a packed DiT depends on besides its ONNX."""
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
     return {
-        "target": target.name, "backend": "torch", "backend_version": weights.FORMAT, "arch": arch,
+        "target": target.name, "backend": BACKEND.name, "backend_version": weights.FORMAT, "arch": arch,
         "precision": target.precision, "profile": profile,
     }  # fmt: skip
 
@@ -62,7 +52,7 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
     On a GPU of that architecture the kernels are tuned and compiled too, so that the next start finds them. Raises
     ToolError when the graph is not recognised, GateError when the packed DiT is not the graph's.
     """
-    require_packable(target)
+    BACKEND.require_engine(target)
     check_graph(onnx, target)
     settings = build_settings(target, arch)
     inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(onnx)}

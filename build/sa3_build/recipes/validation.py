@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sa3_trt_core import gpu, paths, targets
+from sa3_trt_core import engines, targets
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 
@@ -45,14 +45,15 @@ def validate_target(
     The engine is run where this machine's GPU is one of `arches`, the reference's too where it is built; else ONNX
     Runtime runs the ONNX that it was compiled from. Raises ToolError and GateError.
     """
-    here = gpu.current_arch() or (paths.NO_GPU if backend == "torch" else None)
+    record = engines.BACKENDS[backend]
+    here = record.arch_here()
     built = here in arches
     if not built:
         print(f"no GPU here runs {target.name} for {', '.join(arches)}: its ONNX is validated", file=sys.stderr)
     dit = str(target.dit)
     reference = "fp32" if target.precision == "fp16mixed" else "fp16mixed"
     other = targets.dit_target(dit, reference)
-    both = built and paths.engine_path(models_dir, str(here), other, backend).is_file()
+    both = built and record.engine_path(models_dir, str(here), other).is_file()
     out = models_dir / "validation" / target.name
     line = ["--dit", dit, "--reference", reference, "--candidate", target.precision, "--models-dir", str(models_dir)]
     line += ["--reference-backend", backend if both else "onnxruntime"]

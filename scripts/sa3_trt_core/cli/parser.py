@@ -32,10 +32,7 @@ def _add_model(parse: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", choices=targets.PRECISIONS, default=targets.PRECISIONS[0], help="its DiT (default: %(default)s)"
     )
-    group.add_argument(
-        "--backend", choices=engines.BACKENDS, default="auto",
-        help="auto takes a built engine if this machine can run it (TensorRT, then torch), else ONNX Runtime",
-    )  # fmt: skip
+    group.add_argument("--backend", choices=engines.CHOICES, default=engines.AUTO, help=engines.AUTO_HELP)
     group.add_argument(
         "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N",
         help="window of encoder and decoder, 0 for one piece (default: 256 beyond 512 latent frames)",

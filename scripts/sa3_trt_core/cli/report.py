@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sa3_trt_core import console, shapes, targets
+from sa3_trt_core import console, engines, shapes, targets
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.model_loader import Plan
 from sa3_trt_core.request import Request
@@ -54,7 +54,8 @@ def show_plan(plan: Plan, requests: Sequence[Request], outs: Sequence[Path], as_
         local = resolve.local_onnx(plan.onnx_root, target) if plan.onnx_root is not None else None
         root = str(plan.onnx_root or f"{targets.HUB_REPOSITORY}/{targets.HUB_FOLDER}")
         onnx = str(local or f"{root}/{target.onnx[0]}")
-        source = onnx if plan.backends[stage] == "onnxruntime" else str(plan.models_dir / "<arch>" / target.engine)
+        backend = engines.BACKENDS[plan.backends[stage]]
+        source = str(backend.engine_path(plan.models_dir, "<arch>", target)) if backend.suffix else onnx
         stages.append({"stage": stage, "target": target.name, "backend": plan.backends[stage], "file": source})
     if as_json:
         print(

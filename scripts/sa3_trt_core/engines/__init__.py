@@ -1,11 +1,14 @@
-"""Choosing and opening an engine for a target."""
+"""The backends, best first, and the choice among them. A new backend is its own file and its line in _BEST_FIRST."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sa3_trt_core import gpu, paths
+from sa3_trt_core.engines import onnxruntime, tensorrt, tensorrt_rtx, torch
+from sa3_trt_core.engines.backend import EVERYTHING, Backend
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.targets import Target
@@ -13,32 +16,55 @@ from sa3_trt_core.targets import Target
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
 
-BACKENDS = ("auto", "tensorrt", "tensorrt_rtx", "torch", "onnxruntime")
+AUTO = "auto"
+_BEST_FIRST = (
+    tensorrt.BACKEND,
+    tensorrt_rtx.BACKEND,
+    torch.BACKEND,
+    onnxruntime.BACKEND,
+)
+BACKENDS: Mapping[str, Backend] = MappingProxyType({backend.name: backend for backend in _BEST_FIRST})
+CHOICES = (AUTO, *BACKENDS)
+BUILT = {name: backend for name, backend in BACKENDS.items() if backend.suffix is not None}
+DIRECT = next(backend for backend in BACKENDS.values() if backend.suffix is None)  # runs any ONNX as it is
+AUTO_HELP = (
+    f"{AUTO} takes a built engine if this machine can run it "
+    f"({', then '.join(backend.label for backend in BUILT.values())}), else {DIRECT.label}"
+)
+
+
+def find_backend(name: str) -> Backend:
+    """The record of that name. Raises ToolError for an unknown one."""
+    if name not in BACKENDS:
+        raise ToolError(f"unknown backend {name!r}", f"known: {', '.join(CHOICES)}")
+    return BACKENDS[name]
+
+
+def backend_of_file(path: Path) -> Backend | None:
+    """The backend whose engine a file is, by its suffix; None for any other file."""
+    return next((backend for backend in BUILT.values() if backend.suffix == path.suffix), None)
+
+
+def default_build() -> Backend:
+    """The backend to build for when none is named: the first installed of those that run every graph."""
+    whole = [backend for backend in BUILT.values() if backend.runs == EVERYTHING]
+    return next((backend for backend in whole if backend.available()), whole[-1])
 
 
 def pick_backend(name: str, target: Target, models_dir: Path) -> str:
     """The backend to use for a target: `name` itself, or for "auto" the best whose engine is built and can run here.
 
-    "torch" is for the DiT alone: ONNX Runtime runs the rest, which is a small part of the time. Raises ToolError for an
-    unknown backend, or one whose package is missing.
+    What a backend leaves to another (Backend.leaves) DIRECT runs. Raises ToolError for an unknown backend, a precision
+    that it does not run, or a package that is missing.
     """
-    arch = gpu.current_arch()
-    if name == "auto":
-        for backend in gpu.TENSORRT_BACKENDS:
-            built = arch is not None and paths.engine_path(models_dir, arch, target, backend).is_file()
-            if built and gpu.tensorrt_module(backend) is not None:
-                return backend
-        packed = arch is not None and paths.engine_path(models_dir, arch, target, "torch").is_file()
-        return "torch" if packed else "onnxruntime"
-    if name == "torch":
-        if target.kind == "dit" and target.precision == "fp32":
-            raise ToolError("the torch backend runs fp16mixed and fp8, not fp32", "choose one, or another --backend")
-        return "torch" if target.kind == "dit" else "onnxruntime"
-    if name not in BACKENDS:
-        raise ToolError(f"unknown backend {name!r}", f"known: {', '.join(BACKENDS)}")
-    if name not in gpu.available_backends():
-        raise ToolError(f"the Python package {name} is not installed", "pip install it, or choose --backend auto")
-    return name
+    if name == AUTO:
+        return next(backend.name for backend in BACKENDS.values() if backend.is_ready(target, models_dir))
+    backend = find_backend(name)
+    if backend.suffix is not None and backend.leaves(target, models_dir):
+        backend = DIRECT
+    backend.require_precision(target)
+    backend.require_available()
+    return backend.name
 
 
 def source_path(
@@ -46,14 +72,15 @@ def source_path(
     offline: bool = False,
 ) -> Path:  # fmt: skip
     """The file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
-    if backend == "onnxruntime":
+    record = BACKENDS[backend]
+    if record.suffix is None:
         return resolve.resolve_onnx(target, onnx_root, offline, revision)
-    arch = gpu.current_arch() or (paths.NO_GPU if backend == "torch" else None)
+    arch = record.arch_here()
     if arch is None:
-        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
-    path = paths.engine_path(models_dir, arch, target, backend)
+        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", f"choose --backend {DIRECT.name}")
+    path = record.engine_path(models_dir, arch, target)
     if not path.is_file():
-        raise ToolError(f"no engine {path}", f"build it: {rebuild_command(target.name, backend, arch)}")
+        raise ToolError(f"no engine {path}", f"build it: {record.rebuild_command(target.name, arch)}")
     return path
 
 
@@ -64,23 +91,8 @@ def open_engine(
 
     Raises ToolError.
     """
-    path = path or source_path(target, backend, onnx_root, models_dir)
-    if backend == "onnxruntime":
-        from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-
-        return OnnxRuntimeEngine(path)
-    if backend == "torch":
-        from sa3_trt_core.engines.torch import TorchEngine
-
-        return TorchEngine(path, rebuild_command(target.name, backend, gpu.current_arch() or paths.NO_GPU))
-    from sa3_trt_core.engines.tensorrt import TensorRtEngine
-
-    rebuild = rebuild_command(target.name, backend, gpu.current_arch() or "ARCH")
+    record = BACKENDS[backend]
     known = [onnx_root / name for name in target.onnx] if onnx_root is not None else []
     onnx = next((file for file in known if file.is_file()), None)
-    return TensorRtEngine(path, backend, rebuild, onnx, capture=target.kind == "dit")
-
-
-def rebuild_command(names: str, backend: str, arch: str) -> str:
-    """The command that builds the engines of targets, named with spaces between."""
-    return f"python build/build_from_onnx.py {names} --backend {backend} --arch {arch}"
+    found = path or source_path(target, backend, onnx_root, models_dir)
+    return record.open(found, target, record.rebuild_command(target.name), onnx)

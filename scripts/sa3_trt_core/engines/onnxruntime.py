@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa3_trt_core import gpu
 from sa3_trt_core.artifacts.external_data import external_data_names
+from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing, run_rows
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,6 +117,14 @@ class OnnxRuntimeEngine(Closing):
                 "check that it is the ONNX of that target, and that memory is free for this length",
             ) from None
         return {name: torch.from_numpy(result).to(place) for name, result in zip(self._outputs, results, strict=True)}
+
+
+def open_graph(path: Path, target: Target, rebuild: str, onnx: Path | None) -> OnnxRuntimeEngine:
+    """Load the ONNX itself: nothing is built, so nothing can be out of date."""
+    return OnnxRuntimeEngine(path)
+
+
+BACKEND = Backend("onnxruntime", "ONNX Runtime", "onnxruntime", open_graph, on_cpu=True)
 
 
 def _refusal(path: Path, text: str) -> ToolError:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core import gpu
+from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing, run_rows
 from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
 from sa3_trt_core.engines.tensorrt_context import BoundContext, extents, torch_type
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -143,3 +146,18 @@ def _require_cuda_torch() -> None:
 
     if not torch.cuda.is_available():
         raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose --backend onnxruntime")
+
+
+def open_tensorrt(backend: str, path: Path, target: Target, rebuild: str, onnx: Path | None) -> TensorRtEngine:
+    """Load an engine of either package; a DiT's shapes come again, so its runs are captured."""
+    return TensorRtEngine(path, backend, rebuild, onnx, capture=target.kind == "dit")
+
+
+BACKEND = Backend(
+    name="tensorrt",
+    label="TensorRT",
+    package="tensorrt",
+    open=functools.partial(open_tensorrt, "tensorrt"),
+    suffix=".trt",
+    find_package=gpu.tensorrt_module,
+)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import CONTRACTS
+from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +75,23 @@ class TorchEngine(Closing):
         if self._runner is not None:
             self._runner.close()
         self._runner = None
+
+
+def open_packed(path: Path, target: Target, rebuild: str, onnx: Path | None) -> TorchEngine:
+    """Load a packed DiT; its manifest says of which graph it was made, and the build compared the two."""
+    return TorchEngine(path, rebuild)
+
+
+BACKEND = Backend(
+    name="torch",
+    label="PyTorch",
+    package="torch",
+    open=open_packed,
+    suffix=".safetensors",
+    runs={"dit": ("fp16mixed", "fp8")},
+    on_cpu=True,
+    builds_elsewhere=True,
+)
 
 
 def open_runner(path: Path, device: torch.device) -> Runner:

@@ -15,8 +15,8 @@ import pytest
 import build
 from helpers import graphs
 from helpers.commands import ROOT, run, two_lines
-from sa3_trt_core import paths
 from sa3_trt_core.artifacts import locks, manifest
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import TARGETS, find_target
 
 pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
@@ -71,7 +71,7 @@ def test_a_reason_is_given_for_each_build(root: Path, tmp_path: Path) -> None:
     assert built(*where, "--force")[1][0]["why"] == "--force: current"
     (own / DECODER.onnx[0]).write_bytes(graphs.contract("same-decoder", name="newer"))
     assert built(*where)[1][0]["why"] == "input dec_bf16.onnx has changed"
-    engine = paths.engine_path(models, "sm_89", DECODER, "tensorrt_rtx")
+    engine = BACKENDS["tensorrt_rtx"].engine_path(models, "sm_89", DECODER)
     engine.write_bytes(engine.read_bytes()[:-1])
     assert "its manifest says" in built(*where)[1][0]["why"]
     assert manifest.verify_manifest(engine, deep=True) is None
@@ -80,7 +80,7 @@ def test_a_reason_is_given_for_each_build(root: Path, tmp_path: Path) -> None:
 def test_states_and_sizes(root: Path, tmp_path: Path) -> None:
     assert {entry["state"] for entry in states(tmp_path).values()} == {"missing"}
     built(DECODER.name, "--onnx-root", root, "--models-dir", tmp_path)
-    engine = paths.engine_path(tmp_path, "sm_89", DECODER, "tensorrt_rtx")
+    engine = BACKENDS["tensorrt_rtx"].engine_path(tmp_path, "sm_89", DECODER)
     found = states(tmp_path)[DECODER.name]
     assert (found["state"], found["bytes"]) == ("current", engine.stat().st_size)
     record = manifest.manifest_path(engine)
@@ -145,7 +145,7 @@ def test_what_needs_a_gpu_is_refused_without_one(root: Path, tmp_path: Path) -> 
 def test_a_second_run_waits_and_then_has_nothing_to_do(root: Path, tmp_path: Path) -> None:
     """The lock is held by this process; the other is started, waits, and finds the engine made."""
     where = [DECODER.name, *RTX, "--onnx-root", str(root), "--models-dir", str(tmp_path), "--json"]
-    engine = paths.engine_path(tmp_path, "sm_89", DECODER, "tensorrt_rtx")
+    engine = BACKENDS["tensorrt_rtx"].engine_path(tmp_path, "sm_89", DECODER)
     ready = built(DECODER.name, "--onnx-root", root, "--models-dir", tmp_path / "elsewhere")[1][0]["path"]
     with locks.held(locks.lock_path(engine), "the test"):
         other = subprocess.Popen(
@@ -161,7 +161,7 @@ def test_a_second_run_waits_and_then_has_nothing_to_do(root: Path, tmp_path: Pat
 
 
 def test_leftovers_of_a_killed_build_are_removed_and_do_not_hinder(root: Path, tmp_path: Path) -> None:
-    engine = paths.engine_path(tmp_path, "sm_89", DECODER, "tensorrt_rtx")
+    engine = BACKENDS["tensorrt_rtx"].engine_path(tmp_path, "sm_89", DECODER)
     engine.parent.mkdir(parents=True)
     (engine.parent / ".dec_bf16.0123456789ab.tmp.rtx").write_bytes(b"torn")
     (engine.parent / ".dec_fp32.0123456789ab.tmp.rtx").write_bytes(b"of another")

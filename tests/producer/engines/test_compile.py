@@ -11,8 +11,8 @@ import onnx
 import pytest
 
 from helpers.commands import run
-from sa3_trt_core import paths
 from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import dit_target, find_target
 
 pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
@@ -36,7 +36,7 @@ def test_four_engines_for_two_architectures(engines: tuple[Path, list[dict]]) ->
     assert len(built) == 8
     for one in built:
         path = Path(one["path"])
-        assert path == paths.engine_path(models, one["arch"], find_target(one["target"]), "tensorrt_rtx")
+        assert path == BACKENDS["tensorrt_rtx"].engine_path(models, one["arch"], find_target(one["target"]))
         assert path.stat().st_size == one["bytes"] > 100_000
         assert manifest.verify_manifest(path, deep=True) is None
         settings = manifest.read_manifest(path).settings
@@ -45,7 +45,7 @@ def test_four_engines_for_two_architectures(engines: tuple[Path, list[dict]]) ->
 
 def test_the_dit_profile_is_the_contracts(engines: tuple[Path, list[dict]]) -> None:
     models, _ = engines
-    path = paths.engine_path(models, "sm_89", dit_target("medium", "fp8"), "tensorrt_rtx")
+    path = BACKENDS["tensorrt_rtx"].engine_path(models, "sm_89", dit_target("medium", "fp8"))
     assert manifest.read_manifest(path).settings["profile"] == {"B": [1, 1, 8], "L": [1, 1292, 4096]}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from conftest import made, onnx_of
 from torch import Tensor
 from torch.nn import functional
 
+import build
 import sa3_trt
 from helpers.commands import run
 from sa3_trt_core import paths
+from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.torch import TorchEngine
 from sa3_trt_core.sampling import schedule
@@ -29,7 +32,7 @@ FRAMES = 20
 
 
 def packed(models: Path, name: str) -> Path:
-    return paths.engine_path(models, paths.NO_GPU, find_target(name), "torch")
+    return BACKENDS["torch"].engine_path(models, paths.NO_GPU, find_target(name))
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +42,15 @@ def tiny_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     line = ["sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
     made(build_from_onnx.main, [*line, "--models-dir", models])
     return models
+
+
+def test_the_menu_shows_torch_engines_beside_the_others(tiny_models: Path) -> None:
+    line = ["--list", "--json", "--arch", "cpu", "--models-dir", tiny_models]
+    shown = {one["name"]: one for one in json.loads(run(build.main, line).out)}
+    assert shown["sa3-m-fp8"]["engines"]["torch"]["state"] == "current" and shown["sa3-m-fp8"]["state"] != "current"
+    alone = {one["name"]: one["state"] for one in json.loads(run(build.main, [*line, "--backend", "torch"]).out)}
+    assert (alone["sa3-m-fp8"], alone["sa3-sm-sfx"], alone["t5gemma"]) == ("current", "missing", "no engine")
+    assert re.search(r"^sa3-m .* missing; torch current +[\d.]+ [kM]B$", run(build.main, line[:1] + line[2:]).out, re.M)
 
 
 def inputs_at(sigma: float, seed: int = 0, rows: int = 3) -> dict[str, Tensor]:

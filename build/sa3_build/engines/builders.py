@@ -1,0 +1,58 @@
+"""The builders of engines by backend: the producer's half of sa3_trt_core.engines.BACKENDS."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from sa3_trt_core.targets import PREBUILT_TENSORRT, Target
+
+if TYPE_CHECKING:
+    from sa3_build.engines.tensorrt import Built
+
+
+class Build(Protocol):
+    """Makes `out` of `onnx`, or keeps it while it is current; `best_of` builds that many and keeps the fastest."""
+
+    def __call__(
+        self, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1
+    ) -> Built: ...
+
+
+@dataclass(frozen=True)
+class Builder:
+    """How the engines of a backend are built.
+
+    `compiles`: --best-of, --engine-report and --prebuilt are for engines that a compiler of TensorRT made. `prebuilt`
+    is the version whose engines the hub has, None where it has none.
+    """
+
+    build: Build
+    compiles: bool = False
+    prebuilt: str | None = None
+
+
+def compiled(
+    backend: str, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1
+) -> Built:
+    """Compile an engine with one of TensorRT's packages. Raises ToolError."""
+    from sa3_build.engines.tensorrt import compile_engine
+
+    return compile_engine(onnx, target, backend, arch, out, force, best_of)
+
+
+def packed(onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1) -> Built:
+    """Pack an engine for PyTorch, which is made one way only. Raises ToolError and GateError."""
+    from sa3_build.engines.torch_engine import pack_engine
+
+    return pack_engine(onnx, target, arch, out, force)
+
+
+BUILDERS: Mapping[str, Builder] = {
+    "tensorrt": Builder(functools.partial(compiled, "tensorrt"), compiles=True, prebuilt=PREBUILT_TENSORRT),
+    "tensorrt_rtx": Builder(functools.partial(compiled, "tensorrt_rtx"), compiles=True),
+    "torch": Builder(packed),
+}
