@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.audio import reader
 from sa3_trt_core.cli import report
 from sa3_trt_core.cli.arguments import run_command
 from sa3_trt_core.cli.devices import choose_devices
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for path, start in dict.fromkeys((r.init_audio, r.init_start) for r in job.requests if r.init_audio is not None):
-        audio_io.check_input(path, start)
+        reader.check_input(path, start)
     totals = produce_on(several, job) if several else produce(job)
     report.show_result(job.plan, job.requests, job.outs, totals, args.save_latents, args.json)
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from sa3_trt_core import text
-from sa3_trt_core.audio import autoencoder, io as audio_io, tiling
+from sa3_trt_core.audio import autoencoder, reader, tiling
 from sa3_trt_core.batch import REMEMBERED, TOGETHER, Batch, Known, blocks
 from sa3_trt_core.engines.base import Closing, DiTVelocity
 from sa3_trt_core.errors import ToolError
@@ -195,7 +195,7 @@ class Generator(Closing):
                     continue
                 key = (row.init_audio, row.init_start, row.frames)
                 if key not in known.sounds:
-                    samples = audio_io.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
+                    samples = reader.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
                     known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
                 found.append(known.sounds[key])
         job.inits = found
