@@ -154,6 +154,8 @@ def _texts(metadata: Mapping[str, Any], most: int | None) -> tuple[str, str]:
             key: value[:longest] + ELLIPSIS if longest and isinstance(value, str) and len(value) > longest else value
             for key, value in metadata.items()
         }
+        if longest and cut != dict(metadata):
+            cut["cut"] = True
         title, comment = str(cut.get("prompt", "")), json.dumps(cut, ensure_ascii=False)
         if len(title) > LONGEST_TITLE:
             title = title[:LONGEST_TITLE] + ELLIPSIS

@@ -102,22 +102,6 @@ def show_result(
         print(f"{out}  {shapes.output_samples(request.seconds) / shapes.SAMPLE_RATE:.2f} s, seed {request.seed}")
 
 
-def metadata(request: Request, precision: str, identities: Mapping[str, str | None]) -> dict[str, Any]:
-    """What is written into a sound file: how to make it again, and the manifest ids of what made it."""
-    found: dict[str, Any] = {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "seconds": request.seconds,
-        "steps": request.steps,
-        "mode": request.mode,
-        "precision": precision,
-        "engines": dict(identities),
-    }
-    if request.forward_rows > 1:
-        found |= {"cfg": request.cfg, "negative_prompt": request.negative_prompt}
-    return found
-
-
 def _row(request: Request, out: Path) -> dict[str, Any]:
     return {
         "out": str(out),
