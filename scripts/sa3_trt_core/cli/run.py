@@ -57,6 +57,7 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Te
         totals.add(result.timings, result.memory)
         totals.peaks[index] = float(result.audio.abs().max())
         _write(job, index, result, ids, totals)
+    totals.devices |= generator.engines.devices
     totals.elapsed += time.perf_counter() - started
 
 
