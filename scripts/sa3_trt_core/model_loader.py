@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
 
 
+NULL_ROW_GATE = "null row"  # of the manifests of DiTs
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is decided before a file is opened: a target and a backend for each stage, and where their files lie.
@@ -146,6 +149,11 @@ class EngineSet(Closing):
     def identity(self, stage: str) -> str | None:
         """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
         return manifest.identity(self._source(stage))
+
+    def has_null_rule(self) -> bool:
+        """Return True if the DiT's manifest says that it zeroes all cross tokens of guidance's null row."""
+        found = manifest.read_manifest(self._source("dit"))
+        return found is not None and found.gates.get(NULL_ROW_GATE) is True
 
     @property
     def open_stages(self) -> tuple[str, ...]:
