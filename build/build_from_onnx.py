@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ToolError("name at least one target", "--list shows them; sa3-m-fp8 is built by its own name only")
     chosen = targets.expand(args.names)
     backend = args.backend or engines.default_build().name
-    arches = _arches(args.arch, backend)
+    arches = _arches(args.arch, backend, args.dry_run)
     onnx_root = paths.onnx_root_from(args.onnx_root)
     models_dir = args.models_dir or paths.default_models_dir()
     plan = [
@@ -85,10 +85,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _arches(text: str | None, backend: str) -> list[str]:
+def _arches(text: str | None, backend: str, plan_only: bool) -> list[str]:
+    """Return the architectures of --arch, else this machine's; for a plan without a GPU, all that are known."""
     if text is not None:
         return paths.parse_arches(text)
     here = engines.BACKENDS[backend].arch_here()
+    if here is None and plan_only:
+        return list(paths.ARCHES)
     if here is None:
         raise ToolError(
             "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.audio import reader
 from sa3_trt_core.cli import report
+from sa3_trt_core.cli.again import again_line
 from sa3_trt_core.cli.arguments import run_command
 from sa3_trt_core.cli.devices import choose_devices
 from sa3_trt_core.cli.job import make_job
@@ -18,7 +20,7 @@ from sa3_trt_core.cli.workers import produce_on
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, generate, write, report. Raises ToolError."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     several = choose_devices(args.device, args.devices)
     job = make_job(args)
     if args.dry_run:
@@ -27,10 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for path, start in dict.fromkeys((r.init_audio, r.init_start) for r in job.requests if r.init_audio is not None):
-        audio_io.check_input(path, start)
+        reader.check_input(path, start)
     totals = produce_on(several, job) if several else produce(job)
     report.show_result(job.plan, job.requests, job.outs, totals, args.save_latents, args.json)
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; with --again those of that sound, replaced by what else is given. Raises ToolError."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(given)
+    return parser().parse_args([*again_line(args.again, args), *given]) if args.again is not None else args
 
 
 def entry() -> None:

@@ -24,6 +24,8 @@ from sa3_trt_core import shapes
 
 TEXT_FOLDER = "t5gemma-b-b-ul2"
 TEXT_MODEL = f"google/{TEXT_FOLDER}"  # the one name of a text encoder that the model's own package takes
+PATCH = shapes.SAMPLES_PER_FRAME // 16  # samples a channel that are one token of the autoencoder
+_SECONDS = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
 _DIFFUSION = {
     "diffusion_objective": "rf_denoiser",
     "cross_attention_cond_ids": ["prompt", "seconds_total"],
@@ -63,8 +65,7 @@ def model_config(size: DemoSize) -> dict[str, Any]:
         "variable_stride": True,
         "sliding_window": [1, 1],
     }
-    patch = shapes.SAMPLES_PER_FRAME // 16
-    patched = patch * shapes.AUDIO_CHANNELS
+    patched = PATCH * shapes.AUDIO_CHANNELS
     decoder = {"out_channels": patched, "sinusoidal_blocks": [size.autoencoder_sinusoidal], "mask_noise": 0.1}
     bottleneck = {"dim": shapes.LATENT_CHANNELS, "auto_scale": True, "freeze": True}
     bottleneck |= {"noise_augment_dim": 0, "noise_regularize": True}
@@ -75,10 +76,9 @@ def model_config(size: DemoSize) -> dict[str, Any]:
         "latent_dim": shapes.LATENT_CHANNELS,
         "downsampling_ratio": shapes.SAMPLES_PER_FRAME,
         "io_channels": shapes.AUDIO_CHANNELS,
-        "pretransform": {"type": "patched", "config": {"channels": shapes.AUDIO_CHANNELS, "patch_size": patch}},
+        "pretransform": {"type": "patched", "config": {"channels": shapes.AUDIO_CHANNELS, "patch_size": PATCH}},
     }
     prompt = {"model_name": TEXT_MODEL, "repo_id": ".", "subfolder": TEXT_FOLDER, "max_length": shapes.TEXT_TOKENS}
-    seconds = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
     return {
         "model_type": "diffusion_cond_inpaint",
         "sample_size": shapes.MAX_FRAMES * shapes.SAMPLES_PER_FRAME,
@@ -89,7 +89,7 @@ def model_config(size: DemoSize) -> dict[str, Any]:
             "conditioning": {
                 "configs": [
                     {"id": "prompt", "type": "t5gemma", "config": {**prompt, "padding_mode": "learned"}},
-                    {"id": "seconds_total", "type": "number", "config": seconds},
+                    {"id": "seconds_total", "type": "number", "config": _SECONDS},
                 ],
                 "cond_dim": shapes.TEXT_CHANNELS,
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING
 from sa3_trt_core import engines, gpu, paths, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.tiling import require_chunk
-from sa3_trt_core.engines.base import Closing
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.engines.base import Closing, place_of
+from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.text import Tokenizer
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
+
+
+NULL_ROW_GATE = "null row"  # of the manifests of DiTs
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class EngineSet(Closing):
         self.plan = plan
         self._sources: dict[str, Path] = {}
         self._open: dict[str, GraphEngine] = {}
+        self.devices: dict[str, str] = {}  # of each stage that has been opened: cuda or cpu
         self._closed = False
         arch = gpu.current_arch()
         command = build_command(plan, arch) if arch is not None else None
@@ -114,12 +119,14 @@ class EngineSet(Closing):
         """
         missing = [stage for stage in self.plan.stages if stage not in self._open]
         failed: dict[str, Exception] = {}
+        places: dict[str, tuple[str, str]] = {}
         with ThreadPoolExecutor(max_workers=max(1, len(missing))) as pool:
             opening = {pool.submit(self._opened, stage): stage for stage in missing}
             for done in as_completed(opening):
                 stage = opening[done]
                 try:
                     self._open[stage] = done.result()
+                    places[stage] = place_of(self._open[stage])
                 except Exception as error:  # raised below, when no other is on its way any more
                     failed[stage] = error
                     continue
@@ -128,6 +135,7 @@ class EngineSet(Closing):
         for stage in missing:
             if stage in failed:
                 raise failed[stage]
+        self._note_places({stage: places[stage] for stage in missing})
 
     def engine(self, stage: str) -> GraphEngine:
         """The open engine of a stage: text, encode, dit or decoder. Raises ToolError when it cannot be opened."""
@@ -135,11 +143,17 @@ class EngineSet(Closing):
             raise RuntimeError("these engines are closed")
         if stage not in self._open:
             self._open[stage] = self._opened(stage)
+            self._note_places({stage: place_of(self._open[stage])})
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:
         """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
         return manifest.identity(self._source(stage))
+
+    def has_null_rule(self) -> bool:
+        """Return True if the DiT's manifest says that it zeroes all cross tokens of guidance's null row."""
+        found = manifest.read_manifest(self._source("dit"))
+        return found is not None and found.gates.get(NULL_ROW_GATE) is True
 
     @property
     def open_stages(self) -> tuple[str, ...]:
@@ -163,6 +177,17 @@ class EngineSet(Closing):
         target, backend = self.plan.targets[stage], self.plan.backends[stage]
         source = self._source(stage)
         return engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
+
+    def _note_places(self, places: Mapping[str, tuple[str, str]]) -> None:
+        """Keep the device of stages that were opened; warn once of those that run on the CPU beside a GPU, and why."""
+        reasons: dict[str, list[str]] = {}
+        for stage, (device, reason) in places.items():
+            if reason and self.devices.get(stage) != device:
+                reasons.setdefault(reason, []).append(stage)
+            self.devices[stage] = device
+        for reason, stages in reasons.items():
+            text = f"{', '.join(stages)} on the CPU, many times slower than on this machine's GPU: {reason}"
+            warnings.warn(text, ToolWarning, stacklevel=3)
 
     def _source(self, stage: str) -> Path:
         if stage not in self._sources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from sa3_trt_core import text
-from sa3_trt_core.audio import autoencoder, io as audio_io, tiling
+from sa3_trt_core.audio import autoencoder, reader, tiling
 from sa3_trt_core.batch import REMEMBERED, TOGETHER, Batch, Known, blocks
+from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import Closing, DiTVelocity
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.model_loader import EngineSet, make_plan
 from sa3_trt_core.request import Request, batches, ring_groups
-from sa3_trt_core.sampling.guidance import GuidedVelocity
+from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity
 from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
 from sa3_trt_core.sampling.ring import RingRow, ring
 from sa3_trt_core.sampling.sampler import Trajectory, ping_pong, row_noise
@@ -47,6 +49,12 @@ class Result:
     audio: Tensor
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+
+
+NO_NULL_RULE = (
+    "this DiT has no rule for the null row of guidance (its zero text becomes padding embeddings): make one that has "
+    "with build/build_dit_fp16mixed.py or build/build_dit_fp8.py"
+)
 
 
 class Generator(Closing):
@@ -195,7 +203,7 @@ class Generator(Closing):
                     continue
                 key = (row.init_audio, row.init_start, row.frames)
                 if key not in known.sounds:
-                    samples = audio_io.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
+                    samples = reader.read_audio(row.init_audio, row.init_start, row.frames * SAMPLES_PER_FRAME)
                     known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
                 found.append(known.sounds[key])
         job.inits = found
@@ -226,13 +234,21 @@ class Generator(Closing):
         first, velocity = job.rows[0], self._velocity(job.meter)
         with torch.inference_mode():
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
-            guidance = guidance_of(job.rows, cond, job.features)
+            guidance = self._guidance(job, cond)
             engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
             noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
                 )
+
+    def _guidance(self, job: Batch, cond: Conditioning) -> Guidance | None:
+        """Return the guidance of a batch; warn where its null row would not be the model's own."""
+        guidance = guidance_of(job.rows, cond, job.features)
+        plain = guidance is not None and any(row.negative_prompt is None for row in job.rows)
+        if plain and not self.engines.has_null_rule():
+            warnings.warn(NO_NULL_RULE, ToolWarning, stacklevel=2)
+        return guidance
 
     def _ring_row(self, job: Batch, known: Known, tell: Tell) -> RingRow:
         """A request made ready for the ring."""
@@ -246,7 +262,7 @@ class Generator(Closing):
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
             noise = row_noise([row.seed], LATENT_CHANNELS, row.frames, row.valid_frames)
             path = Trajectory(noise, sigmas_of(row), start, kept)
-            return RingRow(path, cond, guidance_of(job.rows, cond, job.features), job.meter)
+            return RingRow(path, cond, self._guidance(job, cond), job.meter)
 
     def _decode(self, job: Batch, tell: Tell) -> list[Result]:
         """The sounds of a batch, row by row: the decoder takes one at a time."""

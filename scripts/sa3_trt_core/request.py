@@ -16,6 +16,7 @@ MOST_SEED = 2**63 - 1
 MOST_CFG = 100.0
 LEAST_NOISE = 0.01  # the published runtime's limit too: the model is not defined at sigma 0
 FULL_APG = 1.0
+LONGEST_SHOWN = 40  # letters of a value in a message
 MOST_PADDING = 60.0  # seconds; the model's own interface offers 30
 
 
@@ -51,6 +52,9 @@ class Request:
     schedule_order: str = SCHEDULE_ORDERS[0]
 
     def __post_init__(self) -> None:
+        require_text(self.prompt, "the prompt")
+        if self.negative_prompt is not None:
+            require_text(self.negative_prompt, "the negative prompt")
         _require_range("seconds", self.seconds, shapes.MIN_SECONDS, shapes.MAX_SECONDS)
         _require_range("steps", self.steps, 1, MOST_STEPS)
         _require_range("seed", self.seed, 0, MOST_SEED)
@@ -184,5 +188,31 @@ def count_stages(requests: Sequence[Request], batch: int) -> int:
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
-    if math.isnan(value) or not low <= value <= high:
-        raise ToolError(f"{name} {value:g} is outside {low:g} to {high:g}", f"choose another {name}")
+    """Raise ToolError unless a number lies within its range; a whole number of any size is compared as it is."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ToolError(f"{name} is {shown(value)}, not a number", f"choose a number from {low:g} to {high:g}")
+    if value != value or not low <= value <= high:  # noqa: PLR0124  # NaN alone differs from itself
+        raise ToolError(f"{name} {shown(value)} is outside {low:g} to {high:g}", f"choose another {name}")
+
+
+def require_text(text: str, where: str) -> None:
+    """Raise ToolError for text that is no Unicode: bytes of another encoding, or half of a surrogate pair.
+
+    A tokenizer, a sound's metadata and a terminal all need to encode it.
+    """
+    if not isinstance(text, str):
+        raise ToolError(f"{where} is {shown(text)}, not text", "give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = ascii(text[max(0, error.start - 20) : error.end + 20])
+        raise ToolError(f"{where} holds a character that is no Unicode: {near}", "write it in UTF-8") from None
+
+
+def shown(value: object) -> str:
+    """Return a value as an error message shows it, cut where it is long."""
+    try:
+        text = f"{value:g}" if isinstance(value, float) else repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3_trt_core.artifacts import files
 from sa3_trt_core.engines.base import pick
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.shapes import TEXT_TOKENS
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.engines.base import GraphEngine
 
+LARGEST_CONFIG = 4 << 20  # bytes
+QUOTED = 30  # letters of a prompt on each side of where it is cut
 _MEND = "get the folder's tokenizer files again"
 _GEMMA_PAD = "<pad>"
 
@@ -48,13 +52,35 @@ class Tokenizer:
         self._tokenizer.enable_padding(direction=side, pad_id=pad_id, pad_token=pad_token, length=length)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(input_ids, attention_mask), both int64 (B, 256). An empty prompt is allowed."""
+        """Return (input_ids, attention_mask), both int64 (B, 256). An empty prompt is allowed.
+
+        A prompt of more tokens is cut, with a ToolWarning that quotes where.
+        """
         import torch
 
         rows = self._tokenizer.encode_batch(list(prompts))
+        for prompt, row in zip(prompts, rows, strict=True):
+            _warn_if_cut(prompt, row)
         ids = torch.tensor([row.ids for row in rows], dtype=torch.int64)
         mask = torch.tensor([row.attention_mask for row in rows], dtype=torch.int64)
         return ids, mask
+
+
+def _warn_if_cut(prompt: str, row: Any) -> None:
+    """Issue a ToolWarning for a prompt that the tokenizer has cut; `row` is its encoding."""
+    if not row.overflowing:
+        return
+    # Special tokens and padding have empty offsets.
+    spans = [span for span, real in zip(row.offsets, row.attention_mask, strict=True) if real and span[0] < span[1]]
+    first, last = (min(start for start, _ in spans), max(end for _, end in spans)) if spans else (0, 0)
+    if not prompt[:first].strip() and not prompt[last:].strip():
+        return  # no letter of it is lost
+    if prompt[last:].strip():
+        where = f"nothing is read after {prompt[max(0, last - QUOTED) : last]!r}, so not {prompt[last:][:QUOTED]!r}"
+    else:
+        where = f"nothing is read before {prompt[first:][:QUOTED]!r}"
+    tokens = sum(row.attention_mask)
+    warnings.warn(f"a prompt is longer than {tokens} tokens: {where}", ToolWarning, stacklevel=3)
 
 
 def encode_text(engine: GraphEngine, tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -66,8 +92,10 @@ def encode_text(engine: GraphEngine, tokenizer: Tokenizer, prompts: Sequence[str
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(files.read_text(path, LARGEST_CONFIG))
+    except ToolError as error:
+        raise ToolError(error.message, _MEND) from None
+    except (ValueError, RecursionError) as error:
         raise ToolError(f"cannot read {path}: {error}", _MEND) from None
     if not isinstance(config, dict):
         raise ToolError(f"{path} is not a JSON object", _MEND)

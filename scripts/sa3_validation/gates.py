@@ -54,7 +54,7 @@ def read_gates(path: Path | None) -> list[Gate]:
                 data = file.read(LARGEST + 1)
             if len(data) > LARGEST:
                 raise _wrong(path, f"is larger than {LARGEST} bytes")
-            text = data.decode("utf-8")
+            text = data.decode("utf-8-sig")
         found = tomllib.loads(text)
     except OSError as error:
         raise _wrong(path, f"cannot be read ({error.strerror or error})") from None

@@ -106,7 +106,7 @@ def doors(tiny: Path) -> list[Door]:
     from sa3_trt_core import text
     from sa3_trt_core.artifacts import manifest
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
-    from sa3_trt_core.audio import io as audio_io
+    from sa3_trt_core.audio import reader
     from sa3_trt_core.cli import prompts
     from sa3_trt_core.hub import resolve
     from sa3_trt_core.targets import find_target
@@ -146,7 +146,7 @@ def doors(tiny: Path) -> list[Door]:
         Door("ONNX protos", _bytes(half.onnx[0], proto, f"{half.onnx[0]}.data", onnx), network, EDITS),
         Door("sidecar names", _sidecar(half.onnx[0]), network, NAMES),
         Door("sidecars", _bytes(f"{half.onnx[0]}.data", _start(onnx), half.onnx[0], onnx), network, EDITS),
-        Door("WAV and FLAC", _bytes("a.wav", sound), lambda f: audio_io.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
+        Door("WAV and FLAC", _bytes("a.wav", sound), lambda f: reader.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
         Door("model configs", _json("c.json", document), lambda f: model_config.load_geometry(f / "c.json"),
              _places(JSON)),
         Door("manifests", _json("a.manifest.json", _manifest(artefact)), records, _places(JSON)),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, memory_error
 
 WEIGHTS_FILE = "model.safetensors"
 DIT_PREFIX = "model.model."
@@ -17,6 +17,10 @@ CONDITIONER_PREFIX = "conditioner."
 AUTOENCODER_PREFIX = "pretransform.model."
 # Buffers that the native file stores and diffusers derives, or that have no elements.
 DERIVED_SUFFIXES = (".rope.inv_freq", "bottleneck.noise_scaling_factor")
+
+
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # PyTorch's zip, and what it wrote before 1.6
 
 
 class NativeWeights:
@@ -30,11 +34,17 @@ class NativeWeights:
 
         if not path.is_file():
             raise ToolError(f"no such checkpoint file: {path}", f"name the {WEIGHTS_FILE} of a native checkpoint")
+        if _is_pickle(path):
+            raise _pickled(path)
         self._open = lambda: safe_open(str(path), framework="pt", device="cpu")
         try:
             self._opened: Any = self._open()
         except (SafetensorError, OSError) as error:
-            raise ToolError(f"{path} is not a whole safetensors file ({error})", "download or make it again") from None
+            if path.suffix.lower() in PICKLED:
+                raise _pickled(path) from None
+            raise memory_error(error) or ToolError(
+                f"{path} is not a whole safetensors file ({error})", "download or make it again"
+            ) from None
         self._path = path
         self.keys = frozenset(self._file.keys())
         for key in sorted(self.keys):
@@ -88,3 +98,17 @@ class NativeWeights:
                 raise ToolError(
                     f"{self._path}: unexpected tensor {key}", "the checkpoint does not fit its model_config.json"
                 )
+
+
+def _is_pickle(path: Path) -> bool:
+    """Return True for a checkpoint of PyTorch's own format: loading one can run any code, so none is loaded here."""
+    with path.open("rb") as file:
+        return file.read(4).startswith(_PICKLE_STARTS)
+
+
+def _pickled(path: Path) -> ToolError:
+    return ToolError(
+        f"{path} is a pickled PyTorch checkpoint, not safetensors",
+        "convert it: python -c \"import torch, safetensors.torch as s; m = torch.load('IN', 'cpu', weights_only=True); "
+        f"s.save_file({{k: v.contiguous() for k, v in m.get('state_dict', m).items()}}, '{WEIGHTS_FILE}')\"",
+    )

@@ -60,6 +60,11 @@ def mapped(path: Path) -> ir.Model:
     except Exception as error:  # the protobuf and onnx_ir parsers raise many kinds, all meaning the same
         raise ToolError(f"{path} is not a whole ONNX graph ({error})", "download or make it again") from None
     _require_whole_sidecars(model, path)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SIDECAR_THRESHOLD:
+            # Other exporters put these into the sidecar too; shapes and axes are needed before any sidecar is opened.
+            value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, shape=tensor.shape, name=tensor.name)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
 import hashlib
@@ -62,6 +63,27 @@ def replace_folder(finished: Path, target: Path) -> None:
         target.rename(old)
     finished.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_text(path: Path, largest: int) -> str:
+    """Return the text of a UTF-8 file, without the byte order mark that some editors put first.
+
+    Raises ToolError for a file that cannot be read, is larger than `largest` bytes, or is no UTF-8 text.
+    """
+    hint = "give a text file in UTF-8"
+    try:
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise ToolError(f"cannot read {path}: {error.strerror or error}", "give the path of a text file") from None
+    if len(data) > largest:
+        raise ToolError(f"{path} is larger than {largest} bytes", "split it, or give the right file")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ToolError(f"{path} is UTF-16, not UTF-8 text", "save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ToolError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}", hint) from None
 
 
 def sha256_of(path: Path) -> str:

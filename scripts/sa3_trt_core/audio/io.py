@@ -1,9 +1,9 @@
-"""Sound files: any that libsndfile reads go in, at any rate; WAV and FLAC come out."""
+"""Write sound files: WAV and FLAC, and MP3, OGG and Opus as libsndfile codes them."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,64 +11,35 @@ from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.artifacts.files import atomic_path
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.shapes import AUDIO_CHANNELS, SAMPLE_RATE
+from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_trt_core.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-FORMATS = {".wav": "WAV", ".flac": "FLAC"}
+FORMATS = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "OGG", ".opus": "OGG"}
+CODECS = {".mp3": "MPEG_LAYER_III", ".ogg": "VORBIS", ".opus": "OPUS"}  # of the lossy ones
+OPUS_RATE = 48_000  # Hz: the highest that Opus has, and it has not 44,100
+BLOCK = 1 << 16  # frames given to libsndfile at a time: its Vorbis coder fails on millions at once
 BITS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}
+DEFAULT_BITS = "16"
 PEAKS = ("clip", "normalize", "limit")
 LIMITER_MILLISECONDS = 5.0  # each side of a peak; shorter is heard as distortion, longer as pumping
-RESAMPLER_TAIL = 4096  # input samples read beyond the end, so that the filter does not see the cut
-HIGHEST_RATE = 768_000
 MOST_WAV_TEXT = 1900  # bytes of title and comment together
-_READABLE = "give a sound file that libsndfile reads: WAV, FLAC, AIFF, OGG, MP3 and others"
+LONGEST_TITLE = 100  # letters
+ELLIPSIS = "…"  # at the end of a text that was cut
 
 
 def check_output(path: Path, bits: str, flag: str = "--out") -> None:
-    """Refuse a destination whose extension or resolution cannot be written. Raises ToolError."""
-    if path.suffix.lower() not in FORMATS:
-        raise ToolError(f"{flag} {path} does not end in .wav or .flac", f"{flag} writes WAV and FLAC files only")
-    if path.suffix.lower() == ".flac" and bits == "32f":
+    """Raise ToolError for a destination whose extension or resolution cannot be written."""
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise ToolError(f"{flag} {path} does not end in {', '.join(FORMATS)}", "give a name that does")
+    if suffix in CODECS and bits != DEFAULT_BITS:
+        raise ToolError(f"a {suffix} file has no bits a sample", "leave --bits away, or write .wav or .flac")
+    if suffix == ".flac" and bits == "32f":
         raise ToolError("a FLAC file holds no floating point samples", "choose --bits 16 or 24, or a .wav file")
-
-
-def check_input(path: Path, start: float = 0.0) -> None:
-    """Refuse a sound that cannot be read, or that ends before `start` seconds. Reads its header. Raises ToolError."""
-    with _opened(path) as sound:
-        _first_sample(sound, path, start)
-
-
-def read_audio(path: Path, start: float, samples: int) -> Tensor:
-    """fp32 samples (2, `samples`) at 44.1 kHz of a sound file, from `start` seconds on.
-
-    Mono goes to both channels; another rate is converted by soxr; what is missing at the end is silence. Only the part
-    that is needed is read. Raises ToolError.
-    """
-    import numpy as np
-    import torch
-
-    with _opened(path) as sound:
-        first, rate = _first_sample(sound, path, start), sound.samplerate
-        wanted = math.ceil(samples * rate / SAMPLE_RATE) + (RESAMPLER_TAIL if rate != SAMPLE_RATE else 0)
-        try:
-            sound.seek(first)
-            read = sound.read(min(wanted, sound.frames - first), dtype="float32", always_2d=True)
-        except RuntimeError as error:  # soundfile's own errors
-            raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
-    if not np.isfinite(read).all():
-        raise ToolError(f"{path} holds samples that are not finite", "repair the file or give another one")
-    if rate != SAMPLE_RATE:
-        import soxr
-
-        read = soxr.resample(read, rate, SAMPLE_RATE, quality="VHQ")
-    whole = np.zeros((AUDIO_CHANNELS, samples), np.float32)
-    length = min(samples, len(read))
-    whole[:, :length] = read[:length].T  # one channel spreads over both
-    return torch.from_numpy(whole)
 
 
 def tame(samples: Tensor, peak: str) -> Tensor:
@@ -91,31 +62,66 @@ def tame(samples: Tensor, peak: str) -> Tensor:
 
 
 def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, Any], rate: int = SAMPLE_RATE) -> None:
-    """A WAV or FLAC, by the extension, from fp32 samples (N, channels) within full scale, written atomically.
+    """Write a sound file, its format by the extension, from fp32 samples (N, channels) within full scale, atomically.
 
-    `bits` is 16, 24 or 32f. The metadata goes into the comment as JSON, its "prompt" into the title. In a WAV long
-    texts are cut and end in an ellipsis, because libsndfile drops every text when they are more than 2 kB together.
+    `bits` is 16, 24 or 32f; the lossy formats have none, and Opus is written at 48 kHz. The metadata goes into the
+    comment as JSON, the beginning of its "prompt" into the title. In a WAV long texts are cut and end in an ellipsis,
+    because libsndfile drops every text when they are more than 2 kB together. Raises ToolError.
     """
     import numpy as np
     import soundfile
 
+    suffix = path.suffix.lower()
     values: np.ndarray = np.asarray(samples, np.float32)
-    if bits == "16":
-        values = np.round(values * np.float32(32767)).astype(np.int16)
-    elif bits == "24":  # libsndfile takes the upper 24 of 32 bits
-        values = np.round(values.astype(np.float64) * 8388607).astype(np.int32) << 8
+    if suffix == ".opus" and rate != OPUS_RATE:
+        import soxr
+
+        values, rate = np.clip(soxr.resample(values, rate, OPUS_RATE, quality="VHQ"), -1.0, 1.0), OPUS_RATE
+    elif suffix not in CODECS:
+        values = _quantized(values, bits)
     with (
         _written(path),
         atomic_path(path) as temporary,
         soundfile.SoundFile(
-            str(temporary), "w", rate, values.shape[1], BITS[bits], format=FORMATS[path.suffix.lower()]
+            os.fsencode(temporary), "w", rate, values.shape[1], CODECS.get(suffix, BITS[bits]), format=FORMATS[suffix]
         ) as sound,
     ):
-        title, sound.comment = _texts(metadata, MOST_WAV_TEXT if path.suffix.lower() == ".wav" else None)
+        title, sound.comment = _texts(metadata, MOST_WAV_TEXT if suffix == ".wav" else None)
         if title:  # an empty text is an error to libsndfile
             sound.title = title
         sound.software = f"sa3-trt {__version__}"
-        sound.write(values)
+        for first in range(0, len(values), BLOCK):
+            sound.write(values[first : first + BLOCK])
+
+
+def _quantized(values: np.ndarray, bits: str) -> np.ndarray:
+    """Return fp32 samples as the integers of `bits`, rounded; as they are for 32f."""
+    import numpy as np
+
+    if bits == "16":
+        return np.round(values * np.float32(32767)).astype(np.int16)
+    if bits == "24":  # libsndfile takes the upper 24 of 32 bits
+        return np.round(values.astype(np.float64) * 8388607).astype(np.int32) << 8
+    return values
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata that `write_audio` put into a sound file. Raises ToolError where there is none."""
+    import soundfile
+
+    hint = "give a sound that sa3_trt has written"
+    if not path.is_file():
+        raise ToolError(f"no such sound file: {path}", hint)
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as sound:
+            found = json.loads(sound.comment)
+    except (RuntimeError, TypeError, UnicodeError) as error:
+        raise ToolError(f"cannot read {path}: {error}", hint) from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise ToolError(f"{path} does not say how it was made", hint)
+    return found
 
 
 def write_wav_16(path: Path, pcm: Tensor | np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
@@ -127,7 +133,7 @@ def write_wav_16(path: Path, pcm: Tensor | np.ndarray, sample_rate: int = SAMPLE
     if samples.dtype != np.int16 or samples.ndim != 2:
         raise ValueError(f"16-bit samples (N, channels) wanted, not {samples.dtype} {samples.shape}")
     with _written(path), atomic_path(path) as temporary:
-        soundfile.write(str(temporary), samples, sample_rate, format="WAV", subtype="PCM_16")
+        soundfile.write(os.fsencode(temporary), samples, sample_rate, format="WAV", subtype="PCM_16")
 
 
 @contextmanager
@@ -142,38 +148,17 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def _texts(metadata: Mapping[str, Any], most: int | None) -> tuple[str, str]:
-    """Title and comment, every text cut as far as `most` bytes need."""
-    for longest in (None, 600, 300, 150, 75):
+    """Return title and comment; every text is cut as far as `most` bytes for both together need."""
+    for longest in (None, 1000, 600, 300, 150, 75):
         cut = {
-            key: value[:longest] + "…" if longest and isinstance(value, str) and len(value) > longest else value
+            key: value[:longest] + ELLIPSIS if longest and isinstance(value, str) and len(value) > longest else value
             for key, value in metadata.items()
         }
+        if longest and cut != dict(metadata):
+            cut["cut"] = True
         title, comment = str(cut.get("prompt", "")), json.dumps(cut, ensure_ascii=False)
+        if len(title) > LONGEST_TITLE:
+            title = title[:LONGEST_TITLE] + ELLIPSIS
         if most is None or len((title + comment).encode()) <= most:
             break
     return title, comment
-
-
-def _opened(path: Path) -> Any:
-    """The file open for reading. Raises ToolError."""
-    import soundfile
-
-    if not path.is_file():
-        raise ToolError(f"no such sound file: {path}", "give the path of a sound file")
-    try:
-        sound = soundfile.SoundFile(str(path))
-    except (RuntimeError, TypeError) as error:  # TypeError: headerless formats, which need to be told what they are
-        raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
-    if not 1 <= sound.channels <= AUDIO_CHANNELS or not 1 <= sound.samplerate <= HIGHEST_RATE or sound.frames < 1:
-        found = f"{sound.channels} channels, {sound.samplerate} Hz, {sound.frames} samples"
-        sound.close()
-        raise ToolError(f"{path} has {found}", "give a mono or stereo sound that is not empty")
-    return sound
-
-
-def _first_sample(sound: Any, path: Path, start: float) -> int:
-    first = round(start * sound.samplerate)
-    if first >= sound.frames:
-        length = sound.frames / sound.samplerate
-        raise ToolError(f"{path} ends at {length:.2f} s, before --init-start {start:g}", "choose an earlier start")
-    return first

@@ -15,6 +15,8 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.model_loader import Plan, make_plan
 from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 
+RANDOM_SEED = -1  # of --seed, as the model's own command line has it
+
 
 @dataclass(frozen=True)
 class Job:
@@ -47,15 +49,15 @@ def make_job(args: argparse.Namespace) -> Job:
         args.offline,
         args.chunk_frames,
     )
-    rows = _rows(args)
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    rows = [row for row in _rows(args) for _ in range(args.count)]
+    seed = secrets.randbelow(2**32) if args.seed in (None, RANDOM_SEED) else args.seed
     requests = [
         Request(
             row.prompt, args.seconds if row.seconds is None else row.seconds, args.steps,
-            seed + index if row.seed is None else row.seed,
+            seed + index if row.seed is None else row.seed + index % args.count,
             args.negative_prompt if row.negative_prompt is None else row.negative_prompt,
             args.cfg, args.apg, args.init_audio, args.init_start, args.init_noise_level, tuple(args.inpaint_range),
-            args.paste_kept, args.legacy_schedule,
+            args.paste_kept, args.legacy_schedule, args.duration_padding, args.schedule_order,
         )
         for index, row in enumerate(rows)
     ]  # fmt: skip
@@ -69,10 +71,10 @@ def make_job(args: argparse.Namespace) -> Job:
         raise ToolError("--out names the file already", "leave --out-dir and --format away")
     several = next((flag for flag, value in (("--out", args.out), ("--save-latents", args.save_latents)) if value), "")
     if len(rows) > 1 and several:
-        raise ToolError(f"{several} is one file and there are {len(rows)} prompts", "use --out-dir DIR")
+        raise ToolError(f"{several} is one file and there are {len(rows)} sounds", "use --out-dir DIR")
     folder, suffix = args.out_dir or Path("output"), f".{args.format or 'wav'}"
     named = prompts.out_paths([(request.prompt, request.seed) for request in requests], folder, suffix)
-    outs = [args.out] if args.out is not None else named
+    outs = [args.out] if args.out is not None else [_beside(out, args.again) for out in named]
     for out in outs:
         audio_io.check_output(out, args.bits)
         files.require_writable(out, "--out")
@@ -83,6 +85,12 @@ def make_job(args: argparse.Namespace) -> Job:
     return Job(plan, requests, outs, args)
 
 
+def _beside(out: Path, original: Path | None) -> Path:
+    """Return `out`, with another name where it is the sound that is made again: that one is not overwritten."""
+    same = original is not None and out.exists() and out.resolve() == original.resolve()
+    return out.with_name(f"{out.stem}_again{out.suffix}") if same else out
+
+
 def _rows(args: argparse.Namespace) -> list[prompts.Row]:
     """The prompts of the command line or of the file; on a terminal, and nowhere else, one that is asked for."""
     if args.prompt is not None and args.prompts_file is not None:
@@ -91,7 +99,7 @@ def _rows(args: argparse.Namespace) -> list[prompts.Row]:
         return prompts.read_prompts(args.prompts_file)
     if args.prompt is not None:
         return [prompts.Row(prompt) for prompt in args.prompt]
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ToolError("no prompt is given, and there is no terminal to ask on", "add --prompt TEXT")
     print("Prompt: ", end="", file=sys.stderr, flush=True)
     return [prompts.Row(sys.stdin.readline().strip())]

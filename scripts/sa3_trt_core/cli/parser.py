@@ -9,7 +9,10 @@ from pathlib import Path
 from sa3_trt_core import engines, shapes, targets
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type
-from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_SEED, MOST_STEPS
+from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_PADDING, MOST_SEED, MOST_STEPS, SCHEDULE_ORDERS
+from sa3_trt_core.version import __version__
+
+MOST_COUNT = 10_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +23,13 @@ def parser() -> argparse.ArgumentParser:
     _add_model(parse)
     _add_sampling(parse)
     _add_sound(parse)
+    parse.add_argument(
+        "--again", type=Path, metavar="F", help="make this sound of sa3_trt again; other flags change it"
+    )
+    parse.add_argument(
+        "--count", type=integer_type(1, MOST_COUNT), default=1, metavar="N", help="results of each prompt"
+    )
+    parse.add_argument("--version", action="version", version=f"sa3_trt {__version__}", help="print it and stop")
     parse.add_argument("--quiet", action="store_true", help="no progress")
     parse.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parse.add_argument("--dry-run", action="store_true", help="print what would be used and stop")
@@ -54,7 +64,10 @@ def _add_sampling(parse: argparse.ArgumentParser) -> None:
     group.add_argument("--seconds", type=seconds, default=30.0, metavar="S", help="length (default: 30)")
     group.add_argument("--steps", type=integer_type(1, MOST_STEPS, "steps"), default=8, metavar="N", help="default: 8")
     group.add_argument(
-        "--seed", type=integer_type(0, MOST_SEED), metavar="N", help="of the first row, one more for each that follows"
+        "--seed",
+        type=integer_type(-1, MOST_SEED),
+        metavar="N",
+        help="of the first row, one more for each that follows (default: -1, a random one)",
     )
     rows = integer_type(1, shapes.MAX_BATCH)
     group.add_argument("--batch", type=rows, metavar="B", help="rows a forward, step by step together (default: 1)")
@@ -69,6 +82,14 @@ def _add_sampling(parse: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--legacy-schedule", action="store_true", help="the published TensorRT runtime's noise and length"
     )
+    group.add_argument(
+        "--schedule-order", choices=SCHEDULE_ORDERS, default=SCHEDULE_ORDERS[0],
+        help="of the noise levels of audio to audio; the second is the model's main branch's (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--duration-padding", type=number_type(0, MOST_PADDING, "seconds"), default=shapes.PADDING_SECONDS, metavar="S",
+        help="generated after the end and thrown away (default: %(default)g)",
+    )  # fmt: skip
 
 
 def _add_sound(parse: argparse.ArgumentParser) -> None:
@@ -83,7 +104,9 @@ def _add_sound(parse: argparse.ArgumentParser) -> None:
         help="seconds of --init-audio to make anew (may be repeated)",
     )  # fmt: skip
     group.add_argument("--paste-kept", action="store_true", help="put the kept latent back after every step")
-    group.add_argument("--out", type=Path, metavar="F", help=".wav or .flac (default: output/<prompt>_<seed>.wav)")
+    group.add_argument(
+        "--out", type=Path, metavar="F", help="its extension is the format (default: output/<prompt>_<seed>.wav)"
+    )
     group.add_argument("--out-dir", type=Path, metavar="D", help="folder of <number>_<prompt>_<seed>.wav")
     group.add_argument(
         "--format", choices=[suffix[1:] for suffix in audio_io.FORMATS], help="without --out (default: wav)"

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sa3_trt_core import shapes
+from sa3_trt_core.artifacts import files
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.request import MOST_SEED, require_text, shown
 
 LARGEST_FILE = 16 << 20  # bytes
 LONGEST_SLUG = 48
+DIGEST_LETTERS = 8
+_SPACE = " \t\r\v\f"  # str.strip() would take U+0085 and its like off the ends of a prompt
 _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "seed": (int,), "seconds": (int, float), "negative_prompt": (str,)
 }  # fmt: skip
+_RANGES = {"seed": (0, MOST_SEED), "seconds": (shapes.MIN_SECONDS, shapes.MAX_SECONDS)}
 
 
 @dataclass(frozen=True)
@@ -29,19 +37,24 @@ class Row:
 
 
 def read_prompts(path: Path) -> list[Row]:
-    """The rows of a prompts file: one prompt a line, or a JSON object a line; empty lines are skipped.
+    """Return the rows of a prompts file: one prompt a line, or a JSON object a line; empty lines are skipped.
 
-    An object has "prompt" and may have "seed", "seconds" and "negative_prompt". Raises ToolError naming the line.
+    A line ends at \\n or \\r\\n only: other separators of Unicode may stand inside a prompt. An object has "prompt" and
+    may have "seed", "seconds" and "negative_prompt". Raises ToolError naming the line.
     """
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise ToolError(f"{path} is larger than {LARGEST_FILE} bytes", "split the prompts file")
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ToolError(f"cannot read --prompts-file {path}: {reason}", "give a text file, one prompt a line") from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    rows = [_object(path, number, line) if line.startswith("{") else Row(line) for number, line in numbered]
+        text = files.read_text(path, LARGEST_FILE)
+    except ToolError as error:
+        raise ToolError(f"--prompts-file: {error.message}", "give a text file in UTF-8, one prompt a line") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    numbered = [(number, line.strip(_SPACE)) for number, line in enumerate(lines, 1) if line.strip(_SPACE)]
+    rows = []
+    for number, line in numbered:
+        row = _object(path, number, line) if line.startswith("{") else Row(line)
+        for said in (row.prompt, row.negative_prompt):
+            if said is not None:
+                require_text(said, f"{path} line {number}")
+        rows.append(row)
     if not rows:
         raise ToolError(f"{path} has no prompt in it", "write one prompt a line")
     return rows
@@ -51,21 +64,37 @@ def _object(path: Path, number: int, line: str) -> Row:
     hint = f"a line is text, or a JSON object of {', '.join(_KINDS)}"
     try:
         found: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ToolError(f"{path} line {number} begins with {{ and is not JSON", hint) from None
+    except (ValueError, RecursionError) as error:
+        why = "holds a number of too many digits" if "int string conversion" in str(error) else "is not JSON"
+        raise ToolError(f"{path} line {number} begins with {{ and {why}", hint) from None
     unknown = sorted(found.keys() - _KINDS.keys())
     if unknown or "prompt" not in found:
-        wrong = f"has {unknown[0]!r}" if unknown else "has no 'prompt'"
+        wrong = f"has {unknown[0]!a:.60}" if unknown else "has no 'prompt'"
         raise ToolError(f"{path} line {number} {wrong}", hint)
     for key, value in found.items():
         if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
-            raise ToolError(f"{path} line {number}: {key} is {value!r}", hint)
+            raise ToolError(f"{path} line {number}: {key} is {shown(value)}", hint)
+        if key in _RANGES:
+            low, high = _RANGES[key]
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise ToolError(f"{path} line {number}: {key} {shown(value)} is outside {low:g} to {high:g}", hint)
     return Row(**found)
 
 
 def slug(prompt: str) -> str:
-    """The prompt as a file name: ASCII letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:LONGEST_SLUG].strip("-") or "untitled"
+    """Return the prompt as a file name: ASCII letters, digits and dashes.
+
+    What is lost at the end or for want of ASCII letters is replaced by a digest, so that such prompts keep apart.
+    """
+    plain = unicodedata.normalize("NFKD", prompt.lower())
+    letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    whole = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
+    name = whole[:LONGEST_SLUG].strip("-")
+    foreign = any(letter.isalnum() and not letter.isascii() for letter in letters)
+    if name == whole and not foreign and (name or not prompt.strip()):
+        return name or "untitled"
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_LETTERS]
+    return f"{name[: LONGEST_SLUG - DIGEST_LETTERS - 1].strip('-') or 'prompt'}-{digest}"
 
 
 def out_paths(prompts: Sequence[tuple[str, int]], folder: Path, suffix: str) -> list[Path]:

@@ -13,6 +13,7 @@ from sa3_trt_core.hub import resolve
 from sa3_trt_core.model_loader import Plan
 from sa3_trt_core.request import Request
 
+_ENGINE_OF = {"dit": "sample", "decoder": "decode"}  # the stage of the table that an engine's work is timed as
 STAGES = ("load", "text", "encode", "sample", "decode", "write")
 
 
@@ -27,6 +28,7 @@ class Totals:
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     peaks: dict[int, float] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)  # of each stage: cuda or cpu
     elapsed: float = 0.0
 
     @property
@@ -37,6 +39,7 @@ class Totals:
     def join(self, other: Totals, rows: Sequence[int]) -> None:
         """Add what another process made: `rows` are the places of its rows in the whole."""
         self.add(other.timings, other.memory)
+        self.devices |= other.devices
         self.peaks |= {rows[place]: peak for place, peak in other.peaks.items()}
 
     def add(self, timings: Mapping[str, float], memory: Mapping[str, int] | None = None) -> None:
@@ -82,15 +85,17 @@ def show_result(
             "latents": str(latents) if latents else None,
             "sample_rate": shapes.SAMPLE_RATE,
             "engines": {stage: [plan.targets[stage].name, plan.backends[stage]] for stage in plan.stages},
+            "devices": totals.devices,
             "timings": {stage: round(totals.timings[stage], 6) for stage in order},
             "memory": totals.memory,
             "generations_per_second": round(totals.rate, 6),
         }
         print(json.dumps(document, indent=2))
         return
-    header = ["stage", "seconds", *(["GPU memory"] if totals.memory else [])]
-    cells = [[stage, f"{totals.timings[stage]:.2f}"] for stage in order]
-    cells.append([f"all {len(requests)}, elapsed", f"{totals.elapsed:.2f}"])
+    header = ["stage", "seconds", "device", *(["GPU memory"] if totals.memory else [])]
+    where = {_ENGINE_OF.get(stage, stage): device for stage, device in totals.devices.items()}
+    cells = [[stage, f"{totals.timings[stage]:.2f}", where.get(stage, "-")] for stage in order]
+    cells.append([f"all {len(requests)}, elapsed", f"{totals.elapsed:.2f}", "-"])
     if totals.memory:
         for line in cells:
             used = totals.memory.get(line[0])
@@ -101,22 +106,6 @@ def show_result(
         print(f"{latents}  latents, {requests[0].valid_frames} frames")
     for request, out in zip(requests, outs, strict=True):
         print(f"{out}  {shapes.output_samples(request.seconds) / shapes.SAMPLE_RATE:.2f} s, seed {request.seed}")
-
-
-def metadata(request: Request, precision: str, identities: Mapping[str, str | None]) -> dict[str, Any]:
-    """What is written into a sound file: how to make it again, and the manifest ids of what made it."""
-    found: dict[str, Any] = {
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "seconds": request.seconds,
-        "steps": request.steps,
-        "mode": request.mode,
-        "precision": precision,
-        "engines": dict(identities),
-    }
-    if request.forward_rows > 1:
-        found |= {"cfg": request.cfg, "negative_prompt": request.negative_prompt}
-    return found
 
 
 def _row(request: Request, out: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sa3_trt_core import console
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import io as audio_io
-from sa3_trt_core.cli import report
+from sa3_trt_core.cli import again, report
 from sa3_trt_core.cli.job import Job
 from sa3_trt_core.errors import ToolError
 
@@ -57,6 +57,7 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Te
         totals.add(result.timings, result.memory)
         totals.peaks[index] = float(result.audio.abs().max())
         _write(job, index, result, ids, totals)
+    totals.devices |= generator.engines.devices
     totals.elapsed += time.perf_counter() - started
 
 
@@ -80,7 +81,7 @@ def _results(generator: Generator, job: Job, tell: Tell) -> Iterator[tuple[int, 
 
 def _write(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:
     args, request, started = job.options, job.requests[index], time.perf_counter()
-    about = report.metadata(request, args.precision, ids)
+    about = again.metadata(request, vars(args), ids)
     audio_io.write_audio(job.outs[index], audio_io.tame(result.audio, args.peak), args.bits, about)
     if args.save_latents is not None:
         _write_latents(args.save_latents, request, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -14,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import console
-from sa3_trt_core.cli import devices, report
+from sa3_trt_core.cli import devices, report, streams
+from sa3_trt_core.cli.arguments import warnings_shown
 from sa3_trt_core.cli.job import Job
 from sa3_trt_core.cli.run import open_generator, write_sounds
 from sa3_trt_core.errors import ToolError
@@ -28,6 +30,7 @@ TRIES = 2
 RING_TURNS = 4  # times the depth: rows that one process takes from the others at a time
 
 _generator: Generator | None = None  # of a worker process
+_shown = contextlib.ExitStack()  # of a worker process: its warnings are printed as long as it lives
 
 
 def produce_on(names: tuple[str, ...], job: Job) -> report.Totals:
@@ -115,6 +118,8 @@ def _pool(name: str) -> ProcessPoolExecutor:
 
 def _start(name: str) -> None:
     """The first thing in a worker: see one device, and end with the process that started it, however that ends."""
+    streams.make_usable()
+    _shown.enter_context(warnings_shown())
     devices.use_device(name)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -34,6 +34,11 @@ def most_rows(engine: GraphEngine) -> int | None:
     return found
 
 
+def place_of(engine: GraphEngine) -> tuple[str, str]:
+    """Return the device of an engine, "cuda" or "cpu", and why it is the CPU where there is a GPU ("" otherwise)."""
+    return getattr(engine, "device", "cuda"), getattr(engine, "cpu_reason", "")
+
+
 class VelocityEngine(Protocol):
     """One DiT: velocity for a batch of latents at given noise levels."""
 

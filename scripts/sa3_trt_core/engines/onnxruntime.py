@@ -10,7 +10,7 @@ from sa3_trt_core import gpu
 from sa3_trt_core.artifacts.external_data import external_data_names
 from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing, run_rows
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, memory_error
 from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ _NUMPY_TYPES = {
 SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
 PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
+CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 FATAL_ONLY = 4  # its errors reach the user as ours, once
 LONGEST_REASON = 240
 
@@ -62,15 +63,15 @@ class OnnxRuntimeEngine(Closing):
         options.log_severity_level = FATAL_ONLY
         if variant is not None:
             options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
-        providers = ["CPUExecutionProvider"]
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu.has_nvidia_gpu():
-            providers.insert(0, "CUDAExecutionProvider")
+        providers, has_gpu = [CPU_PROVIDER], gpu.has_nvidia_gpu()
+        if CUDA_PROVIDER in onnxruntime.get_available_providers() and has_gpu:
+            providers.insert(0, CUDA_PROVIDER)
         try:
             self._session: Any = onnxruntime.InferenceSession(variant or str(path), options, providers=providers)
-        except MemoryError:
-            raise
         except Exception as error:  # its exceptions share no base class of their own
-            raise _refusal(path, str(error)) from None
+            raise memory_error(error, f"{path} was loaded") or _refusal(path, str(error)) from None
+        self.device = "cuda" if CUDA_PROVIDER in self._session.get_providers() else "cpu"
+        self.cpu_reason = _cpu_reason(providers) if has_gpu and self.device == "cpu" else ""
         self._path = path
         # Copied out: what a session gives keeps the session and its mapped weights alive, closed or not.
         self._inputs = {value.name: _Input(value.type, tuple(value.shape)) for value in self._session.get_inputs()}
@@ -109,10 +110,8 @@ class OnnxRuntimeEngine(Closing):
         place = next(iter(inputs.values())).device
         try:
             results = self._session.run(self._outputs, feeds)
-        except MemoryError:
-            raise
         except Exception as error:
-            raise ToolError(
+            raise memory_error(error, f"{self._path} ran") or ToolError(
                 f"ONNX Runtime failed in {self._path}: {_end_of(str(error))}",
                 "check that it is the ONNX of that target, and that memory is free for this length",
             ) from None
@@ -125,6 +124,13 @@ def open_graph(path: Path, target: Target, rebuild: str, onnx: Path | None) -> O
 
 
 BACKEND = Backend("onnxruntime", "ONNX Runtime", "onnxruntime", open_graph, on_cpu=True)
+
+
+def _cpu_reason(providers: list[str]) -> str:
+    """Return why a session runs on the CPU of a machine that has a GPU."""
+    if CUDA_PROVIDER in providers:
+        return "ONNX Runtime's CUDA libraries do not load (its CUDA and cuDNN must be those that it was built for)"
+    return "this ONNX Runtime has no CUDA (pip uninstall onnxruntime, then pip install onnxruntime-gpu)"
 
 
 def _refusal(path: Path, text: str) -> ToolError:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sa3_trt_core import gpu
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing
@@ -48,7 +49,10 @@ class TorchEngine(Closing):
         self.output_names = tuple(spec.name for spec in contract.outputs)
         self._path = path
         os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(path)))
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        lost = self.device == "cpu" and gpu.has_nvidia_gpu()
+        self.cpu_reason = f"PyTorch {torch.__version__} here cannot use the GPU" if lost else ""
+        place = torch.device(self.device)
         self._runner: Runner | None = open_runner(path, place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

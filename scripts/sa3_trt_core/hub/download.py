@@ -9,13 +9,14 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from sa3_trt_core.artifacts import locks
 from sa3_trt_core.artifacts.files import CHUNK
 from sa3_trt_core.console import format_bytes
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, memory_error
+from sa3_trt_core.hub.client_errors import certificate_error, setup_error, start_error
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -32,11 +33,20 @@ _TOO_MANY, _SERVER = 429, 500
 _TRANSPORT = "httpx"  # the client's transport, whichever release of it: httpx, httpx2
 
 
+def _client() -> Any:
+    """Return the module huggingface_hub. Raises ToolError where its own variables keep it from being imported."""
+    try:
+        import huggingface_hub
+    except (ValueError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        raise setup_error(error) or start_error(error) from None
+    return huggingface_hub
+
+
 def cached(repository: str, name: str, revision: str) -> Path | None:
     """The file in the cache, or None. A branch is the commit that it was when it was last asked for."""
-    import huggingface_hub
-
-    found = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision)
+    found = _client().try_to_load_from_cache(repository, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
 
 
@@ -56,9 +66,7 @@ def expected_sha256(path: Path) -> str | None:
 
 def switched_off() -> bool:
     """Whether HF_HUB_OFFLINE forbids to ask the hub."""
-    import huggingface_hub
-
-    return huggingface_hub.is_offline_mode()
+    return bool(_client().is_offline_mode())
 
 
 def fetch(repository: str, name: str, revision: str) -> Path | None:
@@ -67,8 +75,7 @@ def fetch(repository: str, name: str, revision: str) -> Path | None:
     What was read before a connection broke or the process was killed is kept, and the next call goes on there. The
     file is taken into the cache only when its size and digest are those that the hub names. Raises ToolError.
     """
-    import huggingface_hub
-
+    huggingface_hub = _client()
     huggingface_hub.utils.logging.set_verbosity_error()  # its own words would stand between our two lines
     with _told(repository, name, revision):
         url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
@@ -82,9 +89,23 @@ def fetch(repository: str, name: str, revision: str) -> Path | None:
                 _download(url, name, metadata, blob)
         # The client makes the links of its cache itself; it finds the bytes there and loads nothing.
         path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        if path.resolve() != blob.resolve():
+        if not _same_file(path, blob, metadata):
             raise ToolError(f"{repository} changed while {name} was fetched", "run the same command again")
         return path
+
+
+def _same_file(path: Path, blob: Path, metadata: HfFileMetadata) -> bool:
+    """Return True if the client's `path` holds the bytes of `blob`: as a link to it, or as a copy in a cache without.
+
+    Where the cache's disk has no links (exFAT, SMB), each file of a commit is a copy, and the blob is not kept beside
+    it: the client itself moves it there, and twice the bytes would not fit some disks.
+    """
+    if path.is_symlink():
+        return path.resolve() == blob.resolve()
+    copied = path.stat().st_size == metadata.size and commit_of(path) == metadata.commit_hash
+    if copied:
+        blob.unlink(missing_ok=True)
+    return copied
 
 
 def _blob(repository: str, name: str, metadata: HfFileMetadata) -> Path:
@@ -175,7 +196,7 @@ def _digest(path: Path, like: str) -> str:
 
 @contextlib.contextmanager
 def _told(repository: str, name: str, revision: str) -> Iterator[None]:
-    """The client's many errors as ours."""
+    """Raise the client's many errors as ToolErrors."""
     from huggingface_hub import errors
 
     try:
@@ -190,14 +211,22 @@ def _told(repository: str, name: str, revision: str) -> Iterator[None]:
         raise _refused(error, repository, name) from None
     except errors.FileMetadataError as error:
         raise ToolError(f"no hub answers for {name}: {error}", "check HF_ENDPOINT and the proxy") from None
-    except (ConnectionError, TimeoutError):
-        raise unreachable(repository, name) from None
+    except (ConnectionError, TimeoutError) as error:
+        raise setup_error(error) or unreachable(repository, name) from None
     except OSError as error:
-        raise ToolError(f"cannot store {name}: {error.strerror or error}", "free disk space or set HF_HOME") from None
+        known = setup_error(error) or memory_error(error)
+        raise known or ToolError(
+            f"cannot store {name}: {error.strerror or error}", "free disk space or set HF_HOME"
+        ) from None
     except Exception as error:
         if is_transport(error):
-            raise unreachable(repository, name) from None
-        raise
+            words = str(error)
+            trusted = "certificate" not in words.lower()
+            raise (unreachable(repository, name) if trusted else certificate_error(words)) from None
+        known = setup_error(error)
+        if known is None:
+            raise
+        raise known from None
 
 
 def is_transport(error: Exception) -> bool:

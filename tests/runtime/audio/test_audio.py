@@ -11,7 +11,7 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.audio import io as audio_io, reader
 from sa3_trt_core.errors import ToolError
 
 RATE = 44_100
@@ -24,7 +24,7 @@ def sine(rate: int, seconds: float, hertz: float = 440.0) -> np.ndarray:
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.aiff", "a.ogg", "a.mp3"])
 def test_any_format_and_mono_to_both_channels(tmp_path: Path, name: str) -> None:
     soundfile.write(tmp_path / name, sine(RATE, 1.0), RATE)
-    found = audio_io.read_audio(tmp_path / name, 0.0, RATE).numpy()
+    found = reader.read_audio(tmp_path / name, 0.0, RATE).numpy()
     assert found.shape == (2, RATE) and found.dtype == np.float32
     assert np.array_equal(found[0], found[1])
     middle = slice(RATE // 4, RATE // 2)
@@ -35,7 +35,7 @@ def test_any_format_and_mono_to_both_channels(tmp_path: Path, name: str) -> None
 def test_any_rate_keeps_pitch_length_and_channels(tmp_path: Path, rate: int) -> None:
     left, right = sine(rate, 2.0), sine(rate, 2.0, 1000.0)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), rate, subtype="FLOAT")
-    found = audio_io.read_audio(tmp_path / "a.wav", 0.5, RATE).numpy()  # the second from 0.5 to 1.5 s
+    found = reader.read_audio(tmp_path / "a.wav", 0.5, RATE).numpy()  # the second from 0.5 to 1.5 s
     for channel, hertz in enumerate((440.0, 1000.0)):
         wanted = sine(RATE, 2.0, hertz)[RATE // 2 : RATE // 2 + RATE]
         # The start of the part that is read is a start for the filter too; its end is not.
@@ -44,14 +44,14 @@ def test_any_rate_keeps_pitch_length_and_channels(tmp_path: Path, rate: int) -> 
 
 def test_what_is_missing_at_the_end_is_silence(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.full((1000, 2), 0.25), RATE, subtype="FLOAT")
-    found = audio_io.read_audio(tmp_path / "a.wav", 0.0, 4096)
+    found = reader.read_audio(tmp_path / "a.wav", 0.0, 4096)
     assert torch.equal(found, torch.cat([torch.full((2, 1000), 0.25), torch.zeros(2, 3096)], dim=1))
 
 
 def test_samples_that_are_not_finite_are_two_lines(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.array([[0.0, np.nan]]), RATE, subtype="FLOAT")
     with pytest.raises(ToolError, match="not finite"):
-        audio_io.read_audio(tmp_path / "a.wav", 0.0, 4096)
+        reader.read_audio(tmp_path / "a.wav", 0.0, 4096)
 
 
 KINDS = [

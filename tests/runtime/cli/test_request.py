@@ -66,7 +66,7 @@ BAD = [
     ([*SAY, *SAY, "--save-latents", "x.npz"], "--save-latents"),
     ([*SAY, "--out", "x.wav", "--out-dir", "d"], "--out"),
     ([*SAY, "--out", "x.wav", "--format", "flac"], "--out"),
-    ([*SAY, "--out", "x.ogg"], "x.ogg"),
+    ([*SAY, "--out", "x.aac"], "x.aac"),
     ([*SAY, "--out", "x.flac", "--bits", "32f"], "FLAC"),
     ([*SAY, "--prompts-file", "many.txt"], "--prompts-file"),
     (["--prompts-file", "absent.txt"], "absent.txt"),

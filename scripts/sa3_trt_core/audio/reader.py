@@ -1,0 +1,153 @@
+"""Read any sound that libsndfile decodes: any rate, mono or stereo, with or without a length in its header."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core.errors import ToolError, ToolWarning
+from sa3_trt_core.shapes import AUDIO_CHANNELS, SAMPLE_RATE
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+RESAMPLER_TAIL = 4096  # input samples read beyond the end, so that the filter does not see the cut
+LOWEST_RATE, HIGHEST_RATE = 100, 768_000
+UNKNOWN_LENGTH = 1 << 62  # libsndfile's own number for a header that gives no length is near 2^63
+BLOCK = 1 << 16  # frames that are decoded at a time where a file cannot be sought in
+SLACK_SECONDS = 0.1  # headers of lossy files give their length less exactly than this
+FAR_BEYOND = 8.0  # times full scale: 18 dB, more than any mix goes over
+INTEGER_SCALES = (1 << 15, 1 << 23, 1 << 31)  # full scale of samples that were integers
+_READABLE = "give a sound file that libsndfile reads: WAV, FLAC, AIFF, OGG, MP3 and others"
+
+
+def check_input(path: Path, start: float = 0.0) -> None:
+    """Raise ToolError for a sound that cannot be read, or that ends before `start` seconds."""
+    with _opened(path) as sound:
+        _read(sound, path, start, 1)
+
+
+def read_audio(path: Path, start: float, samples: int) -> Tensor:
+    """Return fp32 samples (2, `samples`) at 44.1 kHz of a sound file, from `start` seconds on.
+
+    Mono goes to both channels; another rate is converted by soxr; what is missing at the end is silence. A file that
+    ends before the length in its header, or that holds samples far beyond full scale, gives a ToolWarning. Raises
+    ToolError.
+    """
+    import numpy as np
+    import torch
+
+    with _opened(path) as sound:
+        rate = sound.samplerate
+        wanted = math.ceil(samples * rate / SAMPLE_RATE) + (RESAMPLER_TAIL if rate != SAMPLE_RATE else 0)
+        read = _read(sound, path, start, wanted)
+        if not np.isfinite(read).all():
+            raise ToolError(f"{path} holds samples that are not finite", "repair the file or give another one")
+        scale = _integer_scale(sound, path, read)
+    read = read / np.float32(scale)
+    if rate != SAMPLE_RATE:
+        import soxr
+
+        read = soxr.resample(read, rate, SAMPLE_RATE, quality="VHQ")
+    whole = np.zeros((AUDIO_CHANNELS, samples), np.float32)
+    length = min(samples, len(read))
+    whole[:, :length] = read[:length].T  # one channel spreads over both
+    return torch.from_numpy(whole)
+
+
+def _opened(path: Path) -> Any:
+    """Return the file open for reading, as one that cannot be sought in where its header gives no length."""
+    import soundfile
+
+    class Sequential(soundfile.SoundFile):
+        """A file that is decoded from its start: soundfile seeks after every read of a file that it may seek in."""
+
+        def seekable(self) -> bool:
+            return False
+
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise ToolError(f"no such sound file: {path} {kind}", "give the path of a sound file")
+    if path.stat().st_size == 0:
+        raise ToolError(f"{path} is empty: it has 0 bytes", "give a sound file that is not empty")
+    name = os.fsencode(path)  # bytes: a name need not be text
+    try:
+        sound = soundfile.SoundFile(name)
+        if sound.frames >= UNKNOWN_LENGTH or not sound.seekable():
+            sound.close()
+            sound = Sequential(name)
+    except (RuntimeError, TypeError) as error:  # TypeError: headerless formats, which need to be told what they are
+        raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
+    right = 1 <= sound.channels <= AUDIO_CHANNELS and LOWEST_RATE <= sound.samplerate <= HIGHEST_RATE
+    if not right or sound.frames < 1:
+        what = f"{sound.channels} channels, {sound.samplerate} Hz, {sound.frames} samples"
+        sound.close()
+        raise ToolError(f"{path} has {what}", "give a mono or stereo sound that is not empty")
+    return sound
+
+
+def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
+    """Return up to `wanted` frames (N, channels) fp32 from `start` seconds on. Raises ToolError where there is none."""
+    import numpy as np
+
+    first, rate = round(start * sound.samplerate), sound.samplerate
+    stated = sound.frames if sound.frames < UNKNOWN_LENGTH else None
+    if stated is not None and first >= stated:
+        raise ToolError(
+            f"{path} ends at {stated / rate:.2f} s, before --init-start {start:g}", "choose an earlier start"
+        )
+    try:
+        if sound.seekable():
+            sound.seek(first)
+            read = sound.read(min(wanted, sound.frames - first), dtype="float32", always_2d=True)
+        else:
+            parts, place = [], 0
+            while place < first + wanted:
+                block = sound.read(min(BLOCK, first + wanted - place), dtype="float32", always_2d=True)
+                if not len(block):
+                    break
+                parts.append(block[max(0, first - place) :])
+                place += len(block)
+            read = np.concatenate(parts) if parts else np.zeros((0, sound.channels), np.float32)
+    except (RuntimeError, OverflowError) as error:  # soundfile's own errors are RuntimeErrors
+        raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
+    if not len(read):
+        says = "" if stated is None else f", although its header says that it lasts {stated / rate:.2f} s"
+        raise ToolError(f"{path} holds no sample from {start:g} s on{says}", "choose an earlier start, or a whole file")
+    missing = 0 if stated is None else min(wanted, stated - first) - len(read)
+    if missing > SLACK_SECONDS * rate:
+        warnings.warn(
+            f"{path} is cut short: its header says {stated / rate:.2f} s, and {missing / rate:.2f} s of them are "
+            "missing; silence takes their place", ToolWarning, stacklevel=2,
+        )  # fmt: skip
+    return read
+
+
+def _integer_scale(sound: Any, path: Path, read: np.ndarray) -> int:
+    """Return what to divide samples by: 1, or full scale of the integers that a float file holds as they were.
+
+    The highest sample of the whole file decides, so that a quiet part of such a file is not taken for a sound.
+    """
+    import numpy as np
+
+    highest = float(np.abs(read).max())
+    if sound.subtype not in ("FLOAT", "DOUBLE"):
+        return 1
+    if sound.seekable():
+        sound.seek(0)
+        for block in sound.blocks(BLOCK, dtype="float32", always_2d=True):
+            highest = max(highest, float(np.nan_to_num(np.abs(block)).max(initial=0.0)))
+    if highest <= FAR_BEYOND:
+        return 1
+    scale = next((scale for scale in INTEGER_SCALES if highest <= scale), None)
+    if scale is None:
+        raise ToolError(f"{path} reaches {highest:.3g} times full scale", "scale its samples to lie within 1")
+    warnings.warn(
+        f"{path} reaches {highest:.5g} times full scale: its samples are taken for integers and divided by {scale}",
+        ToolWarning, stacklevel=2,
+    )  # fmt: skip
+    return scale

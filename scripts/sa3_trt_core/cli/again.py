@@ -1,0 +1,91 @@
+"""The flags that make a sound of `sa3_trt` again, from the metadata that is written into it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.request import Request, shown
+from sa3_trt_core.version import __version__
+
+TEXTS = ("prompt", "negative_prompt", "init_audio", "schedule_order", "dit", "precision", "peak", "bits")
+NUMBERS = (
+    "seed", "seconds", "steps", "cfg", "apg", "init_start", "init_noise_level", "duration_padding", "chunk_frames"
+)  # fmt: skip
+SWITCHES = ("paste_kept", "legacy_schedule")
+OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames")  # flags that are not of the request
+DEFAULTS: dict[str, Any] = {
+    "negative_prompt": None, "cfg": 1.0, "apg": None, "init_audio": None, "init_start": 0.0, "init_noise_level": None,
+    "inpaint": (), "paste_kept": False, "legacy_schedule": False, "duration_padding": Request.duration_padding,
+    "schedule_order": Request.schedule_order, "chunk_frames": None,
+}  # fmt: skip
+
+
+def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return what is written into a sound: all that makes it again, and the manifest ids of what made it.
+
+    Settings at their defaults are left out. `run` has the flags OF_THE_RUN; a sound to start from is its absolute path.
+    """
+    start = {} if request.init_audio is None else {"init_audio": str(Path(request.init_audio).resolve())}
+    names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in OF_THE_RUN]
+    settings = {name: getattr(request, name) for name in names} | start | {name: run[name] for name in OF_THE_RUN}
+    if request.inpaint:
+        settings["inpaint"] = [list(part) for part in request.inpaint]
+    found = {
+        name: value for name, value in settings.items() if name not in DEFAULTS or value != DEFAULTS[name]
+    } | {"mode": request.mode}  # fmt: skip
+    return {**found, "engines": dict(identities), "version": __version__}
+
+
+def again_line(path: Path, given: argparse.Namespace) -> list[str]:
+    """Return the flags that made a sound, without those that `given`, the flags of this run, replace as a whole.
+
+    They come before the user's own on the command line, so that a flag that is given again has the last word. Raises
+    ToolError for a file without such metadata, or one whose texts were cut.
+    """
+    note = audio_io.read_metadata(path)
+    prompted = given.prompt is not None or given.prompts_file is not None
+    if note.get("cut") and not prompted:
+        raise ToolError(
+            f"the texts in {path} were cut: a WAV file holds 2 kB of them", "give --prompt too, or write .flac files"
+        )
+    line = []
+    for name in TEXTS:
+        if name in note and not (name == "prompt" and prompted):
+            line.append(f"{_flag(name)}={_text(path, name, note[name])}")
+    for name in NUMBERS:
+        if name in note:
+            line.append(f"{_flag(name)}={_number(path, name, note[name])!r}")
+    line += [_flag(name) for name in SWITCHES if note.get(name) is True]
+    ranges = note.get("inpaint", [])
+    if not isinstance(ranges, list) or not all(isinstance(part, list) and len(part) == 2 for part in ranges):
+        raise _damaged(path, "inpaint", ranges)
+    if not given.inpaint_range:
+        line += [f"--inpaint-range={','.join(repr(_number(path, 'inpaint', n)) for n in part)}" for part in ranges]
+    if given.out is None and given.format is None and path.suffix.lower() in audio_io.FORMATS:
+        line.append(f"--format={path.suffix.lower()[1:]}")
+    return line
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _text(path: Path, name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _damaged(path, name, value)
+    return value
+
+
+def _number(path: Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _damaged(path, name, value)
+    return value
+
+
+def _damaged(path: Path, name: str, value: object) -> ToolError:
+    return ToolError(f"{path} says that its {name} is {shown(value)}", "give a sound that sa3_trt has written")

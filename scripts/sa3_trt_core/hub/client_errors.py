@@ -1,0 +1,87 @@
+"""Errors of setting up the hub's client: proxies, certificates, tokens and its own variables, named with their cure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sa3_trt_core.errors import ToolError
+
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+LONGEST_REASON = 160
+
+
+def setup_error(error: BaseException) -> ToolError | None:
+    """Return the ToolError for what keeps the client from asking at all; None for an error of another kind."""
+    words = _words(error)
+    if isinstance(error, UnicodeEncodeError):
+        return ToolError(
+            "the hub's token holds characters outside ASCII, so it is no token",
+            "set HF_TOKEN to the token that the hub gave you, or unset it and run: hf auth login",
+        )
+    if "certificate" in words.lower() or "[SSL" in words:
+        return certificate_error(words)
+    missing = _missing_certificates()
+    if missing and isinstance(error, OSError | ValueError) and not isinstance(error, ConnectionError | TimeoutError):
+        return certificate_error(words)
+    if isinstance(error, ImportError) and "socks" in words.lower():
+        return ToolError(
+            f"the proxy {_set(PROXIES)} needs a package that is not installed: {words}",
+            "pip install socksio, or unset the proxy",
+        )
+    if isinstance(error, ValueError | ImportError) and ("proxy" in words.lower() or "scheme" in words.lower()):
+        return ToolError(
+            f"the proxy {_set(PROXIES)} cannot be used: {words}",
+            "write it as http://, https:// or socks5://host:port, or unset it",
+        )
+    return None
+
+
+def start_error(error: BaseException) -> ToolError:
+    """Return the ToolError for a client that cannot be imported: it reads its variables while it is."""
+    return ToolError(
+        f"the hub's client cannot start: {_words(error)}", "check the HF_... variables of your environment"
+    )
+
+
+def certificate_error(words: str) -> ToolError:
+    """Return the ToolError for certificates that are missing, cannot be read, or do not fit the hub's."""
+    missing = _missing_certificates()
+    if missing:
+        return ToolError(f"{missing} names certificates that are not there", "give it the right path, or unset it")
+    named = _set(CERTIFICATES)
+    return ToolError(
+        f"the hub's certificate is not accepted{f' with {named}' if named else ''}: {words}",
+        "set SSL_CERT_FILE to your network's certificates, and check the clock of this machine",
+    )
+
+
+def _missing_certificates() -> str:
+    """Return "VARIABLE=path" of the first variable whose certificates do not exist, "" where all do."""
+    for name in CERTIFICATES:
+        path = os.environ.get(name)
+        if path and not os.access(Path(path), os.R_OK):
+            return f"{name}={path}"
+    return ""
+
+
+def _set(names: tuple[str, ...]) -> str:
+    """Return the variables of these that are set, as a shell writes them; a proxy's password is left out."""
+    found = []
+    for name in names:
+        for spelt in dict.fromkeys((name, name.lower())):
+            value = os.environ.get(spelt)
+            if value:
+                found.append(f"{spelt}={_without_password(value)}")
+    return ", ".join(found)
+
+
+def _without_password(address: str) -> str:
+    scheme, mark, rest = address.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else address.rpartition("@")[2]
+
+
+def _words(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
