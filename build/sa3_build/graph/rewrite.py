@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import onnx_ir as ir
 
 
@@ -31,3 +32,10 @@ def drop_unused_initializers(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             model.graph.initializers.pop(name)
+
+
+def integers(model: ir.Model, name: str, numbers: Iterable[int]) -> ir.Value:
+    """Add an initializer of int64 numbers (n,)."""
+    value = ir.val(name, const_value=ir.tensor(np.array(list(numbers), np.int64), name=name))
+    model.graph.register_initializer(value)
+    return value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from sa3_build.graph import query
 from sa3_build.graph.errors import GraphNotRecognised, described
+from sa3_build.graph.rewrite import integers
 from sa3_build.graph.shape_inference import Shapes
 from sa3_build.graph.symbolic_dim import Length, Shape, symbol
 from sa3_build.passes.base import PassResult, check_sorted
@@ -105,10 +105,10 @@ def _for_every_row(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.No
             raise _refusal(f"{described(node)} reshapes to one row and takes a zero for a size")
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
     asked, name = node.inputs[1], f"{node.outputs[0].name}_any_rows"
-    ends = [_vector(model, f"{name}_{at}", [at]) for at in (0, 1)]
-    added = [ir.node("Slice", [asked, ends[1], _vector(model, f"{name}_to", [2**31 - 1])])]
+    ends = [integers(model, f"{name}_{at}", [at]) for at in (0, 1)]
+    added = [ir.node("Slice", [asked, ends[1], integers(model, f"{name}_to", [2**31 - 1])])]
     if first == ONE and shape[0] == BATCH:
-        start = _vector(model, f"{name}_copy", [0])
+        start = integers(model, f"{name}_copy", [0])
     else:
         own = ir.node("Slice", [asked, *ends])
         rows = ir.node("Shape", [model.graph.inputs[0]], {"start": 0, "end": 1})
@@ -133,7 +133,7 @@ def _repeat_constants(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir
         if part is not None and part[0] == ONE:
             name = f"{node.outputs[0].name}_rows_{index}"
             rows = ir.node("Shape", [data], {"start": 0, "end": 1}, name=f"{name}_count")
-            ones = _vector(model, f"{name}_ones", [1] * (len(part) - 1))
+            ones = integers(model, f"{name}_ones", [1] * (len(part) - 1))
             target = ir.node("Concat", [rows.outputs[0], ones], {"axis": 0}, name=f"{name}_target")
             repeat = ir.node("Expand", [node.inputs[index], target.outputs[0]], name=name)
             repeat.outputs[0].type = node.outputs[0].type
@@ -150,12 +150,6 @@ def _in_front(model: ir.Model, node: ir.Node, index: int, added: list[ir.Node], 
     model.graph.insert_before(node, added)
     node.replace_input_with(index, added[-1].outputs[0])
     return added
-
-
-def _vector(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name))
-    model.graph.register_initializer(value)
-    return value
 
 
 def _require_rows_apart(node: ir.Node, shapes: Shapes) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build.graph import query
-from sa3_build.graph.rewrite import type_like
+from sa3_build.graph.rewrite import integers, type_like
 from sa3_build.graph.shape_inference import Shapes
 from sa3_build.graph.symbolic_dim import Length, Shape
 
@@ -42,10 +42,7 @@ class Stacker:
     def vector(self, numbers: list[int]) -> ir.Value:
         """A new constant of integers."""
         self._count += 1
-        name = f"stacked_numbers_{self._count}"
-        value = ir.val(name, const_value=ir.tensor(np.array(numbers, np.int64), name=name))
-        self._model.graph.register_initializer(value)
-        return value
+        return integers(self._model, f"stacked_numbers_{self._count}", numbers)
 
     def _merged(self, first: ir.Value, second: ir.Value, axis: int) -> ir.Value | None:
         one, other = first.producer(), second.producer()
