@@ -12,7 +12,7 @@ import numpy as np
 from sa3_trt_core import shapes, text
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.artifacts.calibration_kinds import KINDS as CALIBRATED
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative, tensors
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.errors import ToolError
@@ -135,7 +135,7 @@ def starts_of(calibration: CalibrationSet) -> list[int]:
 def calibration_cases(calibration: CalibrationSet, starts: Sequence[int]) -> list[Case]:
     """One case for each of the rows `starts` (of `starts_of`), in their order; its seed is the row's number."""
     prompts = _prompts_of_rows(calibration)
-    chosen = ChosenRows(calibration, frozenset(starts))
+    chosen = calibration.subset(starts)
     found = []
     for index, kind, row in zip(sorted(chosen.indices), chosen.kinds(), chosen, strict=True):
         held = tensors(row)

@@ -13,7 +13,7 @@ from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.quantization import selection as quantization_selection
 from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts.calibration_layout import KINDS
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.number_formats import E4M3_MAX
 
@@ -21,7 +21,7 @@ SMALLEST_NORMAL = 2.0**-6  # of E4M3: what is smaller, after scaling, keeps fewe
 
 
 def amax_table(
-    amax: np.ndarray, selection: quantization_selection.Selection, calibration: CalibrationSet | ChosenRows
+    amax: np.ndarray, selection: quantization_selection.Selection, calibration: CalibrationSet
 ) -> list[dict[str, Any]]:
     """amax (R, A) of every row and activation, put together by activation, sigma and kind of row."""
     sigmas, kinds = _sigma_names(calibration), np.array(calibration.kinds())
@@ -55,9 +55,7 @@ def scales_of(quantized: Path, selection: quantization_selection.Selection) -> d
     return found
 
 
-def measure_shares(
-    source: Path, scales: Mapping[str, float], rows: CalibrationSet | ChosenRows
-) -> list[dict[str, Any]]:
+def measure_shares(source: Path, scales: Mapping[str, float], rows: CalibrationSet) -> list[dict[str, Any]]:
     """The shares of elements that the scales saturate (|x| > 448 scale) or make subnormal, by activation and sigma.
 
     Subnormal: not zero, and under 2^-6 of the scale; these lose bits, and under 2^-10 all of them. The counts are made
@@ -111,7 +109,7 @@ def _falling(sigmas: np.ndarray) -> list[str]:
     return sorted({str(sigma) for sigma in sigmas}, key=float, reverse=True)
 
 
-def _sigma_names(rows: CalibrationSet | ChosenRows) -> np.ndarray:
+def _sigma_names(rows: CalibrationSet) -> np.ndarray:
     """The sigma of every row as the report writes it."""
     return np.array([f"{sigma:.6g}" for sigma in rows.sigmas()])
 

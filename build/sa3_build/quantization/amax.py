@@ -14,7 +14,7 @@ from sa3_build.quantization.activation_ranges import amax_table
 from sa3_build.quantization.selection import Selection
 from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts import files
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
 from sa3_trt_core.console import Progress
 
 
@@ -26,7 +26,7 @@ def measure(build: Workspace) -> Mapping[str, Any]:
     return {"rows": len(amax), "amax": amax_table(amax, build.candidates, build.rows)}
 
 
-def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet | ChosenRows) -> np.ndarray:
+def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet) -> np.ndarray:
     """The largest magnitude of every quantised activation in every row: (R, A), fp32, in `selection.activations` order.
 
     The graph gets one ReduceMax(Abs) output an activation, so that no activation is ever fetched.

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from sa3_build.graph import query
 from sa3_build.quantization import scales, selection
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet
 from sa3_trt_core.number_formats import E4M3_MAX
 
 HEADROOM = E4M3_MAX / 36  # its activation scales are amax / 36
@@ -28,9 +28,9 @@ def select_products(model: ir.Model) -> selection.Selection:
     return selection.Selection(tuple(products), excluded, 0)
 
 
-def rows_of(calibration: CalibrationSet) -> ChosenRows:
+def rows_of(calibration: CalibrationSet) -> CalibrationSet:
     """The last rows of a set, or all of a smaller one."""
-    return ChosenRows(calibration, frozenset(range(max(0, calibration.rows - ROWS), calibration.rows)))
+    return calibration.subset(range(max(0, calibration.rows - ROWS), calibration.rows))
 
 
 def bounded(amax: np.ndarray) -> np.ndarray:

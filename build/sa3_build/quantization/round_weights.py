@@ -13,7 +13,7 @@ from sa3_build.e4m3 import Codes, quantized
 from sa3_build.graph import io as graph_io, query
 from sa3_build.quantization import gptq, scales, selection as quantization_selection
 from sa3_build.quantization.workspace import Workspace
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, parity_selection, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, parity_selection, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.number_formats import E4M3_MAX
 
@@ -37,18 +37,18 @@ def codes_of(build: Workspace) -> Mapping[str, Codes]:
     return stored_codes(build.candidates, build.codes) if build.settings.rounding == "gptq" else {}
 
 
-def rows_of(calibration: CalibrationSet, parity: ChosenRows, limit: int = ROWS) -> ChosenRows:
+def rows_of(calibration: CalibrationSet, parity: CalibrationSet, limit: int = ROWS) -> CalibrationSet:
     """The rows to fit on: none that the parity is measured on, where the others are of every kind and enough."""
     kinds, sigmas = calibration.kinds(), calibration.sigmas()
     others = [index for index in range(calibration.rows) if index not in parity.indices]
     if len(others) < limit or {kinds[index] for index in others} != set(kinds):
         others = list(range(calibration.rows))
     chosen = parity_selection([sigmas[i] for i in others], limit, [kinds[i] for i in others])
-    return ChosenRows(calibration, frozenset(others[place] for place in chosen))
+    return calibration.subset(others[place] for place in chosen)
 
 
 def round_weights(
-    source: Path, selection: quantization_selection.Selection, rows: ChosenRows, folder: Path
+    source: Path, selection: quantization_selection.Selection, rows: CalibrationSet, folder: Path
 ) -> dict[str, Any]:
     """Leave the codes of every weight of `selection` in `folder`, a file each; returns what was changed.
 
@@ -89,7 +89,7 @@ def weight_scale(weight: np.ndarray, product: quantization_selection.Product) ->
     return scales.stored_scale(scales.channel_amax(weight, product, product.channel_axis) / E4M3_MAX, weight.dtype)
 
 
-def _grams(source: Path, names: Sequence[str], rows: ChosenRows, progress: Progress) -> dict[str, torch.Tensor]:
+def _grams(source: Path, names: Sequence[str], rows: CalibrationSet, progress: Progress) -> dict[str, torch.Tensor]:
     """X^T X (K, K) of each activation over every token of every row, fp32."""
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 

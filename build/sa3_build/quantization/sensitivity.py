@@ -19,7 +19,7 @@ from sa3_build.quantization.layer_roles import Place
 from sa3_build.quantization.pareto import Effect, Point
 from sa3_build.quantization.switchable_graph import SwitchableDit
 from sa3_build.quantization.workspace import Workspace
-from sa3_trt_core.artifacts.calibration_set import ChosenRows, Row
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, Row
 from sa3_trt_core.console import Progress, table
 from sa3_trt_core.errors import GateError
 from sa3_validation import distances
@@ -49,7 +49,7 @@ class _Probe:
 class Sensitivity:
     """One search on one DiT. The rows are those of the parity gate, so that what is found here passes there."""
 
-    def __init__(self, dit: SwitchableDit, places: dict[str, Place], rows: ChosenRows, macs_elsewhere: int) -> None:
+    def __init__(self, dit: SwitchableDit, places: dict[str, Place], rows: CalibrationSet, macs_elsewhere: int) -> None:
         """`places` is by product; `macs_elsewhere` are the multiply-adds of a token that are never in FP8."""
         self._dit, self._places, self._rows = dit, places, rows
         self._macs_elsewhere = macs_elsewhere

@@ -10,13 +10,16 @@ from typing import Any
 from sa3_build.graph import io as graph_io
 from sa3_build.quantization import reference_recipe, selection as quantization_selection
 from sa3_build.quantization.settings import Settings
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 
 
 @dataclass
 class Workspace:
-    """One build of `output` from `source` and `calibration`; what lies between the stages is in `folder`.
+    """One build of `output` from `source` and `calibration`, and the files between its stages, in `folder`.
 
+    `clean` is the source sorted, folded and named; `amax` (R, A) that of every candidate's activation in every row;
+    `codes` the folder of the E4M3 codes that GPTQ chose, a file a weight; `quantized` the clean graph with Q/DQ pairs,
+    scales not yet set; `result` the finished graph until it moves to `output`, its sidecar already named like that.
     `done` holds the results of the finished stages, by name.
     """
 
@@ -27,30 +30,11 @@ class Workspace:
     settings: Settings
     done: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def clean(self) -> Path:
-        """The source in the form that the stages work on: sorted, folded, named."""
-        return self.folder / "clean.onnx"
-
-    @property
-    def amax(self) -> Path:
-        """amax of every candidate's activation in every row, fp32 (R, A)."""
-        return self.folder / "amax.npy"
-
-    @property
-    def codes(self) -> Path:
-        """The folder of the E4M3 codes that GPTQ chose, a file a weight."""
-        return self.folder / "rounding"
-
-    @property
-    def quantized(self) -> Path:
-        """The clean graph with Q/DQ pairs, scales not yet set."""
-        return self.folder / "quantized.onnx"
-
-    @property
-    def result(self) -> Path:
-        """The finished graph, until it moves to `output`; its sidecar bears the same name."""
-        return self.folder / "result" / self.output.name
+    def __post_init__(self) -> None:
+        self.clean, self.amax, self.codes, self.quantized, self.result = (
+            self.folder / name
+            for name in ("clean.onnx", "amax.npy", "rounding", "quantized.onnx", f"result/{self.output.name}")
+        )
 
     @cached_property
     def candidates(self) -> quantization_selection.Selection:
@@ -65,12 +49,12 @@ class Workspace:
         return quantization_selection.keep(self.candidates, kept)
 
     @cached_property
-    def rows(self) -> CalibrationSet | ChosenRows:
+    def rows(self) -> CalibrationSet:
         """The rows that scales are measured on."""
         whole = self.calibration
         return reference_recipe.rows_of(whole) if self.settings.recipe == "reference" else whole
 
     @cached_property
-    def parity_rows(self) -> ChosenRows:
+    def parity_rows(self) -> CalibrationSet:
         """The rows that source and result are compared on."""
         return representative(self.calibration, self.settings.parity_rows)

@@ -18,7 +18,7 @@ from sa3_build.recipes.fp8 import input_digests
 from sa3_build.recipes.fp8_inputs import require_half
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import manifest
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative, tensors
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative, tensors
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
 
@@ -53,8 +53,7 @@ class Subject:
         whole = CalibrationSet.open(calibration)
         whole.check_values()
         self.source, self.calibration = source, calibration
-        everything = ChosenRows(whole, frozenset(range(whole.rows)))
-        self.rows = everything if limit is None else representative(whole, limit)
+        self.rows = whole if limit is None else representative(whole, limit)
         self._selection = selection.select_products(model)
         self._places = places(model, self._selection)
 
@@ -107,7 +106,7 @@ class Subject:
 
     def _groups(self, fetched: int) -> Iterator[list[str]]:
         """Activations in order, as many together as `fetched` allows; the memory tokens are left out of account."""
-        tokens = max(self.rows.whole.frames, shapes.TEXT_TOKENS)
+        tokens = max(self.rows.frames, shapes.TEXT_TOKENS)
         yield from selection.in_groups({name: tokens * k for name, k in self._channels().items()}, fetched)
 
     def _channels(self) -> dict[str, int]:

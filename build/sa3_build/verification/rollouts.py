@@ -15,7 +15,7 @@ from sa3_build.graph import io as graph_io
 from sa3_build.quantization.selection import fp8_share
 from sa3_build.quantization.workspace import Workspace
 from sa3_build.verification import parity as verification_parity
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 from sa3_trt_core.console import Progress
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_validation.cases import calibration_cases, starts_of
@@ -86,7 +86,7 @@ class DriftStudy:
         self._cases = [
             replace(case, seed=place) for place, case in enumerate(calibration_cases(calibration, sorted(starts)))
         ]
-        self._rows = ChosenRows(calibration, frozenset()) if rows is None else representative(calibration, rows)
+        self._rows = calibration.subset(()) if rows is None else representative(calibration, rows)
         self._start_only, self._low_memory = perturb == START, low_memory
 
     def run(self, reference: Path, candidates: Sequence[Path]) -> tuple[list[list[float]], list[Compared]]:

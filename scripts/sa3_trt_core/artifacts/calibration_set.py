@@ -7,11 +7,11 @@ Memory does not grow with R on either side, but for a few bytes a row.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,14 +23,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Row = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """A checked calibration file. Rows are read one at a time and in order."""
+    """Rows of a checked calibration file, all of them or the `chosen`. They are read one at a time and in order."""
 
     path: Path
     layout: calibration_layout.Layout
+    chosen: frozenset[int] | None = None
 
     @classmethod
     def open(cls, path: Path) -> CalibrationSet:
@@ -43,23 +45,32 @@ class CalibrationSet:
             raise ToolError(f"no such calibration file: {path}", "make one with build/make_calib.py")
         return cls(path, calibration_layout.read_layout(path))
 
+    def subset(self, indices: Iterable[int]) -> CalibrationSet:
+        """The rows of these numbers in the file."""
+        return replace(self, chosen=frozenset(indices))
+
+    @property
+    def indices(self) -> frozenset[int]:
+        """The numbers of the rows in the file."""
+        return frozenset(range(len(self.layout.frames))) if self.chosen is None else self.chosen
+
     @property
     def rows(self) -> int:
         """How many."""
-        return len(self.layout.frames)
+        return len(self.indices)
 
     @property
     def frames(self) -> int:
         """Latent frames of the longest row: what memory has to hold."""
-        return max(self.layout.frames)
+        return max(self.lengths())
 
     def lengths(self) -> list[int]:
         """Latent frames of every row, in order."""
-        return list(self.layout.frames)
+        return self._chosen_of(self.layout.frames)
 
     def kinds(self) -> list[str]:
-        """The kind of every row, in order: text, inpaint, audio or null."""
-        return list(self.layout.kinds)
+        """The kind of every row, in order (calibration_kinds.KINDS)."""
+        return self._chosen_of(self.layout.kinds)
 
     def __iter__(self) -> Iterator[Row]:
         """Rows as dicts of fp32 arrays with a leading batch axis of 1."""
@@ -68,8 +79,11 @@ class CalibrationSet:
             streams = {key: stack.enter_context(archive.open(f"{key}.npy")) for key in KEYS}
             for stream in streams.values():
                 skip_header(stream)
-            for index in range(self.rows):
-                yield {key: self._read(stream, key, index) for key, stream in streams.items()}
+            chosen = self.indices
+            for index in range(len(self.layout.frames)):
+                row = {key: self._read(stream, key, index) for key, stream in streams.items()}
+                if index in chosen:
+                    yield row
 
     def check_values(self) -> dict[str, tuple[float, float]]:
         """Read every row once and return the range of each member.
@@ -77,7 +91,7 @@ class CalibrationSet:
         Raises ToolError naming row and member for NaN or infinity, a mask that is not 0/1, or sigma outside (0, 1].
         """
         ranges = {key: (np.inf, -np.inf) for key in KEYS}
-        for index, row in enumerate(self):
+        for index, row in zip(sorted(self.indices), self, strict=True):
             for key, array in row.items():
                 low, high = float(array.min()), float(array.max())
                 if not np.isfinite(low + high):
@@ -93,7 +107,10 @@ class CalibrationSet:
         """The sigma of every row, in order."""
         with zipfile.ZipFile(self.path) as archive, archive.open("t.npy") as stream:
             skip_header(stream)
-            return [float(v) for v in np.frombuffer(stream.read(4 * self.rows), np.float32)]
+            return self._chosen_of(np.frombuffer(stream.read(4 * len(self.layout.frames)), np.float32).tolist())
+
+    def _chosen_of(self, values: Sequence[T]) -> list[T]:
+        return [values[index] for index in sorted(self.indices)]
 
     def _read(self, stream: IO[bytes], key: str, index: int) -> np.ndarray:
         shape = (1, *row_shape(key, self.layout.frames[index]))
@@ -105,35 +122,6 @@ class CalibrationSet:
         if len(data) != wanted:
             raise bad(self.path, f"ends inside row {index} of {key}")
         return np.frombuffer(data, np.float32).reshape(shape)
-
-
-@dataclass(frozen=True)
-class ChosenRows:
-    """Some rows of a calibration set, in its order."""
-
-    whole: CalibrationSet
-    indices: frozenset[int]
-
-    @property
-    def rows(self) -> int:
-        """How many."""
-        return len(self.indices)
-
-    def sigmas(self) -> list[float]:
-        """The sigma of every one, in order."""
-        return [sigma for index, sigma in enumerate(self.whole.sigmas()) if index in self.indices]
-
-    def kinds(self) -> list[str]:
-        """The kind of every one, in order."""
-        return [kind for index, kind in enumerate(self.whole.kinds()) if index in self.indices]
-
-    def lengths(self) -> list[int]:
-        """Latent frames of every one, in order."""
-        return [frames for index, frames in enumerate(self.whole.lengths()) if index in self.indices]
-
-    def __iter__(self) -> Iterator[Row]:
-        """The chosen rows, as the set gives them."""
-        return (row for index, row in enumerate(self.whole) if index in self.indices)
 
 
 def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
@@ -153,9 +141,9 @@ def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] =
     return chosen
 
 
-def representative(calibration: CalibrationSet, limit: int) -> ChosenRows:
-    """At most `limit` rows that stand for a set, but one at least of every kind at every sigma."""
-    return ChosenRows(calibration, frozenset(parity_selection(calibration.sigmas(), limit, calibration.kinds())))
+def representative(calibration: CalibrationSet, limit: int) -> CalibrationSet:
+    """At most `limit` rows that stand for a whole set, but one at least of every kind at every sigma."""
+    return calibration.subset(parity_selection(calibration.sigmas(), limit, calibration.kinds()))
 
 
 def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from sa3_build.quantization import gptq, round_weights, selection as quantizatio
 from sa3_build.quantization.switchable_graph import switchable
 from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import graph_proof
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, ChosenRows, representative
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 from sa3_trt_core.targets import dit_target
 
 HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
@@ -97,9 +97,8 @@ def clean(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def every_row(calibration: Path) -> ChosenRows:
-    whole = CalibrationSet.open(calibration)
-    return ChosenRows(whole, frozenset(range(whole.rows)))
+def every_row(calibration: Path) -> CalibrationSet:
+    return CalibrationSet.open(calibration)
 
 
 def test_an_interrupted_stage_goes_on_and_gives_the_same_codes(
