@@ -80,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(documents, indent=2) if args.json else build.summary(outcomes))
     build.require_all(outcomes)
     for target in dits:
-        out = validation.validate_target(target, backend, arches, onnx_root, models_dir)
+        import validate_fp8
+
+        out = validation.validate_target(target, backend, arches, onnx_root, models_dir, validate_fp8.main)
         print(f"{target.name} validated: {out}", file=sys.stderr)
     return 0
 

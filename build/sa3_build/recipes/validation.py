@@ -1,10 +1,13 @@
-"""Validate a DiT that a command has just made with scripts/validate_fp8.py: figures on stderr, a report in a folder."""
+"""Validate a DiT that a command has just made: figures on stderr, a report in a folder.
+
+`validate` is the `main` of scripts/validate_fp8.py: a library imports no command, so the command hands it in.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sa3_trt_core import engines, targets
@@ -12,9 +15,10 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 
 PROMPTS = 8
+Validate = Callable[[list[str]], int]
 
 
-def validate_graph(reference: Path, candidate: Path, calibration: Path) -> Path:
+def validate_graph(reference: Path, candidate: Path, calibration: Path, validate: Validate) -> Path:
     """Compare two ONNX graphs on a calibration set's starts and rows; returns the folder, beside the candidate.
 
     With its decoder under the same root the sound is compared too, and there is a page to listen to. Raises GateError.
@@ -25,7 +29,7 @@ def validate_graph(reference: Path, candidate: Path, calibration: Path) -> Path:
     audible = resolve.local_onnx(root, targets.decoder_for(dit, "fp16mixed")) is not None
     line = ["--reference", str(reference), "--candidate", str(candidate), "--backend", "onnxruntime"]
     line += ["--calib", str(calibration), "--prompts", str(PROMPTS), "--out", str(out)]
-    _run([*line, *(["--onnx-root", str(root), "--html"] if audible else ["--no-audio"])])
+    _run(validate, [*line, *(["--onnx-root", str(root), "--html"] if audible else ["--no-audio"])])
     return out
 
 
@@ -38,8 +42,9 @@ def require_dits(chosen: Sequence[targets.Target]) -> list[targets.Target]:
 
 
 def validate_target(
-    target: targets.Target, backend: str, arches: Sequence[str], onnx_root: Path | None, models_dir: Path
-) -> Path:
+    target: targets.Target, backend: str, arches: Sequence[str], onnx_root: Path | None, models_dir: Path,
+    validate: Validate,
+) -> Path:  # fmt: skip
     """Compare a DiT that was compiled with the FP16-mixed one (that one with fp32); returns the report's folder.
 
     The engine is run where this machine's GPU is one of `arches`, the reference's too where it is built; else ONNX
@@ -59,12 +64,10 @@ def validate_target(
     line += ["--reference-backend", backend if both else "onnxruntime"]
     line += ["--candidate-backend", backend if built else "onnxruntime", "--out", str(out), "--html"]
     line += ["--backend", "auto" if built else "onnxruntime"]
-    _run([*line, *(["--onnx-root", str(onnx_root)] if onnx_root is not None else [])])
+    _run(validate, [*line, *(["--onnx-root", str(onnx_root)] if onnx_root is not None else [])])
     return out
 
 
-def _run(line: list[str]) -> None:
-    import validate_fp8
-
+def _run(validate: Validate, line: list[str]) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's own
-        validate_fp8.main(line)
+        validate(line)
