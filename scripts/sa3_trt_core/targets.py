@@ -95,21 +95,10 @@ def _dit(dit: str, precision: Precision) -> Target:
 
 
 def _same(  # one line a row in the table below
-    name: str, kind: str, onnx: tuple[str, ...], engine: str, precision: Precision, summary: str
-) -> Target:
-    ours = name.startswith("same-l-")
-    return Target(
-        name=name,
-        kind=kind,
-        onnx=onnx,
-        engine=engine,
-        groups=_FP32 if name.endswith("-fp32") else _USUAL,
-        precision=precision,
-        dit=None,
-        opt_in=False,
-        summary=summary,
-        produced_by=_EXPORT if ours else _NO_PRODUCER,
-    )
+    name: str, kind: str, onnx: tuple[str, ...], engine: str, precision: Precision, groups: tuple[str, ...],
+    summary: str, produced_by: str,
+) -> Target:  # fmt: skip
+    return Target(name, kind, onnx, engine, groups, precision, None, False, summary, produced_by)
 
 
 _EXPORT = "python build/export_onnx.py --model-dir DIR --onnx-root ROOT"
@@ -141,12 +130,13 @@ TARGETS: tuple[Target, ...] = (
         produced_by=_EXPORT,
     ),
     _same("same-s-encoder", "same-encoder", ("same-s/enc_dynamic_bf16.onnx",), "same-s/enc_dynamic_bf16", "fp32",
-          "audio encoder of the small models"),
-    _same("same-s-decoder", "same-decoder", _SAME_S, "same-s/dec_bf16", "fp32", "audio decoder of the small models"),
+          _USUAL, "audio encoder of the small models", _NO_PRODUCER),
+    _same("same-s-decoder", "same-decoder", _SAME_S, "same-s/dec_bf16", "fp32",
+          _USUAL, "audio decoder of the small models", _NO_PRODUCER),
     _same("same-l-encoder", "same-encoder", ("same-l/enc_fp32.onnx", "same-l/enc_dynamic_triton_swa.onnx"),
-          "same-l/enc_dynamic_triton_swa", "fp16mixed", "audio encoder of medium"),
+          "same-l/enc_dynamic_triton_swa", "fp16mixed", _USUAL, "audio encoder of medium", _EXPORT),
     _same("same-l-decoder", "same-decoder", ("same-l/dec_fp16.onnx", "same-l/dec_dynamic_triton_swa.onnx"),
-          "same-l/dec_fp16", "fp16mixed", "audio decoder of medium"),
+          "same-l/dec_fp16", "fp16mixed", _USUAL, "audio decoder of medium", _EXPORT),
     _dit("sm-music", "fp16mixed"),
     _dit("sm-sfx", "fp16mixed"),
     _dit("medium", "fp16mixed"),
@@ -154,9 +144,9 @@ TARGETS: tuple[Target, ...] = (
     _dit("sm-music", "fp32"),
     _dit("sm-sfx", "fp32"),
     _same("same-l-decoder-fp32", "same-decoder", ("same-l/dec_fp32.onnx",), "same-l/dec_fp32", "fp32",
-          "audio decoder of medium, fp32"),
+          _FP32, "audio decoder of medium, fp32", _EXPORT),
     _same("same-s-decoder-fp32", "same-decoder", _SAME_S, "same-s/dec_fp32", "fp32",
-          "audio decoder of the small models, fp32"),
+          _FP32, "audio decoder of the small models, fp32", _NO_PRODUCER),
     _dit("medium", "fp8"),
 )  # fmt: skip
 
