@@ -93,6 +93,25 @@ def test_a_dit_without_fp8_is_refused_in_words(dit: str) -> None:
     assert "--dit medium" in caught.value.hint
 
 
+def test_what_is_published_is_known_by_its_place() -> None:
+    """Every publishable target at its own place under a root; a file in a folder of another name is the first one."""
+    publishable = [target for target in targets.TARGETS if target.publishable]
+    assert [target.precision for target in publishable] == ["fp8"] * len(publishable) and publishable
+    for target in publishable:
+        assert targets.publishable_at(Path("/anywhere/root") / target.onnx[0]) is target
+    assert targets.publishable_at(Path("elsewhere/dit_fp8.onnx")) is publishable[0]
+
+
+def test_the_autoencoder_of_a_dit_is_in_its_row() -> None:
+    for name, dit in targets.MODELS.items():
+        assert targets.encoder_for(name).engine.startswith(f"{dit.autoencoder}/")
+        assert targets.decoder_for(name, "fp32").engine.startswith(f"{dit.autoencoder}/")
+        assert targets.dit_target(name, "fp16mixed").onnx[0].startswith(f"{dit.folder}/")
+    assert targets.find_dit("medium").reach == 12 and targets.find_dit("sm-music").reach is None
+    with pytest.raises(ToolError, match="unknown DiT 'larg'"):
+        targets.find_dit("larg")
+
+
 def test_engine_paths() -> None:
     fp8 = targets.find_target("sa3-m-fp8")
     assert BACKENDS["tensorrt"].engine_path(Path("models"), "sm_89", fp8) == Path("models/sm_89/sa3-m/dit_fp8.trt")
