@@ -16,7 +16,8 @@ from sa3_trt_core.batch import REMEMBERED, TOGETHER, Batch, Known, blocks
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import Closing, DiTVelocity
 from sa3_trt_core.errors import ToolError, ToolWarning
-from sa3_trt_core.model_loader import EngineSet, make_plan
+from sa3_trt_core.model_loader import EngineSet, Plan, make_plan
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request, batches, ring_groups
 from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity
 from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
@@ -85,9 +86,13 @@ class Generator(Closing):
         `free_models` opens nothing now and each engine when its stage begins, and closes it when that ends: the sounds
         are the same, the memory is that of the largest engine, and every call loads them again.
         """
-        plan = make_plan(
-            dit, precision, backend, onnx_root, models_dir, audio_input, revision, offline, chunk_frames
-        )  # fmt: skip
+        source = ModelSource.of(onnx_root, models_dir, revision, offline)
+        plan = make_plan(dit, precision, backend, source, audio_input, chunk_frames)
+        return cls.open(plan, free_models, on_engine)
+
+    @classmethod
+    def open(cls, plan: Plan, free_models: bool = False, on_engine: Tell | None = None) -> Self:
+        """Find and open the engines of a plan, as `load` does. Raises ToolError."""
         engines = EngineSet(plan)
         try:
             if not free_models:

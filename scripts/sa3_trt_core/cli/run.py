@@ -64,13 +64,7 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Te
 def _generator(job: Job, tell: Tell) -> Generator:
     from sa3_trt_core.pipeline import Generator
 
-    args = job.options
-    return Generator.load(
-        args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
-        audio_input=args.init_audio is not None, revision=args.revision, offline=args.offline,
-        chunk_frames=args.chunk_frames, free_models=args.free_models,
-        on_engine=tell,
-    )  # fmt: skip
+    return Generator.open(job.plan, job.options.free_models, tell)
 
 
 def _results(generator: Generator, job: Job, tell: Tell) -> Iterator[tuple[int, Result]]:

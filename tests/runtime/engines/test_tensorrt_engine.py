@@ -20,6 +20,7 @@ from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.engines import open_engine
 from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import find_target
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
@@ -103,7 +104,7 @@ def test_without_a_gpu_the_command_says_so(
     two_lines(run(sa3_trt.main, [*line, "--quiet"]), "tensorrt_rtx needs an NVIDIA GPU")
     assert listing(tmp_path) == {}
     with pytest.raises(ToolError, match="needs an NVIDIA GPU"):
-        open_engine(find_target("same-l-decoder"), "tensorrt_rtx", root, path.parents[2], path)
+        open_engine(find_target("same-l-decoder"), "tensorrt_rtx", ModelSource(root, path.parents[2]), path)
 
 
 @pytest.mark.parametrize(
