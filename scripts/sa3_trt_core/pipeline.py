@@ -155,7 +155,7 @@ class Generator(Closing):
         if self._frees:
             raise ToolError("a ring needs all models at once", "leave --depth away, or --free-models")
         velocity = self._velocity(Meter())
-        tell, groups = on_stage or _silent, ring_groups(requests, depth, velocity.most_rows)
+        tell, groups = on_stage or _silent, ring_groups(requests, depth, velocity.max_batch)
         known = Known()
         with ThreadPoolExecutor(max_workers=1) as decoder:
             for group in groups:

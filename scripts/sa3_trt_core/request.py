@@ -160,14 +160,14 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
     yield from sorted(found)
 
 
-def ring_groups(requests: Sequence[Request], depth: int, most_rows: int | None = None) -> list[list[int]]:
+def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None = None) -> list[list[int]]:
     """The requests' indices by valid latent frames, in order of each length's first: one forward has one length.
 
-    `most_rows` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
+    `max_batch` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
     would not fit.
     """
     guided = any(request.forward_rows > 1 for request in requests)
-    rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, most_rows or shapes.MAX_BATCH)
+    rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, max_batch or shapes.MAX_BATCH)
     if depth < 1 or rows > limit:
         pairs = " of guided requests, two rows each," if guided else ""
         most = limit // 2 if guided else limit

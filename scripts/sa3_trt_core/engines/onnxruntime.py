@@ -79,7 +79,7 @@ class OnnxRuntimeEngine(Closing):
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(self._outputs)
         first = next(iter(self._inputs.values())).shape if self._inputs else []
-        self.most_rows: int | None = first[0] if first and isinstance(first[0], int) else None
+        self.max_batch: int | None = first[0] if first and isinstance(first[0], int) else None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""

@@ -47,6 +47,7 @@ class TorchEngine(Closing):
         contract = CONTRACTS["dit"]
         self.input_names = tuple(spec.name for spec in contract.inputs)
         self.output_names = tuple(spec.name for spec in contract.outputs)
+        self.max_batch: int | None = None
         self._path = path
         os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(path)))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
