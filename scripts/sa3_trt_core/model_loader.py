@@ -14,7 +14,7 @@ from sa3_trt_core import engines, gpu, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.tiling import require_chunk
 from sa3_trt_core.engines.base import Closing, place_of
-from sa3_trt_core.errors import ToolError, ToolWarning
+from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.text import Tokenizer
@@ -54,7 +54,9 @@ def make_plan(
     """Decide everything that needs no file to be opened. Raises ToolError."""
     if targets.find_dit(dit).reach is None:
         if chunk_frames:
-            raise ToolError(f"how far the autoencoder of {dit} looks is not known", "leave --chunk-frames away, or 0")
+            raise InvalidRequest(
+                f"how far the autoencoder of {dit} looks is not known", "leave `chunk_frames` away, or 0"
+            )
         chunk_frames = 0
     require_chunk(chunk_frames or 0)
     chosen = {
@@ -113,8 +115,10 @@ class EngineSet(Closing):
             self._source(stage)
         self.tokenizer = Tokenizer(tokenizer)
 
-    def load(self, on_engine: Callable[[str], None] | None = None) -> None:
-        """Open the engines of the plan's stages, all at once; `on_engine(name)` is called after each. Raises ToolError.
+    def load(self, on_engine: Callable[[str, int, int], None] | None = None) -> None:
+        """Open the engines of the plan's stages, all at once. Raises ToolError.
+
+        `on_engine(engine, index from 1, total)` is called after each.
 
         Reading and deserialising release Python's lock. What is open when another one fails is closed with the rest.
         """
@@ -132,7 +136,8 @@ class EngineSet(Closing):
                     failed[stage] = error
                     continue
                 if on_engine is not None:
-                    on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+                    name = f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})"
+                    on_engine(name, len(places), len(missing))
         for stage in missing:
             if stage in failed:
                 raise failed[stage]

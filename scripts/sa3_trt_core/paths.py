@@ -31,7 +31,7 @@ def onnx_root_from(value: str | Path | None) -> Path | None:
         return None
     root = Path(chosen)
     if not root.is_dir():
-        source = "--onnx-root" if value else f"${ONNX_ROOT_VARIABLE}"
+        source = "`onnx_root`" if value else f"${ONNX_ROOT_VARIABLE}"
         raise ToolError(f"no such ONNX folder: {root}", f"set {source} to a folder with sa3-m/ and t5gemma/ in it")
     return root
 

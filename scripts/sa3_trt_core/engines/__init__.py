@@ -75,7 +75,7 @@ def source_path(target: Target, backend: str, source: ModelSource) -> Path:
         return resolve.resolve_onnx(target, source)
     arch = record.arch_here()
     if arch is None:
-        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", f"choose --backend {DIRECT.name}")
+        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", f"choose `backend={DIRECT.name}`")
     path = record.engine_path(source.models_dir, arch, target)
     if not path.is_file():
         raise ToolError(f"no engine {path}", f"build it: {record.rebuild_command(target.name, arch)}")

@@ -137,7 +137,7 @@ def _refusal(path: Path, text: str) -> ToolError:
     if PLUG_IN in text:
         return ToolError(
             f"{path} holds the plug-in op {PLUG_IN}, which ONNX Runtime does not have",
-            f"make plain operators of it in a folder of your own and give that as --onnx-root ROOT: "
+            f"make plain operators of it in a folder of your own and give that as `onnx_root=ROOT`: "
             f"python build/lower_attention.py --input {path} --onnx ROOT/{path.parent.name}/{path.name}",
         )
     if "is not a registered function/op" in text:

@@ -39,9 +39,9 @@ class TensorRtEngine(Closing):
         self._rebuild = rebuild or REBUILD.format(backend=backend, arch=arch or "ARCH")
         module = gpu.tensorrt_module(backend)
         if module is None:
-            raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another --backend")
+            raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another `backend`")
         if arch is None:
-            raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
+            raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose `backend=onnxruntime`")
         require_version(backend, str(module.__version__))
         require_ours(path, backend, str(module.__version__), arch, self._rebuild, onnx)
         _require_cuda_torch()
@@ -87,7 +87,7 @@ class TensorRtEngine(Closing):
             self._bound.clear()
             raise ToolError(
                 f"{self._path}: the GPU has no memory left for this length and number of rows",
-                "ask for fewer --seconds, a smaller --batch or --depth, or --free-models",
+                "ask for fewer `seconds`, a smaller `batch` or `depth`, or `free_models`",
             ) from None
 
     def _bound_to(self, inputs: Mapping[str, Tensor]) -> BoundContext:
@@ -136,7 +136,7 @@ def _require_cuda_torch() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose --backend onnxruntime")
+        raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose `backend=onnxruntime`")
 
 
 def open_tensorrt(backend: str, path: Path, target: Target, rebuild: str, onnx: Path | None) -> TensorRtEngine:

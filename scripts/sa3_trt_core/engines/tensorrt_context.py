@@ -52,7 +52,7 @@ class BoundContext:
         """
         context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise ToolError(f"no GPU memory for {label}", "free GPU memory, or ask for fewer --seconds")
+            raise ToolError(f"no GPU memory for {label}", "free GPU memory, or ask for fewer `seconds`")
         self._context: trt.IExecutionContext = context
         self._stream, self._label = stream, label
         # Made anew, not like the inputs: those may lie in memory in another order than TensorRT reads.
@@ -128,7 +128,7 @@ class BoundContext:
     def enqueue(self) -> None:
         """Start one run on the context's stream, on what lies in its inputs. Raises ToolError."""
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise ToolError(f"{self._label}: the GPU could not run it", "free GPU memory, or ask for fewer --seconds")
+            raise ToolError(f"{self._label}: the GPU could not run it", "free GPU memory, or ask for fewer `seconds`")
 
     def _place(self, name: str, buffer: Tensor) -> None:
         if not self._context.set_tensor_address(name, buffer.data_ptr()):

@@ -55,7 +55,7 @@ def resolve_onnx(target: Target, source: ModelSource) -> Path:
     if path is None:
         raise ToolError(
             f"{target.onnx[0]} is not published yet in {HUB_REPOSITORY}",
-            f"make it: {target.produced_by}; then give --onnx-root ROOT",
+            f"make it: {target.produced_by}; then give `onnx_root=ROOT`",
         )
     commit = download.commit_of(path)
     folder = next(name for name in names if path.as_posix().endswith(name)).rpartition("/")[0]
@@ -63,7 +63,7 @@ def resolve_onnx(target: Target, source: ModelSource) -> Path:
         if _find(HUB_REPOSITORY, [f"{folder}/{sidecar}"], commit or target.revision, None, offline) is None:
             raise ToolError(
                 f"{sidecar} of {target.name} is not published, only the graph that needs it",
-                f"make both: {target.produced_by}; then give --onnx-root ROOT",
+                f"make both: {target.produced_by}; then give `onnx_root=ROOT`",
             )
     return path
 
@@ -95,7 +95,7 @@ def resolve_tokenizer(source: ModelSource) -> Path:
         pinned = (download.commit_of(found[0]) if found else None) or HUB_REVISION
         path = _find(CHECKPOINT_REPOSITORY, [file], pinned, None, source.offline)
         if path is None:
-            raise ToolError(f"{CHECKPOINT_REPOSITORY} has no {file}", "give --onnx-root ROOT with t5gemma/ in it")
+            raise ToolError(f"{CHECKPOINT_REPOSITORY} has no {file}", "give `onnx_root=ROOT` with t5gemma/ in it")
         found.append(path)
     return found[0]
 
@@ -104,7 +104,7 @@ def _find(repository: str, names: list[str], pinned: str, given: str | None, off
     """The first of the names that is in the cache, else the first that the hub has; None if it has none of them."""
     revision = given or pinned
     moves = given is not None and download.COMMIT.fullmatch(given) is None
-    off = "--offline" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None
+    off = "`offline`" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None
     if off or not moves:
         for name in names:
             path = download.cached(repository, name, revision)

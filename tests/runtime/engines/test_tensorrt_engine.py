@@ -175,7 +175,7 @@ def test_engines_that_load_beside_one_that_fails_are_closed(tiny_onnx: Path, tmp
         proto = onnx.load(onnx_of(root, name), load_external_data=False)
         proto.graph.node[0].op_type = "Unheard"
         onnx.save(proto, onnx_of(root, name))
-    opened: list[str] = []
+    opened: list[tuple[str, int, int]] = []
     with pytest.raises(ToolError, match=r"encoder\.onnx"):
-        Generator.load(backend="onnxruntime", onnx_root=root, on_engine=opened.append)
-    assert opened == ["sa3-m (onnxruntime)"]
+        Generator.load(backend="onnxruntime", onnx_root=root, on_engine=lambda *step: opened.append(step))
+    assert opened == [("sa3-m (onnxruntime)", 1, 3)]
