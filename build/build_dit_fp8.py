@@ -115,9 +115,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.keep_intermediates:
             print(f"intermediate graphs: {recipe.work}")
     if args.validate:
+        import validate_fp8
+
         from sa3_build.recipes.validation import validate_graph
 
-        print(f"validated: {validate_graph(args.input, args.onnx, args.calib)}")
+        print(f"validated: {validate_graph(validate_fp8.main, args.input, args.onnx, args.calib)}")
     if args.engine is not None and arch is not None:
         from sa3_build.engines.tensorrt import compile_engine
         from sa3_trt_core.targets import publishable_at

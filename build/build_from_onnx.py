@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         return _show_plan(plan, backend, place.onnx_root, args.json)
 
+    import validate_fp8
+
     from sa3_build.engines import build
     from sa3_build.recipes import validation
 
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(documents, indent=2) if args.json else build.summary(outcomes))
     build.require_all(outcomes)
     for target in dits:
-        out = validation.validate_target(target, backend, arches, place.onnx_root, place.models_dir)
+        out = validation.validate_target(validate_fp8.main, target, backend, arches, place)
         print(f"{target.name} validated: {out}", file=sys.stderr)
     return 0
 

@@ -127,6 +127,7 @@ def _write(args: argparse.Namespace, document: dict[str, Any], verdicts: Sequenc
 
 def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
     """Texts or rows, generations and sounds, with one engine open at a time."""
+    import reprompt
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
     from sa3_trt_core.hub import resolve
     from sa3_trt_core.text import Tokenizer
@@ -140,7 +141,7 @@ def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
         found = study.run(starts, cases.calibration_rows(calibration, args.rows))
     else:
         default = None if args.prompts_file else DEFAULT_PROMPTS
-        prompts = cases.prompts_of(args.prompts or default, args.prompts_file)
+        prompts = cases.prompts_of(args.prompts or default, args.prompts_file, reprompt.calibration_prompts())
         wanted = cases.Wanted(prompts, args.seeds, args.seed, args.seconds)
         target, backend, path = _other(targets.find_target(targets.TEXT_ENCODER), args, place)
         tokenizer = Tokenizer(resolve.resolve_tokenizer(place.source))
