@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import onnx_ir as ir
 
-from sa3_build.graph.shape_rules import whole
+from sa3_build.graph.shape_rules import Numbers, whole
 from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, product, quotient
 
-if TYPE_CHECKING:
-    from sa3_build.graph.shape_inference import Shapes
+
+class Shapes(Protocol):
+    """What is known of a graph's values so far: shape_inference.Shapes."""
+
+    def shape(self, value: ir.Value | None) -> Shape | None: ...
+    def numbers(self, value: ir.Value | None) -> Numbers | None: ...
 
 
 def broadcast_all(shapes: Sequence[Shape | None]) -> Shape:
