@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from sa3_build.recipes.validation import validate_graph
 
-        print(f"validated: {validate_graph(args.input, args.onnx, args.calib, validate_fp8.main)}")
+        print(f"validated: {validate_graph(validate_fp8.main, args.input, args.onnx, args.calib)}")
     if args.engine is not None and arch is not None:
         from sa3_build.engines.tensorrt import compile_engine
         from sa3_trt_core.targets import publishable_at

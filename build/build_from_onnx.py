@@ -56,23 +56,22 @@ def main(argv: list[str] | None = None) -> int:
     chosen = targets.expand(args.names)
     backend = args.backend or engines.default_build().name
     arches = _arches(args.arch, backend, args.dry_run)
-    onnx_root = paths.onnx_root_from(args.onnx_root)
-    models_dir = args.models_dir or paths.default_models_dir()
+    place = paths.ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
     plan = [
-        (target, arch, engines.BACKENDS[backend].engine_path(models_dir, arch, target))
+        (target, arch, engines.BACKENDS[backend].engine_path(place.models_dir, arch, target))
         for target in chosen
         for arch in arches
     ]
     if args.dry_run:
-        return _show_plan(plan, backend, onnx_root, args.json)
+        return _show_plan(plan, backend, place.onnx_root, args.json)
+
+    import validate_fp8
 
     from sa3_build.engines import build
     from sa3_build.recipes import validation
 
     dits = validation.require_dits(chosen) if args.validate else []
-    options = build.Options(
-        backend, onnx_root, args.revision, args.offline, args.force, args.best_of, args.engine_report, args.prebuilt
-    )
+    options = build.Options(backend, place, args.force, args.best_of, args.engine_report, args.prebuilt)
     jobs = [build.Job(*one) for one in plan]
     build.require_possible(jobs, options)
     outcomes = build.build_all(jobs, options)
@@ -80,9 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     print(json.dumps(documents, indent=2) if args.json else build.summary(outcomes))
     build.require_all(outcomes)
     for target in dits:
-        import validate_fp8
-
-        out = validation.validate_target(target, backend, arches, onnx_root, models_dir, validate_fp8.main)
+        out = validation.validate_target(validate_fp8.main, target, backend, arches, place)
         print(f"{target.name} validated: {out}", file=sys.stderr)
     return 0
 

@@ -82,7 +82,7 @@ def _engines(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
     from sa3_trt_core import paths
     from sa3_validation.models import Place
 
-    place = Place(args.dit, paths.onnx_root_from(args.onnx_root), args.models_dir or paths.default_models_dir())
+    place = Place(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
     sides = engine_runs.find_engines(args.engines, place)
     with ExitStack() as stack:
         return results.run(engine_runs.contest_of(sides, stack), shapes, args.repeats, args.out)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sa3_trt_core.audio import reader
 from sa3_trt_core.cli import report
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for path, start in dict.fromkeys((r.init_audio, r.init_start) for r in job.requests if r.init_audio is not None):
+    sounds = [(r.sound, r.init_start) for r in job.requests]
+    for path, start in dict.fromkeys((path, start) for path, start in sounds if isinstance(path, Path)):
         reader.check_input(path, start)
     totals = produce_on(several, job) if several else produce(job)
     report.show_result(job.plan, job.requests, job.outs, totals, args.save_latents, args.json)

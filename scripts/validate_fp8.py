@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_validation.study import Study
 
     limits = gates.read_gates(args.gate)
-    place = Place(args.dit, paths.onnx_root_from(args.onnx_root), args.models_dir or paths.default_models_dir())
+    place = Place(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
     reference = find_side(args.reference, args.reference_backend or args.backend, place)
     candidate = find_side(args.candidate, args.candidate_backend or args.backend, place)
     study = Study(reference, candidate, control_side(reference, place), args.steps, args.extra)
@@ -127,6 +127,7 @@ def _write(args: argparse.Namespace, document: dict[str, Any], verdicts: Sequenc
 
 def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
     """Texts or rows, generations and sounds, with one engine open at a time."""
+    import reprompt
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
     from sa3_trt_core.hub import resolve
     from sa3_trt_core.text import Tokenizer
@@ -140,16 +141,16 @@ def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
         found = study.run(starts, cases.calibration_rows(calibration, args.rows))
     else:
         default = None if args.prompts_file else DEFAULT_PROMPTS
-        prompts = cases.prompts_of(args.prompts or default, args.prompts_file)
+        prompts = cases.prompts_of(args.prompts or default, args.prompts_file, reprompt.calibration_prompts())
         wanted = cases.Wanted(prompts, args.seeds, args.seed, args.seconds)
         target, backend, path = _other(targets.find_target(targets.TEXT_ENCODER), args, place)
-        tokenizer = Tokenizer(resolve.resolve_tokenizer(place.onnx_root))
-        with engines.open_engine(target, backend, None, place.models_dir, path) as encoder:
+        tokenizer = Tokenizer(resolve.resolve_tokenizer(place.source))
+        with engines.open_engine(target, backend, place.source, path) as encoder:
             texts = cases.text_cases(wanted, encoder, tokenizer)
         found = study.run(texts, [])
     if decoder is not None:
         target, backend, path = decoder
-        with engines.open_engine(target, backend, None, place.models_dir, path) as engine:
+        with engines.open_engine(target, backend, place.source, path) as engine:
             study.decode(engine, found)
     return found
 
@@ -157,8 +158,8 @@ def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
 def _other(target: targets.Target, args: argparse.Namespace, place: Place) -> tuple[targets.Target, str, Path]:
     """A text encoder or decoder: with the backend asked for where it has one, and where its file lies."""
     wanted = engines.AUTO if args.backend in engines.BUILT else args.backend
-    backend = engines.pick_backend(wanted, target, place.models_dir)
-    return target, backend, engines.source_path(target, backend, place.onnx_root, place.models_dir)
+    backend = engines.pick_backend(wanted, target, place.source.models_dir)
+    return target, backend, engines.source_path(target, backend, place.source)
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sa3_trt_core.console import Progress
 from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.sampling import inpainting
 from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sa3_validation import spectra
@@ -224,8 +225,9 @@ def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict
 
 def rollout_graphs(onnx_root: Path) -> list[Path]:
     """The fp32 and the FP16-mixed DiT under a root. Raises ToolError when one is absent."""
+    source = ModelSource.of(onnx_root)
     return [
-        resolve.resolve_onnx(targets.dit_target("medium", precision), onnx_root) for precision in ("fp32", "fp16mixed")
+        resolve.resolve_onnx(targets.dit_target("medium", precision), source) for precision in ("fp32", "fp16mixed")
     ]
 
 

@@ -2,10 +2,12 @@
 
     from sa3_trt_core import Generator, Request
 
-    with Generator.load(dit="medium", precision="fp8") as generator:
+    with Generator.load("medium", precision="fp8") as generator:
         result = generator.generate(Request("slow piano, 70 BPM", seconds=54, seed=1))
+        result.save("piano.wav")
 
-`result.audio` is fp32 (samples, 2) at 44.1 kHz. Importing this package alone loads nothing else.
+`result.audio` is fp32 (samples, 2) at `result.sample_rate`, `result.waveform` the same as (2, samples). A mistake that
+its user can mend is a ToolError. Importing this package alone loads nothing else.
 """
 
 from __future__ import annotations
@@ -16,12 +18,16 @@ from typing import TYPE_CHECKING
 from sa3_trt_core.version import __version__
 
 if TYPE_CHECKING:
-    from sa3_trt_core.pipeline import Generator, Result
+    from sa3_trt_core.errors import GateError, ToolError
+    from sa3_trt_core.pipeline import Generator
     from sa3_trt_core.request import Request
+    from sa3_trt_core.result import Result
 
-__all__ = ["Generator", "Request", "Result", "__version__"]
+__all__ = ["GateError", "Generator", "Request", "Result", "ToolError", "__version__"]
 
-_HOMES = {"Generator": "pipeline", "Result": "pipeline", "Request": "request"}
+_HOMES = {
+    "GateError": "errors", "Generator": "pipeline", "Request": "request", "Result": "result", "ToolError": "errors"
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

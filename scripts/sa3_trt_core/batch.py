@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sa3_trt_core.audio.waveform import Waveform
 from sa3_trt_core.request import Request
 from sa3_trt_core.sampling.inputs import Features
 from sa3_trt_core.stage_timer import Meter
@@ -34,7 +35,7 @@ class Known:
 
     def __init__(self) -> None:
         self.texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.sounds: dict[tuple[Path, float, int], Tensor] = {}
+        self.sounds: dict[tuple[Path | Waveform, float, int], Tensor] = {}
 
     def forget(self, most: int) -> None:
         """Keep the latest `most` of each."""

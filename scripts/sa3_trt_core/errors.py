@@ -25,8 +25,15 @@ class ToolError(Exception):
         return type(self), (self.message, self.hint, self.exit_code)
 
     def lines(self) -> str:
-        """The two lines, each free of newlines so that they stay two whatever a library put into the message."""
-        return f"error: {_one_line(self.message)}\n  hint: {_one_line(self.hint)}"
+        """The two lines, each free of newlines so that they stay two whatever a library put into the message.
+
+        Arguments that a message names are the flags of the command line here.
+        """
+        return as_flags(f"error: {_one_line(self.message)}\n  hint: {_one_line(self.hint)}")
+
+
+class InvalidRequest(ToolError, ValueError):
+    """A wrong argument of the Python interface; its message names the argument."""
 
 
 class ToolWarning(UserWarning):
@@ -42,6 +49,20 @@ class GateError(ToolError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.message, self.hint, self.report)
+
+
+_ARGUMENT = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+_FLAGS = {"inpaint": "inpaint-range"}  # that are spelt differently
+
+
+def as_flags(text: str) -> str:
+    """Return a message whose arguments, `name` or `name=value`, are flags of the command line: --name value."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return f"--{_FLAGS.get(name, name.replace('_', '-'))}{f' {value}' if value else ''}"
+
+    return _ARGUMENT.sub(flag, text)
 
 
 def _one_line(text: str) -> str:
@@ -61,7 +82,7 @@ _AMOUNT = re.compile(
     r"(?:allocate|requested buffer of size|allocation of|mmap|requested bytes of)[: ]+([\d.]+ ?(?:[KMGT]?i?B\b)?)",
     re.IGNORECASE,
 )
-_LESS = "free some, or ask for less: a shorter length, fewer rows at a time, --free-models or --chunk-frames 64"
+_LESS = "free some, or ask for less: a shorter length, fewer rows at a time, `free_models` or `chunk_frames=64`"
 
 
 def as_tool_error(error: BaseException) -> ToolError | None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core import engines, gpu, paths, targets
+from sa3_trt_core import engines, gpu, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.tiling import require_chunk
 from sa3_trt_core.engines.base import Closing, place_of
-from sa3_trt_core.errors import ToolError, ToolWarning
+from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,22 +39,24 @@ class Plan:
     backends: Mapping[str, str]
     stages: tuple[str, ...]
     precision: str
-    onnx_root: Path | None
-    models_dir: Path
-    revision: str | None = None  # of the hub, instead of the pinned one
-    offline: bool = False  # the hub's cache only
+    source: ModelSource
     chunk_frames: int | None = None
 
 
 def make_plan(
-    dit: str, precision: str, backend: str = "auto", onnx_root: str | Path | None = None,
-    models_dir: str | Path | None = None, audio_input: bool = False, revision: str | None = None, offline: bool = False,
+    dit: str,
+    precision: str,
+    backend: str = engines.AUTO,
+    source: ModelSource | None = None,
+    audio_input: bool = False,
     chunk_frames: int | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Decide everything that needs no file to be opened. Raises ToolError."""
     if targets.find_dit(dit).reach is None:
         if chunk_frames:
-            raise ToolError(f"how far the autoencoder of {dit} looks is not known", "leave --chunk-frames away, or 0")
+            raise InvalidRequest(
+                f"how far the autoencoder of {dit} looks is not known", "leave `chunk_frames` away, or 0"
+            )
         chunk_frames = 0
     require_chunk(chunk_frames or 0)
     chosen = {
@@ -62,27 +65,25 @@ def make_plan(
         "dit": targets.dit_target(dit, precision),
         "decoder": targets.decoder_for(dit, precision),
     }
-    folder = Path(models_dir) if models_dir is not None else paths.default_models_dir()
+    place = source or ModelSource.of()
     return Plan(
         targets=chosen,
-        backends={stage: engines.pick_backend(backend, target, folder) for stage, target in chosen.items()},
+        backends={stage: engines.pick_backend(backend, target, place.models_dir) for stage, target in chosen.items()},
         stages=tuple(stage for stage in chosen if audio_input or stage != "encode"),
         precision=precision,
-        onnx_root=paths.onnx_root_from(onnx_root),
-        models_dir=folder,
-        revision=revision,
-        offline=offline,
+        source=place,
         chunk_frames=chunk_frames,
     )
 
 
 def build_command(plan: Plan, arch: str) -> str | None:
     """The one command that builds every engine of a plan that is missing for an architecture; None when none is."""
+    models = plan.source.models_dir
     for name, backend in engines.BUILT.items():
         wanted = [plan.targets[stage] for stage in plan.stages if plan.backends[stage] == name]
-        missing = [t.name for t in wanted if not backend.engine_path(plan.models_dir, arch, t).is_file()]
+        missing = [t.name for t in wanted if not backend.engine_path(models, arch, t).is_file()]
         if missing:
-            return f"{backend.rebuild_command(' '.join(missing), arch)} --models-dir {plan.models_dir}"
+            return f"{backend.rebuild_command(' '.join(missing), arch)} --models-dir {models}"
     return None
 
 
@@ -102,18 +103,22 @@ class EngineSet(Closing):
         arch = gpu.current_arch()
         command = build_command(plan, arch) if arch is not None else None
         if command is not None:
-            raise ToolError(f"{plan.models_dir} has not all engines that are asked for", f"build them: {command}")
+            raise ToolError(
+                f"{plan.source.models_dir} has not all engines that are asked for", f"build them: {command}"
+            )
         # An opt-in file may not be published: that is told first. The small tokenizer, behind a licence, comes next.
         opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
         for stage in opt_in:
             self._source(stage)
-        tokenizer = resolve.resolve_tokenizer(plan.onnx_root, plan.offline)
+        tokenizer = resolve.resolve_tokenizer(plan.source)
         for stage in plan.stages:
             self._source(stage)
         self.tokenizer = Tokenizer(tokenizer)
 
-    def load(self, on_engine: Callable[[str], None] | None = None) -> None:
-        """Open the engines of the plan's stages, all at once; `on_engine(name)` is called after each. Raises ToolError.
+    def load(self, on_engine: Callable[[str, int, int], None] | None = None) -> None:
+        """Open the engines of the plan's stages, all at once. Raises ToolError.
+
+        `on_engine(engine, index from 1, total)` is called after each.
 
         Reading and deserialising release Python's lock. What is open when another one fails is closed with the rest.
         """
@@ -131,7 +136,8 @@ class EngineSet(Closing):
                     failed[stage] = error
                     continue
                 if on_engine is not None:
-                    on_engine(f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})")
+                    name = f"{self.plan.targets[stage].name} ({self.plan.backends[stage]})"
+                    on_engine(name, len(places), len(missing))
         for stage in missing:
             if stage in failed:
                 raise failed[stage]
@@ -175,8 +181,7 @@ class EngineSet(Closing):
 
     def _opened(self, stage: str) -> GraphEngine:
         target, backend = self.plan.targets[stage], self.plan.backends[stage]
-        source = self._source(stage)
-        return engines.open_engine(target, backend, self.plan.onnx_root, self.plan.models_dir, source)
+        return engines.open_engine(target, backend, self.plan.source, self._source(stage))
 
     def _note_places(self, places: Mapping[str, tuple[str, str]]) -> None:
         """Keep the device of stages that were opened; warn once of those that run on the CPU beside a GPU, and why."""
@@ -192,7 +197,5 @@ class EngineSet(Closing):
     def _source(self, stage: str) -> Path:
         if stage not in self._sources:
             plan = self.plan
-            self._sources[stage] = engines.source_path(
-                plan.targets[stage], plan.backends[stage], plan.onnx_root, plan.models_dir, plan.revision, plan.offline
-            )
+            self._sources[stage] = engines.source_path(plan.targets[stage], plan.backends[stage], plan.source)
         return self._sources[stage]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from sa3_trt_core.errors import ToolError
 
@@ -29,9 +31,34 @@ def onnx_root_from(value: str | Path | None) -> Path | None:
         return None
     root = Path(chosen)
     if not root.is_dir():
-        source = "--onnx-root" if value else f"${ONNX_ROOT_VARIABLE}"
+        source = "`onnx_root`" if value else f"${ONNX_ROOT_VARIABLE}"
         raise ToolError(f"no such ONNX folder: {root}", f"set {source} to a folder with sa3-m/ and t5gemma/ in it")
     return root
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files come from: a folder of ONNX files (None: the hub) and a folder of engines.
+
+    `revision` is a commit or branch of the hub, instead of the pinned one; `offline` takes the hub's cache only.
+    """
+
+    onnx_root: Path | None = None
+    models_dir: Path = field(default_factory=default_models_dir)
+    revision: str | None = None
+    offline: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        onnx_root: str | Path | None = None,
+        models_dir: str | Path | None = None,
+        revision: str | None = None,
+        offline: bool = False,
+    ) -> Self:
+        """The source of what a user gives; folders that are left out come from the environment. Raises ToolError."""
+        folder = default_models_dir() if models_dir is None else Path(models_dir)
+        return cls(onnx_root_from(onnx_root), folder, revision, offline)
 
 
 def parse_arches(text: str) -> list[str]:

@@ -6,9 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sa3_trt_core import shapes
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.audio.waveform import Waveform, as_waveform
+from sa3_trt_core.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_STEPS = 1000
 SCHEDULE_ORDERS = ("warp-then-scale", "scale-then-warp")  # of noise levels below 1: sampling/schedule.py
@@ -22,17 +27,33 @@ MOST_PADDING = 60.0  # seconds; the model's own interface offers 30
 
 @dataclass(frozen=True)
 class Request:
-    """One sound. Raises ToolError for settings that contradict each other or lie outside their range.
+    """One sound to generate.
 
-    `prompt` may be empty; `seconds` is the length; `steps` of the sampler; `seed` of all noise. `cfg` 1 is no guidance
-    and one row a forward; anything else is two. `negative_prompt` takes the place of the null row. `apg` 0 to 1 is how
-    much of the guidance along the sound itself is taken away (None: all of it, the model's own default).
-    `init_audio` is any sound file, read from `init_start` seconds on: with `init_noise_level` (0.01 to 1) it is varied
-    (audio to audio), with `inpaint`, ranges (start, end) in seconds, it is kept outside of them; both may be given.
-    `paste_kept` puts the kept latent back after every step, as the published runtime does and the model's own code
-    does not. `duration_padding` is the seconds that are generated after the end and thrown away. `schedule_order` is
-    the order of warp and scale where `init_noise_level` is below 1 (sampling schedule). `legacy_schedule` takes the
-    published TensorRT runtime's noise levels and length rule, which has no padding.
+    Args:
+        prompt: what to generate; may be empty.
+        seconds: length in seconds, 0.5 to about 380 (default 30).
+        steps: sampler steps, 1 to 1000 (default 8); diffusers' num_inference_steps.
+        seed: of all noise, 0 to 2**63 - 1 (default 0); one seed is one sound, on every machine and at every batch size.
+        negative_prompt: text to lead away from instead of the null row; needs `cfg` other than 1 (default None).
+        cfg: scale of classifier-free guidance, 0 to 100 (default 1: none, one row a forward instead of two);
+            diffusers' guidance_scale.
+        apg: share of the guidance along the sound itself that is taken away, 0 to 1 (default None: all of it, the
+            model's own default); needs `cfg` other than 1.
+        init_audio: sound to start from (default None): the path of a sound file, or (tensor, sample_rate) with floating
+            samples (2, N), (1, N) or (N,) within full scale, and Hz.
+        init_start: where to begin in `init_audio`, in seconds (default 0).
+        init_noise_level: first noise level of audio to audio, 0.01 to 1: the more, the freer (default None: 1).
+        inpaint: ranges (start, end) in seconds that are made anew; outside of them `init_audio` is kept (default none).
+        paste_kept: put the kept latent back after every step, as the published runtime does and the model's own code
+            does not (default False).
+        legacy_schedule: noise levels and length rule of the published TensorRT runtime, which has no padding (default
+            False).
+        duration_padding: seconds that are generated after the end and thrown away, 0 to 60 (default 6).
+        schedule_order: order of warp and scale where `init_noise_level` is below 1: "warp-then-scale" (default) or
+            "scale-then-warp".
+
+    Raises:
+        InvalidRequest: arguments that contradict each other or lie outside their range.
     """
 
     prompt: str
@@ -42,7 +63,7 @@ class Request:
     negative_prompt: str | None = None
     cfg: float = 1.0
     apg: float | None = None
-    init_audio: Path | None = None
+    init_audio: str | Path | Waveform | tuple[Tensor, int] | None = None
     init_start: float = 0.0
     init_noise_level: float | None = None
     inpaint: tuple[tuple[float, float], ...] = ()
@@ -52,6 +73,7 @@ class Request:
     schedule_order: str = SCHEDULE_ORDERS[0]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "init_audio", _sound(self.init_audio))
         require_text(self.prompt, "the prompt")
         if self.negative_prompt is not None:
             require_text(self.negative_prompt, "the negative prompt")
@@ -61,16 +83,24 @@ class Request:
         _require_range("cfg", self.cfg, 0.0, MOST_CFG)
         _require_range("duration_padding", self.duration_padding, 0.0, MOST_PADDING)
         if self.schedule_order not in SCHEDULE_ORDERS:
-            raise ToolError(f"unknown schedule order {self.schedule_order!r}", f"known: {', '.join(SCHEDULE_ORDERS)}")
+            raise InvalidRequest(
+                f"unknown `schedule_order` {self.schedule_order!r}", f"known: {', '.join(SCHEDULE_ORDERS)}"
+            )
         if self.cfg == 1.0 and self.negative_prompt is not None:
-            raise ToolError("a negative prompt does nothing at cfg 1", "add --cfg, for example --cfg 3")
+            raise InvalidRequest("`negative_prompt` does nothing at cfg 1", "add `cfg`, for example `cfg=3`")
         if self.cfg == 1.0 and self.apg is not None:
-            raise ToolError("apg does nothing at cfg 1", "add --cfg, for example --cfg 3")
+            raise InvalidRequest("`apg` does nothing at cfg 1", "add `cfg`, for example `cfg=3`")
         if self.apg is not None:
             _require_range("apg", self.apg, 0.0, FULL_APG)
         self._check_init()
         for start, end in self.inpaint:
             self._check_inpaint_range(start, end)
+
+    @property
+    def sound(self) -> Path | Waveform | None:
+        """The sound to start from."""
+        assert self.init_audio is None or isinstance(self.init_audio, Path | Waveform)
+        return self.init_audio
 
     @property
     def mode(self) -> str:
@@ -114,30 +144,30 @@ class Request:
     def _check_init(self) -> None:
         level = self.init_noise_level
         if self.init_audio is None:
-            given = {"an in-painting range": self.inpaint, "init_start": self.init_start, "paste_kept": self.paste_kept}
+            given = {"inpaint": self.inpaint, "init_start": self.init_start, "paste_kept": self.paste_kept}
             for name, value in {**given, "init_noise_level": level is not None}.items():
                 if value:
-                    raise ToolError(f"{name} needs a sound to start from", "add --init-audio FILE")
+                    raise InvalidRequest(f"`{name}` needs a sound to start from", "add `init_audio`")
             return
         if level is None and not self.inpaint:
-            raise ToolError(
-                "an init audio alone says nothing of what to do with it",
-                "add --init-noise-level (0.01 to 1: the more, the freer) or --inpaint-range A,B",
+            raise InvalidRequest(
+                "`init_audio` alone says nothing of what to do with it",
+                "add `init_noise_level` (0.01 to 1: the more, the freer) or `inpaint` (ranges in seconds)",
             )
         if level is not None:
             _require_range("init_noise_level", level, LEAST_NOISE, 1.0)
         if self.paste_kept and not self.inpaint:
-            raise ToolError("paste_kept is for in-painting", "add --inpaint-range A,B")
+            raise InvalidRequest("`paste_kept` is for in-painting", "add `inpaint` (ranges in seconds)")
         _require_range("init_start", self.init_start, 0.0, math.inf)
 
     def _check_inpaint_range(self, start: float, end: float) -> None:
         if not (0.0 <= start < end <= self.seconds):
-            raise ToolError(
+            raise InvalidRequest(
                 f"the in-painting range {start:g},{end:g} is not inside 0 to {self.seconds:g} seconds",
-                "give A,B with 0 <= A < B <= --seconds",
+                "give a start before the end, and an end within `seconds`",
             )
         if shapes.frames_before(start) == shapes.frames_before(end):  # sampling/inpainting.py
-            raise ToolError(
+            raise InvalidRequest(
                 f"the in-painting range {start:g},{end:g} holds the beginning of no latent frame",
                 f"a frame is {shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE:.3f} s",
             )
@@ -154,25 +184,25 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
         if batch < 1 or rows > shapes.MAX_BATCH:
             most = shapes.MAX_BATCH // request.forward_rows
             guided = " of guided requests, two rows each," if request.forward_rows > 1 else ""
-            raise ToolError(f"a batch of {batch}{guided} does not fit an engine", f"choose --batch 1 to {most}")
+            raise InvalidRequest(f"a batch of {batch}{guided} does not fit an engine", f"choose `batch=1` to {most}")
         groups.setdefault(request.batch_key, []).append(index)
     found = [group[at : at + batch] for group in groups.values() for at in range(0, len(group), batch)]
     yield from sorted(found)
 
 
-def ring_groups(requests: Sequence[Request], depth: int, most_rows: int | None = None) -> list[list[int]]:
+def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None = None) -> list[list[int]]:
     """The requests' indices by valid latent frames, in order of each length's first: one forward has one length.
 
-    `most_rows` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
+    `max_batch` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
     would not fit.
     """
     guided = any(request.forward_rows > 1 for request in requests)
-    rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, most_rows or shapes.MAX_BATCH)
+    rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, max_batch or shapes.MAX_BATCH)
     if depth < 1 or rows > limit:
         pairs = " of guided requests, two rows each," if guided else ""
         most = limit // 2 if guided else limit
-        mend = f"choose --depth 1 to {most}" if most else "leave --depth away, or give a DiT with a free batch axis"
-        raise ToolError(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
+        mend = f"choose `depth=1` to {most}" if most else "leave `depth` away, or give a DiT with a free batch axis"
+        raise InvalidRequest(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
     groups: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(request.valid_frames, []).append(index)
@@ -180,7 +210,7 @@ def ring_groups(requests: Sequence[Request], depth: int, most_rows: int | None =
 
 
 def count_stages(requests: Sequence[Request], batch: int) -> int:
-    """How often the generator tells of its progress for these requests."""
+    """How often the generator reports its progress for these requests: the `total` of its callback."""
     return sum(
         1 + any(requests[row].init_audio is not None for row in rows) + requests[rows[0]].steps + len(rows)
         for rows in batches(requests, batch)
@@ -188,25 +218,37 @@ def count_stages(requests: Sequence[Request], batch: int) -> int:
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise ToolError unless a number lies within its range; a whole number of any size is compared as it is."""
+    """Raise InvalidRequest unless a number lies within its range; a whole number of any size is compared as it is."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ToolError(f"{name} is {shown(value)}, not a number", f"choose a number from {low:g} to {high:g}")
+        raise InvalidRequest(f"`{name}` is {shown(value)}, not a number", f"choose a number from {low:g} to {high:g}")
     if value != value or not low <= value <= high:  # noqa: PLR0124  # NaN alone differs from itself
-        raise ToolError(f"{name} {shown(value)} is outside {low:g} to {high:g}", f"choose another {name}")
+        raise InvalidRequest(f"`{name}` {shown(value)} is outside {low:g} to {high:g}", f"choose another {name}")
+
+
+def _sound(given: object) -> Path | Waveform | None:
+    """What `init_audio` holds, as a path or a waveform. Raises InvalidRequest."""
+    if given is None or isinstance(given, Path | Waveform):
+        return given
+    if isinstance(given, str):
+        return Path(given)
+    if isinstance(given, tuple) and len(given) == 2:
+        return as_waveform(*given)
+    kind = type(given).__name__
+    raise InvalidRequest(f"`init_audio` is a {kind}, not a sound", "give a path, or (tensor, sample_rate)")
 
 
 def require_text(text: str, where: str) -> None:
-    """Raise ToolError for text that is no Unicode: bytes of another encoding, or half of a surrogate pair.
+    """Raise InvalidRequest for text that is no Unicode: bytes of another encoding, or half of a surrogate pair.
 
     A tokenizer, a sound's metadata and a terminal all need to encode it.
     """
     if not isinstance(text, str):
-        raise ToolError(f"{where} is {shown(text)}, not text", "give a string")
+        raise InvalidRequest(f"{where} is {shown(text)}, not text", "give a string")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         near = ascii(text[max(0, error.start - 20) : error.end + 20])
-        raise ToolError(f"{where} holds a character that is no Unicode: {near}", "write it in UTF-8") from None
+        raise InvalidRequest(f"{where} holds a character that is no Unicode: {near}", "write it in UTF-8") from None
 
 
 def shown(value: object) -> str:

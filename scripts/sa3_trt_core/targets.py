@@ -193,10 +193,10 @@ def dit_target(dit: str, precision: str) -> Target:
         if name == precision:
             return target
     having = [target.dit for target in TARGETS if target.precision == precision and target.dit]
-    elsewhere = f", or --dit {having[0]} for {precision}" if having else ""
+    elsewhere = f", or `dit={having[0]}` for {precision}" if having else ""
     raise ToolError(
         f"the DiT {dit} has no {precision} engine (it has {', '.join(found)})",
-        f"choose --precision {next(iter(found))}{elsewhere}",
+        f"choose `precision={next(iter(found))}`{elsewhere}",
     )
 
 

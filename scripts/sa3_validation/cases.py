@@ -198,16 +198,13 @@ def _prompts_of_rows(calibration: CalibrationSet) -> Sequence[str]:
     return [""] * calibration.rows
 
 
-def prompts_of(count: int | None, path: Path | None) -> tuple[str, ...]:
-    """The texts: of a file, or the first of the Music examples that calibration takes. Raises ToolError."""
+def prompts_of(count: int | None, path: Path | None, examples: Sequence[str]) -> tuple[str, ...]:
+    """The texts: of a file, or the first of `examples` where none is given. Raises ToolError."""
     if path is not None:
         from sa3_trt_core.cli.prompts import read_prompts
 
         texts = [row.prompt for row in read_prompts(path)]
         return tuple(texts[:count] if count else texts)
-    import reprompt
-
-    known = reprompt.calibration_prompts()
-    if count is not None and count > len(known):
-        raise ToolError(f"--prompts {count}: there are {len(known)}", "give your own with --prompts-file")
-    return tuple(known[:count])
+    if count is not None and count > len(examples):
+        raise ToolError(f"--prompts {count}: there are {len(examples)}", "give your own with --prompts-file")
+    return tuple(examples[:count])

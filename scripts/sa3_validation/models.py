@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sa3_trt_core import engines, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.paths import ModelSource
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where engines and graphs are looked for: the model, an ONNX root (None: the hub) and the folder of engines."""
+    """Which model is compared, and where its engines and graphs are looked for."""
 
     dit: str
-    onnx_root: Path | None
-    models_dir: Path
+    source: ModelSource
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Side:
             from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
             return OnnxRuntimeEngine(self.path, low_memory=True)
-        return engines.open_engine(self.target, self.backend, None, self.path.parent, self.path)
+        return engines.open_engine(self.target, self.backend, ModelSource(), self.path)
 
     def described(self) -> dict[str, str | None]:
         """What the report says of it."""
@@ -58,17 +58,17 @@ def find_side(text: str, backend: str, place: Place) -> Side:
     """
     if text in targets.PRECISIONS:
         target = targets.dit_target(place.dit, text)
-        chosen = engines.pick_backend(backend, target, place.models_dir)
-        return Side(text, target, chosen, engines.source_path(target, chosen, place.onnx_root, place.models_dir))
+        chosen = engines.pick_backend(backend, target, place.source.models_dir)
+        return Side(text, target, chosen, engines.source_path(target, chosen, place.source))
     path = Path(text)
     if not path.is_file():
         raise ToolError(f"{text} is no precision and no file", f"give {', '.join(targets.PRECISIONS)}, or a path")
     target = targets.dit_target(place.dit, targets.PRECISIONS[0])
     engine = engines.backend_of_file(path)
     if engine is not None:
-        return Side(path.stem, target, engines.pick_backend(engine.name, target, place.models_dir), path)
+        return Side(path.stem, target, engines.pick_backend(engine.name, target, place.source.models_dir), path)
     direct = engines.DIRECT.name
-    chosen = engines.pick_backend(direct if backend == engines.AUTO else backend, target, place.models_dir)
+    chosen = engines.pick_backend(direct if backend == engines.AUTO else backend, target, place.source.models_dir)
     if chosen in engines.BUILT:
         raise ToolError(f"{chosen} runs engines, not {path}", f"give the engine's own path, or --backend {direct}")
     return Side(path.stem, target, chosen, path)
@@ -83,11 +83,11 @@ def control_side(reference: Side, place: Place) -> Side | None:
     try:
         direct = engines.DIRECT.name
         if reference.backend != direct:
-            path = engines.source_path(reference.target, direct, place.onnx_root, place.models_dir)
+            path = engines.source_path(reference.target, direct, place.source)
             return replace(reference, backend=direct, path=path)
-        best = engines.pick_backend(engines.AUTO, reference.target, place.models_dir)
+        best = engines.pick_backend(engines.AUTO, reference.target, place.source.models_dir)
         if best != direct and reference.name == reference.target.precision:
-            path = engines.source_path(reference.target, best, place.onnx_root, place.models_dir)
+            path = engines.source_path(reference.target, best, place.source)
             return replace(reference, backend=best, path=path)
     except ToolError:
         return None

@@ -15,6 +15,7 @@ from helpers.commands import run, two_lines
 from helpers.hub_server import Answer, LocalHub
 from sa3_trt_core import model_loader
 from sa3_trt_core.engines import BACKENDS
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_TOKENIZER_FOLDER,
@@ -83,7 +84,8 @@ def test_or_with_one_command_to_type(  # the fixture and the four
 def test_every_missing_engine_is_in_one_command(tmp_path: Path) -> None:
     """What a GPU host without engines says."""
     plan = replace(
-        model_loader.make_plan("medium", "fp8", "auto", tmp_path, tmp_path), backends=dict.fromkeys(STAGES, "tensorrt")
+        model_loader.make_plan("medium", "fp8", "auto", ModelSource(tmp_path, tmp_path)),
+        backends=dict.fromkeys(STAGES, "tensorrt"),
     )
     build = "python build/build_from_onnx.py"
     where = f"--backend tensorrt --arch sm_89 --models-dir {tmp_path}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
+import functools
 import importlib.metadata
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -26,14 +29,53 @@ SEARCHED = [ROOT / "build", ROOT / "scripts", ROOT / "interface"]  # where our o
 COMMANDS = sorted([*(ROOT / "build").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 PIN = re.compile(r"([A-Za-z0-9_.-]+)==([0-9][A-Za-z0-9.+]*)")
 ONLY_GPU, ONLY_CPU = {"onnxruntime-gpu", "tensorrt"}, {"onnxruntime", "tensorrt-rtx"}
+# From the top: a module imports from rows below its own and from its own package, TYPE_CHECKING imports included. A row
+# names packages or modules that do not import one another; what is not named belongs to the package that holds it.
+LAYERS = """
+commands
+sa3_demo
+sa3_build
+sa3_build.engines
+sa3_build.recipes
+sa3_build.verification sa3_build.lora
+sa3_build.calibration sa3_build.quantization
+sa3_build.export
+sa3_build.passes
+sa3_build.graph
+sa3_build.e4m3 sa3_build.memory
+sa3_bench
+sa3_validation
+sa3_trt_core.cli
+sa3_trt_core
+sa3_trt_core.pipeline
+sa3_trt_core.stages
+sa3_trt_core.batch sa3_trt_core.model_loader
+sa3_trt_core.sampling sa3_trt_core.text
+sa3_trt_core.request sa3_trt_core.result
+sa3_trt_core.audio
+sa3_trt_core.engines
+sa3_trt_core.torch_models
+sa3_trt_core.lora sa3_trt_core.hub sa3_trt_core.stage_timer
+sa3_trt_core.artifacts
+sa3_trt_core.paths sa3_trt_core.targets
+sa3_trt_core.conditioning sa3_trt_core.console sa3_trt_core.gpu sa3_trt_core.number_formats sa3_trt_core.shapes
+sa3_trt_core.errors sa3_trt_core.version
+reprompt
+"""
+ROW_OF = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}
 
 
 def label(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def imported_names(file: Path) -> Iterator[str]:
+@functools.cache
+def imported_names(file: Path) -> tuple[str, ...]:
     """Every module that a file imports, lazily or not: `from a import b` gives a and a.b."""
+    return tuple(_imported(file))
+
+
+def _imported(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -49,6 +91,7 @@ def packages(file: Path) -> set[str]:
     return {name.partition(".")[0] for name in imported_names(file)}
 
 
+@functools.cache
 def file_of(name: str) -> Path | None:
     """Our own file behind a module name, or None for somebody else's module."""
     for folder in SEARCHED:
@@ -71,6 +114,96 @@ def reached_from(start: Path) -> set[Path]:
                     found.add(file)
                     queue.append(file)
     return found
+
+
+def module_of(file: Path) -> str:
+    """The name that a file of ours is imported by."""
+    parts = file.relative_to(ROOT).with_suffix("").parts[1:]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> str:
+    """The entry of LAYERS that a module belongs to: the longest that is its name or a package around it."""
+    parts = module.split(".")
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in names if name in ROW_OF), "commands")
+
+
+def direct_imports(file: Path) -> set[str]:
+    """Our modules that a file imports: of `from a import b` the module a.b where it is one, else a."""
+    files = {name: file_of(name) for name in imported_names(file)}
+    deepest = {name for name, found in files.items() if found is not None and not _has_deeper(name, files)}
+    return {module_of(found) for name in deepest if (found := files[name]) is not None} - {module_of(file)}
+
+
+def _has_deeper(name: str, files: Mapping[str, Path | None]) -> bool:
+    """Whether `from name import x` names modules alone: a package's own file then gives nothing."""
+    inner = [one for one in files if one.startswith(f"{name}.") and one.count(".") == name.count(".") + 1]
+    return bool(inner) and all(files[one] is not None for one in inner)
+
+
+def upward(imports: Mapping[str, Iterable[str]]) -> list[str]:
+    """Imports from a layer to one that is not below it."""
+    pairs = [(user, used, layer_of(user), layer_of(used)) for user, names in imports.items() for used in names]
+    return sorted(f"{a} -> {b}" for a, b, mine, its in pairs if mine != its and ROW_OF[its] <= ROW_OF[mine])
+
+
+def in_circles(imports: Mapping[str, Iterable[str]]) -> set[str]:
+    """The modules that import themselves through others: what is left when modules without imports are taken away."""
+    left = {user: set(names) for user, names in imports.items()}
+    while True:
+        done = {user for user, names in left.items() if not names & left.keys()}
+        if not done:
+            break
+        left = {user: names for user, names in left.items() if user not in done}
+    while True:  # and those that nothing imports any more
+        used = set().union(*left.values()) if left else set()
+        kept = {user: names for user, names in left.items() if user in used}
+        if len(kept) == len(left):
+            return set(left)
+        left = kept
+
+
+def test_the_layers_are_seen_to_be_broken() -> None:
+    assert upward({"sa3_trt_core.gpu": ["sa3_trt_core.engines.base"]}) == [
+        "sa3_trt_core.gpu -> sa3_trt_core.engines.base"
+    ]
+    assert upward({"sa3_build.engines.build": ["sa3_demo.music"], "make_calib": ["sa3_demo.music"]}) == [
+        "sa3_build.engines.build -> sa3_demo.music"
+    ]
+    assert upward({"sa3_trt_core.hub.resolve": ["sa3_trt_core.lora.names"]}), "packages of one row are strangers"
+    assert not upward({"sa3_trt_core.new": ["sa3_trt_core.pipeline"], "sa3_trt_core.hub.a": ["sa3_trt_core.hub.b"]})
+    assert in_circles({"a": ["b"], "b": ["c"], "c": ["b", "d"], "d": [], "e": ["a"]}) == {"b", "c"}
+
+
+def test_imports_of_types_and_lazy_ones_count(tmp_path: Path) -> None:
+    file = ROOT / "scripts" / "sa3_trt_core" / "engines" / "base.py"
+    assert "sa3_trt_core.conditioning" in direct_imports(file)  # under TYPE_CHECKING
+    assert "sa3_trt_core.pipeline" in direct_imports(CORE / "cli" / "run.py")  # inside a function
+    assert direct_imports(CORE / "engines" / "backend.py") >= {"sa3_trt_core.gpu", "sa3_trt_core.errors"}
+    assert "sa3_trt_core" not in direct_imports(CORE / "engines" / "backend.py")
+
+
+def test_no_module_imports_from_a_layer_above_its_own() -> None:
+    assert upward({module_of(file): direct_imports(file) for file in SOURCES}) == []
+
+
+def test_no_modules_import_one_another() -> None:
+    assert in_circles({module_of(file): direct_imports(file) for file in SOURCES}) == set()
+
+
+def test_the_runtime_wheel_holds_what_its_commands_use_and_nothing_else() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    kept = [ROOT / name for name in wheel["only-include"]]
+    packed = {file for file in SOURCES if any(file == one or file.is_relative_to(one) for one in kept)}
+    outside = {file for file in packed for pattern in wheel["exclude"]
+               if fnmatch.fnmatch(label(file), pattern) or label(file).startswith(f"{pattern}/")}  # fmt: skip
+    commands = [file_of(entry.partition(":")[0]) for entry in project["project"]["scripts"].values()]
+    used = set().union(*(reached_from(file) for file in (*commands, CORE / "__init__.py") if file is not None))
+    assert {label(file) for file in packed - outside - used} == set()
+    assert {label(file) for file in used & outside} == set()
+    assert used <= packed, "a command needs what the wheel has not"
 
 
 def test_the_walker_sees_imports_of_every_kind(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_dit_without_fp8_is_refused_in_words(dit: str) -> None:
     with pytest.raises(ToolError) as caught:
         targets.dit_target(dit, "fp8")
     assert caught.value.message == f"the DiT {dit} has no fp8 engine (it has fp16mixed, fp32)"
-    assert "--dit medium" in caught.value.hint
+    assert "`dit=medium`" in caught.value.hint
 
 
 def test_what_is_published_is_known_by_its_place() -> None:

@@ -15,6 +15,7 @@ from sa3_trt_core.artifacts import files
 from sa3_trt_core.console import Progress, format_bytes, format_seconds, table
 from sa3_trt_core.errors import GATE_EXIT, USAGE_EXIT, GateError, ToolError
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import PREBUILT_TENSORRT, Target
 
 
@@ -32,9 +33,7 @@ class Options:
     """How they are made: see build_from_onnx.py --help."""
 
     backend: str
-    onnx_root: Path | None = None
-    revision: str | None = None
-    offline: bool = False
+    source: ModelSource
     force: bool = False
     best_of: int = 1
     report: bool = False
@@ -168,8 +167,8 @@ def _attempt(job: Job, options: Options) -> Outcome:
 def _make(job: Job, options: Options) -> compiler.Built:
     if options.prebuilt:
         settings = compiler.build_settings(job.target, options.backend, job.arch)
-        size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.offline, options.revision)
+        size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.source)
         return compiler.Built(job.out, 0.0, size, reused, "prebuilt, of the hub")
-    source = resolve.resolve_onnx(job.target, options.onnx_root, options.offline, options.revision)
+    source = resolve.resolve_onnx(job.target, options.source)
     build = BUILDERS[options.backend].build
     return build(source, job.target, job.arch, job.out, options.force, options.best_of)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3_trt_core import gpu
+from sa3_trt_core.engines.tensorrt_context import deserialize
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import Target
 
@@ -57,11 +58,11 @@ def inspect(path: Path, backend: str) -> EngineReport:
     module = gpu.tensorrt_module(backend)
     if module is None or gpu.current_arch() is None:
         raise ToolError("--engine-report loads the engine, and that needs its GPU", "run it on the machine of the GPU")
-    logger = module.Logger(module.Logger.ERROR)
-    engine = module.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
-    if engine is None:
-        raise ToolError(f"{backend} refuses {path} on this GPU", "build it on this machine with --force")
-    return read_report(engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON))
+    refused, again = f"{backend} refuses {path} on this GPU", "build it on this machine with --force"
+    loaded = deserialize(module, path.read_bytes(), refused, again)
+    return read_report(
+        loaded.engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
+    )
 
 
 def read_report(text: str) -> EngineReport:

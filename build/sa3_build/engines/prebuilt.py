@@ -12,6 +12,7 @@ from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import build
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import PREBUILT_FOLDER, Target
 
 
@@ -27,15 +28,14 @@ def take(
     arch: str,
     out: Path,
     settings: Mapping[str, Any],
-    offline: bool = False,
-    revision: str | None = None,
+    source: ModelSource,
 ) -> tuple[int, bool]:
     """Put the hub's engine in place, with a manifest; its size, and whether it was there already.
 
     `settings` are those of an engine built here: backend, version and architecture are what the runtime asks for. The
     caller has made sure that the version is the one the hub's engines are of. Raises ToolError.
     """
-    path = resolve.resolve_file(names(target, arch), target, offline, revision)
+    path = resolve.resolve_file(names(target, arch), target, source)
     if path is None:
         raise ToolError(f"the hub has no engine of {target.name} for {arch}", "leave --prebuilt away: it is compiled")
     inputs, recorded = {path.name: files.sha256_of(path)}, {**settings, "prebuilt": True}

@@ -7,7 +7,7 @@ from typing import Any
 
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import files
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.engines.tensorrt_context import BoundContext, deserialize, extents, torch_type
 from sa3_trt_core.targets import Target
 
 WARM_UP, RUNS = 10, 50
@@ -40,34 +40,23 @@ def milliseconds(module: Any, plan: Any, target: Target) -> float:
     """
     import torch
 
-    logger = module.Logger(module.Logger.ERROR)
-    engine = module.Runtime(logger).deserialize_cuda_engine(plan)
-    context = engine.create_execution_context() if engine is not None else None
-    if context is None:
-        raise ToolError(f"this GPU cannot run the {target.name} that it built", "leave --best-of away")
-    kinds = {
-        module.DataType.FLOAT: torch.float32,
-        module.DataType.INT32: torch.int32,
-        module.DataType.INT64: torch.int64,
-    }
-    contract, held = shapes.CONTRACTS[target.kind], []
+    refused = f"this GPU cannot run the {target.name} that it built"
+    loaded = deserialize(module, plan, refused, "leave --best-of away")
+    engine, contract = loaded.engine, shapes.CONTRACTS[target.kind]
+    inputs: dict[str, torch.Tensor] = {}
     for spec in contract.inputs:
-        fixed, wanted = tuple(engine.get_tensor_shape(spec.name)), contract.shapes(spec, "opt")
+        fixed, wanted = extents(engine.get_tensor_shape(spec.name)), contract.shapes(spec, "opt")
         shape = tuple(want if size == -1 else size for size, want in zip(fixed, wanted, strict=True))
-        held.append(torch.zeros(shape, dtype=kinds[engine.get_tensor_dtype(spec.name)], device="cuda"))
-        context.set_input_shape(spec.name, shape)
-        context.set_tensor_address(spec.name, held[-1].data_ptr())
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        if engine.get_tensor_mode(name) == module.TensorIOMode.OUTPUT:
-            shape = tuple(context.get_tensor_shape(name))
-            held.append(torch.empty(shape, dtype=kinds[engine.get_tensor_dtype(name)], device="cuda"))
-            context.set_tensor_address(name, held[-1].data_ptr())
+        inputs[spec.name] = torch.zeros(shape, dtype=torch_type(module, engine, spec.name))
     stream, times = torch.cuda.Stream(), []
+    bound = BoundContext(module, engine, inputs, stream, target.name)
+    scratch = torch.empty(max(bound.scratch_bytes, 1), dtype=torch.uint8, device="cuda")
+    bound.lend(scratch)
+    bound.run(inputs, capture=False)
     for run in range(WARM_UP + RUNS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record(stream)
-        context.execute_async_v3(stream.cuda_stream)
+        bound.enqueue()
         end.record(stream)
         stream.synchronize()
         if run >= WARM_UP:

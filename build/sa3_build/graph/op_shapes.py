@@ -12,10 +12,9 @@ from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, product, quot
 
 
 class Shapes(Protocol):
-    """What is known so far of the values of a graph (shape_inference.Shapes)."""
+    """What is known of a graph's values so far: shape_inference.Shapes."""
 
     def shape(self, value: ir.Value | None) -> Shape | None: ...
-
     def numbers(self, value: ir.Value | None) -> Numbers | None: ...
 
 

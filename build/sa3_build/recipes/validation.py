@@ -1,7 +1,4 @@
-"""Validate a DiT that a command has just made: figures on stderr, a report in a folder.
-
-`validate` is the `main` of scripts/validate_fp8.py: a library imports no command, so the command hands it in.
-"""
+"""Compare a DiT that a command has just made with its reference: figures on stderr, a report in a folder."""
 
 from __future__ import annotations
 
@@ -13,12 +10,13 @@ from pathlib import Path
 from sa3_trt_core import engines, targets
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 
 PROMPTS = 8
-Validate = Callable[[list[str]], int]
+Validate = Callable[[list[str]], int]  # scripts/validate_fp8.py, handed in by the command
 
 
-def validate_graph(reference: Path, candidate: Path, calibration: Path, validate: Validate) -> Path:
+def validate_graph(validate: Validate, reference: Path, candidate: Path, calibration: Path) -> Path:
     """Compare two ONNX graphs on a calibration set's starts and rows; returns the folder, beside the candidate.
 
     With its decoder under the same root the sound is compared too, and there is a page to listen to. Raises GateError.
@@ -27,7 +25,7 @@ def validate_graph(reference: Path, candidate: Path, calibration: Path, validate
     root = candidate.resolve().parent.parent
     dit = str(targets.publishable_at(candidate).dit)
     audible = resolve.local_onnx(root, targets.decoder_for(dit, "fp16mixed")) is not None
-    line = ["--reference", str(reference), "--candidate", str(candidate), "--backend", "onnxruntime"]
+    line = ["--reference", str(reference), "--candidate", str(candidate), "--backend", engines.DIRECT.name]
     line += ["--calib", str(calibration), "--prompts", str(PROMPTS), "--out", str(out)]
     _run(validate, [*line, *(["--onnx-root", str(root), "--html"] if audible else ["--no-audio"])])
     return out
@@ -42,9 +40,8 @@ def require_dits(chosen: Sequence[targets.Target]) -> list[targets.Target]:
 
 
 def validate_target(
-    target: targets.Target, backend: str, arches: Sequence[str], onnx_root: Path | None, models_dir: Path,
-    validate: Validate,
-) -> Path:  # fmt: skip
+    validate: Validate, target: targets.Target, backend: str, arches: Sequence[str], source: ModelSource
+) -> Path:
     """Compare a DiT that was compiled with the FP16-mixed one (that one with fp32); returns the report's folder.
 
     The engine is run where this machine's GPU is one of `arches`, the reference's too where it is built; else ONNX
@@ -58,13 +55,14 @@ def validate_target(
     dit = str(target.dit)
     reference = "fp32" if target.precision == "fp16mixed" else "fp16mixed"
     other = targets.dit_target(dit, reference)
-    both = built and record.engine_path(models_dir, str(here), other).is_file()
-    out = models_dir / "validation" / target.name
-    line = ["--dit", dit, "--reference", reference, "--candidate", target.precision, "--models-dir", str(models_dir)]
-    line += ["--reference-backend", backend if both else "onnxruntime"]
-    line += ["--candidate-backend", backend if built else "onnxruntime", "--out", str(out), "--html"]
-    line += ["--backend", "auto" if built else "onnxruntime"]
-    _run(validate, [*line, *(["--onnx-root", str(onnx_root)] if onnx_root is not None else [])])
+    both = built and record.engine_path(source.models_dir, str(here), other).is_file()
+    out = source.models_dir / "validation" / target.name
+    line = ["--dit", dit, "--reference", reference, "--candidate", target.precision]
+    line += ["--models-dir", str(source.models_dir), "--out", str(out), "--html"]
+    line += ["--reference-backend", backend if both else engines.DIRECT.name]
+    line += ["--candidate-backend", backend if built else engines.DIRECT.name]
+    line += ["--backend", engines.AUTO if built else engines.DIRECT.name]
+    _run(validate, [*line, *(["--onnx-root", str(source.onnx_root)] if source.onnx_root is not None else [])])
     return out
 
 

@@ -89,7 +89,7 @@ def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
     elif "audio" in outputs:
         samples = outputs["audio"][0].float().T
         if not bool(torch.isfinite(samples).all()):
-            raise ToolError("the decoder gave values that are not finite", "build it again, or try --precision fp32")
+            raise ToolError("the decoder gave values that are not finite", "build it again, or try `precision=fp32`")
     else:
         raise ToolError(f"the decoder gives {', '.join(outputs)}, not pcm or audio", "use a SAME decoder")
     wanted = (padded.shape[-1] * SAMPLES_PER_FRAME, AUDIO_CHANNELS)

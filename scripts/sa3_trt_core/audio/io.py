@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.artifacts.files import atomic_path
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import InvalidRequest, ToolError
 from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_trt_core.version import __version__
 
@@ -32,14 +32,16 @@ ELLIPSIS = "…"  # at the end of a text that was cut
 
 
 def check_output(path: Path, bits: str, flag: str = "--out") -> None:
-    """Raise ToolError for a destination whose extension or resolution cannot be written."""
+    """Raise InvalidRequest for a destination whose extension or resolution cannot be written."""
     suffix = path.suffix.lower()
+    if bits not in BITS:
+        raise InvalidRequest(f"`bits` {bits} is none that is written", f"known: {', '.join(BITS)}")
     if suffix not in FORMATS:
-        raise ToolError(f"{flag} {path} does not end in {', '.join(FORMATS)}", "give a name that does")
+        raise InvalidRequest(f"{flag} {path} does not end in {', '.join(FORMATS)}", "give a name that does")
     if suffix in CODECS and bits != DEFAULT_BITS:
-        raise ToolError(f"a {suffix} file has no bits a sample", "leave --bits away, or write .wav or .flac")
+        raise InvalidRequest(f"a {suffix} file has no bits a sample", "leave `bits` away, or write .wav or .flac")
     if suffix == ".flac" and bits == "32f":
-        raise ToolError("a FLAC file holds no floating point samples", "choose --bits 16 or 24, or a .wav file")
+        raise InvalidRequest("a FLAC file holds no floating point samples", "choose `bits=16` or 24, or a .wav file")
 
 
 def tame(samples: Tensor, peak: str) -> Tensor:

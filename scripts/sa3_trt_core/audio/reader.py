@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core.errors import ToolError, ToolWarning
+from sa3_trt_core.audio.waveform import HIGHEST_RATE, LOWEST_RATE, Waveform
+from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.shapes import AUDIO_CHANNELS, SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RESAMPLER_TAIL = 4096  # input samples read beyond the end, so that the filter does not see the cut
-LOWEST_RATE, HIGHEST_RATE = 100, 768_000
 UNKNOWN_LENGTH = 1 << 62  # libsndfile's own number for a header that gives no length is near 2^63
 BLOCK = 1 << 16  # frames that are decoded at a time where a file cannot be sought in
 SLACK_SECONDS = 0.1  # headers of lossy files give their length less exactly than this
@@ -31,8 +31,8 @@ def check_input(path: Path, start: float = 0.0) -> None:
         _read(sound, path, start, 1)
 
 
-def read_audio(path: Path, start: float, samples: int) -> Tensor:
-    """Return fp32 samples (2, `samples`) at 44.1 kHz of a sound file, from `start` seconds on.
+def read_audio(sound: Path | Waveform, start: float, samples: int) -> Tensor:
+    """Return fp32 samples (2, `samples`) at 44.1 kHz of a sound file or a waveform, from `start` seconds on.
 
     Mono goes to both channels; another rate is converted by soxr; what is missing at the end is silence. A file that
     ends before the length in its header, or that holds samples far beyond full scale, gives a ToolWarning. Raises
@@ -41,14 +41,16 @@ def read_audio(path: Path, start: float, samples: int) -> Tensor:
     import numpy as np
     import torch
 
-    with _opened(path) as sound:
-        rate = sound.samplerate
-        wanted = math.ceil(samples * rate / SAMPLE_RATE) + (RESAMPLER_TAIL if rate != SAMPLE_RATE else 0)
-        read = _read(sound, path, start, wanted)
-        if not np.isfinite(read).all():
-            raise ToolError(f"{path} holds samples that are not finite", "repair the file or give another one")
-        scale = _integer_scale(sound, path, read)
-    read = read / np.float32(scale)
+    if isinstance(sound, Waveform):
+        rate = sound.sample_rate
+        read = _of_waveform(sound, start, _wanted(samples, rate))
+    else:
+        with _opened(sound) as file:
+            rate = file.samplerate
+            read = _read(file, sound, start, _wanted(samples, rate))
+            _require_finite(read, str(sound))
+            scale = _integer_scale(file, sound, read)
+        read = read / np.float32(scale)
     if rate != SAMPLE_RATE:
         import soxr
 
@@ -57,6 +59,31 @@ def read_audio(path: Path, start: float, samples: int) -> Tensor:
     length = min(samples, len(read))
     whole[:, :length] = read[:length].T  # one channel spreads over both
     return torch.from_numpy(whole)
+
+
+def _wanted(samples: int, rate: int) -> int:
+    """Return the samples to read at `rate` for so many at 44.1 kHz."""
+    return math.ceil(samples * rate / SAMPLE_RATE) + (RESAMPLER_TAIL if rate != SAMPLE_RATE else 0)
+
+
+def _of_waveform(sound: Waveform, start: float, wanted: int) -> np.ndarray:
+    """Return up to `wanted` samples (N, channels) fp32 of a waveform. Raises InvalidRequest."""
+    first, length = round(start * sound.sample_rate), sound.samples.shape[1]
+    if first >= length:
+        seconds = length / sound.sample_rate
+        raise InvalidRequest(
+            f"`init_audio` ends at {seconds:.2f} s, before `init_start={start:g}`", "choose an earlier start"
+        )
+    read: np.ndarray = sound.samples[:, first : first + wanted].float().cpu().numpy().T
+    _require_finite(read, "`init_audio`")
+    return read
+
+
+def _require_finite(read: np.ndarray, name: str) -> None:
+    import numpy as np
+
+    if not np.isfinite(read).all():
+        raise ToolError(f"{name} holds samples that are not finite", "repair it or give another one")
 
 
 def _opened(path: Path) -> Any:
@@ -98,7 +125,7 @@ def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
     stated = sound.frames if sound.frames < UNKNOWN_LENGTH else None
     if stated is not None and first >= stated:
         raise ToolError(
-            f"{path} ends at {stated / rate:.2f} s, before --init-start {start:g}", "choose an earlier start"
+            f"{path} ends at {stated / rate:.2f} s, before `init_start={start:g}`", "choose an earlier start"
         )
     try:
         if sound.seekable():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import InvalidRequest
 
 # Frames a side that are run and thrown away: the autoencoder looks 12 to either side (build/FACTS.md, Autoencoder).
 CONTEXT = 16
@@ -49,9 +49,9 @@ def chunk_frames(frames: int, asked: int | None) -> int:
 
 
 def require_chunk(size: int) -> None:
-    """Raise ToolError for a window that is none: 0 (one piece) or at least LEAST_CHUNK frames."""
+    """Raise InvalidRequest for a window that is none: 0 (one piece) or at least LEAST_CHUNK frames."""
     if size != 0 and size < LEAST_CHUNK:
-        raise ToolError(
+        raise InvalidRequest(
             f"chunks of {size} latent frames are too short: {2 * CONTEXT} of each are run twice",
-            f"choose --chunk-frames {LEAST_CHUNK} or more, or 0 for one piece",
+            f"choose `chunk_frames={LEAST_CHUNK}` or more, or 0 for one piece",
         )

@@ -30,7 +30,7 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
 
     Settings at their defaults are left out. `run` has the flags OF_THE_RUN; a sound to start from is its absolute path.
     """
-    start = {} if request.init_audio is None else {"init_audio": str(Path(request.init_audio).resolve())}
+    start = {"init_audio": str(request.sound.resolve())} if isinstance(request.sound, Path) else {}
     names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in OF_THE_RUN]
     settings = {name: getattr(request, name) for name in names} | start | {name: run[name] for name in OF_THE_RUN}
     if request.inpaint:

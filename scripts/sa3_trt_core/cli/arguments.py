@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from sa3_trt_core.cli import streams
-from sa3_trt_core.errors import ToolError, ToolWarning, as_tool_error
+from sa3_trt_core.errors import ToolError, ToolWarning, as_flags, as_tool_error
 
 INTERRUPT_EXIT = 130
 
@@ -81,7 +81,7 @@ def warnings_shown() -> Iterator[None]:
             message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
             line: str | None = None,
         ) -> None:  # fmt: skip
-            text = " ".join(str(message).split())
+            text = as_flags(" ".join(str(message).split()))
             if not issubclass(category, ToolWarning):
                 before(message, category, filename, lineno, file, line)
             elif text not in printed:

@@ -13,6 +13,7 @@ from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli import prompts
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.model_loader import Plan, make_plan
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 
 RANDOM_SEED = -1  # of --seed, as the model's own command line has it
@@ -42,11 +43,8 @@ def make_job(args: argparse.Namespace) -> Job:
         args.dit,
         args.precision,
         args.backend,
-        args.onnx_root,
-        args.models_dir,
+        ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline),
         args.init_audio is not None,
-        args.revision,
-        args.offline,
         args.chunk_frames,
     )
     rows = [row for row in _rows(args) for _ in range(args.count)]

@@ -51,14 +51,14 @@ class Totals:
 
 def show_plan(plan: Plan, requests: Sequence[Request], outs: Sequence[Path], as_json: bool) -> None:
     """Print what a run would use; opens, loads and downloads nothing."""
-    stages = []
+    stages, place = [], plan.source
     for stage in plan.stages:
         target = plan.targets[stage]
-        local = resolve.local_onnx(plan.onnx_root, target) if plan.onnx_root is not None else None
-        root = str(plan.onnx_root or f"{targets.HUB_REPOSITORY}/{targets.HUB_FOLDER}")
+        local = resolve.local_onnx(place.onnx_root, target) if place.onnx_root is not None else None
+        root = str(place.onnx_root or f"{targets.HUB_REPOSITORY}/{targets.HUB_FOLDER}")
         onnx = str(local or f"{root}/{target.onnx[0]}")
         backend = engines.BACKENDS[plan.backends[stage]]
-        source = str(backend.engine_path(plan.models_dir, "<arch>", target)) if backend.suffix else onnx
+        source = str(backend.engine_path(place.models_dir, "<arch>", target)) if backend.suffix else onnx
         stages.append({"stage": stage, "target": target.name, "backend": plan.backends[stage], "file": source})
     if as_json:
         print(

@@ -16,8 +16,9 @@ from sa3_trt_core.cli.job import Job
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
-    from sa3_trt_core.pipeline import Generator, Result, Tell
+    from sa3_trt_core.pipeline import Generator, Progress
     from sa3_trt_core.request import Request
+    from sa3_trt_core.result import Result
 
 
 def produce(job: Job) -> report.Totals:
@@ -25,13 +26,13 @@ def produce(job: Job) -> report.Totals:
     args, totals = job.options, report.Totals()
     engines = 0 if args.free_models else len(job.plan.stages)
     with console.Progress("load", engines, "engines", quiet=args.quiet or not engines) as progress:
-        generator = open_generator(job, totals, lambda note: progress.advance(note=note))
+        generator = open_generator(job, totals, lambda engine, index, total: progress.advance(note=engine))
     with generator, console.Progress("generate", job.stages, "stages", quiet=args.quiet) as progress:
-        write_sounds(generator, job, totals, lambda note: progress.advance(note=note))
+        write_sounds(generator, job, totals, lambda stage, index, total: progress.advance(note=stage))
     return totals
 
 
-def open_generator(job: Job, totals: report.Totals, tell: Tell) -> Generator:
+def open_generator(job: Job, totals: report.Totals, tell: Progress) -> Generator:
     """The generator that a job asks for. Raises ToolError, also where its decoder leaves --peak nothing to do."""
     started, args = time.perf_counter(), job.options
     importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
@@ -41,7 +42,7 @@ def open_generator(job: Job, totals: report.Totals, tell: Tell) -> Generator:
         if args.peak == "limit" and generator.clips:
             raise ToolError(
                 "the decoder cuts its samples to full scale itself: --peak limit has nothing left to turn down",
-                "choose --peak normalize or clip, or give a decoder with an `audio` output",
+                "choose --peak normalize or clip, or give a decoder with an output named audio",
             )
     except BaseException:
         generator.close()
@@ -49,7 +50,7 @@ def open_generator(job: Job, totals: report.Totals, tell: Tell) -> Generator:
     return generator
 
 
-def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Tell) -> None:
+def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Progress) -> None:
     """Generate the sounds of a job and write each; what it took is added to `totals`. Raises ToolError."""
     ids = {stage: generator.engines.identity(stage) for stage in job.plan.stages}
     started = time.perf_counter()
@@ -61,19 +62,13 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Te
     totals.elapsed += time.perf_counter() - started
 
 
-def _generator(job: Job, tell: Tell) -> Generator:
+def _generator(job: Job, tell: Progress) -> Generator:
     from sa3_trt_core.pipeline import Generator
 
-    args = job.options
-    return Generator.load(
-        args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
-        audio_input=args.init_audio is not None, revision=args.revision, offline=args.offline,
-        chunk_frames=args.chunk_frames, free_models=args.free_models,
-        on_engine=tell,
-    )  # fmt: skip
+    return Generator.open(job.plan, job.options.free_models, tell)
 
 
-def _results(generator: Generator, job: Job, tell: Tell) -> Iterator[tuple[int, Result]]:
+def _results(generator: Generator, job: Job, tell: Progress) -> Iterator[tuple[int, Result]]:
     if job.options.depth is not None:
         return generator.generate_ring(job.requests, job.options.depth, tell)
     return generator.generate_many(job.requests, job.options.batch or 1, tell)

@@ -138,8 +138,8 @@ def _work(job: Job, rows: list[int]) -> report.Totals:
     part = replace(job, requests=[job.requests[row] for row in rows], outs=[job.outs[row] for row in rows])
     totals = report.Totals()
     if _generator is None:
-        _generator = open_generator(part, totals, lambda note: None)
-    write_sounds(_generator, part, totals, lambda note: None)
+        _generator = open_generator(part, totals, lambda *step: None)
+    write_sounds(_generator, part, totals, lambda *step: None)
     return totals
 
 

@@ -11,6 +11,7 @@ from sa3_trt_core.engines import onnxruntime, tensorrt, tensorrt_rtx, torch
 from sa3_trt_core.engines.backend import EVERYTHING, Backend
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
@@ -67,32 +68,27 @@ def pick_backend(name: str, target: Target, models_dir: Path) -> str:
     return backend.name
 
 
-def source_path(
-    target: Target, backend: str, onnx_root: Path | None, models_dir: Path, revision: str | None = None,
-    offline: bool = False,
-) -> Path:  # fmt: skip
+def source_path(target: Target, backend: str, source: ModelSource) -> Path:
     """The file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
     record = BACKENDS[backend]
     if record.suffix is None:
-        return resolve.resolve_onnx(target, onnx_root, offline, revision)
+        return resolve.resolve_onnx(target, source)
     arch = record.arch_here()
     if arch is None:
-        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", f"choose --backend {DIRECT.name}")
-    path = record.engine_path(models_dir, arch, target)
+        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", f"choose `backend={DIRECT.name}`")
+    path = record.engine_path(source.models_dir, arch, target)
     if not path.is_file():
         raise ToolError(f"no engine {path}", f"build it: {record.rebuild_command(target.name, arch)}")
     return path
 
 
-def open_engine(
-    target: Target, backend: str, onnx_root: Path | None, models_dir: Path, path: Path | None = None
-) -> GraphEngine:
+def open_engine(target: Target, backend: str, source: ModelSource, path: Path | None = None) -> GraphEngine:
     """Load a target with a backend that pick_backend gave; `path` is what source_path found, if asked before.
 
     Raises ToolError.
     """
-    record = BACKENDS[backend]
-    known = [onnx_root / name for name in target.onnx] if onnx_root is not None else []
+    record, root = BACKENDS[backend], source.onnx_root
+    known = [root / name for name in target.onnx] if root is not None else []
     onnx = next((file for file in known if file.is_file()), None)
-    found = path or source_path(target, backend, onnx_root, models_dir)
+    found = path or source_path(target, backend, source)
     return record.open(found, target, record.rebuild_command(target.name), onnx)

@@ -91,7 +91,7 @@ class Backend:
             known = ", ".join(f"{kind} in {' or '.join(precisions)}" for kind, precisions in self.runs.items())
             raise ToolError(
                 f"{target.name} has no {self.name} engine: that is for {known}",
-                f"with --backend {self.name}, ONNX Runtime runs everything else; nothing has to be built for it",
+                f"with `backend={self.name}`, ONNX Runtime runs everything else; nothing has to be built for it",
             )
 
     def require_precision(self, target: Target) -> None:
@@ -100,14 +100,14 @@ class Backend:
         if target.precision not in known:
             names = " and ".join(known)
             raise ToolError(
-                f"the {self.name} backend runs {names}, not {target.precision}", "choose one, or another --backend"
+                f"the {self.name} backend runs {names}, not {target.precision}", "choose one, or another `backend`"
             )
 
     def require_available(self) -> None:
         """Raise ToolError if the package is not installed."""
         if not self.available():
             message = f"the Python package {self.package} is not installed"
-            raise ToolError(message, "pip install it, or choose --backend auto")
+            raise ToolError(message, "pip install it, or choose `backend=auto`")
 
     def rebuild_command(self, names: str, arch: str | None = None) -> str:
         """The command that builds the engines of targets, named with spaces between, for this machine or `arch`."""

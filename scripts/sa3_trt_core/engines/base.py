@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 
 class GraphEngine(Protocol):
-    """A loaded graph: named tensors in, named tensors out, on the device of the first input."""
+    """A loaded graph: named tensors in, named tensors out, on the device of the first input.
+
+    `max_batch` is the largest batch of one run, None where the graph sets no limit.
+    """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    max_batch: int | None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def close(self) -> None: ...
@@ -26,12 +30,6 @@ class GraphEngine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-def most_rows(engine: GraphEngine) -> int | None:
-    """How many rows an engine takes in one run, where it says so; more are run one after the other, or refused."""
-    found: int | None = getattr(engine, "most_rows", None)
-    return found
 
 
 def place_of(engine: GraphEngine) -> tuple[str, str]:
@@ -69,7 +67,7 @@ class DiTVelocity(Closing):
 
     def __init__(self, graph: GraphEngine) -> None:
         self._graph = graph
-        self.most_rows = most_rows(graph)
+        self.max_batch = graph.max_batch
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""

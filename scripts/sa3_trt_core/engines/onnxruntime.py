@@ -79,7 +79,7 @@ class OnnxRuntimeEngine(Closing):
         self.input_names = tuple(self._inputs)
         self.output_names = tuple(self._outputs)
         first = next(iter(self._inputs.values())).shape if self._inputs else []
-        self.most_rows: int | None = first[0] if first and isinstance(first[0], int) else None
+        self.max_batch: int | None = first[0] if first and isinstance(first[0], int) else None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""
@@ -137,7 +137,7 @@ def _refusal(path: Path, text: str) -> ToolError:
     if PLUG_IN in text:
         return ToolError(
             f"{path} holds the plug-in op {PLUG_IN}, which ONNX Runtime does not have",
-            f"make plain operators of it in a folder of your own and give that as --onnx-root ROOT: "
+            f"make plain operators of it in a folder of your own and give that as `onnx_root=ROOT`: "
             f"python build/lower_attention.py --input {path} --onnx ROOT/{path.parent.name}/{path.name}",
         )
     if "is not a registered function/op" in text:

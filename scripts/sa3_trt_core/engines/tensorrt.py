@@ -12,12 +12,11 @@ from sa3_trt_core import gpu
 from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing, run_rows
 from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
-from sa3_trt_core.engines.tensorrt_context import BoundContext, extents, torch_type
+from sa3_trt_core.engines.tensorrt_context import BoundContext, Loaded, deserialize, extents, torch_type
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
-    import tensorrt as trt
     import torch
     from torch import Tensor
 
@@ -40,29 +39,23 @@ class TensorRtEngine(Closing):
         self._rebuild = rebuild or REBUILD.format(backend=backend, arch=arch or "ARCH")
         module = gpu.tensorrt_module(backend)
         if module is None:
-            raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another --backend")
+            raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another `backend`")
         if arch is None:
-            raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose --backend onnxruntime")
+            raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose `backend=onnxruntime`")
         require_version(backend, str(module.__version__))
         require_ours(path, backend, str(module.__version__), arch, self._rebuild, onnx)
         _require_cuda_torch()
         self._trt: Any = module
-        self._logger = gpu.tensorrt_logger(module)
-        self._logger.last = ""
-        self._runtime: trt.Runtime | None = self._trt.Runtime(self._logger)
-        assert self._runtime is not None
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            reason, again = self._logger.last or "it gave no reason", f"build it again: {self._rebuild}"
-            raise ToolError(f"{backend} refuses {path} on this {arch} GPU: {reason}", again)
-        self._engine: trt.ICudaEngine | None = engine
+        refused, again = f"{backend} refuses {path} on this {arch} GPU", f"build it again: {self._rebuild}"
+        self._loaded: Loaded | None = deserialize(module, path.read_bytes(), refused, again)
+        engine = self._loaded.engine
         self._path, self._capture = path, capture
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         is_input = {name: engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT for name in names}
         self.input_names = tuple(name for name in names if is_input[name])
         self.output_names = tuple(name for name in names if not is_input[name])
         first = self._limits(self.input_names[0])[1]
-        self.most_rows: int | None = first[0] if first else None
+        self.max_batch: int | None = first[0] if first else None
         self._bound: OrderedDict[tuple[tuple[int, ...], ...], BoundContext] = OrderedDict()
         self._scratch: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
@@ -75,16 +68,14 @@ class TensorRtEngine(Closing):
                 f"build it again: {self._rebuild}",
             )
         first = next(iter(inputs.values()))
-        if first.dim() and first.shape[0] > 1 and self.most_rows == 1:
+        if first.dim() and first.shape[0] > 1 and self.max_batch == 1:
             return run_rows(self._run_once, inputs)
         return self._run_once(inputs)
 
     def close(self) -> None:
-        # The contexts before the engine before the runtime: TensorRT frees them in that order or not at all.
-        self._bound.clear()
+        self._bound.clear()  # before the engine, which frees itself after its contexts or not at all
         self._scratch = None
-        self._engine = None
-        self._runtime = None
+        self._loaded = None
 
     def _run_once(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
@@ -96,21 +87,21 @@ class TensorRtEngine(Closing):
             self._bound.clear()
             raise ToolError(
                 f"{self._path}: the GPU has no memory left for this length and number of rows",
-                "ask for fewer --seconds, a smaller --batch or --depth, or --free-models",
+                "ask for fewer `seconds`, a smaller `batch` or `depth`, or `free_models`",
             ) from None
 
     def _bound_to(self, inputs: Mapping[str, Tensor]) -> BoundContext:
         """The context of these shapes, made if need be."""
         import torch
 
-        assert self._engine is not None
+        assert self._loaded is not None
         key = tuple(tuple(value.shape) for value in inputs.values())
         if key in self._bound:
             self._bound.move_to_end(key)
             return self._bound[key]
         if self._stream is None:
             self._stream = torch.cuda.Stream()
-        made = BoundContext(self._trt, self._engine, inputs, self._stream, str(self._path))
+        made = BoundContext(self._trt, self._loaded.engine, inputs, self._stream, str(self._path))
         if self._scratch is None or self._scratch.numel() < made.scratch_bytes:
             # The others, and their graphs, hold the address of the old one.
             self._bound.clear()
@@ -124,20 +115,20 @@ class TensorRtEngine(Closing):
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
         """An input in the engine's type and number of axes, inside its limits."""
-        assert self._engine is not None
-        declared = extents(self._engine.get_tensor_shape(name))
+        assert self._loaded is not None
+        declared = extents(self._loaded.engine.get_tensor_shape(name))
         if value.dim() == 0 and declared:
             value = value.reshape((1,) * len(declared))  # a scalar may be declared as [] or [1]; both take one number
         require_inside(self._path, name, tuple(value.shape), self._limits(name), self._rebuild)
-        return value.to(torch_type(self._trt, self._engine, name))
+        return value.to(torch_type(self._trt, self._loaded.engine, name))
 
     def _limits(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Least and largest shape of an input."""
-        assert self._engine is not None
-        shape = extents(self._engine.get_tensor_shape(name))
+        assert self._loaded is not None
+        shape = extents(self._loaded.engine.get_tensor_shape(name))
         if -1 not in shape:
             return shape, shape
-        least, _, largest = self._engine.get_tensor_profile_shape(name, 0)
+        least, _, largest = self._loaded.engine.get_tensor_profile_shape(name, 0)
         return extents(least), extents(largest)
 
 
@@ -145,7 +136,7 @@ def _require_cuda_torch() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose --backend onnxruntime")
+        raise ToolError("this PyTorch cannot use the GPU", "install requirements.txt, or choose `backend=onnxruntime`")
 
 
 def open_tensorrt(backend: str, path: Path, target: Target, rebuild: str, onnx: Path | None) -> TensorRtEngine:

@@ -67,13 +67,13 @@ def require_inside(
         if dim == "B":
             raise ToolError(
                 f"{path} takes {low} to {high} rows a forward, not {size}",
-                f"choose a smaller --batch or --depth (a guided row is two), or build it again: {rebuild}",
+                f"choose a smaller `batch` or `depth` (a guided row is two), or build it again: {rebuild}",
             )
         if dim in ("L", "N"):
             unit = 1 if dim == "L" else shapes.SAMPLES_PER_FRAME
             raise ToolError(
                 f"{path} takes {_frames(low, unit)} to {_frames(high, unit)}, not {_frames(size, unit)}",
-                f"choose other --seconds or --chunk-frames, or build it again: {rebuild}",
+                f"choose other `seconds` or `chunk_frames`, or build it again: {rebuild}",
             )
         raise ToolError(
             f"{path} takes {name} of shape {list(largest)}, not {list(shape)}", f"build it again: {rebuild}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sa3_trt_core import gpu
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -13,6 +14,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUNS_BEFORE_CAPTURE = 2  # the first may still set things up
+
+
+class Loaded(NamedTuple):
+    """A deserialised engine. The runtime must outlive it: TensorRT frees them in that order or not at all."""
+
+    runtime: trt.Runtime
+    engine: trt.ICudaEngine
+
+
+def deserialize(module: Any, data: Any, refused: str, hint: str) -> Loaded:
+    """Load a serialised engine (bytes, or an object with the buffer protocol).
+
+    Raises ToolError that begins with `refused` and ends with TensorRT's reason.
+    """
+    logger = gpu.tensorrt_logger(module)
+    logger.last = ""
+    runtime = module.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        raise ToolError(f"{refused}: {logger.last or 'it gave no reason'}", hint)
+    return Loaded(runtime, engine)
 
 
 class BoundContext:
@@ -30,7 +52,7 @@ class BoundContext:
         """
         context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise ToolError(f"no GPU memory for {label}", "free GPU memory, or ask for fewer --seconds")
+            raise ToolError(f"no GPU memory for {label}", "free GPU memory, or ask for fewer `seconds`")
         self._context: trt.IExecutionContext = context
         self._stream, self._label = stream, label
         # Made anew, not like the inputs: those may lie in memory in another order than TensorRT reads.
@@ -74,7 +96,7 @@ class BoundContext:
             if self._graph is not None:
                 self._graph.replay()
             else:
-                self._enqueue()
+                self.enqueue()
             found = {name: buffer.to(device, copy=True) for name, buffer in self._outputs.items()}
         self._stream.synchronize()
         self._runs += 1
@@ -92,7 +114,7 @@ class BoundContext:
         try:
             # Only this thread's calls may not disturb it: a ring decodes in another one.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._enqueue()
+                self.enqueue()
             with torch.cuda.stream(self._stream):
                 for buffer in self._outputs.values():
                     buffer.zero_()
@@ -103,9 +125,10 @@ class BoundContext:
         if all(torch.equal(buffer, wanted[name]) for name, buffer in self._outputs.items()):
             self._graph = graph
 
-    def _enqueue(self) -> None:
+    def enqueue(self) -> None:
+        """Start one run on the context's stream, on what lies in its inputs. Raises ToolError."""
         if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise ToolError(f"{self._label}: the GPU could not run it", "free GPU memory, or ask for fewer --seconds")
+            raise ToolError(f"{self._label}: the GPU could not run it", "free GPU memory, or ask for fewer `seconds`")
 
     def _place(self, name: str, buffer: Tensor) -> None:
         if not self._context.set_tensor_address(name, buffer.data_ptr()):

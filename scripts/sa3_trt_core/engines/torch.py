@@ -47,6 +47,7 @@ class TorchEngine(Closing):
         contract = CONTRACTS["dit"]
         self.input_names = tuple(spec.name for spec in contract.inputs)
         self.output_names = tuple(spec.name for spec in contract.outputs)
+        self.max_batch: int | None = None
         self._path = path
         os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(path)))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,7 +72,7 @@ class TorchEngine(Closing):
                 found = self._runner.velocity(inputs["x"].float(), inputs["t"].float(), told)
         except torch.OutOfMemoryError:
             raise ToolError(f"no GPU memory for {_asked(self._path, inputs)}", "free GPU memory, or ask for fewer "
-                            "--seconds or a smaller --batch") from None  # fmt: skip
+                            "`seconds` or a smaller `batch`") from None  # fmt: skip
         place = inputs["x"].device
         return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
 
@@ -135,9 +136,9 @@ def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
         return PlainOps(*tables)
     if packed.sizes.precision == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", "choose --precision fp16mixed")
+        raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", "choose `precision=fp16mixed`")
     try:
         from sa3_trt_core.torch_models.dit.triton_ops import FusedOps, read_tiles
     except ImportError as error:
-        raise ToolError(f"the kernels need Triton ({error})", "pip install triton, or take another --backend") from None
+        raise ToolError(f"the kernels need Triton ({error})", "pip install triton, or take another `backend`") from None
     return FusedOps(*tables, read_tiles(tiles_path(path)))

@@ -204,7 +204,7 @@ def _told(repository: str, name: str, revision: str) -> Iterator[None]:
     except (ToolError, errors.EntryNotFoundError):
         raise
     except errors.RevisionNotFoundError:
-        raise ToolError(f"{repository} has no revision {revision}", "choose another --revision") from None
+        raise ToolError(f"{repository} has no revision {revision}", "choose another `revision`") from None
     except errors.GatedRepoError:
         raise gated(repository) from None
     except errors.HfHubHTTPError as error:
@@ -261,5 +261,5 @@ def unreachable(repository: str, name: str, off: str | None = None) -> ToolError
     why = f"the hub is switched off ({off})" if off else "the hub cannot be reached"
     return ToolError(
         f"{repository}/{name} is not in the cache and {why}",
-        "connect to the network once, or give --onnx-root ROOT with your own files",
+        "connect to the network once, or give `onnx_root=ROOT` with your own files",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from sa3_trt_core.artifacts.external_data import external_data_names
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import (
     CHECKPOINT_REPOSITORY,
     CHECKPOINT_TOKENIZER_FOLDER,
@@ -35,14 +36,15 @@ def local_onnx(root: Path, target: Target) -> Path | None:
     return None
 
 
-def resolve_onnx(target: Target, onnx_root: Path | None, offline: bool = False, revision: str | None = None) -> Path:
+def resolve_onnx(target: Target, source: ModelSource) -> Path:
     """The target's ONNX file with its sidecars beside it.
 
-    A given `onnx_root` is the only place looked at: silently taking the hub's file instead would run another model.
+    A given folder of ONNX files is the only place looked at: taking the hub's file instead would run another model.
     Otherwise the hub's cache at the target's pinned revision, then the hub itself. A `revision` that is given and is
     no commit (a branch) is asked for at the hub first. With `offline` or HF_HUB_OFFLINE nothing is asked. Graph and
     sidecars are always of one commit. Raises ToolError.
     """
+    onnx_root, revision, offline = source.onnx_root, source.revision, source.offline
     if onnx_root is not None:
         path = local_onnx(onnx_root, target)
         if path is None:
@@ -53,7 +55,7 @@ def resolve_onnx(target: Target, onnx_root: Path | None, offline: bool = False, 
     if path is None:
         raise ToolError(
             f"{target.onnx[0]} is not published yet in {HUB_REPOSITORY}",
-            f"make it: {target.produced_by}; then give --onnx-root ROOT",
+            f"make it: {target.produced_by}; then give `onnx_root=ROOT`",
         )
     commit = download.commit_of(path)
     folder = next(name for name in names if path.as_posix().endswith(name)).rpartition("/")[0]
@@ -61,14 +63,14 @@ def resolve_onnx(target: Target, onnx_root: Path | None, offline: bool = False, 
         if _find(HUB_REPOSITORY, [f"{folder}/{sidecar}"], commit or target.revision, None, offline) is None:
             raise ToolError(
                 f"{sidecar} of {target.name} is not published, only the graph that needs it",
-                f"make both: {target.produced_by}; then give --onnx-root ROOT",
+                f"make both: {target.produced_by}; then give `onnx_root=ROOT`",
             )
     return path
 
 
-def resolve_file(names: list[str], target: Target, offline: bool = False, revision: str | None = None) -> Path | None:
+def resolve_file(names: list[str], target: Target, source: ModelSource) -> Path | None:
     """The first of these paths of the hub's repository that there is, in the cache; or None. Raises ToolError."""
-    return _find(HUB_REPOSITORY, names, target.revision, revision, offline)
+    return _find(HUB_REPOSITORY, names, target.revision, source.revision, source.offline)
 
 
 def local_tokenizer(root: Path) -> Path | None:
@@ -77,13 +79,13 @@ def local_tokenizer(root: Path) -> Path | None:
     return files[0] if all(file.is_file() for file in files) else None
 
 
-def resolve_tokenizer(onnx_root: Path | None, offline: bool = False) -> Path:
+def resolve_tokenizer(source: ModelSource) -> Path:
     """tokenizer.json, its config beside it: from the root if given, else from the checkpoint's hub repository."""
-    if onnx_root is not None:
-        path = local_tokenizer(onnx_root)
+    if source.onnx_root is not None:
+        path = local_tokenizer(source.onnx_root)
         if path is None:
             raise ToolError(
-                f"no {' and '.join(TOKENIZER_FILES)} under {onnx_root}",
+                f"no {' and '.join(TOKENIZER_FILES)} under {source.onnx_root}",
                 "make them: python build/export_onnx.py --model-dir DIR --onnx-root ROOT",
             )
         return path
@@ -91,9 +93,9 @@ def resolve_tokenizer(onnx_root: Path | None, offline: bool = False) -> Path:
     for name in TOKENIZER_FILES:
         file = f"{CHECKPOINT_TOKENIZER_FOLDER}/{name.rpartition('/')[2]}"
         pinned = (download.commit_of(found[0]) if found else None) or HUB_REVISION
-        path = _find(CHECKPOINT_REPOSITORY, [file], pinned, None, offline)
+        path = _find(CHECKPOINT_REPOSITORY, [file], pinned, None, source.offline)
         if path is None:
-            raise ToolError(f"{CHECKPOINT_REPOSITORY} has no {file}", "give --onnx-root ROOT with t5gemma/ in it")
+            raise ToolError(f"{CHECKPOINT_REPOSITORY} has no {file}", "give `onnx_root=ROOT` with t5gemma/ in it")
         found.append(path)
     return found[0]
 
@@ -102,7 +104,7 @@ def _find(repository: str, names: list[str], pinned: str, given: str | None, off
     """The first of the names that is in the cache, else the first that the hub has; None if it has none of them."""
     revision = given or pinned
     moves = given is not None and download.COMMIT.fullmatch(given) is None
-    off = "--offline" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None
+    off = "`offline`" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None
     if off or not moves:
         for name in names:
             path = download.cached(repository, name, revision)

@@ -72,7 +72,7 @@ class Trajectory:
         if not bool(torch.isfinite(velocity).all()):
             raise ToolError(
                 f"the DiT gave values that are not finite at sigma {float(self.sigma):.4f} (step {self.step + 1})",
-                "the engine or its ONNX is damaged or overflows: build it again, or try --precision fp32",
+                "the engine or its ONNX is damaged or overflows: build it again, or try `precision=fp32`",
             )
         after = self._sigmas[self.step + 1]
         self.x = (1.0 - after) * denoised(self.x, velocity, self.sigma) + after * next(self._noise)

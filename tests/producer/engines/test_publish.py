@@ -15,6 +15,7 @@ from helpers.hub_server import Answer, LocalHub
 from sa3_build.engines import publish as engines_publish
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import HUB_REPOSITORY, find_target
 
 TOKEN = "hf_a_token_that_nobody_may_see"
@@ -85,7 +86,7 @@ def test_a_pull_request_has_exactly_the_published_names(local: LocalHub, tmp_pat
 
 def test_what_was_published_is_what_a_consumer_finds(local: LocalHub, tmp_path: Path) -> None:
     sent(finished(tmp_path / "sa3-m"), "--branch", "main")
-    path = resolve.resolve_onnx(find_target("sa3-m-fp8"), None)
+    path = resolve.resolve_onnx(find_target("sa3-m-fp8"), ModelSource())
     assert (path.parent / "dit_fp8.onnx.data").read_bytes() == b"12345678"
 
 

@@ -42,10 +42,10 @@ def test_one_model_at_a_time_gives_the_same_sounds(tiny_onnx: Path, sound: Path)
         wanted = dict(generator.generate_many(rows, batch=2))
         assert set(generator.engines.open_stages) == {"text", "encode", "dit", "decoder"}
     opened: list[str] = []
-    with Generator.load(**settings, free_models=True, on_engine=opened.append) as generator:
+    with Generator.load(**settings, free_models=True, on_engine=lambda *step: opened.append(step[0])) as generator:
         seen = []
 
-        def look(note: str) -> None:
+        def look(stage: str, index: int, total: int) -> None:
             seen.append(generator.engines.open_stages)
 
         for _ in range(2):  # it can be called again

@@ -20,6 +20,7 @@ from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.engines import open_engine
 from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import find_target
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
@@ -103,7 +104,7 @@ def test_without_a_gpu_the_command_says_so(
     two_lines(run(sa3_trt.main, [*line, "--quiet"]), "tensorrt_rtx needs an NVIDIA GPU")
     assert listing(tmp_path) == {}
     with pytest.raises(ToolError, match="needs an NVIDIA GPU"):
-        open_engine(find_target("same-l-decoder"), "tensorrt_rtx", root, path.parents[2], path)
+        open_engine(find_target("same-l-decoder"), "tensorrt_rtx", ModelSource(root, path.parents[2]), path)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_engines_that_load_beside_one_that_fails_are_closed(tiny_onnx: Path, tmp
         proto = onnx.load(onnx_of(root, name), load_external_data=False)
         proto.graph.node[0].op_type = "Unheard"
         onnx.save(proto, onnx_of(root, name))
-    opened: list[str] = []
+    opened: list[tuple[str, int, int]] = []
     with pytest.raises(ToolError, match=r"encoder\.onnx"):
-        Generator.load(backend="onnxruntime", onnx_root=root, on_engine=opened.append)
-    assert opened == ["sa3-m (onnxruntime)"]
+        Generator.load(backend="onnxruntime", onnx_root=root, on_engine=lambda *step: opened.append(step))
+    assert opened == [("sa3-m (onnxruntime)", 1, 3)]

@@ -17,6 +17,7 @@ from helpers import graphs, hub_server
 from helpers.hub_server import GATED, NO_REPOSITORY, Answer, LocalHub
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download, resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import CHECKPOINT_REPOSITORY, HUB_REPOSITORY, find_target
 
 FP8, HALF = find_target("sa3-m-fp8"), find_target("sa3-m")
@@ -35,55 +36,58 @@ def local(tmp_path: Path) -> Iterator[LocalHub]:
 
 def refused(words: str, hint: str, **how) -> ToolError:  # type: ignore[no-untyped-def]
     with pytest.raises(ToolError, match=words) as caught:
-        resolve.resolve_onnx(FP8, None, **how)
+        resolve.resolve_onnx(FP8, ModelSource(**how))
     assert hint in caught.value.hint
     assert len(caught.value.lines().splitlines()) == 2
     return caught.value
 
 
 def test_graph_and_sidecar_arrive_and_are_kept(local: LocalHub) -> None:
-    path = resolve.resolve_onnx(FP8, None)
+    path = resolve.resolve_onnx(FP8, ModelSource())
     assert path.name == "dit_fp8.onnx"
     assert (path.parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
     assert download.expected_sha256(path.parent / "dit_fp8lin.onnx.data") == hashlib.sha256(WEIGHTS).hexdigest()
     asked = len(local.asked)
-    assert resolve.resolve_onnx(FP8, None) == path and resolve.resolve_onnx(FP8, None, offline=True) == path
+    assert (
+        resolve.resolve_onnx(FP8, ModelSource()) == path
+        and resolve.resolve_onnx(FP8, ModelSource(offline=True)) == path
+    )
     assert len(local.asked) == asked, "what is in the cache is not asked for again"
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(local: LocalHub) -> None:
-    resolve.resolve_onnx(FP8, None)
+    resolve.resolve_onnx(FP8, ModelSource())
     shown = {path.startswith("cdn/"): headers.get("authorization") for _, path, headers in local.asked}
     assert shown == {False: "Bearer hf_secret", True: None}
 
 
 def test_a_given_folder_is_the_only_place(local: LocalHub, tmp_path: Path) -> None:
     with pytest.raises(ToolError) as caught:
-        resolve.resolve_onnx(FP8, tmp_path)
+        resolve.resolve_onnx(FP8, ModelSource(tmp_path))
     assert "build/build_dit_fp8.py" in caught.value.hint
     with pytest.raises(ToolError, match=r"tokenizer\.json"):
-        resolve.resolve_tokenizer(tmp_path)
+        resolve.resolve_tokenizer(ModelSource(tmp_path))
     assert local.asked == []
 
 
 def test_every_name_that_the_hub_has_used_is_found(local: LocalHub) -> None:
     local.commit(HUB_REPOSITORY, {"onnx/sa3-m/dit_fp16.onnx": graphs.with_sidecar("odd name.data")})
     with pytest.raises(ToolError, match=r"odd name\.data of sa3-m is not published"):
-        resolve.resolve_onnx(HALF, None)
+        resolve.resolve_onnx(HALF, ModelSource())
     commit = local.commit(HUB_REPOSITORY, {"onnx/sa3-m/odd name.data": b"8 bytes."})
-    path = resolve.resolve_onnx(HALF, None, revision=commit)
+    path = resolve.resolve_onnx(HALF, ModelSource(revision=commit))
     assert path.name == "dit_fp16.onnx" and (path.parent / "odd name.data").read_bytes() == b"8 bytes."
 
 
 def test_a_branch_moves_only_when_it_is_asked_to(local: LocalHub) -> None:
-    first = resolve.resolve_onnx(FP8, None)
+    first = resolve.resolve_onnx(FP8, ModelSource())
     old = download.commit_of(first)
     local.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp8lin.onnx.data", "newer"), SIDECAR: WEIGHTS[::-1]})
-    assert resolve.resolve_onnx(FP8, None) == first
-    newer = resolve.resolve_onnx(FP8, None, revision="main")
+    assert resolve.resolve_onnx(FP8, ModelSource()) == first
+    newer = resolve.resolve_onnx(FP8, ModelSource(revision="main"))
     assert download.commit_of(newer) not in (None, old)
     assert (newer.parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS[::-1]
-    assert resolve.resolve_onnx(FP8, None, revision=old) == first
+    assert resolve.resolve_onnx(FP8, ModelSource(revision=old)) == first
 
 
 def test_a_sidecar_is_of_its_graphs_commit(local: LocalHub) -> None:
@@ -92,7 +96,7 @@ def test_a_sidecar_is_of_its_graphs_commit(local: LocalHub) -> None:
     refused("answered 503", "later")
     local.refuse.clear()
     local.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp8lin.onnx.data", "newer"), SIDECAR: b"other"})
-    path = resolve.resolve_onnx(FP8, None)
+    path = resolve.resolve_onnx(FP8, ModelSource())
     assert (path.parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
 
 
@@ -124,9 +128,9 @@ def test_the_hubs_refusals_are_two_lines(local: LocalHub, answer: Answer, words:
 def test_a_cut_connection_is_taken_up_where_it_broke(local: LocalHub) -> None:
     local.cut["onnx/sa3-m/dit_fp8lin.onnx.data"] = [300_000]
     with pytest.raises(ToolError, match=r"connection broke .* 300\.0 kB of 1\.0 MB are kept") as caught:
-        resolve.resolve_onnx(FP8, None)
+        resolve.resolve_onnx(FP8, ModelSource())
     assert "goes on from there" in caught.value.hint
-    path = resolve.resolve_onnx(FP8, None)
+    path = resolve.resolve_onnx(FP8, ModelSource())
     assert (path.parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
     assert [headers["range"] for _, name, headers in local.asked if "range" in headers] == ["bytes=300000-"]
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
@@ -137,7 +141,7 @@ def test_wrong_bytes_never_reach_the_cache(local: LocalHub) -> None:
     refused("arrived with digest", "thrown away")
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*.data*") if path.is_file()]
     local.spoil.clear()
-    assert (resolve.resolve_onnx(FP8, None).parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
+    assert (resolve.resolve_onnx(FP8, ModelSource()).parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
 
 
 def test_small_files_are_checked_by_gits_digest(local: LocalHub) -> None:
@@ -145,9 +149,9 @@ def test_small_files_are_checked_by_gits_digest(local: LocalHub) -> None:
     local.commit(CHECKPOINT_REPOSITORY, {names[0]: b"{}\n", names[1]: b"{ }\n"})
     local.spoil.add(names[1])
     with pytest.raises(ToolError, match=r"tokenizer_config\.json arrived with digest"):
-        resolve.resolve_tokenizer(None)
+        resolve.resolve_tokenizer(ModelSource())
     local.spoil.clear()
-    assert resolve.resolve_tokenizer(None).read_bytes() == b"{}\n"
+    assert resolve.resolve_tokenizer(ModelSource()).read_bytes() == b"{}\n"
 
 
 def test_an_endpoint_that_is_no_hub_is_refused(local: LocalHub) -> None:
@@ -157,7 +161,7 @@ def test_an_endpoint_that_is_no_hub_is_refused(local: LocalHub) -> None:
 
 def test_a_slow_hub_is_waited_for_and_a_silent_one_is_not(local: LocalHub) -> None:
     local.pause = 0.1
-    resolve.resolve_onnx(FP8, None)
+    resolve.resolve_onnx(FP8, ModelSource())
     local.pause = 3.0
     refused("cannot be reached", "connect to the network", revision="main")
 
@@ -184,7 +188,9 @@ def test_a_full_disk_is_told_before_anything_is_read(local: LocalHub) -> None:
 def test_two_processes_at_once_read_the_bytes_once(local: LocalHub) -> None:
     found: list[Path] = []
     local.pause = 0.05
-    threads = [threading.Thread(target=lambda: found.append(resolve.resolve_onnx(FP8, None))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(resolve.resolve_onnx(FP8, ModelSource()))) for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -197,8 +203,9 @@ def test_the_environment_is_honoured(local: LocalHub, tmp_path: Path) -> None:
     """In a process of its own, as a user sets it."""
     code = (
         "from sa3_trt_core import targets, errors\n"
-        "from sa3_trt_core.hub import resolve as hub\n"
-        "try: print(hub.resolve_onnx(targets.find_target('sa3-m-fp8'), None))\n"
+        "from sa3_trt_core.hub import resolve\n"
+        "from sa3_trt_core.paths import ModelSource\n"
+        "try: print(resolve.resolve_onnx(targets.find_target('sa3-m-fp8'), ModelSource()))\n"
         "except errors.ToolError as error: print(error.lines())\n"
     )
     env = {**os.environ, "HF_ENDPOINT": local.address, "HF_HOME": str(tmp_path / "home")}

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import find_target
 
 
@@ -143,7 +144,7 @@ def test_the_local_folder_is_searched_by_every_name(tmp_path: Path) -> None:
     (older.parent / "w.data").write_bytes(b"\0" * 8)
     assert resolve.local_onnx(tmp_path, target) == older
     ours = save(tmp_path / target.onnx[0], model())
-    assert resolve.resolve_onnx(target, tmp_path) == ours
+    assert resolve.resolve_onnx(target, ModelSource(tmp_path)) == ours
 
 
 def _size(value: int) -> bytes:

@@ -154,7 +154,7 @@ def agree(found: dict[int, Result], requests: list[Request], alone) -> None:  # 
 @pytest.mark.parametrize("depth", range(1, 9))
 def test_a_ring_of_any_depth_equals_serial(generator: Generator, mixed: list[Request], alone, depth: int) -> None:
     notes: list[str] = []
-    agree(dict(generator.generate_ring(mixed, depth, notes.append)), mixed, alone)
+    agree(dict(generator.generate_ring(mixed, depth, lambda *step: notes.append(step[0]))), mixed, alone)
     assert len(notes) == count_stages(mixed, 1)
 
 
@@ -171,7 +171,7 @@ def test_guided_rows_and_others_share_a_ring(generator: Generator, mixed: list[R
 def test_a_sound_is_handed_over_while_others_wait(generator: Generator) -> None:
     notes: list[str] = []
     requests = [replace(BASE, seed=seed) for seed in range(4)]
-    sounds = generator.generate_ring(requests, 1, notes.append)
+    sounds = generator.generate_ring(requests, 1, lambda *step: notes.append(step[0]))
     next(sounds)
     assert len(notes) < count_stages(requests, 1)
     assert [index for index, _ in sounds] == [1, 2, 3]

@@ -1,0 +1,40 @@
+"""Samples in memory, as a request takes them instead of a sound file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.errors import InvalidRequest
+from sa3_trt_core.shapes import AUDIO_CHANNELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOWEST_RATE, HIGHEST_RATE = 100, 768_000  # Hz
+
+
+@dataclass(frozen=True, eq=False)
+class Waveform:
+    """Samples (channels, N) of a floating type within full scale (1), and their rate in Hz. Equal to itself alone."""
+
+    samples: Tensor
+    sample_rate: int
+
+
+def as_waveform(samples: object, sample_rate: object) -> Waveform:
+    """The waveform of a tensor (N,), (1, N) or (2, N) and its rate in Hz. Raises InvalidRequest."""
+    import torch
+
+    hint = "give a floating tensor (2, N), (1, N) or (N,) and its sample rate"
+    if not isinstance(samples, torch.Tensor) or not samples.is_floating_point():
+        kind = samples.dtype if isinstance(samples, torch.Tensor) else type(samples).__name__
+        raise InvalidRequest(f"`init_audio` holds {kind}, not floating samples", hint)
+    shaped = samples.detach()[None] if samples.dim() == 1 else samples.detach()
+    if shaped.dim() != 2 or not 1 <= shaped.shape[0] <= AUDIO_CHANNELS or not shaped.shape[1]:
+        raise InvalidRequest(f"`init_audio` has the shape {list(samples.shape)}", hint)
+    whole = isinstance(sample_rate, int) and not isinstance(sample_rate, bool)
+    if not whole or not LOWEST_RATE <= int(str(sample_rate)) <= HIGHEST_RATE:
+        rates = f"{LOWEST_RATE} to {HIGHEST_RATE} Hz"
+        raise InvalidRequest(f"the sample rate of `init_audio` is {sample_rate!r}", f"give a whole number from {rates}")
+    return Waveform(shaped, int(str(sample_rate)))

@@ -1,0 +1,60 @@
+"""What a request becomes: the sound, its latents and what making it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.errors import InvalidRequest
+from sa3_trt_core.shapes import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """One generated sound.
+
+    Args:
+        latents: fp32 (1, 256, V) of the valid frames.
+        sigmas: fp32 (steps + 1,), the noise levels of the sampler.
+        audio: fp32 (samples, 2); full scale is 1, and it may lie beyond.
+        timings: seconds of each stage, this row's share of its batch's.
+        memory: bytes in use on the GPU after each stage; empty without a GPU.
+        sample_rate: of `audio`, in Hz.
+    """
+
+    latents: Tensor
+    sigmas: Tensor
+    audio: Tensor
+    timings: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    sample_rate: int = SAMPLE_RATE
+
+    @property
+    def waveform(self) -> Tensor:
+        """The audio as torchaudio and diffusers have it: fp32 (2, samples), contiguous."""
+        return self.audio.T.contiguous()
+
+    def save(self, path: str | Path, bits: int | str = audio_io.DEFAULT_BITS, peak: str = audio_io.PEAKS[0]) -> Path:
+        """Write the sound to a file, atomically; returns its path.
+
+        Args:
+            path: its extension is the format: .wav, .flac, .mp3, .ogg or .opus.
+            bits: of a sample: 16 (default), 24, or "32f" for floating point; the lossy formats have none.
+            peak: for samples beyond full scale: "clip" (default) cuts them, "normalize" scales the whole sound,
+                "limit" turns the peaks down.
+
+        Raises:
+            InvalidRequest: an extension, `bits` or `peak` that cannot be written.
+            ToolError: the file cannot be written.
+        """
+        file, width = Path(path), str(bits)
+        audio_io.check_output(file, width, "`path`")
+        if peak not in audio_io.PEAKS:
+            raise InvalidRequest(f"`peak` {peak!r} is unknown", f"known: {', '.join(audio_io.PEAKS)}")
+        audio_io.write_audio(file, audio_io.tame(self.audio, peak), width, {}, self.sample_rate)
+        return file

@@ -1,0 +1,152 @@
+"""The stages of a batch of requests: text encoder, audio encoder, sampler and decoder, with the engines of a plan."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sa3_trt_core import text
+from sa3_trt_core.audio import autoencoder, reader, tiling
+from sa3_trt_core.batch import REMEMBERED, Batch, Known
+from sa3_trt_core.conditioning import Conditioning
+from sa3_trt_core.engines.base import Closing, DiTVelocity
+from sa3_trt_core.errors import ToolWarning
+from sa3_trt_core.model_loader import EngineSet
+from sa3_trt_core.result import Result
+from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity
+from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
+from sa3_trt_core.sampling.ring import RingRow
+from sa3_trt_core.sampling.sampler import Trajectory, ping_pong, row_noise
+from sa3_trt_core.shapes import LATENT_CHANNELS, SAMPLES_PER_FRAME
+from sa3_trt_core.stage_timer import Meter
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sa3_trt_core.engines.base import GraphEngine
+
+Tell = Callable[[str], None]
+NO_NULL_RULE = (
+    "this DiT has no rule for the null row of guidance (its zero text becomes padding embeddings): make one that has "
+    "with build/build_dit_fp16mixed.py or build/build_dit_fp8.py"
+)
+
+
+class Stages(Closing):
+    """Runs each stage of a batch; with `free_models` the engine of a stage is closed when the stage has ended."""
+
+    def __init__(self, engines: EngineSet, free_models: bool = False) -> None:
+        self.engines = engines
+        self._frees = free_models
+
+    def _read(self, job: Batch, known: Known, tell: Tell) -> None:
+        """The features of every text of a batch, prompts and negative prompts."""
+        import torch
+
+        texts = [row.prompt for row in job.rows]
+        texts += [row.negative_prompt for row in job.rows if row.negative_prompt is not None]
+        encoder = self._engine("text", job.meter)
+        with torch.inference_mode(), job.meter.stage("text"):
+            for words in dict.fromkeys(texts):
+                if words not in known.texts:
+                    known.texts[words] = text.encode_text(encoder, self.engines.tokenizer, [words])
+        job.features = {words: known.texts[words] for words in texts}
+        tell("text")
+
+    def _encode(self, job: Batch, known: Known, tell: Tell) -> None:
+        """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
+        import torch
+
+        job.inits = [None] * len(job.rows)
+        if all(row.sound is None for row in job.rows):
+            return
+        found: list[Tensor | None] = []
+        encoder = self._engine("encode", job.meter)
+        with torch.inference_mode(), job.meter.stage("encode"):
+            for row in job.rows:
+                if row.sound is None:
+                    found.append(None)
+                    continue
+                key = (row.sound, row.init_start, row.frames)
+                if key not in known.sounds:
+                    samples = reader.read_audio(row.sound, row.init_start, row.frames * SAMPLES_PER_FRAME)
+                    known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
+                found.append(known.sounds[key])
+        job.inits = found
+        tell("init audio")
+
+    def _engine(self, stage: str, meter: Meter) -> GraphEngine:
+        """The engine of a stage; opening it, where it is not open, is time of its own."""
+        if stage in self.engines.open_stages:
+            return self.engines.engine(stage)
+        with meter.stage("load"):
+            return self.engines.engine(stage)
+
+    def _velocity(self, meter: Meter) -> DiTVelocity:
+        return DiTVelocity(self._engine("dit", meter))
+
+    def _leave(self, stage: str) -> None:
+        """A stage has ended for now: its engine goes where models are freed."""
+        if self._frees:
+            self.engines.release(stage)
+
+    def _chunk(self, frames: int) -> int:
+        return tiling.chunk_frames(frames, self.engines.plan.chunk_frames)
+
+    def _sample(self, job: Batch, tell: Tell) -> None:
+        """The latents (B, 256, V) of a batch."""
+        import torch
+
+        first, velocity = job.rows[0], self._velocity(job.meter)
+        with torch.inference_mode():
+            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            guidance = self._guidance(job, cond)
+            engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
+            noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames)
+            with job.meter.stage("sample"):
+                job.latents = ping_pong(
+                    engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
+                )
+
+    def _guidance(self, job: Batch, cond: Conditioning) -> Guidance | None:
+        """Return the guidance of a batch; warn where its null row would not be the model's own."""
+        guidance = guidance_of(job.rows, cond, job.features)
+        plain = guidance is not None and any(row.negative_prompt is None for row in job.rows)
+        if plain and not self.engines.has_null_rule():
+            warnings.warn(NO_NULL_RULE, ToolWarning, stacklevel=2)
+        return guidance
+
+    def _ring_row(self, job: Batch, known: Known, tell: Tell) -> RingRow:
+        """A request made ready for the ring."""
+        import torch
+
+        self._read(job, known, tell)
+        self._encode(job, known, tell)
+        known.forget(REMEMBERED)
+        (row,) = job.rows
+        with torch.inference_mode():
+            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            noise = row_noise([row.seed], LATENT_CHANNELS, row.frames, row.valid_frames)
+            path = Trajectory(noise, sigmas_of(row), start, kept)
+            return RingRow(path, cond, self._guidance(job, cond), job.meter)
+
+    def _decode(self, job: Batch, tell: Tell) -> list[Result]:
+        """The sounds of a batch, row by row: the decoder takes one at a time."""
+        import torch
+
+        assert job.latents is not None
+        sounds, decoder = [], self._engine("decoder", job.meter)
+        with torch.inference_mode():
+            for index, row in enumerate(job.rows):
+                with job.meter.stage("decode"):
+                    decoded = autoencoder.decode(decoder, job.latents[index : index + 1], self._chunk(row.valid_frames))
+                    sounds.append(autoencoder.finish(decoded, row.seconds))
+                tell("decoded")
+        levels = sigmas_of(job.rows[0])
+        return [
+            Result(
+                job.latents[index : index + 1].clone(), levels, sound, dict(job.meter.timings), dict(job.meter.memory)
+            )
+            for index, sound in enumerate(sounds)
+        ]
