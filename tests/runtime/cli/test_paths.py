@@ -33,9 +33,10 @@ def parser_of(module) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def
 
 def path_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [
-        action for action in parser._actions
-        if action.option_strings and (action.type is Path or (action.metavar in ("DIR", "D", "F") and action.nargs != 0))
-    ]  # fmt: skip
+        action
+        for action in parser._actions
+        if action.option_strings and (action.type is Path or action.metavar in ("DIR", "D", "F"))
+    ]
 
 
 def line_with(parser: argparse.ArgumentParser, flags: dict[str, str]) -> list[str]:

@@ -18,6 +18,8 @@ from sa3_trt_core.cli import streams
 COMMAND = [sys.executable, str(ROOT / "scripts/sa3_trt.py")]
 SHORT = ["--seconds", "0.3", "--steps", "1", "--seed", "1", "--precision", "fp32", "--backend", "onnxruntime"]
 
+TAILS = [(">&- 2>&-", 0), ("<&- | true; exit ${PIPESTATUS[0]}", 0), (">/dev/full", 2)]
+
 
 def shell(line: list[str], tail: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     words = ["bash", "-c", f'"$@" {tail}', "bash", *line]
@@ -26,9 +28,7 @@ def shell(line: list[str], tail: str, folder: Path, **environment: str) -> subpr
                           timeout=120)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("tail", "code"), [(">&- 2>&-", 0), ("<&- | true; exit ${PIPESTATUS[0]}", 0), (">/dev/full", 2)]
-)
+@pytest.mark.parametrize(("tail", "code"), TAILS)
 def test_the_sound_is_written(tiny_onnx: Path, tmp_path: Path, tail: str, code: int) -> None:
     done = shell([*COMMAND, *SHORT, "--prompt", "x", "--onnx-root", str(tiny_onnx), "--out", "a.wav"], tail, tmp_path)
     assert done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done
@@ -77,20 +77,12 @@ def test_a_slow_reader_is_waited_for() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     data = bytes(range(256)) * 2000
-    child = subprocess.Popen([sys.executable, "-c", "import sys, time; time.sleep(.3); print(len(sys.stdin.buffer.read()))"],
-                             stdin=reading, stdout=subprocess.PIPE)  # fmt: skip
+    slow = "import sys, time; time.sleep(.3); print(len(sys.stdin.buffer.read()))"
+    child = subprocess.Popen([sys.executable, "-c", slow], stdin=reading, stdout=subprocess.PIPE)
     os.close(reading)
-    assert streams._Output(writing, "wb").write(data) == len(data)
-    os.close(writing) if _is_open(writing) else None
+    assert streams._Output(writing, "wb", closefd=False).write(data) == len(data)
+    os.close(writing)
     assert int(child.communicate(timeout=30)[0]) == len(data)
-
-
-def _is_open(descriptor: int) -> bool:
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        return False
-    return True
 
 
 def test_other_errors_of_a_stream_are_not_hidden() -> None:
