@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ PEAKS = ("clip", "normalize", "limit")
 LIMITER_MILLISECONDS = 5.0  # each side of a peak; shorter is heard as distortion, longer as pumping
 MOST_WAV_TEXT = 1900  # bytes of title and comment together
 LONGEST_TITLE = 100  # letters
+CUTS = (600, 300, 150, 75)  # letters that are left of each text, as few as it takes
 ELLIPSIS = "…"  # at the end of a text that was cut
 
 
@@ -88,7 +90,7 @@ def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, A
             os.fsencode(temporary), "w", rate, values.shape[1], CODECS.get(suffix, BITS[bits]), format=FORMATS[suffix]
         ) as sound,
     ):
-        title, sound.comment = _texts(metadata, MOST_WAV_TEXT if suffix == ".wav" else None)
+        title, sound.comment = _texts(metadata, MOST_WAV_TEXT if suffix == ".wav" else None, suffix == ".mp3")
         if title:  # an empty text is an error to libsndfile
             sound.title = title
         sound.software = f"sa3-trt {__version__}"
@@ -149,18 +151,27 @@ def _written(path: Path) -> Iterator[None]:
         raise ToolError(f"cannot write {path}: {error.error_string}", "see that its disk has room") from None
 
 
-def _texts(metadata: Mapping[str, Any], most: int | None) -> tuple[str, str]:
-    """Return title and comment; every text is cut as far as `most` bytes for both together need."""
-    for longest in (None, 1000, 600, 300, 150, 75):
-        cut = {
-            key: value[:longest] + ELLIPSIS if longest and isinstance(value, str) and len(value) > longest else value
-            for key, value in metadata.items()
-        }
-        if longest and cut != dict(metadata):
-            cut["cut"] = True
-        title, comment = str(cut.get("prompt", "")), json.dumps(cut, ensure_ascii=False)
-        if len(title) > LONGEST_TITLE:
-            title = title[:LONGEST_TITLE] + ELLIPSIS
+def was_cut(path: Path, text: object) -> bool:
+    """Return True if a text of a file's metadata is one that `write_audio` had to cut."""
+    ends = isinstance(text, str) and text.endswith(ELLIPSIS) and len(text) - len(ELLIPSIS) in CUTS
+    return ends and path.suffix.lower() == ".wav"
+
+
+def _texts(metadata: Mapping[str, Any], most: int | None, ascii_only: bool) -> tuple[str, str]:
+    """Return title and comment, cut as far as `most` bytes for both need: the title first, which is in both.
+
+    `ascii_only` is for MP3, whose texts libsndfile writes as UTF-8 and marks as Latin-1: JSON has escapes for the
+    comment, and the title loses its accents.
+    """
+    for longest, title_length in ((None, None), (None, LONGEST_TITLE), *((length, length) for length in CUTS)):
+        cut = {key: _cut(value, longest) if isinstance(value, str) else value for key, value in metadata.items()}
+        title, comment = _cut(str(metadata.get("prompt", "")), title_length), json.dumps(cut, ensure_ascii=ascii_only)
         if most is None or len((title + comment).encode()) <= most:
             break
+    if ascii_only:
+        title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
     return title, comment
+
+
+def _cut(text: str, longest: int | None) -> str:
+    return text if longest is None or len(text) <= longest else text[:longest] + ELLIPSIS

@@ -49,7 +49,7 @@ def again_line(path: Path, given: argparse.Namespace) -> list[str]:
     """
     note = audio_io.read_metadata(path)
     prompted = given.prompt is not None or given.prompts_file is not None
-    if note.get("cut") and not prompted:
+    if any(audio_io.was_cut(path, note.get(name)) for name in TEXTS if not (name == "prompt" and prompted)):
         raise ToolError(
             f"the texts in {path} were cut: a WAV file holds 2 kB of them", "give --prompt too, or write .flac files"
         )

@@ -1,0 +1,96 @@
+"""Paths that the system refuses to look at, in every path flag of every command: two lines, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import ROOT, listing, run
+
+COMMANDS = sorted(
+    path.stem
+    for folder in ("build", "scripts")
+    for path in (ROOT / folder).glob("*.py")
+    if "run_command" in path.read_text()
+)
+LONG, FAR = "n" * 300, "/".join(["d" * 200] * 30)  # a name, and a path, that no system takes
+
+
+def parser_of(module) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    if hasattr(module, "parser"):
+        return module.parser() if not isinstance(module.parser, argparse.ArgumentParser) else module.parser
+    from sa3_trt_core.cli.parser import parser
+
+    return parser()
+
+
+def path_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [
+        action
+        for action in parser._actions
+        if action.option_strings and (action.type is Path or action.metavar in ("DIR", "D", "F"))
+    ]
+
+
+def line_with(parser: argparse.ArgumentParser, flags: dict[str, str]) -> list[str]:
+    """A command line with these flags, and something for whatever else is required."""
+    line = []
+    for action in parser._actions:
+        name = action.option_strings[-1] if action.option_strings else ""
+        if name in flags:
+            line += [name, flags[name]]
+        elif name and action.required:
+            choices = [str(choice) for choice in action.choices or ()]
+            line += [name, choices[0] if choices else "absent.safetensors" if action.type is Path else "1"]
+        elif name == "--arch":
+            line += [name, "sm_89"]
+        elif not name and action.nargs not in ("*", "?"):
+            line.append("sa3-m")
+    return [*line, *(["--prompt", "x"] if parser.prog == "sa3_trt" else [])]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_names_that_are_too_long(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    module = importlib.import_module(name)
+    parser = parser_of(module)
+    flags = [action.option_strings[-1] for action in path_flags(parser)]
+    tried = [{flag: bad} for flag in flags for bad in (LONG, FAR)] + [{flag: LONG for flag in flags}]
+    for given in tried[-1:] if name == "bench_start" else tried:  # it starts a process each time
+        done = run(module.main, line_with(parser, given))
+        assert done.code == 2, (given, done)
+        lines = done.err.splitlines()
+        assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), (given, done.err)
+        assert len(lines) == 2 or name == "bench_start"  # which shows what its child said, too
+    assert listing(tmp_path) == {}
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None or os.geteuid() != 0, reason="needs another user")
+def test_a_folder_that_is_closed_to_this_user(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    lines = [
+        ["scripts/sa3_trt.py", "--prompt", "x", "--out", "closed/a.wav"],
+        ["scripts/sa3_trt.py", "--prompt", "x", "--prompts-file", "closed/p.txt"],
+        ["build/publish.py", "--onnx", "closed/dit_fp8.onnx"],
+        ["build/build_dit_fp16mixed.py", "--input", "closed/dit.onnx", "--onnx", "o.onnx"],
+    ]
+    as_nobody = ["unshare", "--user", "--map-user=12345", "--map-group=12345", sys.executable]
+    if subprocess.run([*as_nobody, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip("this machine gives no user namespaces")
+    for script, *words in lines:
+        done = subprocess.run(
+            [*as_nobody, ROOT / script, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and done.stdout == "", done
+        assert len(done.stderr.splitlines()) == 2 and done.stderr.startswith("error: "), done.stderr
+    closed.chmod(0o700)
+    assert list(closed.iterdir()) == []

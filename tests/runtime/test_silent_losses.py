@@ -1,0 +1,155 @@
+"""Losses that do not stop a run are said in one line: a prompt that is cut, a GPU that is not used; memory in two."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sa3_trt
+from helpers.commands import run
+from sa3_trt_core import Generator, Request, gpu
+from sa3_trt_core.cli.arguments import run_command
+from sa3_trt_core.errors import ToolError, ToolWarning, as_tool_error, memory_error
+from sa3_trt_core.text import Tokenizer
+
+SHORT = [
+    "--seconds",
+    "0.3",
+    "--steps",
+    "1",
+    "--seed",
+    "1",
+    "--precision",
+    "fp32",
+    "--backend",
+    "onnxruntime",
+    "--quiet",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_onnx: Path) -> Tokenizer:
+    return Tokenizer(tiny_onnx / "t5gemma" / "tokenizer.json")
+
+
+def warned(tokenizer: Tokenizer, prompt: str) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer.encode([prompt])
+    return [str(one.message) for one in caught if issubclass(one.category, ToolWarning)]
+
+
+def test_a_prompt_that_is_cut_is_quoted_where(tokenizer: Tokenizer) -> None:
+    for words in ("slow piano and strings, ", "音楽 🎵 ", "Größe "):
+        prompt = words * 300 + "no drums"
+        (message,) = warned(tokenizer, prompt)
+        assert "longer than 256 tokens" in message and "nothing is read after" in message
+        last, first = message.split("'")[1], message.split("'")[3]
+        assert last + first in prompt and tokenizer.encode([prompt])[1].sum() == 256
+
+
+def test_a_prompt_that_fits_to_the_last_token_is_not_warned_of(tokenizer: Tokenizer) -> None:
+    prompt, step = "a", " a"
+    while int(tokenizer.encode([prompt + step])[1].sum()) < 256:
+        prompt += step
+    assert warned(tokenizer, prompt + step) == [] and warned(tokenizer, "") == []
+    assert warned(tokenizer, prompt + step * 2) != []
+
+
+def test_the_command_says_it_once_and_quiet_does_not_hide_it(tiny_onnx: Path, tmp_path: Path) -> None:
+    prompt = "slow piano and strings, " * 200
+    line = [*SHORT, "--prompt", prompt, "--prompt", prompt, "--onnx-root", tiny_onnx, "--out-dir", tmp_path]
+    done = run(sa3_trt.main, line)
+    assert done.code == 0 and done.err.count("warning: ") == done.err.count("\n") == 1, done.err
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The driver answers as on a machine with a GPU; the packages here are those for a CPU."""
+    monkeypatch.setattr(gpu, "current_arch", lambda: "sm_90")
+    yield
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_gpu_that_is_not_used_is_said_once_with_the_reason(tiny_onnx: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as generator:
+            assert set(generator.engines.devices.values()) == {"cpu"}
+    (message,) = [str(one.message) for one in caught if issubclass(one.category, ToolWarning)]
+    assert message.startswith("text, dit, decoder on the CPU") and "onnxruntime-gpu" in message
+
+
+def test_the_device_of_each_stage_is_shown(tiny_onnx: Path, tmp_path: Path) -> None:
+    line = [*SHORT, "--prompt", "x", "--onnx-root", tiny_onnx, "--out", tmp_path / "a.wav"]
+    table = run(sa3_trt.main, line)
+    assert table.err == "" and {"text", "sample", "decode"} <= {
+        row.split()[0] for row in table.out.splitlines() if row.split()[2:3] == ["cpu"]
+    }
+    assert '"dit": "cpu"' in run(sa3_trt.main, [*line, "--json"]).out
+
+
+def test_guidance_of_a_dit_without_the_null_rule_is_said(
+    tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = Request("x", 0.3, 1, cfg=3.0)
+    for rule, negative, expected in ((False, None, 1), (False, "drums", 0), (True, None, 0)):
+        with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as generator:
+            monkeypatch.setattr(type(generator.engines), "has_null_rule", lambda _, rule=rule: rule)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                generator.generate(Request("x", 0.3, 1, cfg=3.0, negative_prompt=negative) if negative else request)
+        found = [str(one.message) for one in caught if issubclass(one.category, ToolWarning)]
+        assert len(found) == expected and all("null row" in message for message in found)
+
+
+def torch_refuses() -> None:
+    torch.empty(1 << 45, dtype=torch.float64)
+
+
+def numpy_refuses() -> None:
+    np.ones(1 << 45)
+
+
+MEMORY = [
+    ("Failed to allocate memory for requested buffer of size 9437184", "9.4 MB"),
+    ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has", "2.50 GiB"),
+    ("BFCArena::AllocateRawInternal Available memory of 1 is smaller than requested bytes of 5000000", "5.0"),
+    ("std::bad_alloc", ""), ("bad allocation", ""), ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", ""),
+    ("can't start new thread", ""), ("pthread_create failed, error code: 11", ""),
+    ("libx.so: failed to map segment from shared object", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "size"), MEMORY)
+def test_what_libraries_say_when_memory_ends(words: str, size: str) -> None:
+    found = memory_error(RuntimeError(words))
+    assert found is not None and "memory ended" in found.message and size in found.message
+    assert "shorter length" in found.hint
+    assert memory_error(RuntimeError("shapes do not match: memory layout")) is None
+
+
+@pytest.mark.parametrize("refuses", [torch_refuses, numpy_refuses])
+def test_real_allocations_that_fail_are_two_lines(refuses, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    assert run_command(lambda: refuses() or 0) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "memory ended" in lines[0] and "asked for" in lines[0], lines
+
+
+def test_causes_are_looked_at_and_our_own_bugs_are_not_hidden() -> None:
+    try:
+        try:
+            raise OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300)
+        except OSError as error:
+            raise RuntimeError("a library's own words") from error
+    except RuntimeError as error:
+        known = as_tool_error(error)
+    assert isinstance(known, ToolError) and "File name too long" in known.message and len(known.message) < 200
+    for bug in (KeyError("x"), RuntimeError("x"), ValueError("x"), OSError("x"), AssertionError()):
+        assert as_tool_error(bug) is None
