@@ -35,9 +35,10 @@ LAYERS = """
 commands
 sa3_demo
 sa3_build
+sa3_build.lora
 sa3_build.engines
 sa3_build.recipes
-sa3_build.verification sa3_build.lora
+sa3_build.verification
 sa3_build.calibration sa3_build.quantization
 sa3_build.export
 sa3_build.passes
@@ -45,6 +46,7 @@ sa3_build.graph
 sa3_build.e4m3 sa3_build.memory
 sa3_bench
 sa3_validation
+sa3_serve
 sa3_trt_core.cli
 sa3_trt_core
 sa3_trt_core.pipeline
