@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sa3_bench.comparison import LEAST_COSINE, Contest, Step
 from sa3_bench.random_dit import MEDIUM, SMALL, duration_token, packed_of, random_module
+from sa3_trt_core.cuda_graph import capture
 from sa3_trt_core.torch_models.dit.model import Dit
 from sa3_trt_core.torch_models.dit.reference_ops import PlainOps
 from sa3_trt_core.torch_models.dit.runner import CONDITIONING, Runner
@@ -87,15 +88,7 @@ class Diffusers:
 
 
 def _graphed(forward: Step) -> Step:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_RUNS):
-            forward()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = forward()
+    graph, found = capture(forward, warm_runs=WARM_RUNS)
 
     def step() -> Tensor:
         graph.replay()

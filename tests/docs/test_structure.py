@@ -35,9 +35,10 @@ LAYERS = """
 commands
 sa3_demo
 sa3_build
+sa3_build.lora
 sa3_build.engines
 sa3_build.recipes
-sa3_build.verification sa3_build.lora
+sa3_build.verification
 sa3_build.calibration sa3_build.quantization
 sa3_build.export
 sa3_build.passes
@@ -45,6 +46,7 @@ sa3_build.graph
 sa3_build.e4m3 sa3_build.memory
 sa3_bench
 sa3_validation
+sa3_serve
 sa3_trt_core.cli
 sa3_trt_core
 sa3_trt_core.pipeline
@@ -58,7 +60,8 @@ sa3_trt_core.torch_models
 sa3_trt_core.lora sa3_trt_core.hub sa3_trt_core.stage_timer
 sa3_trt_core.artifacts
 sa3_trt_core.paths sa3_trt_core.targets
-sa3_trt_core.conditioning sa3_trt_core.console sa3_trt_core.gpu sa3_trt_core.number_formats sa3_trt_core.shapes
+sa3_trt_core.conditioning sa3_trt_core.console sa3_trt_core.cuda_graph sa3_trt_core.gpu sa3_trt_core.number_formats
+sa3_trt_core.shapes
 sa3_trt_core.errors sa3_trt_core.version
 reprompt
 """

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import secrets
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Self
 
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import io as audio_io
@@ -20,36 +22,55 @@ RANDOM_SEED = -1  # of --seed, as the model's own command line has it
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that is decided before a file is opened: the engines, the sounds in order, and where each goes.
+class Options:
+    """The flags that are read after the plan is made: see sa3_trt --help."""
 
-    `options` are the flags of the command.
-    """
+    dit: str
+    precision: str
+    chunk_frames: int | None
+    batch: int | None
+    depth: int | None
+    free_models: bool
+    peak: str
+    bits: str
+    save_latents: Path | None
+    quiet: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """The flags by their names."""
+        return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is decided before a file is opened: the engines, the sounds in order, and where each goes."""
 
     plan: Plan
     requests: list[Request]
     outs: list[Path]
-    options: argparse.Namespace
+    options: Options
 
     @property
     def stages(self) -> int:
-        """How often the generator tells of its progress."""
+        """How often the generator reports its progress."""
         return count_stages(self.requests, 1 if self.options.depth else self.options.batch or 1)
 
 
 def make_job(args: argparse.Namespace) -> Job:
     """Decide everything that needs no file but the prompts file to be opened. Raises ToolError."""
-    plan = make_plan(
-        args.dit,
-        args.precision,
-        args.backend,
-        ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline),
-        args.init_audio is not None,
-        args.chunk_frames,
-    )
+    source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
+    plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
+    requests = _requests(args)
+    _check_conflicts(args, requests)
+    return Job(plan, requests, _outputs(args, requests), Options.of(args))
+
+
+def _requests(args: argparse.Namespace) -> list[Request]:
+    """A request for each row and each of its results, with seeds that count on from --seed."""
     rows = [row for row in _rows(args) for _ in range(args.count)]
     seed = secrets.randbelow(2**32) if args.seed in (None, RANDOM_SEED) else args.seed
-    requests = [
+    return [
         Request(
             row.prompt, args.seconds if row.seconds is None else row.seconds, args.steps,
             seed + index if row.seed is None else row.seed + index % args.count,
@@ -59,17 +80,24 @@ def make_job(args: argparse.Namespace) -> Job:
         )
         for index, row in enumerate(rows)
     ]  # fmt: skip
+
+
+def _check_conflicts(args: argparse.Namespace, requests: Sequence[Request]) -> None:
+    """Refuse flags that exclude one another, and rows that do not fit the engines. Raises ToolError."""
     if args.batch is not None and args.depth is not None:
         raise ToolError("--batch and --depth are both given", "choose one: rows in step, or a ring of rows at any step")
     if args.depth is not None and args.free_models:
         raise ToolError("--depth and --free-models are both given", "choose one: a ring needs all models at once")
-    # Told now if they do not fit.
     _ = ring_groups(requests, args.depth) if args.depth else list(batches(requests, args.batch or 1))
     if args.out is not None and (args.out_dir is not None or args.format is not None):
         raise ToolError("--out names the file already", "leave --out-dir and --format away")
     several = next((flag for flag, value in (("--out", args.out), ("--save-latents", args.save_latents)) if value), "")
-    if len(rows) > 1 and several:
-        raise ToolError(f"{several} is one file and there are {len(rows)} sounds", "use --out-dir DIR")
+    if len(requests) > 1 and several:
+        raise ToolError(f"{several} is one file and there are {len(requests)} sounds", "use --out-dir DIR")
+
+
+def _outputs(args: argparse.Namespace, requests: Sequence[Request]) -> list[Path]:
+    """The file of each sound, all of them seen to be writable. Raises ToolError."""
     folder, suffix = args.out_dir or Path("output"), f".{args.format or 'wav'}"
     named = prompts.out_paths([(request.prompt, request.seed) for request in requests], folder, suffix)
     outs = [args.out] if args.out is not None else [_beside(out, args.again) for out in named]
@@ -80,7 +108,7 @@ def make_job(args: argparse.Namespace) -> Job:
         if args.save_latents.suffix.lower() != ".npz":
             raise ToolError(f"--save-latents {args.save_latents} does not end in .npz", "it writes npz files only")
         files.require_writable(args.save_latents, "--save-latents")
-    return Job(plan, requests, outs, args)
+    return outs
 
 
 def _beside(out: Path, original: Path | None) -> Path:

@@ -39,7 +39,7 @@ def produce_on(names: tuple[str, ...], job: Job) -> report.Totals:
     Raises ToolError: what a worker refuses, or rows whose worker was lost twice, when all others are written.
     """
     shared = _Shared(report.Totals())
-    for rows in _shares(job):
+    for rows in _shares(job, len(names)):
         shared.waiting.put((rows, 1))
     started = time.perf_counter()
     with console.Progress("generate", len(job.requests), "sounds", quiet=job.options.quiet) as progress:
@@ -143,7 +143,7 @@ def _work(job: Job, rows: list[int]) -> report.Totals:
     return totals
 
 
-def _shares(job: Job) -> list[list[int]]:
+def _shares(job: Job, count: int) -> list[list[int]]:
     """The rows that are handed out together: a batch, some turns of a ring, or a block where models are freed."""
     options = job.options
     if options.depth is not None:
@@ -153,6 +153,6 @@ def _shares(job: Job) -> list[list[int]]:
     found = list(batches(job.requests, options.batch or 1))
     if not options.free_models:
         return found
-    size = min(TOGETHER, -(-len(job.requests) // len(options.devices.split(","))))
+    size = min(TOGETHER, -(-len(job.requests) // count))
     rows = [row for group in found for row in group]
     return [rows[at : at + size] for at in range(0, len(rows), size)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa3_trt_core import gpu
+from sa3_trt_core.cuda_graph import capture
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -110,11 +111,8 @@ class BoundContext:
 
         wanted = {name: buffer.clone() for name, buffer in self._outputs.items()}
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Only this thread's calls may not disturb it: a ring decodes in another one.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self.enqueue()
+            graph, _ = capture(self.enqueue, self._stream, warm_runs=0)
             with torch.cuda.stream(self._stream):
                 for buffer in self._outputs.values():
                     buffer.zero_()
