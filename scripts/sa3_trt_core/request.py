@@ -80,6 +80,9 @@ class Request:
         _require_range("seconds", self.seconds, shapes.MIN_SECONDS, shapes.MAX_SECONDS)
         _require_range("steps", self.steps, 1, MOST_STEPS)
         _require_range("seed", self.seed, 0, MOST_SEED)
+        for name in ("steps", "seed"):
+            if not isinstance(getattr(self, name), int):
+                raise InvalidRequest(f"`{name}` is {shown(getattr(self, name))}", f"choose a whole number of {name}")
         _require_range("cfg", self.cfg, 0.0, MOST_CFG)
         _require_range("duration_padding", self.duration_padding, 0.0, MOST_PADDING)
         if self.schedule_order not in SCHEDULE_ORDERS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import re
 import sys
 import warnings
@@ -12,11 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TextIO
 
 from sa3_trt_core.cli import streams
-from sa3_trt_core.errors import ToolError, ToolWarning, as_flags, as_tool_error
+from sa3_trt_core.errors import ToolError, ToolWarning, as_flags, as_tool_error, memory_error
 
 INTERRUPT_EXIT = 130
 
 MOST_DIGITS = 4000
+RESERVE = 4 << 20  # bytes, given back when memory ends so that the error can be told
 SHOWN_DIGITS = 40  # of a number or text that is refused
 _DASHED = re.compile(r"argument ([^:]+): expected (?:one|at least one) argument")
 
@@ -45,6 +47,7 @@ def run_command(main: Callable[[], int]) -> int:
     Anything unforeseen keeps its traceback. Standard streams that are closed or that nobody reads do not stop a run.
     """
     streams.make_usable()
+    reserve = bytearray(RESERVE)
     with warnings_shown():
         try:
             code = main()
@@ -56,10 +59,16 @@ def run_command(main: Callable[[], int]) -> int:
             print("interrupted", file=sys.stderr)
             return INTERRUPT_EXIT
         except Exception as error:
+            reserve.clear()
             known = as_tool_error(error)
             if known is None:
                 raise
-            return _failed(known)
+            code = _failed(known)
+            if memory_error(error) is not None and streams.are_ours():
+                # What libraries do as the interpreter ends needs memory too, and fails with tracebacks of its own.
+                sys.stderr.flush()
+                os._exit(code)
+            return code
 
 
 def _failed(error: ToolError) -> int:

@@ -64,6 +64,11 @@ def make_usable() -> None:
     sys.stderr = _tolerant(sys.stderr, sys.__stderr__, STDERR)
 
 
+def are_ours() -> bool:
+    """Return True where standard error is the one of `make_usable`, so in the process of a command and in no test."""
+    return isinstance(getattr(getattr(sys.stderr, "buffer", None), "raw", None), _Output)
+
+
 def lost_output() -> OSError | None:
     """Flush standard output; return the error of a file that takes no more, None where there was none."""
     sys.stdout.flush()

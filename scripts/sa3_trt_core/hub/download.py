@@ -37,6 +37,7 @@ def _client() -> Any:
     """Return the module huggingface_hub. Raises ToolError where its own variables keep it from being imported."""
     try:
         import huggingface_hub
+        import huggingface_hub.constants  # reads the variables, and is else imported late, with words on stdout
     except (ValueError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise

@@ -84,7 +84,7 @@ def test_numbers_of_any_length_are_read_or_refused(text: str) -> None:
 @pytest.mark.parametrize("bad", [
     {"seed": 10**400}, {"seed": -(10**5000)}, {"seconds": 10**400}, {"seconds": "5"}, {"steps": None}, {"cfg": 1e400},
     {"prompt": "a\ud800"}, {"prompt": None}, {"negative_prompt": 3, "cfg": 2.0}, {"duration_padding": -1.0},
-    {"duration_padding": float("nan")}, {"schedule_order": "both"}, {"seed": True},
+    {"duration_padding": float("nan")}, {"schedule_order": "both"}, {"seed": True}, {"steps": 2.5}, {"seed": 1.0},
 ])  # fmt: skip
 def test_the_python_door_refuses_them_too(bad: dict) -> None:
     with pytest.raises(ToolError) as caught:
