@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     line = Parser(prog="check_engine.py", description=__doc__)
     line.add_argument("names", nargs="+", metavar="NAME", help="targets, as build_from_onnx.py --list shows them")
-    line.add_argument("--backend", choices=engines.BACKENDS, default="auto", help="of all (default: %(default)s)")
+    line.add_argument("--backend", choices=engines.CHOICES, default=engines.AUTO, help="of all (default: %(default)s)")
     line.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
     line.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     line.add_argument("--out", type=Path, metavar="F.json", help="write the figures there too")
@@ -35,20 +35,20 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.out is not None:
         files.require_writable(args.out, "--out")
-    root, models = paths.onnx_root_from(args.onnx_root), args.models_dir or paths.default_models_dir()
+    source = paths.ModelSource.of(args.onnx_root, args.models_dir)
     found: list[dict[str, Any]] = []
     wrong: list[GateError] = []
     for target in targets.expand(args.names):
-        backend = engines.pick_backend(args.backend, target, models)
+        backend = engines.pick_backend(args.backend, target, source.models_dir)
         try:
-            outcomes = engines.check_engine(target, backend, root, models)
+            outcomes = engines.check_engine(target, backend, source)
         except GateError as error:
             wrong.append(error)
             continue
         found.append({
             "target": target.name, "backend": backend, "rows": len(outcomes),
             "worst": max((one.apart for one in outcomes), default=None),
-            "outcomes": [vars(one) for one in outcomes], "place": vars(self_check.Place.of(backend)),
+            "outcomes": [vars(one) for one in outcomes], "place": vars(self_check.Place.of(engines.BACKENDS[backend])),
         })  # fmt: skip
     text = json.dumps({"format": 1, "engines": found, "wrong": [error.message for error in wrong]}, indent=1)
     if args.out is not None:

@@ -152,10 +152,11 @@ def _two_sampled(args: argparse.Namespace, place: Place, reference: Side, candid
     """The two-sample test that is asked for, its files found; None where none is."""
     if args.two_sample is None:
         return None
+    import reprompt
     from sa3_validation import cases, two_sample_run
     from sa3_validation.models import find_side
 
-    prompts = cases.prompts_of(None, args.prompts_file)
+    prompts = cases.prompts_of(None, args.prompts_file, reprompt.calibration_prompts())
     return two_sample_run.TwoSampleRun(
         reference, candidate, None if args.published is None else find_side(str(args.published), "onnxruntime", place),
         place, prompts, args.two_sample, args.seed, args.seconds, args.steps, args.out,

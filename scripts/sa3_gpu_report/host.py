@@ -8,7 +8,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
-from sa3_trt_core import gpu
+from sa3_trt_core import engines, gpu
 from sa3_trt_core.artifacts import manifest
 
 PACKAGES = (
@@ -21,8 +21,7 @@ NEEDED = {  # module -> what it is for
     "diffusers": "exporting the demonstration model", "transformers": "exporting its text encoder",
     "pytest": "tests/gpu", "matplotlib": "the validation's plots", "pyloudnorm": "the validation's loudness",
 }  # fmt: skip
-BACKENDS = ("tensorrt", "tensorrt_rtx", "torch", "onnxruntime")
-RTX_ARCHES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
+BACKENDS = tuple(engines.BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,11 @@ def this_host() -> Host:
 
 def _absent(backend: str, arch: str | None) -> str | None:
     """Why a backend does not run here, or None when it does."""
-    if backend in gpu.TENSORRT_BACKENDS:
-        if gpu.tensorrt_module(backend) is None:
-            return f"the package {backend} is not installed"
-        if arch is None:
-            return "no NVIDIA GPU is visible"
-        if backend == "tensorrt_rtx" and arch not in RTX_ARCHES:
-            return f"TensorRT-RTX does not serve {arch}"
+    record = engines.BACKENDS[backend]
+    if not record.available():
+        return f"the package {record.package} is not installed"
+    if record.suffix is None or (arch is None and record.on_cpu):
         return None
-    return None if importlib.util.find_spec(backend) is not None else f"the package {backend} is not installed"
+    if arch is None:
+        return "no NVIDIA GPU is visible"
+    return None if arch in record.arches else f"{record.label} does not serve {arch}"

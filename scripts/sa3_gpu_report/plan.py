@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sa3_gpu_report.host import Host
+from sa3_gpu_report.host import BACKENDS, Host
 from sa3_gpu_report.parts import ROOT, Part, read_json
 from sa3_trt_core import targets
 
@@ -47,7 +47,7 @@ def parts_of(wanted: Wanted, host: Host) -> list[Part]:
     graphs = [] if wanted.onnx_root is not None else _graphs(wanted)
     last = (graphs[-1].name,) if graphs else ()
     parts = [*graphs]
-    for backend in ("tensorrt", "tensorrt_rtx", "torch", "onnxruntime"):
+    for backend in BACKENDS:
         parts += _backend(wanted, host, backend, last)
     gpu = None if host.arch is not None else "no NVIDIA GPU is visible"
     parts.append(

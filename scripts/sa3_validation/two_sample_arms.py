@@ -20,7 +20,7 @@ from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.console import Progress
-from sa3_trt_core.engines.base import DiTVelocity, most_rows
+from sa3_trt_core.engines.base import DiTVelocity
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import ping_pong, row_noise
 from sa3_validation import listener, sound_features
@@ -91,7 +91,7 @@ class Recording:
     def _latents(self, engine: GraphEngine, arm: Arm, progress: Progress) -> np.ndarray:
         import torch
 
-        limit = most_rows(engine)
+        limit = engine.max_batch
         size = shapes.MAX_BATCH if limit in (None, 1) else min(limit or 1, shapes.MAX_BATCH)
         levels, made = schedule.sigmas(self.steps), []
         for part in _batches(arm.cases, size):

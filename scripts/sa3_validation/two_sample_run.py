@@ -46,7 +46,7 @@ class TwoSampleRun:
         stat = self.decoder[2].stat()
         recording = Recording(
             self.steps, lambda: self._open(self.decoder), f"{self.decoder[1:]} {stat.st_size} {stat.st_mtime_ns}",
-            embedder, self.out / FOLDER, targets.codec_reach(self.place.dit),
+            embedder, self.out / FOLDER, targets.find_dit(self.place.dit).reach,
         )  # fmt: skip
         made = TwoSample(
             self.reference, self.candidate, self.published, self.place, self.count, self.seed, recording
@@ -54,14 +54,14 @@ class TwoSampleRun:
         return finite({"seconds": self.seconds, "seed": self.seed, **made})
 
     def _cases(self) -> list[Case]:
-        tokenizer = Tokenizer(resolve.resolve_tokenizer(self.place.onnx_root))
+        tokenizer = Tokenizer(resolve.resolve_tokenizer(self.place.source))
         wanted = Wanted(self.prompts[: self.count], 1, self.seed, self.seconds)
         with self._open(self.text) as encoder:
             return text_cases(wanted, encoder, tokenizer)
 
     def _open(self, source: Source) -> GraphEngine:
         target, backend, path = source
-        return engines.open_engine(target, backend, None, self.place.models_dir, path)
+        return engines.open_engine(target, backend, self.place.source, path)
 
 
 def finite(value: Any) -> Any:

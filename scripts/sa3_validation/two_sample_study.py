@@ -81,9 +81,7 @@ class TwoSample:
         path = self.candidate.path
         try:
             if self.candidate.backend != "onnxruntime":
-                path = engines.source_path(
-                    self.candidate.target, "onnxruntime", self.place.onnx_root, self.place.models_dir
-                )
+                path = engines.source_path(self.candidate.target, engines.DIRECT.name, self.place.source)
             graph, product = scaled_graph(path)
         except ToolError as error:
             return None, f"not run: {error.message}"
