@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from sa3_trt_core.errors import GateError, ToolError
 if TYPE_CHECKING:
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
     from sa3_validation.gates import Verdict
-    from sa3_validation.models import Place
+    from sa3_validation.models import Place, Side
     from sa3_validation.study import Found
+    from sa3_validation.two_sample_run import TwoSampleRun
 
 DEFAULT_PROMPTS = 8
 TOOLS = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx")
@@ -72,6 +74,21 @@ def _add_runs(group: argparse._ArgumentGroup) -> None:
         "--extra", type=integer_type(0, 100), default=2, metavar="N",
         help="texts that are also in-painted and guided, on lines of their own (default 2)",
     )  # fmt: skip
+    group.add_argument(
+        "--two-sample",
+        type=integer_type(2, 10_000),
+        metavar="N",
+        help="also ask classifiers whether N sounds of each DiT can be told apart, over all prompts (200: judged)",
+    )
+    group.add_argument(
+        "--published",
+        type=Path,
+        metavar="F.onnx",
+        help="with --two-sample: an FP8 graph of build_dit_fp8.py --recipe reference, as a control that must be caught",
+    )
+    group.add_argument(
+        "--embedder", nargs=2, metavar=("onnx", "F"), help="with --two-sample: also compare what this network gives"
+    )
     group.add_argument("--no-audio", action="store_true", help="compare latents only; needs no decoder")
 
 
@@ -82,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ToolError("--calib and --prompts-file are two sources of generations", "give one of them")
     if args.html and args.no_audio:
         raise ToolError("--html has nothing to play with --no-audio", "leave one of them out")
+    _require_two_sample(args)
     files.require_writable(args.out / "report.json", "--out")
 
     from sa3_trt_core.sampling import schedule
@@ -94,11 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     reference = find_side(args.reference, args.reference_backend or args.backend, place)
     candidate = find_side(args.candidate, args.candidate_backend or args.backend, place)
     study = Study(reference, candidate, control_side(reference, place), args.steps, args.extra)
+    two_sample = _two_sampled(args, place, reference, candidate)
     found = _run(args, place, study)
     about = {
         **_about(args), "reference": reference.described(), "candidate": candidate.described(),
         "control": study.control.described() if study.control else None,
         "speed": _speed(args.out / "bench", args.bench),
+        "two_sample": two_sample.run() if two_sample is not None else None,
     }  # fmt: skip
     document = metrics.document(found, schedule.sigmas(args.steps).tolist(), about)
     verdicts = gates.judge(document, limits)
@@ -109,6 +129,41 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"all figures: {args.out / 'report.md'}; what they mean: build/README.md"
         raise GateError(f"{candidate.name} {failed[0]}", hint, "\n".join(failed[1:]))
     return 0
+
+
+def _require_two_sample(args: argparse.Namespace) -> None:
+    """Refuse options of the two-sample test that are at odds or name nothing. Raises ToolError."""
+    if args.two_sample is None:
+        if args.published is not None or args.embedder is not None:
+            raise ToolError("--published and --embedder belong to --two-sample", "give --two-sample N too")
+        return
+    if args.no_audio:
+        raise ToolError("--two-sample compares sounds, and --no-audio makes none", "leave one of them out")
+    if args.embedder is not None and args.embedder[0] != "onnx":
+        raise ToolError(f"--embedder: {args.embedder[0]} is no kind of network", "give: --embedder onnx F")
+    if args.published is not None and not args.published.is_file():
+        raise ToolError(f"--published: {args.published} is not there", "make it: build_dit_fp8.py --recipe reference")
+    missing = [name for name in ("librosa", "sklearn", "pyloudnorm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ToolError(f"--two-sample needs {', '.join(missing)}", "pip install 'sa3-trt[validate]'")
+
+
+def _two_sampled(args: argparse.Namespace, place: Place, reference: Side, candidate: Side) -> TwoSampleRun | None:
+    """The two-sample test that is asked for, its files found; None where none is."""
+    if args.two_sample is None:
+        return None
+    import reprompt
+    from sa3_validation import cases, two_sample_run
+    from sa3_validation.models import find_side
+
+    prompts = cases.prompts_of(None, args.prompts_file, reprompt.calibration_prompts())
+    return two_sample_run.TwoSampleRun(
+        reference, candidate, None if args.published is None else find_side(str(args.published), "onnxruntime", place),
+        place, prompts, args.two_sample, args.seed, args.seconds, args.steps, args.out,
+        text=_other(targets.find_target(targets.TEXT_ENCODER), args, place),
+        decoder=_other(targets.decoder_for(args.dit, "fp16mixed"), args, place),
+        embedder=None if args.embedder is None else Path(args.embedder[1]),
+    )  # fmt: skip
 
 
 def _write(args: argparse.Namespace, document: dict[str, Any], verdicts: Sequence[Verdict], found: Found) -> None:
@@ -170,7 +225,20 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
 
     from sa3_trt_core.artifacts import manifest
 
-    names = ("calib", "prompts_file", "prompts", "seeds", "seed", "seconds", "steps", "rows", "extra", "no_audio")
+    names = (
+        "calib",
+        "prompts_file",
+        "two_sample",
+        "published",
+        "prompts",
+        "seeds",
+        "seed",
+        "seconds",
+        "steps",
+        "rows",
+        "extra",
+        "no_audio",
+    )
     settings = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in names}
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 COMPUTE_MAJOR, COMPUTE_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def has_nvidia_gpu() -> bool:
@@ -33,6 +36,28 @@ def current_arch() -> str | None:
     if any(call() != 0 for call in calls):
         return None
     return f"sm_{major.value}{minor.value}"
+
+
+@functools.cache
+def card_name() -> str | None:
+    """The name of the first visible GPU ("NVIDIA H100 80GB HBM3"), or None without one."""
+    if current_arch() is None:
+        return None
+    driver, device, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(device), 0) != 0 or driver.cuDeviceGetName(name, len(name), device) != 0:
+        return None
+    return name.value.decode("utf-8", "replace")
+
+
+@functools.cache
+def driver_version() -> str:
+    """The release of the NVIDIA kernel driver ("580.159.04"), "unknown" where it does not say."""
+    try:
+        text = DRIVER_FILE.read_text("utf-8", "replace")
+    except OSError:
+        return "unknown"
+    match = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", text)
+    return match[1] if match is not None else "unknown"
 
 
 def memory_in_use() -> int | None:

@@ -248,6 +248,16 @@ function key(event) {
 }
 
 byId("verdict").textContent = data.verdict;
+if (data.twoSample) {
+  const { title, header, rows, words } = data.twoSample, told = byId("told");
+  told.hidden = false;
+  told.append(element("h2", {}, title), ...words.map((line) => element("p", {}, line)),
+    element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Figures of the two-sample test" },
+      element("table", {},
+        element("thead", {}, element("tr", {}, ...header.map((name) => element("th", { scope: "col" }, name)))),
+        element("tbody", {}, ...rows.map(([name, ...cells]) => element("tr", {},
+          element("th", { scope: "row" }, name), ...cells.map((cell) => element("td", {}, cell))))))));
+}
 const cards = data.cases.map(card);
 let last = cards[0].player;
 for (const { player } of cards) {

@@ -15,6 +15,7 @@ import numpy as np
 
 from sa3_trt_core.artifacts.files import write_atomic_text
 from sa3_trt_core.shapes import SAMPLE_RATE
+from sa3_validation import two_sample_report
 from sa3_validation.report import NAMES, SOUND_FIGURES
 from sa3_validation.spectra import spectrogram
 from sa3_validation.study import CANDIDATE, COMPARED, Found
@@ -37,6 +38,7 @@ def write(path: Path, document: Mapping[str, Any], found: Found) -> Path:
         "created": document["created"],
         "verdict": passed + "; ".join(verdict["line"] for verdict in failed),
         "columns": ["against the reference", *(NAMES[name] for name in shown)],
+        "twoSample": _two_sample(document),
         "cases": [_case(case, found, shown) for case in document["cases"]],
     }
     text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
@@ -47,6 +49,17 @@ def write(path: Path, document: Mapping[str, Any], found: Found) -> Path:
     text = text.replace("@DATA@", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
     write_atomic_text(path, text)
     return path
+
+
+def _two_sample(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The table and the words of the two-sample test; None where it was not run."""
+    made = document.get("two_sample")
+    if not made:
+        return None
+    return {
+        "title": two_sample_report.TITLE, "header": two_sample_report.HEADER, "rows": two_sample_report.rows(made),
+        "words": two_sample_report.words(made),
+    }  # fmt: skip
 
 
 def _case(case: Mapping[str, Any], found: Found, shown: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa3_trt_core import console
+from sa3_validation import two_sample_report
 from sa3_validation.gates import Verdict
 from sa3_validation.metrics import STEP_FIGURES
 from sa3_validation.study import CANDIDATE, OTHER, PERTURBED
@@ -22,7 +23,10 @@ Section = tuple[str, Sequence[str], list[list[str]]]
 
 def sections(document: Mapping[str, Any]) -> list[Section]:
     """Title, header and cells of every table of the report, in order."""
-    return [*_steps(document), *_rollouts(document), *_audio(document), *_batches(document), *_resolution(document)]
+    return [
+        *two_sample_report.section(document), *_steps(document), *_rollouts(document), *_audio(document),
+        *_batches(document), *_resolution(document),
+    ]  # fmt: skip
 
 
 def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
@@ -39,6 +43,8 @@ def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     ]  # fmt: skip
     for title, header, rows in sections(document):
         lines += [f"## {title}", "", console.markdown(header, rows), ""]
+        if title == two_sample_report.TITLE:
+            lines += [*two_sample_report.words(document["two_sample"]), ""]
     lines += ["## Worst rows", "", *(_worst_line(kind, row) for kind, row in _worst(document)), ""]
     lines += ["## Speed", "", _speed(document), ""]
     return "\n".join(lines)
@@ -47,6 +53,8 @@ def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
 def summary(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     """What the terminal shows: the tables, the worst rows and the gates."""
     parts = [f"{title}\n{console.table(header, rows)}" for title, header, rows in sections(document)]
+    if document.get("two_sample"):
+        parts.insert(1, "\n".join(two_sample_report.words(document["two_sample"])))
     parts += ["\n".join(_worst_line(kind, row) for kind, row in _worst(document)), _speed(document)]
     failed = [verdict.line for verdict in verdicts if not verdict.passed]
     parts.append("\n".join(failed) if failed else f"all {len(verdicts)} gates pass. {_same(document)}".strip())

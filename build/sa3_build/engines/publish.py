@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core import targets
 from sa3_trt_core.artifacts import files, manifest
+from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.hub import download, resolve
 
@@ -83,12 +84,14 @@ def check(onnx: Path) -> Parcel:
     sidecars, wanted = resolve.external_data_names(onnx), f"{onnx.name}.data"
     if sidecars != [wanted] or wanted not in record.files:
         raise ToolError(f"{onnx} keeps its weights in {', '.join(sidecars) or 'itself'}, not in {wanted}", again)
+    if check_path(onnx).name not in record.files:
+        raise ToolError(f"{onnx} has no check rows, which engines are held to", "build it again: they go with it")
     report = _report(onnx, record)
     _require_gates(onnx, record)
     folder = f"{targets.HUB_FOLDER}/{Path(published).parent}"
     items = [
         Item(f"{folder}/{name}", onnx.parent / name, record.files[name].sha256, record.files[name].bytes)
-        for name in (onnx.name, wanted, onnx.name + REPORT_SUFFIX)
+        for name in (onnx.name, wanted, onnx.name + REPORT_SUFFIX, check_path(onnx).name)
     ]
     inputs = {name: digest for name, digest in record.inputs.items() if name.endswith(".npz")}
     summary = {"calibration": report["calibration"], "calibration sets": inputs, "settings": record.settings}

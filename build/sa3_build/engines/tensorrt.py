@@ -17,6 +17,7 @@ from sa3_build.engines import timing_cache
 from sa3_build.graph import io as graph_io
 from sa3_build.passes import lower_plugins
 from sa3_build.recipes import requirements_check
+from sa3_build.verification.check_row_files import engine_check_rows
 from sa3_trt_core import engines, gpu, paths, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import Draft, build
@@ -157,8 +158,9 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int) -> Built:
     draft.retire()
     with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
         stream.write(plan)
+    checks = engine_check_rows(onnx, target, out)
     seconds = time.monotonic() - started
-    draft.finish([out], gates)
+    draft.finish([out, *checks], gates)
     return Built(out, seconds, out.stat().st_size, reused=False, why=draft.why)
 
 

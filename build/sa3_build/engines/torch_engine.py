@@ -16,6 +16,7 @@ from torch.nn import functional
 from sa3_build.engines import pack_dit
 from sa3_build.engines.tensorrt import CURRENT, Built, check_graph
 from sa3_build.graph import io as graph_io
+from sa3_build.verification.check_row_files import engine_check_rows
 from sa3_trt_core import gpu, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import build
@@ -65,7 +66,7 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
             gates = _compare(onnx, fresh, target)
             tiles = _tiles(fresh, out, arch)
             draft.retire()
-        made = [out]
+        made = [out, *engine_check_rows(onnx, target, out)]
         tiles_path(out).unlink(missing_ok=True)
         if tiles is not None:
             files.write_atomic_text(tiles_path(out), json.dumps(tiles, indent=2) + "\n")

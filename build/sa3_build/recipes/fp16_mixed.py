@@ -18,6 +18,7 @@ from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.fp16_mixed import MixPrecision
 from sa3_build.passes.rewrites import Shaping
 from sa3_build.verification import parity as verification_parity
+from sa3_build.verification.check_row_files import write_check_rows
 from sa3_build.verification.graph_checks import require_rows_alike
 from sa3_build.verification.probe_rows import check_rows
 from sa3_trt_core.artifacts.build import Draft, build
@@ -92,5 +93,6 @@ def _convert(
             "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in results[1:-1]],
         }
         written = graph_io.move(trial, output)
+        written.append(write_check_rows(output, "dit", "fp16mixed"))
         draft.finish(written, gates)
     return Half(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))

@@ -19,10 +19,11 @@ from sa3_build.quantization.settings import Settings
 from sa3_build.quantization.workspace import Workspace
 from sa3_build.recipes import fp8_inputs, requirements_check
 from sa3_build.recipes.stages import Stage, WorkingFolder
-from sa3_build.verification import graph_proof, parity, rollouts
+from sa3_build.verification import check_row_files, graph_proof, parity, rollouts
 from sa3_trt_core.artifacts import files, manifest
 from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, summary
+from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_validation.cases import starts_of
 
 REPORT_SUFFIX = ".report.json"
@@ -49,6 +50,7 @@ def stages_of(work: Workspace) -> list[Stage]:
         stage("shares", [clean, result], [], activation_ranges.shares),
         stage("parity", [clean, result], [], parity.require_parity),
         *([rolls] if settings.rollouts else []),
+        stage("check rows", [result], [check_path(result)], check_row_files.make_for_build),
     ]
 
 
@@ -131,6 +133,7 @@ class Fp8Recipe:
             written = graph_io.save(graph_io.load(made), output)
         else:
             written = graph_io.move(made, output)
+        written.append(check_row_files.place_check_rows(check_path(made), output))
         if "sensitivity" in done:
             written.append(pareto.plot(done["sensitivity"]["frontier"], output))
         report = {

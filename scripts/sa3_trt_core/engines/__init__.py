@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sa3_trt_core.engines import onnxruntime, tensorrt, tensorrt_rtx, torch
+from sa3_trt_core.engines import onnxruntime, self_check, tensorrt, tensorrt_rtx, torch
 from sa3_trt_core.engines.backend import EVERYTHING, Backend
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
@@ -85,10 +85,33 @@ def source_path(target: Target, backend: str, source: ModelSource) -> Path:
 def open_engine(target: Target, backend: str, source: ModelSource, path: Path | None = None) -> GraphEngine:
     """Load a target with a backend that pick_backend gave; `path` is what source_path found, if asked before.
 
-    Raises ToolError.
+    An engine that this machine has not run before is run on the check rows of its graph. Raises ToolError; GateError
+    when it gives other answers than the graph.
     """
+    return _checked(target, backend, source, path or source_path(target, backend, source))[0]
+
+
+def check_engine(target: Target, backend: str, source: ModelSource) -> list[self_check.Outcome]:
+    """Run a target's engine on its check rows, whatever it answered before; empty where its graph brings none.
+
+    Raises ToolError; GateError when it is wrong.
+    """
+    engine, found = _checked(target, backend, source, source_path(target, backend, source), again=True)
+    engine.close()
+    return found
+
+
+def _checked(
+    target: Target, backend: str, source: ModelSource, path: Path, again: bool = False
+) -> tuple[GraphEngine, list[self_check.Outcome]]:
+    """An open engine and the outcomes of its check rows; it is closed when it is wrong."""
     record, root = BACKENDS[backend], source.onnx_root
     known = [root / name for name in target.onnx] if root is not None else []
     onnx = next((file for file in known if file.is_file()), None)
-    found = path or source_path(target, backend, source)
-    return record.open(found, target, record.rebuild_command(target.name), onnx)
+    engine = record.open(path, target, record.rebuild_command(target.name), onnx)
+    try:
+        remake = target.produced_by if record.suffix is None else record.rebuild_command(target.name)
+        return engine, self_check.require_correct(engine, path, self_check.Place.of(record), remake, onnx, again)
+    except BaseException:
+        engine.close()
+        raise

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.artifacts.external_data import external_data_names
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download
@@ -51,6 +53,7 @@ def resolve_onnx(target: Target, source: ModelSource) -> Path:
             raise ToolError(f"no {' or '.join(target.onnx)} under {onnx_root}", f"make it: {target.produced_by}")
         return path
     names = [f"{HUB_FOLDER}/{name}" for name in target.onnx]
+    was_here = any(download.cached(HUB_REPOSITORY, name, revision or target.revision) is not None for name in names)
     path = _find(HUB_REPOSITORY, names, target.revision, revision, offline)
     if path is None:
         raise ToolError(
@@ -65,6 +68,9 @@ def resolve_onnx(target: Target, source: ModelSource) -> Path:
                 f"{sidecar} of {target.name} is not published, only the graph that needs it",
                 f"make both: {target.produced_by}; then give `onnx_root=ROOT`",
             )
+    if not was_here:
+        with contextlib.suppress(ToolError):  # a graph of the hub's own makers has none
+            download.fetch(HUB_REPOSITORY, f"{folder}/{check_path(path).name}", commit or target.revision)
     return path
 
 

@@ -1,0 +1,69 @@
+"""Check rows beside graphs and engines: made by ONNX Runtime for a graph, copied for an engine built from it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sa3_build.graph import io as graph_io
+from sa3_build.quantization.workspace import Workspace
+from sa3_trt_core.artifacts import check_rows, files
+from sa3_trt_core.artifacts.check_rows import check_path
+from sa3_trt_core.engines import self_check
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.targets import Target
+
+
+def digests_of(onnx: Path) -> list[str]:
+    """The sha256 of a graph and of each of its sidecars."""
+    return [files.sha256_of(file) for file in graph_io.files_of(onnx)]
+
+
+def write_check_rows(onnx: Path, kind: str, precision: str, out: Path | None = None) -> Path:
+    """Run a graph on the check rows of its contract and write them, beside it unless `out` is given.
+
+    Raises ToolError for a graph that ONNX Runtime does not run, GateError for one whose output is not finite.
+    """
+    path = check_path(out or onnx)
+    with OnnxRuntimeEngine(onnx, low_memory=True) as engine:
+        checks = self_check.make_checks(kind, precision, engine.run, digests_of(onnx))
+    check_rows.write(path, checks)
+    return path
+
+
+def engine_check_rows(onnx: Path, target: Target, engine: Path) -> list[Path]:
+    """Put the check rows of a graph beside an engine that is built from it; made here if the graph brings none.
+
+    Returns their path in a list; an empty one for a graph that ONNX Runtime does not run. Raises ToolError when the graph's rows are
+    damaged or of another graph.
+    """
+    path, known = check_path(engine), check_path(onnx)
+    path.unlink(missing_ok=True)
+    if known.is_file():
+        if list(check_rows.read(known).graph) != sorted(digests_of(onnx)):
+            raise ToolError(f"{known} is of another graph than {onnx}", "delete it, or make both again")
+        with files.atomic_path(path) as temporary:
+            shutil.copyfile(known, temporary)
+        return [path]
+    try:
+        return [write_check_rows(onnx, target.kind, target.precision, engine)]
+    except ToolError as error:
+        print(f"no check rows for {target.name}: {error.message}", file=sys.stderr)
+        return []
+
+
+def place_check_rows(made: Path, onnx: Path) -> Path:
+    """Put rows that were made before a graph was put in place beside it, with the digests that it has there."""
+    checks = check_rows.read(made)
+    check_rows.write(check_path(onnx), replace(checks, graph=tuple(sorted(digests_of(onnx)))))
+    return check_path(onnx)
+
+
+def make_for_build(work: Workspace) -> Mapping[str, Any]:
+    """The check rows of a finished FP8 graph, beside it in the working folder: a stage of the recipe."""
+    return {"bytes": write_check_rows(work.result, "dit", "fp8").stat().st_size}

@@ -1,0 +1,94 @@
+"""Try the project on this machine, every backend that is there, and write one folder to read or to send."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sa3_trt_core.cli.arguments import Parser, number_type, run_command
+from sa3_trt_core.errors import GateError, ToolError
+
+REPORTS = Path(__file__).resolve().parents[1] / "build" / "reports"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="gpu_report.py", description=__doc__)
+    line.add_argument(
+        "--out", type=Path, default=Path("output/gpu-report"), metavar="DIR",
+        help="report.md, report.json and logs (default: %(default)s); the rest, not for sending, in DIR/work",
+    )  # fmt: skip
+    line.add_argument("--tiny", action="store_true", help="random weights of the least size: shows that it runs")
+    line.add_argument("--onnx-root", type=Path, metavar="D", help="graphs that are there, not the demonstration model")
+    line.add_argument(
+        "--minutes", type=number_type(0.1, 600, "minutes"), default=10.0, help="what is not done then is left out"
+    )
+    line.add_argument("--matrix", action="store_true", help="print the README's table of the kept reports, and leave")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run every part, write the folder; exit 3 when a part failed."""
+    args = parser().parse_args(argv)
+    if args.matrix:
+        from sa3_gpu_report import page
+
+        print(page.matrix(page.read_reports(REPORTS)))
+        return 0
+    from sa3_trt_core.artifacts import files
+
+    files.require_writable(args.out / "report.json", "--out")
+    if args.onnx_root is not None and not args.onnx_root.is_dir():
+        raise ToolError(f"--onnx-root: {args.onnx_root} is no folder", "leave it out: the demonstration model is made")
+    verdict = _report(args)
+    print(f"{verdict}\n{args.out / 'report.md'}")
+    if not verdict.startswith("PASSED"):
+        raise GateError(verdict, f"see {args.out / 'report.md'} and the logs beside it; send the folder with an issue")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> str:
+    """Make the folder; returns the verdict."""
+    import datetime
+    import json
+    import time
+
+    from sa3_gpu_report import page
+    from sa3_gpu_report.host import this_host
+    from sa3_gpu_report.parts import ROOT, run_parts
+    from sa3_gpu_report.plan import Wanted, parts_of
+    from sa3_gpu_report.scrub import Scrubber
+
+    from sa3_trt_core import __version__
+    from sa3_trt_core.artifacts import files
+
+    started, host = time.monotonic(), this_host()
+    for name, what in host.missing.items():
+        print(f"missing: {name}, for {what}", file=sys.stderr)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    folders = {"out": out, "project": ROOT, "python": Path(sys.prefix)}
+    if args.onnx_root is not None:
+        folders["onnx-root"] = args.onnx_root
+    wanted = Wanted(out, args.tiny, None if args.onnx_root is None else args.onnx_root.resolve())
+    outcomes = run_parts(parts_of(wanted, host), out, Scrubber(folders, _prompts()), args.minutes)
+    about = {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "version": __version__,
+        "tiny": args.tiny, "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    report = page.document(host, outcomes, about)
+    files.write_atomic_text(out / "report.md", page.markdown(report))
+    files.write_atomic_text(out / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    return str(report["verdict"])
+
+
+def _prompts() -> list[str]:
+    """The texts that commands of the report may print."""
+    import reprompt
+
+    return list(reprompt.calibration_prompts())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

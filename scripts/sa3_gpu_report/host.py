@@ -1,0 +1,71 @@
+"""The machine of a report: card, driver, packages, and what is missing; nothing that names its owner."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+from sa3_trt_core import engines, gpu
+from sa3_trt_core.artifacts import manifest
+
+PACKAGES = (
+    "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tensorrt_rtx", "onnx", "onnx-ir",
+    "numpy", "diffusers", "transformers", "nvidia-modelopt", "librosa", "scikit-learn", "pyloudnorm", "matplotlib",
+    "pytest",
+)  # fmt: skip
+NEEDED = {  # module -> what it is for
+    "torch": "everything", "onnxruntime": "the reference that engines are compared with", "onnx_ir": "making graphs",
+    "diffusers": "exporting the demonstration model", "transformers": "exporting its text encoder",
+    "pytest": "tests/gpu", "matplotlib": "the validation's plots", "pyloudnorm": "the validation's loudness",
+}  # fmt: skip
+BACKENDS = tuple(engines.BACKENDS)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a report says of its machine. `absent`: backends that cannot run here, with the reason."""
+
+    card: str
+    arch: str | None
+    driver: str
+    packages: dict[str, str]
+    missing: dict[str, str]
+    backends: tuple[str, ...]
+    absent: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            **vars(self), "backends": list(self.backends), "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
+        }  # fmt: skip
+
+
+def this_host() -> Host:
+    """Look at the machine; installs nothing."""
+    arch = gpu.current_arch()
+    absent = {name: why for name in BACKENDS if (why := _absent(name, arch)) is not None}
+    return Host(
+        card=gpu.card_name() or f"CPU ({platform.machine()})",
+        arch=arch,
+        driver=gpu.driver_version() if arch is not None else "none",
+        packages=dict(manifest.tool_versions(PACKAGES)),
+        missing={name: what for name, what in NEEDED.items() if importlib.util.find_spec(name) is None},
+        backends=tuple(name for name in BACKENDS if name not in absent),
+        absent=absent,
+    )
+
+
+def _absent(backend: str, arch: str | None) -> str | None:
+    """Why a backend does not run here, or None when it does."""
+    record = engines.BACKENDS[backend]
+    if not record.available():
+        return f"the package {record.package} is not installed"
+    if record.suffix is None or (arch is None and record.on_cpu):
+        return None
+    if arch is None:
+        return "no NVIDIA GPU is visible"
+    return None if arch in record.arches else f"{record.label} does not serve {arch}"

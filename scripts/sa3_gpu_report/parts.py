@@ -1,0 +1,118 @@
+"""The parts of a report: each a command of this project with a limit in seconds, run to its end or to that limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sa3_gpu_report.scrub import Scrubber
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+LOG_LINES = 4000  # of each log, its end
+Figures = Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command. `column` is the matrix's, None for what only prepares; `after` are parts that it needs passed.
+
+    `figures` reads what the command left; `skip` is why it is not run at all.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    backend: str | None = None
+    column: str | None = None
+    after: tuple[str, ...] = ()
+    figures: Figures | None = None
+    skip: str | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a part; `why` in one line where it did not pass."""
+
+    part: Part
+    status: str
+    seconds: float = 0.0
+    why: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        return {
+            "name": self.part.name, "backend": self.part.backend, "column": self.part.column, "status": self.status,
+            "seconds": round(self.seconds, 1), "why": self.why, "figures": self.figures,
+        }  # fmt: skip
+
+
+def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float) -> list[Outcome]:
+    """Run every part in order, whatever the others do; after `minutes` the rest is skipped. Logs go to out/logs."""
+    ends = time.monotonic() + 60.0 * minutes
+    done: dict[str, Outcome] = {}
+    for part in parts:
+        lacking = [name for name in part.after if name in done and done[name].status != PASSED]
+        left = ends - time.monotonic()
+        if part.skip is not None:
+            outcome = Outcome(part, SKIPPED, why=part.skip)
+        elif lacking:
+            outcome = Outcome(part, SKIPPED, why=f"{lacking[0]} did not pass")
+        elif left <= 0:
+            outcome = Outcome(part, SKIPPED, why=f"{minutes:g} minutes are over")
+        else:
+            print(f"{part.name} ...", file=sys.stderr, flush=True)
+            outcome = _run(part, out, scrub, min(part.limit, left))
+        done[part.name] = outcome
+        print(f"{part.name}: {outcome.status} {outcome.why}".rstrip(), file=sys.stderr, flush=True)
+    return list(done.values())
+
+
+def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> Outcome:
+    """One command in a process group of its own, so that nothing of it outlives its limit."""
+    started = time.monotonic()
+    log = out / "logs" / f"{part.name.replace(' ', '_').replace(',', '')}.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            text, _ = process.communicate(timeout=limit)
+            why = "" if process.returncode == 0 else f"exit code {process.returncode}: {_last(text)}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text, _ = process.communicate()
+            why = f"not done after {limit:.0f} s"
+    text = scrub("\n".join(text.splitlines()[-LOG_LINES:]) + "\n")
+    log.write_text(text, "utf-8")
+    figures: dict[str, Any] = {}
+    if part.figures is not None:
+        try:
+            figures = part.figures()
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            why = why or f"its result cannot be read: {error}"
+    seconds = time.monotonic() - started
+    return Outcome(part, FAILED if why else PASSED, seconds, scrub(why), figures)
+
+
+def _last(text: str) -> str:
+    """The line of an output that says what is wrong."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("error:", "FAILED", "E  "))]
+    return (errors or lines or ["it said nothing"])[-1][:240]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file that a part left."""
+    return json.loads(path.read_text("utf-8"))

@@ -1,0 +1,246 @@
+"""Check rows: inputs by seed with the answers that ONNX Runtime gave, so that any engine of a graph can be checked.
+
+`X.onnx.check.npz` lies beside a graph and is copied beside every engine built from it. Each row holds what the inputs
+are drawn from, the graph's output for them, and how far 1e-4 of noise on the inputs takes that output: an engine with
+other kernels may be about as far away as that, a wrong one is further.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_trt_core import shapes
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".check.npz"
+FORMAT = 1
+LARGEST = 4 << 20  # bytes, packed and unpacked
+MOST_ROWS, MOST_BATCH = 64, 2
+NUDGE = 1e-4  # relative to the deviation of the inputs
+STRIDE = 17  # of the samples and features that are stored of large outputs; has no factor in common with any width
+DIGEST = re.compile("[0-9a-f]{64}")
+PURPOSES = ("text", "inpaint", "noise levels", "durations", "tokens", "sound")
+NOISE_LEVELS, DURATIONS = 2, 3  # probes: two rows that differ by less than 16 bits hold
+APART = 1.0 + 2.0**-20  # a step of fp32 values that fp16 does not see
+ROUNDED = (0.7455, 47.0)  # sigma and seconds of the probes; a fp16 duration of 47 s is wrong by the most
+DTYPES: Mapping[str, type] = {
+    "purpose": np.uint8, "seed": np.int64, "batch": np.int32, "frames": np.int32, "sigma": np.float32,
+    "seconds": np.float32, "response": np.float64, "lengths": np.int64, "expected": np.float32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """What one run's inputs are drawn from. `sigma` and `seconds` are those of each of `batch` rows."""
+
+    purpose: int
+    seed: int
+    batch: int
+    frames: int
+    sigma: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The row for a message."""
+        level = f", sigma {self.sigma[0]:.4g}" if self.sigma else ""
+        return f"{PURPOSES[self.purpose]}{level}, {self.frames} frames x {self.batch}"
+
+
+@dataclass(frozen=True)
+class CheckSet:
+    """The rows of one graph. `expected` are the stored parts of its outputs, flat; `response` their move under NUDGE.
+
+    `kind` is a contract of shapes.CONTRACTS; `floor` the relative L2 that is allowed whatever the response; `graph` the
+    sha256 of the graph and of each of its sidecars, sorted.
+    """
+
+    kind: str
+    floor: float
+    graph: tuple[str, ...]
+    rows: tuple[CheckRow, ...]
+    expected: tuple[NDArray[np.float32], ...]
+    response: tuple[float, ...]
+
+
+def check_path(artefact: Path) -> Path:
+    """Where the check rows of a graph or an engine lie: beside it, its whole name kept."""
+    return artefact.with_name(artefact.name + SUFFIX)
+
+
+def planned_rows(kind: str) -> tuple[CheckRow, ...]:
+    """The rows that are made for a contract: for a DiT text and in-painting, three sigmas, two lengths, B 1 and 2."""
+    if kind == "dit":
+        return (
+            CheckRow(0, 1, 1, 24, (1.0,), (29.72,)),
+            CheckRow(0, 2, 2, 70, (0.7455, 0.7455), (183.25, 5.0)),
+            CheckRow(0, 3, 2, 24, (0.2739, 0.2739), (47.0, 120.0)),
+            CheckRow(1, 4, 1, 70, (1.0,), (47.0,)),
+            CheckRow(1, 5, 1, 24, (0.7455,), (29.72,)),
+            CheckRow(1, 6, 2, 70, (0.2739, 0.2739), (30.0, 183.25)),
+            CheckRow(NOISE_LEVELS, 7, 2, 24, _pair(ROUNDED[0]), (30.0, 30.0)),
+            CheckRow(DURATIONS, 8, 2, 24, (ROUNDED[0],) * 2, _pair(ROUNDED[1])),
+        )
+    if kind == "t5gemma":
+        return (CheckRow(4, 1, 1, 12), CheckRow(4, 2, 1, 90))  # frames: tokens in use
+    return (CheckRow(5, 1, 1, shapes.MIN_CODEC_FRAMES), CheckRow(5, 2, 1, shapes.MIN_CODEC_FRAMES + 5))
+
+
+def _pair(value: float) -> tuple[float, float]:
+    near = float(np.float16(value / 384.0)) * 384.0 if value > 1.0 else float(np.float16(value))
+    return near, near * APART
+
+
+def inputs_of(kind: str, row: CheckRow, nudged: bool = False) -> dict[str, Tensor]:
+    """The graph's inputs of a row, with `nudged` off by NUDGE; the same on every machine (NumPy keeps RandomState)."""
+    import torch
+
+    random = np.random.RandomState(row.seed)
+    noise = np.random.RandomState(1000 + row.seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> NDArray[np.float32]:
+        drawn = random.standard_normal(shape)
+        off = NUDGE * noise.standard_normal(shape) if nudged else 0.0
+        return np.asarray(scale * (drawn + off), np.float32)
+
+    made: dict[str, NDArray[Any]]
+    if kind == "dit":
+        made = _dit_inputs(row, normal)
+    elif kind == "t5gemma":
+        made = {
+            "input_ids": random.randint(3, 250, (1, shapes.TEXT_TOKENS)).astype(np.int64),
+            "attention_mask": (np.arange(shapes.TEXT_TOKENS) < row.frames)[None].astype(np.int64),
+        }
+    elif kind == "same-decoder":
+        made = {"latent": normal(1, shapes.LATENT_CHANNELS, row.frames)}
+    else:
+        made = {"audio": normal(1, shapes.AUDIO_CHANNELS, row.frames * shapes.SAMPLES_PER_FRAME, scale=0.1)}
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in made.items()}
+
+
+def _dit_inputs(row: CheckRow, normal: Any) -> dict[str, NDArray[Any]]:
+    probe = row.purpose in (NOISE_LEVELS, DURATIONS)
+    drawn = 1 if probe else row.batch  # both rows of a probe are the same but for what it asks about
+    keep = np.zeros((drawn, 1, row.frames), np.float32)
+    keep[..., : row.frames // 3] = keep[..., 2 * row.frames // 3 :] = float(row.purpose == 1)
+    used = np.arange(shapes.TEXT_TOKENS)[None] < np.asarray([12, 90][:drawn])[:, None]
+    made = {
+        "x": normal(drawn, shapes.LATENT_CHANNELS, row.frames),
+        "t5_hidden": normal(drawn, shapes.TEXT_TOKENS, shapes.TEXT_CHANNELS, scale=0.3),
+        "t5_mask": used.astype(np.float32),
+        "local_add_cond": np.concatenate([keep, keep * normal(drawn, shapes.LATENT_CHANNELS, row.frames)], axis=1),
+    }
+    if probe:
+        made = {name: np.repeat(value, row.batch, axis=0) for name, value in made.items()}
+    return {**made, "t": np.asarray(row.sigma, np.float32), "seconds_total": np.asarray(row.seconds, np.float32)}
+
+
+def stored_part(kind: str, row: CheckRow, outputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
+    """What is compared of a graph's outputs, flat: a velocity whole; of features and samples every 17th.
+
+    Text features behind the tokens in use are left out: nothing reads them. Samples of integer outputs are scaled to
+    [-1, 1]. Raises ToolError when the graph has not the contract's output.
+    """
+    spec = shapes.CONTRACTS[kind].outputs[0]
+    found = outputs.get(spec.name, outputs.get("audio"))
+    if found is None:
+        raise ToolError(f"the graph gives {', '.join(outputs)}, not {spec.name}", "use the graph of that target")
+    values = found.detach().cpu().numpy()
+    if kind == "t5gemma":
+        values = values[:, : row.frames]
+    if values.dtype.kind == "i":
+        values = values / 32767.0
+    flat = np.asarray(values, np.float32).ravel()
+    return flat if kind == "dit" else np.ascontiguousarray(flat[::STRIDE])
+
+
+def write(path: Path, checks: CheckSet) -> None:
+    """Write check rows as a compressed .npz, atomically. Raises ValueError when they are larger than LARGEST."""
+    padded = {name: np.full((len(checks.rows), MOST_BATCH), np.nan, np.float32) for name in ("sigma", "seconds")}
+    for index, row in enumerate(checks.rows):
+        for name, table in padded.items():
+            values = getattr(row, name)
+            table[index, : len(values)] = values
+    arrays: dict[str, Any] = {
+        "format": FORMAT, "kind": checks.kind, "floor": checks.floor, "graph": list(checks.graph),
+        **{name: np.asarray([getattr(row, name) for row in checks.rows], DTYPES[name]) for name in
+           ("purpose", "seed", "batch", "frames")},
+        **padded,
+        "response": np.asarray(checks.response, np.float64),
+        "lengths": np.asarray([len(one) for one in checks.expected], np.int64),
+        "expected": np.concatenate(checks.expected).astype(np.float32),
+    }  # fmt: skip
+    with files.atomic_path(path) as temporary, temporary.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+        if stream.tell() > LARGEST:
+            raise ValueError(f"check rows of {stream.tell()} bytes, more than {LARGEST}")
+
+
+def read(path: Path) -> CheckSet:
+    """The check rows of a file. Raises ToolError naming what is wrong with it; nothing in it is executed."""
+    try:
+        if path.stat().st_size > LARGEST:
+            raise _broken(path, f"larger than {LARGEST} bytes")
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
+                raise _broken(path, f"unpacks to more than {LARGEST} bytes")
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in ("format", "kind", "floor", "graph", *DTYPES)}
+    except OSError as error:
+        raise _broken(path, error.strerror or "cannot be read") from None
+    except KeyError as error:
+        raise _broken(path, f"it has no member {error.args[0]!r}") from None
+    except Exception as error:  # zip, zlib and NumPy each raise their own for damaged bytes
+        if isinstance(error, ToolError | MemoryError):
+            raise
+        raise _broken(path, "it is no .npz file") from None
+    return _parsed(path, arrays)
+
+
+def _parsed(path: Path, arrays: Mapping[str, NDArray[Any]]) -> CheckSet:
+    if arrays["format"].shape or int(arrays["format"]) != FORMAT:
+        raise _broken(path, f"format {arrays['format']}, this program reads {FORMAT}")
+    kind, count = str(arrays["kind"]), len(np.atleast_1d(arrays["seed"]))
+    if kind not in shapes.CONTRACTS or not 0 < count <= MOST_ROWS:
+        raise _broken(path, f"{count} rows of a {kind}")
+    for name, dtype in DTYPES.items():
+        wide = (count, MOST_BATCH) if name in ("sigma", "seconds") else (count,)
+        if arrays[name].dtype != dtype or (name != "expected" and arrays[name].shape != wide):
+            raise _broken(path, f"{name!r} is {arrays[name].dtype} {arrays[name].shape}")
+    floor, lengths, expected = float(arrays["floor"]), arrays["lengths"], arrays["expected"]
+    if not 0.0 < floor < 1.0 or expected.ndim != 1 or (lengths < 1).any() or int(lengths.sum()) != expected.size:
+        raise _broken(path, "its sizes contradict each other")
+    if not np.isfinite(expected).all() or not (np.isfinite(arrays["response"]) & (arrays["response"] >= 0)).all():
+        raise _broken(path, "its answers are not finite")
+    graph = tuple(sorted(str(digest) for digest in np.atleast_1d(arrays["graph"])))
+    if not graph or not all(DIGEST.fullmatch(digest) for digest in graph):
+        raise _broken(path, "it names no graph")
+    rows = tuple(_row(path, arrays, index) for index in range(count))
+    parts = np.split(expected, np.cumsum(lengths)[:-1])
+    return CheckSet(kind, floor, graph, rows, tuple(parts), tuple(float(one) for one in arrays["response"]))
+
+
+def _row(path: Path, arrays: Mapping[str, NDArray[Any]], index: int) -> CheckRow:
+    purpose, seed, batch, frames = (int(arrays[name][index]) for name in ("purpose", "seed", "batch", "frames"))
+    sigma, seconds = (tuple(float(v) for v in arrays[name][index] if np.isfinite(v)) for name in ("sigma", "seconds"))
+    fits = purpose < len(PURPOSES) and 0 <= seed < 2**31 and 1 <= batch <= MOST_BATCH
+    of_dit = batch if str(arrays["kind"]) == "dit" else 0
+    if not fits or not 1 <= frames <= shapes.MAX_FRAMES or not len(sigma) == len(seconds) == of_dit:
+        raise _broken(path, f"row {index} is not one")
+    return CheckRow(purpose, seed, batch, frames, sigma, seconds)
+
+
+def _broken(path: Path, why: str) -> ToolError:
+    return ToolError(f"{path} is not a file of check rows: {why}", "delete it and make the graph or engine again")

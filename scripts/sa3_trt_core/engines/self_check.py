@@ -1,0 +1,205 @@
+"""Run an engine on the check rows of its graph, once per card, driver and library, and refuse it when it is wrong."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sa3_trt_core import gpu
+from sa3_trt_core.artifacts import check_rows, files, manifest
+from sa3_trt_core.artifacts.check_rows import DURATIONS, NOISE_LEVELS, CheckRow, CheckSet, check_path
+from sa3_trt_core.artifacts.external_data import external_data_names
+from sa3_trt_core.errors import GateError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sa3_trt_core.engines.backend import Backend
+    from sa3_trt_core.engines.base import GraphEngine
+
+Run = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
+LIMIT = 2.0  # of the graph's own response to noise; other kernels give 1.0 to 1.1 (build/NOTES.md)
+LEAST_SHARE = 0.01  # of the graph's answer to two values that fp16 holds to be one
+DIT_FLOORS = {"fp8": 1e-3, "fp16mixed": 2e-2, "fp32": 2e-2}  # relative L2 that a DiT may be off by in any case
+# Sine gates amplify the rounding of any other order of the same sums, and noise is not what they were trained on.
+OTHER_FLOORS = {"t5gemma": 5e-2, "same-decoder": 1e-1, "same-encoder": 1e-1}
+ANSWERS_SUFFIX = ".checked.json"
+ANSWERS_FORMAT, MOST_ANSWERS, LARGEST = 1, 16, 1 << 20
+REPORT = "python scripts/gpu_report.py"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What an answer is valid for: card, driver and the version of the library that runs the engine."""
+
+    card: str
+    driver: str
+    library: str
+
+    @classmethod
+    def of(cls, backend: Backend) -> Place:
+        """This machine, for a backend: the card that it runs on, or the kind of CPU."""
+        on_gpu = gpu.has_nvidia_gpu()
+        module: Any = importlib.import_module(backend.package)
+        if backend.package == "onnxruntime":
+            on_gpu = on_gpu and "CUDAExecutionProvider" in module.get_available_providers()
+        elif backend.package == "torch":
+            on_gpu = module.cuda.is_available()
+        card = f"{gpu.card_name()} ({gpu.current_arch()})" if on_gpu else f"CPU ({platform.machine()})"
+        library = f"{backend.package} {getattr(module, '__version__', 'unknown')}"
+        return cls(card, gpu.driver_version() if on_gpu else "none", library)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row: its name, how far the engine is from the graph as a multiple of what is allowed, and why if it fails."""
+
+    row: str
+    apart: float
+    failure: str | None
+
+
+def make_checks(kind: str, precision: str, run: Run, graph: Iterable[str]) -> CheckSet:
+    """The check rows of a graph, by running it (ONNX Runtime) on every row.
+
+    Each row of an FP8 graph is run with noise on its inputs too: there the least difference decides which way an
+    activation rounds. `graph` are the digests of its files. Raises GateError when an output is not finite.
+    """
+    floor = DIT_FLOORS[precision] if kind == "dit" else OTHER_FLOORS[kind]
+    rows, expected, response = check_rows.planned_rows(kind), [], []
+    for row in rows:
+        answer = check_rows.stored_part(kind, row, run(check_rows.inputs_of(kind, row)))
+        if not np.isfinite(answer).all():
+            raise GateError(f"the graph gives no finite output for its check row {row.name}", "report the graph")
+        moved = answer
+        if precision == "fp8":
+            moved = check_rows.stored_part(kind, row, run(check_rows.inputs_of(kind, row, nudged=True)))
+        expected.append(answer)
+        response.append(_norm(moved - answer))
+    return CheckSet(kind, floor, tuple(sorted(graph)), rows, tuple(expected), tuple(response))
+
+
+def outcomes(checks: CheckSet, run: Run) -> list[Outcome]:
+    """Every row of an engine against the stored answers of its graph."""
+    return [_outcome(checks, index, run) for index in range(len(checks.rows))]
+
+
+def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
+    row, expected = checks.rows[index], checks.expected[index]
+    found = check_rows.stored_part(checks.kind, row, run(check_rows.inputs_of(checks.kind, row)))
+    if found.shape != expected.shape:
+        return Outcome(row.name, math.inf, f"{row.name}: {found.size} values, the graph gives {expected.size}")
+    if not np.isfinite(found).all():
+        return Outcome(row.name, math.inf, f"{row.name}: values that are not finite")
+    allowed = max(LIMIT * checks.response[index], checks.floor * _norm(expected))
+    distance = _norm(found - expected)
+    apart = distance / allowed if allowed else (0.0 if not distance else math.inf)
+    share = _share(row, expected, found)
+    failure = None
+    if not apart <= 1.0:
+        off = distance / max(_norm(expected), 1e-30)
+        failure = f"{row.name}: relative L2 {off:.3g} from the graph, {apart:.2f} times the limit"
+    elif share is not None and share < LEAST_SHARE:
+        what = check_rows.PURPOSES[row.purpose]
+        failure = f"{row.name}: two {what} that differ in fp32 give {share:.2g} of the graph's difference, limit 0.01"
+    return Outcome(row.name, apart, failure)
+
+
+def _share(row: CheckRow, expected: np.ndarray, found: np.ndarray) -> float | None:
+    """The engine's share of the graph's difference between the two rows of a probe; None for other rows."""
+    if row.purpose not in (NOISE_LEVELS, DURATIONS):
+        return None
+    wanted, given = (_norm(np.subtract(*side.reshape(2, -1))) for side in (expected, found))
+    return given / wanted if wanted else None
+
+
+def require_correct(
+    engine: GraphEngine, path: Path, place: Place, rebuild: str, graph: Path | None = None, again: bool = False
+) -> list[Outcome]:
+    """Check an engine unless this card, driver and library have answered for these bytes before.
+
+    `path` is the file of the engine, `graph` the ONNX that it is of, where one is known: its rows come first. The bytes
+    are compared with their digests, then the rows are run; `again` does so in any case. Returns the outcomes, empty
+    where nothing was run. Raises GateError when the engine is wrong; ToolError when the rows cannot be read.
+    """
+    rows = next((check_path(at) for at in (graph, path) if at is not None and check_path(at).is_file()), None)
+    key = {**vars(place), "engine": _stamp(path), "rows": None if rows is None else _stamp(rows)}
+    if not again and key in [answer.get("key") for answer in _answers(path)]:
+        return []
+    checks = None if rows is None else check_rows.read(rows)
+    changed = changed_bytes(path, checks)
+    if changed is not None:
+        raise GateError(f"{path} is not what was checked when it was made: {changed}", f"make it again: {rebuild}")
+    if checks is None:
+        return []
+    found = outcomes(checks, engine.run)
+    failures = [one.failure for one in found if one.failure is not None]
+    if failures:
+        raise GateError(
+            f"{path} fails {len(failures)} of {len(found)} check rows on {place.card} ({place.library}): {failures[0]}",
+            f"make it again: {rebuild}; if it fails again, report it with the folder that {REPORT} writes",
+            "\n".join(failures[1:]) or None,
+        )
+    _keep(path, key, max(one.apart for one in found))
+    return found
+
+
+def changed_bytes(path: Path, checks: CheckSet | None) -> str | None:
+    """Why an engine or a graph is not the one that its manifest and its check rows are of, or None when it is.
+
+    Every byte is read. An engine is of the graph of the rows when its manifest names that graph's digests among its
+    inputs; a graph is when it has them itself.
+    """
+    record = manifest.read_manifest(path)
+    changed = manifest.verify_manifest(path, deep=True) if record is not None else None
+    if changed is not None or checks is None:
+        return changed
+    if path.suffix == ".onnx":
+        names = [path.name, *external_data_names(path)]
+        if sorted(files.sha256_of(path.with_name(name)) for name in names) != list(checks.graph):
+            return f"{check_path(path).name} holds the answers of other bytes"
+    elif record is not None and not set(checks.graph) <= set(record.inputs.values()):
+        return "it was built from another graph than its check rows"
+    return None
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Name, size and time of change of the files of an artefact: other bytes are checked again."""
+    record = manifest.read_manifest(path) if manifest.manifest_path(path).is_file() else None
+    names = sorted({path.name, *(record.files if record is not None else ())})
+    known = [path.with_name(name) for name in names]
+    return [[file.name, stat.st_size, stat.st_mtime_ns] for file in known if file.is_file() and (stat := file.stat())]
+
+
+def _answers(path: Path) -> list[dict[str, Any]]:
+    """What was kept beside an engine; nothing where it cannot be read."""
+    kept = path.with_name(path.name + ANSWERS_SUFFIX)
+    try:
+        document = json.loads(kept.read_bytes()) if kept.stat().st_size <= LARGEST else None
+    except (OSError, ValueError, RecursionError):
+        return []
+    known = document.get("answers") if isinstance(document, dict) and document.get("format") == ANSWERS_FORMAT else None
+    return [one for one in known if isinstance(one, dict)] if isinstance(known, list) else []
+
+
+def _keep(path: Path, key: Mapping[str, Any], worst: float) -> None:
+    """Note that an engine is right; a folder that takes no files costs another run of the rows, no more."""
+    entry = {"key": dict(key), "worst": worst, "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
+    document = {"format": ANSWERS_FORMAT, "answers": [*_answers(path)[1 - MOST_ANSWERS :], entry]}
+    try:
+        files.write_atomic_text(path.with_name(path.name + ANSWERS_SUFFIX), json.dumps(document, indent=1) + "\n")
+    except OSError:
+        return
+
+
+def _norm(values: np.ndarray) -> float:
+    return float(np.linalg.norm(values.astype(np.float64)))

@@ -1,0 +1,151 @@
+"""Features of one sound and of the latent it was decoded from: what a two-sample test compares.
+
+The features are the usual ones of music information retrieval, computed by librosa and pyloudnorm. Each belongs to a
+group whose name says what is heard in it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sa3_trt_core.shapes import SAMPLE_RATE
+
+Floats = NDArray[np.float64]
+WINDOW, HOP = 2048, 512  # samples: 46 ms every 12 ms
+MEL_BANDS = 32
+SILENCE_LUFS = -70.0  # the absolute gate of ITU-R BS.1770: a sound below it has no loudness
+FLOOR_DB = -80.0  # of mel levels, below full scale
+ROLLOFF = 0.85  # share of the power below the rolloff frequency
+
+TIMBRE, NOTES, RHYTHM, LOUDNESS, BRIGHTNESS, STEREO, LATENT, EMBEDDING = (
+    "timbre", "notes", "rhythm", "loudness", "brightness", "stereo", "latent", "embedding",
+)  # fmt: skip
+GROUPS = (TIMBRE, NOTES, RHYTHM, LOUDNESS, BRIGHTNESS, STEREO, LATENT, EMBEDDING)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Named figures of one sound, in a fixed order; `groups` has the group of each."""
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    values: Floats
+
+
+def features_of(samples: NDArray[Any], latent: NDArray[Any] | None = None, embedding: Floats | None = None) -> Features:
+    """Features of a sound (N, 2) in [-1, 1] at 44.1 kHz, of its latent (256, L), and an embedding (D,) as it is.
+
+    Mean and deviation over time of every mel band in dB, of every pitch class, of the onset envelope, of spectral
+    flatness and rolloff; loudness, loudness range and the level between the stereo sides; mean and log deviation of
+    every latent channel. Raises ValueError for another shape or a sound shorter than one window.
+    """
+    sound = np.asarray(samples, np.float64)
+    if sound.ndim != 2 or sound.shape[1] != 2 or len(sound) < WINDOW:
+        raise ValueError(f"samples (N, 2) of at least {WINDOW} frames wanted, not {sound.shape}")
+    if not np.isfinite(sound).all():
+        raise ValueError("the samples are not finite")
+    found: dict[str, dict[str, float]] = {
+        **_spectral(sound.mean(axis=1)),
+        LOUDNESS: _loudness(sound),
+        STEREO: {"side level": _level(sound[:, 0] - sound[:, 1]) - _level(sound[:, 0] + sound[:, 1])},
+    }
+    if latent is not None:
+        found[LATENT] = _latent(np.asarray(latent, np.float64))
+    if embedding is not None:
+        found[EMBEDDING] = {f"embedding {i}": float(value) for i, value in enumerate(np.ravel(embedding))}
+    return _flat(found)
+
+
+def _flat(found: Mapping[str, Mapping[str, float]]) -> Features:
+    order = [(group, name) for group in GROUPS for name in found.get(group, {})]
+    return Features(
+        names=tuple(name for _, name in order),
+        groups=tuple(group for group, _ in order),
+        values=np.asarray([found[group][name] for group, name in order], np.float64),
+    )
+
+
+def _spectral(mono: Floats) -> dict[str, dict[str, float]]:
+    """What librosa reads off one spectrogram: timbre, notes, rhythm and brightness."""
+    import librosa
+    from librosa.onset import onset_strength
+
+    magnitude = np.abs(librosa.stft(mono, n_fft=WINDOW, hop_length=HOP))
+    power = np.square(magnitude)
+    # A sine of amplitude 1 has a peak of WINDOW / 4 in a Hann window, so this refers levels to full scale.
+    mel = librosa.feature.melspectrogram(S=power / (WINDOW / 4) ** 2, sr=SAMPLE_RATE, n_mels=MEL_BANDS)
+    levels = 10.0 * np.log10(np.maximum(mel, 10.0 ** (FLOOR_DB / 10.0)))
+    # No estimate of the tuning: it is one more thing that two equal sounds could differ in.
+    pitches = librosa.feature.chroma_stft(S=power, sr=SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, tuning=0.0)
+    onsets = onset_strength(S=levels, sr=SAMPLE_RATE, hop_length=HOP)
+    flatness = np.log10(np.maximum(librosa.feature.spectral_flatness(S=magnitude)[0], 1e-10))
+    rolloff = librosa.feature.spectral_rolloff(S=magnitude, sr=SAMPLE_RATE, roll_percent=ROLLOFF)[0]
+    brightness = {"flatness": flatness, "rolloff": np.log2(np.maximum(rolloff, 20.0))}
+    return {
+        TIMBRE: _moments({f"mel band {i}": row for i, row in enumerate(levels)}),
+        NOTES: _moments({f"pitch class {i}": row for i, row in enumerate(pitches)}),
+        RHYTHM: {
+            **_moments({"onsets": onsets}),
+            "strongest onset": float(onsets.max()),
+            **{f"onset period {i}": value for i, value in enumerate(_periodicity(onsets))},
+        },
+        BRIGHTNESS: _moments(brightness),
+    }
+
+
+def _periodicity(onsets: Floats) -> list[float]:
+    """Autocorrelation of the onset envelope at the beats of 60, 80, ..., 180 BPM, as shares of its power."""
+    import librosa
+
+    spread = onsets - onsets.mean()
+    lags = [round(60.0 / tempo * SAMPLE_RATE / HOP) for tempo in range(60, 181, 20)]
+    likeness = librosa.autocorrelate(spread, max_size=max(lags) + 1)
+    if likeness[0] <= 0.0:
+        return [0.0] * len(lags)
+    return [float(likeness[lag] / likeness[0]) if lag < len(likeness) else 0.0 for lag in lags]
+
+
+def _loudness(sound: Floats) -> dict[str, float]:
+    """Integrated loudness in LUFS (ITU-R BS.1770) and loudness range in LU (EBU Tech 3342), by pyloudnorm.
+
+    0 LU for sounds shorter than the 3 s of its window, as for silence.
+    """
+    import pyloudnorm
+
+    meter = pyloudnorm.Meter(SAMPLE_RATE)
+    level, spread = SILENCE_LUFS, 0.0
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # of a logarithm of zero, and of gates that leave nothing
+        if len(sound) >= meter.block_size * SAMPLE_RATE:
+            level = max(float(meter.integrated_loudness(sound)), SILENCE_LUFS)
+        if len(sound) >= 3 * SAMPLE_RATE:
+            spread = float(meter.loudness_range(sound))
+    return {"loudness": level if np.isfinite(level) else SILENCE_LUFS, "range": spread if np.isfinite(spread) else 0.0}
+
+
+def _latent(latent: Floats) -> dict[str, float]:
+    if latent.ndim != 2:
+        raise ValueError(f"a latent (256, L) wanted, not {latent.shape}")
+    deviation = np.log(np.maximum(latent.std(axis=1), 1e-6))
+    return {
+        **{f"mean of channel {i}": float(value) for i, value in enumerate(latent.mean(axis=1))},
+        **{f"spread of channel {i}": float(value) for i, value in enumerate(deviation)},
+    }
+
+
+def _moments(rows: Mapping[str, Floats]) -> dict[str, float]:
+    return {
+        **{f"mean of {name}": float(row.mean()) for name, row in rows.items()},
+        **{f"spread of {name}": float(row.std()) for name, row in rows.items()},
+    }
+
+
+def _level(samples: Floats) -> float:
+    """Level in dB below full scale, not under the floor."""
+    return max(10.0 * float(np.log10(max(np.square(samples).mean(), 1e-12))), FLOOR_DB)

@@ -1,0 +1,98 @@
+"""The two-sample test for people: one table, and what it says in a musician's words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sa3_validation.two_sample import BOOSTING, CLASSIFIERS, LOGISTIC
+from sa3_validation.two_sample_study import (
+    CONTROL,
+    INDEPENDENT,
+    INPAINTED,
+    JUDGED_FROM,
+    PUBLISHED,
+    SAME_NOISE,
+    SCALED,
+)
+
+ASKED = {
+    CONTROL: "reference, other noise (control)",
+    INDEPENDENT: "candidate, other noise",
+    SAME_NOISE: "candidate, same noise",
+    INPAINTED: "candidate, in-painting, same noise",
+    SCALED: "broken on purpose: one weight scale too large",
+    PUBLISHED: "the published recipe's choices, in-painting",
+}
+OWED = {
+    CONTROL: "0.5 inside",
+    INDEPENDENT: "inside the control's",
+    SAME_NOISE: "upper end at most 0.60",
+    INPAINTED: "-",
+    SCALED: "lower end of one above 0.60",
+    PUBLISHED: "lower end of one above 0.60",
+}
+HEADER = (
+    "against the reference", "logistic regression", "gradient boosting", "Fréchet, control = 1", "moves most", "owed"
+)  # fmt: skip
+TITLE = "Two samples: can a classifier tell the sounds apart?"
+NAMES = {LOGISTIC: "logistic regression", BOOSTING: "gradient boosting"}
+
+
+def rows(document: Mapping[str, Any]) -> list[list[str]]:
+    """The table's cells: a comparison a row; AUC with its 95 % interval."""
+    found = document["comparisons"]
+    return [
+        [ASKED[name], *(_cell(found[name][which]) for which in CLASSIFIERS),
+         f"{found[name]['frechet_of_control']:.2f}" if found[name]["frechet_of_control"] is not None else "-",
+         _moves(found[name]["shifts"]), OWED[name]]
+        for name in ASKED if name in found
+    ]  # fmt: skip
+
+
+def words(document: Mapping[str, Any]) -> list[str]:
+    """What the figures mean, a sentence or two each; no statistics needed to read them."""
+    found, sounds = document["comparisons"], document["sounds"]
+    best = max(CLASSIFIERS, key=lambda which: found[SAME_NOISE][which]["auc"])
+    auc = found[SAME_NOISE][best]["auc"]
+    lines = [
+        f"{sounds} sounds of {document['prompts']} prompts from each DiT were described by {document['features']} "
+        "figures of timbre, notes, rhythm, loudness, brightness, stereo and latent. A classifier that had not met a "
+        "prompt was given one sound of each DiT and asked which is which: 0.50 is guessing, 1.00 never errs.",
+        f"Of 100 such pairs played from the same noise, the better classifier ({NAMES[best]}) names the candidate "
+        f"rightly in {100 * auc:.0f}.",
+    ]
+    lines += [f"The controls: {document['controls'][name]}." for name in (SCALED, PUBLISHED)]
+    heard = document["agreement"]
+    shares = [
+        f"{label} {_share(heard[arm]['tempo'])} tempo, {_share(heard[arm]['key'])} key"
+        for arm, label in (("reference_B", "reference"), ("candidate_B", "candidate"))
+        if heard[arm]["tempo"]["of"] or heard[arm]["key"]["of"]
+    ]
+    if shares:
+        lines.append(f"Heard as the prompt states it: {'; '.join(shares)}.")
+    if "judged" not in document:
+        lines.append(f"No gate judges fewer than {JUDGED_FROM} sounds: the intervals are wider than the limits.")
+    return lines
+
+
+def _cell(auc: Mapping[str, float]) -> str:
+    return f"{auc['auc']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]"
+
+
+def _moves(shifts: Mapping[str, float]) -> str:
+    """The group of features that moves most, in deviations over the reference's sounds."""
+    if not shifts:
+        return "-"
+    name = max(shifts, key=lambda group: shifts[group])
+    return f"{name}, {shifts[name]:.2f} sd"
+
+
+def _share(count: Mapping[str, int]) -> str:
+    return f"{count['hits']} of {count['of']}"
+
+
+def section(document: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
+    """The table as a section of the report; none where the test was not run."""
+    made = document.get("two_sample")
+    return [(TITLE, HEADER, rows(made))] if made else []

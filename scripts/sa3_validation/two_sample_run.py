@@ -1,0 +1,73 @@
+"""The two-sample test as a command runs it: from prompts and files to the figures of the report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core import engines, targets
+from sa3_trt_core.hub import resolve
+from sa3_trt_core.text import Tokenizer
+from sa3_validation.cases import Case, Wanted, text_cases
+from sa3_validation.embedding import Embedder
+from sa3_validation.models import Place, Side
+from sa3_validation.two_sample_arms import FOLDER, Recording
+from sa3_validation.two_sample_study import TwoSample
+
+if TYPE_CHECKING:
+    from sa3_trt_core.engines.base import GraphEngine
+
+Source = tuple[targets.Target, str, Path]  # a target, its backend and the file that it loads
+
+
+@dataclass(frozen=True)
+class TwoSampleRun:
+    """Everything that the test needs, found but not opened. Arms are kept in `out`/two_sample."""
+
+    reference: Side
+    candidate: Side
+    published: Side | None
+    place: Place
+    prompts: tuple[str, ...]
+    count: int
+    seed: int
+    seconds: float
+    steps: int
+    out: Path
+    text: Source
+    decoder: Source
+    embedder: Path | None
+
+    def run(self) -> dict[str, Any]:
+        """Generate, hear, compare. Raises ToolError and GateError as engines do."""
+        embedder = Embedder(self.embedder) if self.embedder is not None else None
+        stat = self.decoder[2].stat()
+        recording = Recording(
+            self.steps, lambda: self._open(self.decoder), f"{self.decoder[1:]} {stat.st_size} {stat.st_mtime_ns}",
+            embedder, self.out / FOLDER, targets.find_dit(self.place.dit).reach,
+        )  # fmt: skip
+        made = TwoSample(
+            self.reference, self.candidate, self.published, self.place, self.count, self.seed, recording
+        ).run(self._cases())
+        return finite({"seconds": self.seconds, "seed": self.seed, **made})
+
+    def _cases(self) -> list[Case]:
+        tokenizer = Tokenizer(resolve.resolve_tokenizer(self.place.source))
+        wanted = Wanted(self.prompts[: self.count], 1, self.seed, self.seconds)
+        with self._open(self.text) as encoder:
+            return text_cases(wanted, encoder, tokenizer)
+
+    def _open(self, source: Source) -> GraphEngine:
+        target, backend, path = source
+        return engines.open_engine(target, backend, self.place.source, path)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that are not finite, as JSON wants it."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
