@@ -39,8 +39,8 @@ def write_check_rows(onnx: Path, kind: str, precision: str, out: Path | None = N
 def engine_check_rows(onnx: Path, target: Target, engine: Path) -> list[Path]:
     """Put the check rows of a graph beside an engine that is built from it; made here if the graph brings none.
 
-    Returns their path in a list; an empty one for a graph that ONNX Runtime does not run. Raises ToolError when the graph's rows are
-    damaged or of another graph.
+    Returns their path in a list; an empty one for a graph that ONNX Runtime does not run. Raises ToolError when the
+    graph's rows are damaged or of another graph.
     """
     path, known = check_path(engine), check_path(onnx)
     path.unlink(missing_ok=True)
