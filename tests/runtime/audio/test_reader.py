@@ -65,7 +65,7 @@ def test_codecs_that_cannot_seek_are_decoded_up_to_the_start(
     soundfile.write(tmp_path / name, tone, rate, subtype=subtype, format=shape)
     whole, late = quietly(tmp_path / name, 0.0, 2 * RATE), quietly(tmp_path / name, 1.0, RATE // 2)
     assert np.corrcoef(late[0, 2000:20_000], whole[0, RATE + 2000 : RATE + 20_000])[0, 1] > 0.99
-    with pytest.raises(ToolError, match="before --init-start 3"):
+    with pytest.raises(ToolError, match="before `init_start=3`"):
         reader.check_input(tmp_path / name, 3.0)
 
 

@@ -18,8 +18,9 @@ GRAPH, SIDECAR = "onnx/sa3-m/dit_fp16.onnx", "onnx/sa3-m/dit_fp16.onnx.data"
 WEIGHTS = bytes(range(256)) * 400
 CODE = (
     "import sys; from sa3_trt_core.cli.arguments import run_command; from sa3_trt_core.hub import resolve\n"
+    "from sa3_trt_core.paths import ModelSource\n"
     "from sa3_trt_core.targets import find_target\n"
-    "sys.exit(run_command(lambda: print(resolve.resolve_onnx(find_target('sa3-m'), None)) or 0))"
+    "sys.exit(run_command(lambda: print(resolve.resolve_onnx(find_target('sa3-m'), ModelSource())) or 0))"
 )
 
 

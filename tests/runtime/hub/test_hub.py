@@ -37,7 +37,7 @@ def local(tmp_path: Path) -> Iterator[LocalHub]:
 def refused(words: str, hint: str, **how) -> ToolError:  # type: ignore[no-untyped-def]
     with pytest.raises(ToolError, match=words) as caught:
         resolve.resolve_onnx(FP8, ModelSource(**how))
-    assert hint in caught.value.hint
+    assert hint in caught.value.lines()
     assert len(caught.value.lines().splitlines()) == 2
     return caught.value
 
@@ -172,7 +172,7 @@ def test_no_server_at_all(tmp_path: Path) -> None:
 
 
 def test_offline_asks_the_cache_alone(local: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused("switched off .--offline.", "--onnx-root", offline=True)
+    refused("switched off .`offline`.", "--onnx-root", offline=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused("switched off .HF_HUB_OFFLINE.", "--onnx-root")
     assert local.asked == []
