@@ -10,7 +10,7 @@ from typing import Any
 
 from sa3_gpu_report.host import BACKENDS, Host
 from sa3_gpu_report.parts import ROOT, Part, read_json
-from sa3_trt_core import targets
+from sa3_trt_core import engines, targets
 
 BUILD, CHECK, GATES, SPEED = "build", "check rows", "gates", "speed"
 COLUMNS = (BUILD, CHECK, GATES, SPEED)
@@ -100,18 +100,19 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
     absent = host.absent.get(backend)
     where = ("--onnx-root", wanted.root, "--models-dir", wanted.models)
     dits = ("sa3-m", "sa3-m-fp8")
-    names = (*dits, "t5gemma", "same-l-decoder") if backend in ("tensorrt", "tensorrt_rtx") else dits
+    compiles = backend in engines.BUILT and engines.BUILT[backend].runs == engines.EVERYTHING
+    names = (*dits, "t5gemma", "same-l-decoder") if compiles else dits
     built = f"{backend}, build"
-    parts, engines = [], graphs
-    if backend != "onnxruntime":  # it runs the graphs themselves
-        report = ("--engine-report",) if backend in ("tensorrt", "tensorrt_rtx") else ()
+    parts, needed = [], graphs
+    if backend in engines.BUILT:
+        report = ("--engine-report",) if compiles else ()
         line = _script("build", "build_from_onnx.py", *names, "--backend", backend, *where, *report)
         parts.append(Part(built, line, 300, backend, BUILD, graphs, skip=absent))
-        engines = (*graphs, built)
+        needed = (*graphs, built)
     checked = wanted.work / f"check_{backend}.json"
     line = _script("scripts", "check_engine.py", *names, "--backend", backend, *where, "--out", checked)
     parts.append(Part(
-        f"{backend}, check rows", line, 120, backend, CHECK, engines, partial(_checked, checked), absent
+        f"{backend}, check rows", line, 120, backend, CHECK, needed, partial(_checked, checked), absent
     ))  # fmt: skip
     out = wanted.work / f"validation_{backend}"
     short = ("--prompts", 1, "--seconds", 0.5, "--steps", 4) if wanted.tiny else ("--prompts", 2, "--seconds", 5)
@@ -120,7 +121,7 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
         "onnxruntime", *where, *short, "--extra", 0, "--no-audio", "--out", out,
     )  # fmt: skip
     parts.append(Part(
-        f"{backend}, gates", line, 240, backend, GATES, engines, partial(_gates, out),
+        f"{backend}, gates", line, 240, backend, GATES, needed, partial(_gates, out),
         absent or _needs(host, "matplotlib"),
     ))  # fmt: skip
     gpu = None if host.arch is not None else "no NVIDIA GPU is visible"
@@ -129,8 +130,8 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
         "scripts", "bench_dit.py", "--out", bench, "--engines", f"fp16mixed@{backend}", f"fp8@{backend}", *where,
         "--lengths", 120, 646, "--batches", "--repeats", 50,
     )  # fmt: skip
-    skip = absent or gpu or ("it is the reference, not a product" if backend == "onnxruntime" else None)
-    parts.append(Part(f"{backend}, speed", line, 120, backend, SPEED, engines, partial(_speed, bench), skip))
+    skip = absent or gpu or ("it is the reference, not a product" if backend == engines.DIRECT.name else None)
+    parts.append(Part(f"{backend}, speed", line, 120, backend, SPEED, needed, partial(_speed, bench), skip))
     return parts
 
 

@@ -80,7 +80,7 @@ class TwoSample:
         """The candidate with one weight scale too large, run by ONNX Runtime, and what it is or why there is none."""
         path = self.candidate.path
         try:
-            if self.candidate.backend != "onnxruntime":
+            if self.candidate.backend in engines.BUILT:
                 path = engines.source_path(self.candidate.target, engines.DIRECT.name, self.place.source)
             graph, product = scaled_graph(path)
         except ToolError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sa3_trt_core.engines import onnxruntime, self_check, tensorrt, tensorrt_rtx, torch
+from sa3_trt_core.engines import onnxruntime, tensorrt, tensorrt_rtx, torch
 from sa3_trt_core.engines.backend import EVERYTHING, Backend
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
@@ -15,6 +15,7 @@ from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:
+    from sa3_trt_core.engines import self_check
     from sa3_trt_core.engines.base import GraphEngine
 
 AUTO = "auto"
@@ -105,6 +106,8 @@ def _checked(
     target: Target, backend: str, source: ModelSource, path: Path, again: bool = False
 ) -> tuple[GraphEngine, list[self_check.Outcome]]:
     """An open engine and the outcomes of its check rows; it is closed when it is wrong."""
+    from sa3_trt_core.engines import self_check  # numpy comes with it, which --help and --list go without
+
     record, root = BACKENDS[backend], source.onnx_root
     known = [root / name for name in target.onnx] if root is not None else []
     onnx = next((file for file in known if file.is_file()), None)

@@ -34,6 +34,7 @@ class Backend:
     `runs` are the precisions by kind of graph (shapes.CONTRACTS); the rest is left to the backend that needs no engine,
     and so are graphs of the kinds in `optional` while no engine of them is built.
     `arches` are those that engines can be built for; `on_cpu` that they also run without a GPU;
+    `on_gpu` tells whether it runs on this machine's GPU when it is asked now;
     `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for.
     """
 
@@ -48,6 +49,7 @@ class Backend:
     on_cpu: bool = False
     builds_elsewhere: bool = False
     find_package: Callable[[str], object] = importlib.util.find_spec
+    on_gpu: Callable[[], bool] = gpu.has_nvidia_gpu
 
     def available(self) -> bool:
         """Return True if the package is installed; a GPU is another question."""

@@ -64,7 +64,7 @@ class OnnxRuntimeEngine(Closing):
         if variant is not None:
             options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
         providers, has_gpu = [CPU_PROVIDER], gpu.has_nvidia_gpu()
-        if CUDA_PROVIDER in onnxruntime.get_available_providers() and has_gpu:
+        if on_gpu():
             providers.insert(0, CUDA_PROVIDER)
         try:
             self._session: Any = onnxruntime.InferenceSession(variant or str(path), options, providers=providers)
@@ -123,7 +123,14 @@ def open_graph(path: Path, target: Target, rebuild: str, onnx: Path | None) -> O
     return OnnxRuntimeEngine(path)
 
 
-BACKEND = Backend("onnxruntime", "ONNX Runtime", "onnxruntime", open_graph, on_cpu=True)
+def on_gpu() -> bool:
+    """Return True if sessions run on this machine's GPU."""
+    import onnxruntime
+
+    return gpu.has_nvidia_gpu() and CUDA_PROVIDER in onnxruntime.get_available_providers()
+
+
+BACKEND = Backend("onnxruntime", "ONNX Runtime", "onnxruntime", open_graph, on_cpu=True, on_gpu=on_gpu)
 
 
 def _cpu_reason(providers: list[str]) -> str:

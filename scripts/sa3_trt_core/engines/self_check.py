@@ -48,12 +48,7 @@ class Place:
     @classmethod
     def of(cls, backend: Backend) -> Place:
         """This machine, for a backend: the card that it runs on, or the kind of CPU."""
-        on_gpu = gpu.has_nvidia_gpu()
-        module: Any = importlib.import_module(backend.package)
-        if backend.package == "onnxruntime":
-            on_gpu = on_gpu and "CUDAExecutionProvider" in module.get_available_providers()
-        elif backend.package == "torch":
-            on_gpu = module.cuda.is_available()
+        module, on_gpu = importlib.import_module(backend.package), backend.on_gpu()
         card = f"{gpu.card_name()} ({gpu.current_arch()})" if on_gpu else f"CPU ({platform.machine()})"
         library = f"{backend.package} {getattr(module, '__version__', 'unknown')}"
         return cls(card, gpu.driver_version() if on_gpu else "none", library)

@@ -87,6 +87,13 @@ def open_packed(path: Path, target: Target, rebuild: str, onnx: Path | None) -> 
     return TorchEngine(path, rebuild)
 
 
+def on_gpu() -> bool:
+    """Return True if PyTorch can use this machine's GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 BACKEND = Backend(
     name="torch",
     label="PyTorch",
@@ -95,6 +102,7 @@ BACKEND = Backend(
     suffix=".safetensors",
     runs={"dit": ("fp16mixed", "fp8")},
     on_cpu=True,
+    on_gpu=on_gpu,
     builds_elsewhere=True,
 )
 

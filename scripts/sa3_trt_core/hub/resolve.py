@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.artifacts.external_data import external_data_names
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download
@@ -69,6 +68,8 @@ def resolve_onnx(target: Target, source: ModelSource) -> Path:
                 f"make both: {target.produced_by}; then give `onnx_root=ROOT`",
             )
     if not was_here:
+        from sa3_trt_core.artifacts.check_rows import check_path  # numpy comes with it
+
         with contextlib.suppress(ToolError):  # a graph of the hub's own makers has none
             download.fetch(HUB_REPOSITORY, f"{folder}/{check_path(path).name}", commit or target.revision)
     return path
