@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from sa3_build.engines import timing_cache
 from sa3_build.graph import io as graph_io
+from sa3_build.graph.check_row_files import engine_check_rows
 from sa3_build.passes import lower_plugins
 from sa3_build.recipes import requirements_check
-from sa3_build.verification.check_row_files import engine_check_rows
 from sa3_trt_core import engines, gpu, paths, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import Draft, build

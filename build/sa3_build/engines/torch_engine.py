@@ -16,7 +16,7 @@ from torch.nn import functional
 from sa3_build.engines import pack_dit
 from sa3_build.engines.tensorrt import CURRENT, Built, check_graph
 from sa3_build.graph import io as graph_io
-from sa3_build.verification.check_row_files import engine_check_rows
+from sa3_build.graph.check_row_files import engine_check_rows
 from sa3_trt_core import gpu, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import build

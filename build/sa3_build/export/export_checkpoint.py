@@ -17,11 +17,11 @@ from sa3_build.export.model_config import Geometry, load_geometry
 from sa3_build.export.probe_sound import probe_sound
 from sa3_build.export.wrappers import DecoderContract, DitContract, EncoderContract, TextContract
 from sa3_build.graph import io as graph_io
+from sa3_build.graph.check_row_files import write_check_rows
 from sa3_build.graph.fp32_islands import find_decoder_islands
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fp16_mixed import MixPrecision
 from sa3_build.passes.topological_sort import SortTopologically
-from sa3_build.verification.check_row_files import write_check_rows
 from sa3_trt_core.artifacts import files, manifest
 from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.errors import GateError, ToolError

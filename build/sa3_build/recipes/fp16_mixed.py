@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from sa3_build.graph import contract, io as graph_io
+from sa3_build.graph.check_row_files import write_check_rows
 from sa3_build.graph.errors import naming
 from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes.base import PassResult, run_passes
@@ -18,7 +19,6 @@ from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.fp16_mixed import MixPrecision
 from sa3_build.passes.rewrites import Shaping
 from sa3_build.verification import parity as verification_parity
-from sa3_build.verification.check_row_files import write_check_rows
 from sa3_build.verification.graph_checks import require_rows_alike
 from sa3_build.verification.probe_rows import check_rows
 from sa3_trt_core.artifacts.build import Draft, build

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sa3_build.graph import contract, io as graph_io
+from sa3_build.graph import check_row_files, contract, io as graph_io
 from sa3_build.quantization import activation_ranges, amax, pareto, place_quantizers, round_weights, sensitivity
 from sa3_build.quantization.settings import Settings
 from sa3_build.quantization.workspace import Workspace
 from sa3_build.recipes import fp8_inputs, requirements_check
 from sa3_build.recipes.stages import Stage, WorkingFolder
-from sa3_build.verification import check_row_files, graph_proof, parity, rollouts
+from sa3_build.verification import graph_proof, parity, rollouts
 from sa3_trt_core.artifacts import files, manifest
 from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, summary
@@ -50,8 +50,13 @@ def stages_of(work: Workspace) -> list[Stage]:
         stage("shares", [clean, result], [], activation_ranges.shares),
         stage("parity", [clean, result], [], parity.require_parity),
         *([rolls] if settings.rollouts else []),
-        stage("check rows", [result], [check_path(result)], check_row_files.make_for_build),
+        stage("check rows", [result], [check_path(result)], write_check_rows),
     ]
+
+
+def write_check_rows(work: Workspace) -> Mapping[str, Any]:
+    """Write the check rows of the finished graph, beside it in the working folder."""
+    return {"bytes": check_row_files.write_check_rows(work.result, "dit", "fp8").stat().st_size}
 
 
 def report_path(artefact: Path) -> Path:

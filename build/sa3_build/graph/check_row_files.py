@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sa3_build.graph import io as graph_io
-from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.artifacts import check_rows, files
 from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.engines import self_check
@@ -62,8 +59,3 @@ def place_check_rows(made: Path, onnx: Path) -> Path:
     checks = check_rows.read(made)
     check_rows.write(check_path(onnx), replace(checks, graph=tuple(sorted(digests_of(onnx)))))
     return check_path(onnx)
-
-
-def make_for_build(work: Workspace) -> Mapping[str, Any]:
-    """The check rows of a finished FP8 graph, beside it in the working folder: a stage of the recipe."""
-    return {"bytes": write_check_rows(work.result, "dit", "fp8").stat().st_size}
