@@ -50,12 +50,12 @@ def stages_of(work: Workspace) -> list[Stage]:
         stage("shares", [clean, result], [], activation_ranges.shares),
         stage("parity", [clean, result], [], parity.require_parity),
         *([rolls] if settings.rollouts else []),
-        stage("check rows", [result], [check_path(result)], _check_rows),
+        stage("check rows", [result], [check_path(result)], write_check_rows),
     ]
 
 
-def _check_rows(work: Workspace) -> Mapping[str, Any]:
-    """The check rows of the finished graph, beside it in the working folder."""
+def write_check_rows(work: Workspace) -> Mapping[str, Any]:
+    """Write the check rows of the finished graph, beside it in the working folder."""
     return {"bytes": check_row_files.write_check_rows(work.result, "dit", "fp8").stat().st_size}
 
 
