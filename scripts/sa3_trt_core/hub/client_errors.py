@@ -16,12 +16,10 @@ def setup_error(error: BaseException) -> ToolError | None:
     """Return the ToolError for what keeps the client from asking at all; None for an error of another kind."""
     words = _words(error)
     if isinstance(error, UnicodeEncodeError):
-        return ToolError(
-            "the hub's token holds characters outside ASCII, so it is no token",
-            "set HF_TOKEN to the token that the hub gave you, or unset it and run: hf auth login",
-        )
-    if "certificate" in words.lower() or "[SSL" in words:
-        return certificate_error(words)
+        return _no_token("characters outside ASCII")
+    known = transport_error(words)
+    if known is not None:
+        return known
     missing = _missing_certificates()
     if missing and isinstance(error, OSError | ValueError) and not isinstance(error, ConnectionError | TimeoutError):
         return certificate_error(words)
@@ -36,6 +34,31 @@ def setup_error(error: BaseException) -> ToolError | None:
             "write it as http://, https:// or socks5://host:port, or unset it",
         )
     return None
+
+
+def transport_error(words: str) -> ToolError | None:
+    """Return the ToolError for a connection that no network would mend: certificates, a token; None for another."""
+    if "certificate" in words.lower() or "[SSL" in words:
+        return certificate_error(words)
+    if "header value" in words.lower():
+        return _no_token("a line break or another control character")
+    return None
+
+
+def tried(words: str) -> str:
+    """Return " (address through proxies: what the transport said)" for a message about a hub that does not answer."""
+    from huggingface_hub import constants
+
+    through = _set(PROXIES)
+    reason = f": {words}" if words else ""
+    return f" ({_without_password(constants.ENDPOINT)}{f' through {through}' if through else ''}{reason})"
+
+
+def _no_token(what: str) -> ToolError:
+    return ToolError(
+        f"the hub's token holds {what}, so it is no token",
+        "set HF_TOKEN to the token that the hub gave you, or unset it and run: hf auth login",
+    )
 
 
 def start_error(error: BaseException) -> ToolError:

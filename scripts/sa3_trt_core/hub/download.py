@@ -16,7 +16,7 @@ from sa3_trt_core.artifacts import locks
 from sa3_trt_core.artifacts.files import CHUNK
 from sa3_trt_core.console import format_bytes
 from sa3_trt_core.errors import ToolError, memory_error
-from sa3_trt_core.hub.client_errors import certificate_error, setup_error, start_error
+from sa3_trt_core.hub.client_errors import setup_error, start_error, transport_error, tried
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata
@@ -222,8 +222,7 @@ def _told(repository: str, name: str, revision: str) -> Iterator[None]:
     except Exception as error:
         if is_transport(error):
             words = str(error)
-            trusted = "certificate" not in words.lower()
-            raise (unreachable(repository, name) if trusted else certificate_error(words)) from None
+            raise transport_error(words) or unreachable(repository, name, connection=words) from None
         known = setup_error(error)
         if known is None:
             raise
@@ -257,9 +256,12 @@ def gated(repository: str) -> ToolError:
     )
 
 
-def unreachable(repository: str, name: str, off: str | None = None) -> ToolError:
-    """The answer when the file is not here and the hub cannot, or must not (`off` says why), be asked."""
-    why = f"the hub is switched off ({off})" if off else "the hub cannot be reached"
+def unreachable(repository: str, name: str, off: str | None = None, connection: str = "") -> ToolError:
+    """Return the ToolError for a file that is not here while the hub cannot, or must not (`off` says why), be asked.
+
+    `connection` is what the transport said.
+    """
+    why = f"the hub is switched off ({off})" if off else f"the hub cannot be reached{tried(connection)}"
     return ToolError(
         f"{repository}/{name} is not in the cache and {why}",
         "connect to the network once, or give `onnx_root=ROOT` with your own files",

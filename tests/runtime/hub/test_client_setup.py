@@ -18,8 +18,7 @@ GRAPH, SIDECAR = "onnx/sa3-m/dit_fp16.onnx", "onnx/sa3-m/dit_fp16.onnx.data"
 WEIGHTS = bytes(range(256)) * 400
 CODE = (
     "import sys; from sa3_trt_core.cli.arguments import run_command; from sa3_trt_core.hub import resolve\n"
-    "from sa3_trt_core.paths import ModelSource\n"
-    "from sa3_trt_core.targets import find_target\n"
+    "from sa3_trt_core.paths import ModelSource; from sa3_trt_core.targets import find_target\n"
     "sys.exit(run_command(lambda: print(resolve.resolve_onnx(find_target('sa3-m'), ModelSource())) or 0))"
 )
 
@@ -42,7 +41,8 @@ def asked(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     ({"SSL_CERT_FILE": __file__}, ("certificate", "SSL_CERT_FILE")),
     ({"HF_HUB_ETAG_TIMEOUT": "soon"}, ("HF_",)),
     ({"HF_ENDPOINT": "127.0.0.1:9"}, ("hub",)),
-    ({}, ("cannot be reached",)),
+    ({"HTTPS_PROXY": "http://u:secret@127.0.0.1:9"}, ("cannot be reached", "through HTTPS_PROXY=http://127.0.0.1:9")),
+    ({}, ("cannot be reached (https://127.0.0.1:9: ",)),
 ])  # fmt: skip
 def test_what_is_wrong_is_named_with_its_cure(
     tmp_path: Path, environment: dict[str, str], words: tuple[str, ...]
