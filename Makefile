@@ -12,7 +12,7 @@ REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 STUBS := tensorrt-stubs==10.13.0.35.1
 STAMP := $(VENV)/.installed-$(REQUIREMENTS)
 
-.PHONY: demo test lint types setup clean
+.PHONY: demo gpu-report test lint types setup clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ $(STAMP): $(REQUIREMENTS) pyproject.toml Makefile
 
 demo: $(STAMP)
 	@$(BIN)/python build/demo.py
+
+# Installs nothing: it says what is missing. ARGS="--minutes 5", for example.
+gpu-report:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(or $(PYTHON),python3)) scripts/gpu_report.py $(ARGS)
 
 test: lint types
 	@$(BIN)/python -m pytest

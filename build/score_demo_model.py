@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the first clip (default 0)")
     line.add_argument("--form", choices=FORMS, default="deployed", help="of the captions (default deployed)")
     line.add_argument("--out", type=Path, metavar="DIR", help="write the first clips and pictures of them there")
+    line.add_argument(
+        "--captions", type=Path, metavar="F.txt", help="write the held-out captions there, one a line, and leave"
+    )
     line.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return line
 
@@ -54,6 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_demo.checkpoint_under_test import Subject
     from sa3_trt_core.artifacts import files
 
+    if args.captions:
+        files.require_writable(args.captions, "--captions")
+        captions = score.held_out_captions(args.prompts, args.seconds, args.form)
+        files.write_atomic_text(args.captions, "\n".join(captions) + "\n")
+        print(f"{args.captions}: {len(captions)} captions")
+        return 0
     if args.out:
         files.require_writable(args.out / "prompt_00_generated.wav", "--out")
     if args.dit and not args.dit.is_file():

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from reprompt import MusicExample
+from sa3_validation.listener import SCALES, TEMPO_RANGE
 
-TEMPOS = tuple(range(72, 144, 4))  # beats a minute, within one octave: a measured tempo has one reading
+TEMPOS = tuple(range(TEMPO_RANGE[0], TEMPO_RANGE[1] + 1, 4))  # beats a minute: those that the listener tells apart
 LENGTHS = (4, 5, 6, 8, 10)  # seconds
 TONICS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
-SCALES: Mapping[str, tuple[int, ...]] = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
 PROGRESSIONS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # scale degrees of the chords, a bar each
     "major": ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 0, 4)),
     "minor": ((0, 5, 2, 6), (0, 3, 0, 4), (0, 6, 5, 6)),

@@ -28,9 +28,8 @@ from sa3_trt_core.hub import resolve
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.sampling import inpainting
 from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
-from sa3_validation import spectra
+from sa3_validation import listener, spectra
 
-TEMPO_TOLERANCE = 0.04
 SHOWN = 4  # prompts whose sound and picture are written
 INPAINTED = 4  # loops
 ROLLED_OUT = 4  # prompts
@@ -44,7 +43,7 @@ class Heard:
     """What the estimators make of one clip; None where they hear nothing."""
 
     bpm: float | None
-    key: listen.Key | None
+    key: listener.Key | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,12 @@ class Loop:
     rendered: Pcm
     decoded: Pcm
     latent: torch.Tensor
+
+
+def held_out_captions(count: int, seconds: int, form: str) -> list[str]:
+    """The captions of the first `count` held-out pieces of that length: in the deployed form, or as requests."""
+    pieces = [draw_piece(FIRST_HELD_OUT + index, seconds) for index in range(count)]
+    return [deployed_text(piece.example()) if form == "deployed" else piece.request() for piece in pieces]
 
 
 def held_out_loops(subject: Subject, count: int, form: str) -> list[Loop]:
@@ -153,7 +158,7 @@ def _write(stem: Path, pcm: Pcm) -> None:
 def hear(pcm: Pcm) -> Heard:
     """Tempo and key of a clip (N, 2), from its samples alone."""
     samples = pcm / FULL_SCALE
-    return Heard(listen.estimate_tempo(samples, SAMPLE_RATE), listen.estimate_key(samples, SAMPLE_RATE))
+    return Heard(listener.estimate_tempo(samples, SAMPLE_RATE), listener.estimate_key(samples, SAMPLE_RATE))
 
 
 def shown(heard: Heard) -> dict[str, Any]:
@@ -170,9 +175,9 @@ def agreement(heard: Sequence[Heard], pieces: Sequence[Piece], pairs: Sequence[t
     hits = {"tempo": 0, "key": 0, "notes": 0}
     for i, j in pairs:
         bpm, key, wanted = heard[i].bpm, heard[i].key, (pieces[j].tonic, pieces[j].mode)
-        hits["tempo"] += bpm is not None and abs(bpm / pieces[j].bpm - 1.0) <= TEMPO_TOLERANCE
+        hits["tempo"] += bpm is not None and abs(bpm / pieces[j].bpm - 1.0) <= listener.TEMPO_TOLERANCE
         hits["key"] += key == wanted
-        hits["notes"] += key is not None and listen.same_notes(key, wanted)
+        hits["notes"] += key is not None and listener.same_notes(key, wanted)
     of = len(pairs)
     return {"of": of, **{name: {"hits": n, "rate": round(n / of, 4) if of else None} for name, n in hits.items()}}
 

@@ -21,7 +21,8 @@ LOGISTIC, BOOSTING = "logistic_regression", "gradient_boosting"
 CLASSIFIERS = (LOGISTIC, BOOSTING)
 FOLDS = 5
 REPEATS = 3  # splits into folds that are averaged: one split alone moves the AUC by a hundredth or two
-RESAMPLES = 2000  # of the bootstrap
+RESAMPLES = 2000  # of the bootstrap of scores
+REFITS = 40  # of the bootstrap of the whole procedure
 LEVEL = 0.95
 PENALTY = 1e-3  # scikit-learn's C: hundreds of features, hundreds of sounds
 
@@ -35,11 +36,16 @@ class Auc:
     high: float
 
 
-def compare(first: Floats, second: Floats, prompts: Sequence[int], seed: int = 0) -> dict[str, Auc]:
+def compare(
+    first: Floats, second: Floats, prompts: Sequence[int], seed: int = 0, names: Sequence[str] = CLASSIFIERS,
+    refit: bool = False,
+) -> dict[str, Auc]:  # fmt: skip
     """The AUC of each classifier on features (n, D) of two DiTs, row i of both from prompt prompts[i].
 
     Cross-validated in groups: all sounds of one prompt are in one fold, so that no classifier recognises a prompt.
-    Raises ValueError for other shapes, values that are not finite, or fewer than two prompts.
+    With `refit` the interval is of the whole procedure, classifiers trained again on every resample: where the AUC of
+    another draw would lie. Else it is of the scores that the classifiers gave. Raises ValueError for other shapes,
+    values that are not finite, or fewer than two prompts.
     """
     sides = [np.asarray(side, np.float64) for side in (first, second)]
     groups = np.asarray(prompts)
@@ -49,14 +55,43 @@ def compare(first: Floats, second: Floats, prompts: Sequence[int], seed: int = 0
         raise ValueError("two prompts at least: one to learn from and one to be asked about")
     if not all(np.isfinite(side).all() for side in sides):
         raise ValueError("the features are not finite")
-    return {name: interval(*scores(name, sides[0], sides[1], groups, seed), groups, seed) for name in CLASSIFIERS}
+    found = {}
+    for name in names:
+        auc = interval(*scores(name, sides[0], sides[1], groups, seed), groups, seed)
+        if refit:
+            auc = Auc(auc.auc, *refitted(name, sides[0], sides[1], groups, seed))
+        found[name] = auc
+    return found
 
 
-def scores(name: str, first: Floats, second: Floats, groups: NDArray[Any], seed: int) -> tuple[Floats, Floats]:
+def refitted(name: str, first: Floats, second: Floats, groups: NDArray[Any], seed: int) -> tuple[float, float]:
+    """The 95 % interval of the AUC over resamples of prompts, each with classifiers of its own."""
+    random, names = np.random.RandomState(seed), np.unique(groups)
+    members = {name: np.flatnonzero(groups == name) for name in names}
+    aucs = []
+    for turn in range(REFITS):
+        drawn = random.choice(names, len(names))
+        if len(np.unique(drawn)) < 2:
+            continue
+        rows = np.concatenate([members[one] for one in drawn])
+        lower, upper = scores(name, first[rows], second[rows], groups[rows], seed + turn, repeats=1)
+        aucs.append(area(lower, upper))
+    low, high = np.quantile(aucs, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
+    return float(low), float(high)
+
+
+def area(first: Floats, second: Floats) -> float:
+    """The share of pairs, one score of each, that are in order; half of those that are equal."""
+    return float((second[:, None] > first[None, :]).mean() + 0.5 * (second[:, None] == first[None, :]).mean())
+
+
+def scores(
+    name: str, first: Floats, second: Floats, groups: NDArray[Any], seed: int, repeats: int = REPEATS
+) -> tuple[Floats, Floats]:
     """How much each sound of both DiTs looks like the second one's to a classifier that has not met its prompt.
 
     Within a fold only the order counts, since other folds have another classifier: scores are ranks in [0, 1], averaged
-    over REPEATS splits.
+    over `repeats` splits.
     """
     from scipy.stats import rankdata
     from sklearn.model_selection import GroupKFold
@@ -66,7 +101,7 @@ def scores(name: str, first: Floats, second: Floats, groups: NDArray[Any], seed:
     both = np.concatenate([groups, groups])
     found = np.zeros(len(features))
     folds = min(FOLDS, len(np.unique(groups)))
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         split = GroupKFold(folds, shuffle=True, random_state=seed + repeat).split(features, labels, both)
         for train, test in split:
             model = _classifier(name, seed + repeat)
@@ -74,7 +109,7 @@ def scores(name: str, first: Floats, second: Floats, groups: NDArray[Any], seed:
                 warnings.simplefilter("ignore")  # of equal sides, which leave nothing to converge to
                 model.fit(features[train], labels[train])
             raw = model.predict_proba(features[test])[:, 1]
-            found[test] += (rankdata(raw) - 0.5) / len(test) / REPEATS
+            found[test] += (rankdata(raw) - 0.5) / len(test) / repeats
     return found[: len(first)], found[len(first) :]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -95,52 +95,49 @@ class TwoSample:
         return {PUBLISHED: "not run: --published gives no graph"}
 
 
-@dataclass
-class _Scaler:
-    """Features in deviations of the two reference arms, whose constant ones are left out."""
-
-    heard: Mapping[str, Heard]
-    alive: np.ndarray = field(init=False)
-    spread: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        both = np.concatenate([self.heard[name].features for name in COMPARISONS[CONTROL]])
-        self.spread = both.std(axis=0)
-        self.alive = self.spread > 1e-9
-
-    def __call__(self, name: str) -> np.ndarray:
-        values: np.ndarray = (self.heard[name].features / np.where(self.alive, self.spread, 1.0))[:, self.alive]
-        return values
-
-
 def document(heard: Mapping[str, Heard], cases: Sequence[Case], prompts: int, seed: int) -> dict[str, Any]:
     """All comparisons of what was heard: AUC and interval of each classifier, Fréchet distance, moves by group.
 
-    `judged` holds the figures that gates read; it is there from JUDGED_FROM sounds on.
+    Features are in deviations over the two reference arms. Those of the sound are judged; the latent's channel
+    statistics, which nobody hears, have a figure of their own. `judged` holds what gates read; it is there from
+    JUDGED_FROM sounds on.
     """
-    scaled, members = _Scaler(heard), [index % prompts for index in range(len(cases))]
+    both = np.concatenate([heard[name].features for name in COMPARISONS[CONTROL]])
+    spread, groups = both.std(axis=0), np.asarray(_groups_of(heard))
+    alive = spread > 1e-9
+    parts = {"sound": alive & (groups != sound_features.LATENT), "latent": alive & (groups == sound_features.LATENT)}
+    members = [index % prompts for index in range(len(cases))]
     compared: dict[str, dict[str, Any]] = {}
-    groups = _groups_of(heard)
     for name, pair in COMPARISONS.items():
         if all(side in heard for side in pair):
-            sides = [scaled(side) for side in pair]
-            aucs = two_sample.compare(sides[0], sides[1], members, seed)
-            compared[name] = {
-                "sides": list(pair),
-                **{which: asdict(auc) for which, auc in aucs.items()},
-                "frechet": frechet_distance(*sides),
-                "shifts": two_sample.shifts(heard[pair[0]].features, heard[pair[1]].features, groups),
-            }
+            sides = [heard[side].features / np.where(alive, spread, 1.0) for side in pair]
+            compared[name] = {"sides": list(pair), **_compared(sides, parts, members, seed, name == CONTROL)}
+            compared[name]["shifts"] = two_sample.shifts(sides[0], sides[1], groups.tolist())
     unit = compared[CONTROL]["frechet"]
     for one in compared.values():
         one["frechet_of_control"] = one["frechet"] / unit if unit else float("nan")
     made: dict[str, Any] = {
-        "sounds": len(cases), "prompts": min(prompts, len(cases)), "features": int(scaled.alive.sum()),
+        "sounds": len(cases), "prompts": min(prompts, len(cases)),
+        "features": {name: int(part.sum()) for name, part in parts.items()},
         "comparisons": compared, "agreement": _agreement(heard, cases),
     }  # fmt: skip
     if len(cases) >= JUDGED_FROM:
         made["judged"] = _judged(compared)
     return made
+
+
+def _compared(
+    sides: Sequence[np.ndarray], parts: Mapping[str, np.ndarray], members: Sequence[int], seed: int, refit: bool
+) -> dict[str, Any]:
+    """AUCs on the sound's features and, by logistic regression alone, on the latent's; the sound's Fréchet distance."""
+    sound, latent = ([side[:, parts[name]] for side in sides] for name in ("sound", "latent"))
+    aucs = two_sample.compare(sound[0], sound[1], members, seed, refit=refit)
+    read = two_sample.compare(latent[0], latent[1], members, seed, (two_sample.LOGISTIC,), refit)
+    return {
+        **{which: asdict(auc) for which, auc in aucs.items()},
+        "latent": asdict(read[two_sample.LOGISTIC]),
+        "frechet": frechet_distance(*sound),
+    }
 
 
 def _judged(compared: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,11 +197,13 @@ def read(path: Path) -> CheckSet:
             if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
                 raise _broken(path, f"unpacks to more than {LARGEST} bytes")
         with np.load(path, allow_pickle=False) as held:
-            arrays = {name: held[name] for name in ("format", "kind", "floor", "graph", *DTYPES)}
+            wanted = ("format", "kind", "floor", "graph", *DTYPES)
+            missing = [name for name in wanted if name not in held.files]
+            if missing:
+                raise _broken(path, f"it has no member {missing[0]!r}")
+            arrays = {name: held[name] for name in wanted}
     except OSError as error:
         raise _broken(path, error.strerror or "cannot be read") from None
-    except KeyError as error:
-        raise _broken(path, f"it has no member {error.args[0]!r}") from None
     except Exception as error:  # zip, zlib and NumPy each raise their own for damaged bytes
         if isinstance(error, ToolError | MemoryError):
             raise

@@ -1,0 +1,282 @@
+"""Every engine answers the check rows of its graph before its first use, and a wrong one is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import onnx_of
+from onnx import numpy_helper
+
+import sa3_trt
+from helpers import broken_fp8
+from helpers.broken_fp8 import quantised, set_values
+from helpers.commands import run
+from sa3_build.engines.torch_engine import pack_engine
+from sa3_build.verification.check_row_files import place_check_rows, write_check_rows
+from sa3_trt_core import engines
+from sa3_trt_core.artifacts import check_rows, manifest
+from sa3_trt_core.artifacts.check_rows import check_path
+from sa3_trt_core.engines import self_check
+from sa3_trt_core.errors import GateError, ToolError
+from sa3_trt_core.paths import ModelSource
+from sa3_trt_core.targets import find_target
+
+FP8 = find_target("sa3-m-fp8")
+Breaking = Callable[[onnx.ModelProto], None]
+
+
+def exponent_flipped(model: onnx.ModelProto) -> None:
+    """One exponent bit of the scale of one channel of one weight."""
+    scales = list(quantised(model))[1].weight_scales
+    values = numpy_helper.to_array(scales).copy()
+    bits = values.view(np.uint16 if values.dtype == np.float16 else np.uint32)
+    bits.ravel()[0] ^= np.asarray(1 << (8 * values.itemsize - 4), bits.dtype)
+    set_values(scales, values)
+
+
+def row_zeroed(model: onnx.ModelProto) -> None:
+    """One row of one weight."""
+    weight = list(quantised(model))[1].weight
+    codes = np.frombuffer(weight.raw_data, np.uint8).reshape(list(weight.dims)).copy()
+    codes[0] = 0
+    weight.raw_data = codes.tobytes()
+
+
+def not_a_number(model: onnx.ModelProto) -> None:
+    """The scale of one channel of one weight."""
+    scales = list(quantised(model))[1].weight_scales
+    values = numpy_helper.to_array(scales).copy()
+    values.ravel()[0] = np.nan
+    set_values(scales, values)
+
+
+WRONG: dict[str, Breaking] = {
+    "one scale x 4": broken_fp8.scale_times_four,
+    "uncalibrated scales": broken_fp8.uncalibrated_scales,
+    "two swapped weights": broken_fp8.swapped_weights,
+    "an island in fp16: t": partial(broken_fp8.island_in_16_bits, which="t"),
+    "an island in fp16: the duration": partial(broken_fp8.island_in_16_bits, which="seconds_total"),
+    "a NaN": not_a_number,
+}
+SUBTLE: dict[str, Breaking] = {"an exponent bit of a scale": exponent_flipped, "a zeroed row": row_zeroed}
+
+
+@pytest.fixture
+def root(tiny_fp8: Path, tmp_path: Path) -> Path:
+    """A copy of the ONNX root that may be broken; what was answered is not copied."""
+    return shutil.copytree(tiny_fp8, tmp_path / "root", ignore=shutil.ignore_patterns("*.checked.json"))
+
+
+@pytest.fixture(scope="module")
+def torch_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of engines with the FP8 DiT packed for PyTorch. Read only."""
+    models = tmp_path_factory.mktemp("models")
+    pack_engine(onnx_of(tiny_fp8, FP8.name), FP8, "cpu", engine_of(models))
+    return models
+
+
+def engine_of(models: Path) -> Path:
+    return engines.BACKENDS["torch"].engine_path(models, "cpu", FP8)
+
+
+def opened(source: ModelSource, backend: str = "onnxruntime") -> None:
+    engines.open_engine(FP8, backend, source).close()
+
+
+def refusal(source: ModelSource, backend: str = "onnxruntime") -> GateError:
+    with pytest.raises(GateError) as refused:
+        opened(source, backend)
+    assert refused.value.exit_code == 3
+    return refused.value
+
+
+def broken(root: Path, breaking: Breaking, tmp_path: Path) -> Path:
+    """The FP8 graph of a root, broken where it lies; manifest and check rows stay those of the good one."""
+    graph = onnx_of(root, FP8.name)
+    made = broken_fp8.break_graph(graph, tmp_path / "broken" / graph.name, breaking)
+    for name in (graph.name, f"{graph.name}.data"):
+        shutil.copyfile(made.with_name(name), graph.with_name(name))
+    return graph
+
+
+def test_every_graph_of_the_producer_brings_check_rows_in_its_manifest(tiny_fp8: Path) -> None:
+    for name in ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder", "same-l-decoder-fp32", "same-l-encoder"):
+        graph = onnx_of(tiny_fp8, name)
+        record = manifest.read_manifest(graph)
+        assert record is not None and check_path(graph).name in record.files, name
+        checks = check_rows.read(check_path(graph))
+        assert checks.kind == find_target(name).kind and check_path(graph).stat().st_size < 2_000_000
+        names = [graph.name, *(other for other in record.files if other == f"{graph.name}.data")]
+        assert sorted(record.files[one].sha256 for one in names) == list(checks.graph)
+
+
+@pytest.mark.parametrize("name", ["sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder", "same-l-encoder"])
+def test_a_good_graph_passes_and_its_answer_is_kept(name: str, root: Path) -> None:
+    target, source = find_target(name), ModelSource(root)
+    first = engines.check_engine(target, "onnxruntime", source)
+    assert len(first) == len(check_rows.planned_rows(target.kind)) and max(one.apart for one in first) <= 1.0
+    graph = onnx_of(root, name)
+    place = self_check.Place.of(engines.BACKENDS["onnxruntime"])
+    with engines.BACKENDS["onnxruntime"].open(graph, target, "x", None) as engine:
+        assert self_check.require_correct(engine, graph, place, "x") == []
+        later = self_check.Place(place.card, place.driver, "onnxruntime 99")
+        assert len(self_check.require_correct(engine, graph, later, "x")) == len(first)
+    kept = json.loads(graph.with_name(f"{graph.name}.checked.json").read_text())
+    assert [one["key"]["library"] for one in kept["answers"]] == [place.library, "onnxruntime 99"]
+
+
+def test_a_graph_without_check_rows_runs(root: Path, tmp_path: Path) -> None:
+    lone = tmp_path / "lone" / FP8.onnx[0]
+    lone.parent.mkdir(parents=True)
+    for file in (onnx_of(root, FP8.name), onnx_of(root, FP8.name).with_name("dit_fp8.onnx.data")):
+        shutil.copyfile(file, lone.with_name(file.name))
+    opened(ModelSource(tmp_path / "lone"))
+    assert engines.check_engine(FP8, "onnxruntime", ModelSource(tmp_path / "lone")) == []
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_graph_is_refused_by_its_answers(case: str, root: Path, tmp_path: Path) -> None:
+    """As if a wrong build had named itself: digests of rows are those of the broken file, and there is no manifest."""
+    rows = shutil.copyfile(check_path(onnx_of(root, FP8.name)), tmp_path / "good.check.npz")
+    graph = broken(root, WRONG[case], tmp_path)
+    manifest.manifest_path(graph).unlink()
+    place_check_rows(rows, graph)
+    error = refusal(ModelSource(root))
+    assert "check rows" in error.message and str(graph) in error.message
+    assert "build_dit_fp8.py" in error.hint and "gpu_report.py" in error.hint
+    refusal(ModelSource(root))  # a wrong answer is not kept as a right one
+
+
+@pytest.mark.parametrize("case", {**WRONG, **SUBTLE})
+def test_a_graph_whose_bytes_have_changed_is_refused(case: str, root: Path, tmp_path: Path) -> None:
+    opened(ModelSource(root))
+    graph = broken(root, {**WRONG, **SUBTLE}[case], tmp_path)
+    error = refusal(ModelSource(root))
+    assert "is not what was checked when it was made" in error.message and "build_dit_fp8.py" in error.hint
+    manifest.manifest_path(graph).unlink()  # without one the check rows name the graph that they are of
+    assert "answers of other bytes" in refusal(ModelSource(root)).message
+
+
+def test_a_truncated_graph_is_refused(root: Path) -> None:
+    sidecar = onnx_of(root, FP8.name).with_name("dit_fp8.onnx.data")
+    sidecar.write_bytes(sidecar.read_bytes()[:-4096])
+    with pytest.raises(ToolError):
+        opened(ModelSource(root))
+
+
+def test_damaged_check_rows_are_a_mistake_and_not_a_pass(root: Path) -> None:
+    rows = check_path(onnx_of(root, FP8.name))
+    rows.write_bytes(rows.read_bytes()[:-100])
+    with pytest.raises(ToolError, match="not a file of check rows") as refused:
+        opened(ModelSource(root))
+    assert refused.value.exit_code == 2
+
+
+def test_the_command_leaves_with_3_and_says_what_to_do(root: Path, tmp_path: Path) -> None:
+    broken(root, broken_fp8.scale_times_four, tmp_path)
+    line = ["--prompt", "bells", "--seconds", 0.5, "--precision", "fp8", "--backend", "onnxruntime"]
+    done = run(sa3_trt.main, [*line, "--onnx-root", root, "--out", tmp_path / "a.wav"])
+    assert done.code == 3 and "Traceback" not in done.err and not (tmp_path / "a.wav").exists()
+    assert "is not what was checked" in done.err and "hint: make it again: python build/build_dit_fp8.py" in done.err
+
+
+def test_a_torch_engine_answers_the_rows_of_its_graph(tiny_fp8: Path, torch_models: Path) -> None:
+    engine = engine_of(torch_models)
+    graph_rows, engine_rows = (check_path(at).read_bytes() for at in (onnx_of(tiny_fp8, FP8.name), engine))
+    assert graph_rows == engine_rows
+    record = manifest.read_manifest(engine)
+    assert record is not None and check_path(engine).name in record.files
+    found = engines.check_engine(FP8, "torch", ModelSource(None, torch_models))
+    assert len(found) == 8 and 0.0 < max(one.apart for one in found) <= 1.0
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_torch_engine_of_a_wrong_graph_is_refused(case: str, tiny_fp8: Path, root: Path, tmp_path: Path) -> None:
+    graph = broken(root, WRONG[case], tmp_path)
+    for beside in (check_path(graph), manifest.manifest_path(graph)):
+        beside.unlink()
+    models = tmp_path / "models"
+    try:
+        pack_engine(graph, FP8, "cpu", engine_of(models))
+    except GateError:
+        return  # already the builder, which compares the engine with its graph
+    source = ModelSource(tiny_fp8, models)
+    assert "another graph than its check rows" in refusal(source, "torch").message
+    if case != "an island in fp16: t":  # the packed DiT makes its own Fourier features, in fp32: it is right
+        checks = check_rows.read(check_path(onnx_of(tiny_fp8, FP8.name)))
+        with engines.BACKENDS["torch"].open(engine_of(models), FP8, "x", None) as engine:
+            assert [one.failure for one in self_check.outcomes(checks, engine.run) if one.failure]
+
+
+def changed_in_place(engine: Path, change: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
+    """Other values in a packed DiT, its size and its manifest the same."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(str(engine), "pt") as held:
+        metadata, tensors = held.metadata(), {name: held.get_tensor(name).clone() for name in held.keys()}  # noqa: SIM118
+    change(tensors)
+    size = engine.stat().st_size
+    save_file(tensors, str(engine), metadata)
+    assert engine.stat().st_size == size
+
+
+def flip_a_bit(tensors: dict) -> None:  # type: ignore[type-arg]
+    name = next(name for name in sorted(tensors) if "ratio" in name or "scale" in name)
+    tensors[name].view(-1)[:1].mul_(2.0)
+
+
+def zero_a_row(tensors: dict) -> None:  # type: ignore[type-arg]
+    import torch
+
+    name = next(name for name in sorted(tensors) if tensors[name].dim() == 2 and tensors[name].element_size() == 1)
+    tensors[name].view(torch.uint8)[0] = 0
+
+
+@pytest.mark.parametrize("change", [flip_a_bit, zero_a_row])
+def test_a_torch_engine_whose_bytes_have_changed_is_refused(
+    change: Callable[[dict], None], torch_models: Path, tmp_path: Path  # type: ignore[type-arg]
+) -> None:  # fmt: skip
+    models = shutil.copytree(torch_models, tmp_path / "models")
+    opened(ModelSource(None, models), "torch")
+    changed_in_place(engine_of(models), change)
+    assert "is not what was checked" in refusal(ModelSource(None, models), "torch").message
+
+
+def test_a_truncated_torch_engine_is_refused(torch_models: Path, tmp_path: Path) -> None:
+    models = shutil.copytree(torch_models, tmp_path / "models")
+    engine_of(models).write_bytes(engine_of(models).read_bytes()[:-4096])
+    with pytest.raises(ToolError, match="bytes, its manifest says"):
+        opened(ModelSource(None, models), "torch")
+
+
+def test_a_swapped_torch_engine_is_refused(
+    tiny_fp8: Path, root: Path, torch_models: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    """The engine of another graph under this one's name: with its own manifest and rows, or the file alone."""
+    graph = broken(root, broken_fp8.swapped_weights, tmp_path)
+    manifest.manifest_path(graph).unlink()
+    write_check_rows(graph, "dit", "fp8")
+    other = tmp_path / "other"
+    pack_engine(graph, FP8, "cpu", engine_of(other))
+    opened(ModelSource(root, other), "torch")  # right for its own graph
+    assert "another graph" in refusal(ModelSource(tiny_fp8, other), "torch").message
+    models = shutil.copytree(torch_models, tmp_path / "models")
+    shutil.copyfile(engine_of(other), engine_of(models))
+    refusal(ModelSource(None, models), "torch")
+
+
+def test_an_engine_of_a_graph_without_rows_gets_them_when_it_is_built(root: Path, tmp_path: Path) -> None:
+    graph = onnx_of(root, FP8.name)
+    for beside in (check_path(graph), manifest.manifest_path(graph)):
+        beside.unlink()
+    pack_engine(graph, FP8, "cpu", engine_of(tmp_path))
+    assert not check_path(graph).exists()
+    assert len(engines.check_engine(FP8, "torch", ModelSource(None, tmp_path))) == 8

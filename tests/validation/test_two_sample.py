@@ -1,0 +1,223 @@
+"""The two-sample test: its statistics against other libraries, its features on known sounds, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import validate_fp8
+from conftest import onnx_of
+from onnx import TensorProto, helper, numpy_helper
+
+from helpers.broken_fp8 import quantised
+from helpers.commands import listing, run, two_lines
+from sa3_trt_core.shapes import SAMPLE_RATE
+from sa3_validation import sound_features, two_sample
+from sa3_validation.embedding import Embedder
+from sa3_validation.frechet import frechet_distance
+from sa3_validation.scaled_control import scaled_graph
+from sa3_validation.sound_features import features_of
+
+SHORT = ["--prompts", 1, "--seconds", 0.5, "--steps", 2, "--extra", 0, "--backend", "onnxruntime"]
+
+
+def draws(seed: int, rows: int = 80, width: int = 6, shift: float = 0.0) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal((rows, width)) + shift * np.eye(1, width)
+
+
+def test_the_frechet_distance_is_that_of_the_textbook_formula() -> None:
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    first, second = draws(0) @ np.diag([1, 2, 3, 1, 1, 0.5]), draws(1, 60, shift=2.0)
+    covariances = [np.cov(side, rowvar=False) for side in (first, second)]
+    root = scipy_linalg.sqrtm(covariances[0] @ covariances[1]).real
+    wanted = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(sum(covariances) - 2 * root)
+    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-9)
+    assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-9)
+    moved = frechet_distance(first, first + np.eye(1, 6))
+    assert moved == pytest.approx(1.0, rel=1e-9), "equal spreads: the square of the shift"
+
+
+def test_the_frechet_distance_refuses_what_has_none() -> None:
+    for pair in ((draws(0), draws(0, width=5)), (draws(0)[:1], draws(0)), (draws(0) * np.nan, draws(0))):
+        with pytest.raises(ValueError, match=r"rows of one width|not finite"):
+            frechet_distance(*pair)
+
+
+def test_the_auc_is_that_of_scikit_learn() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    first, second = draws(0, width=1)[:, 0].round(1), draws(1, width=1)[:, 0].round(1) + 0.5  # rounded: with ties
+    wanted = metrics.roc_auc_score(np.repeat([0, 1], len(first)), np.concatenate([first, second]))
+    found = two_sample.interval(first, second, np.arange(len(first)), 0)
+    assert found.auc == pytest.approx(wanted) == two_sample.area(first, second)
+    assert found.low < wanted < found.high
+
+
+def test_equal_distributions_are_chance_and_others_are_told_apart() -> None:
+    prompts = list(range(80))
+    for auc in two_sample.compare(draws(0), draws(1), prompts).values():
+        assert auc.low < 0.5 < auc.high
+    for auc in two_sample.compare(draws(0), draws(1, shift=2.0), prompts).values():
+        assert auc.low > 0.7
+
+
+def test_a_prompt_is_never_learnt_and_asked_about() -> None:
+    """Sounds of 8 prompts, whose label is the prompt's own: known by heart they are told apart, else they are not."""
+    prompts = [index % 8 for index in range(80)]
+    place = np.random.RandomState(0).standard_normal((8, 6))
+    first = np.stack([place[prompt] for prompt in prompts]) + 0.01 * draws(1)
+    second = np.stack([place[(prompt + 1) % 8] for prompt in prompts]) + 0.01 * draws(2)
+    for auc in two_sample.compare(first, second, prompts).values():
+        assert auc.auc < 0.7
+
+
+def test_the_interval_of_the_whole_procedure_is_wider_than_that_of_its_scores() -> None:
+    pair = draws(0), draws(1)
+    prompts = list(range(80))
+    plain, refitted = (
+        two_sample.compare(*pair, prompts, 0, ("logistic_regression",), refit) for refit in (False, True)
+    )
+    widths = [one["logistic_regression"].high - one["logistic_regression"].low for one in (plain, refitted)]
+    assert widths[1] > widths[0] and plain["logistic_regression"].auc == refitted["logistic_regression"].auc
+
+
+def test_shifts_are_in_deviations_and_by_group() -> None:
+    first = draws(0, 400)
+    found = two_sample.shifts(first, first + [3, 3, 0, 0, 0, 0] * first.std(axis=0), ["a", "a", "b", "b", "b", "c"])
+    assert found == pytest.approx({"a": 3.0, "b": 0.0, "c": 0.0}, abs=1e-9)
+
+
+def tone(frequency: float, level: float = 0.2, seconds: float = 4.0) -> np.ndarray:
+    wave = level * np.sin(2 * np.pi * frequency * np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE)
+    return np.stack([wave, wave], axis=1)
+
+
+def value(features: sound_features.Features, name: str) -> float:
+    return float(features.values[features.names.index(name)])
+
+
+def test_features_say_what_is_in_a_sound() -> None:
+    low, high = features_of(tone(440.0)), features_of(tone(3520.0))
+    pitches = [value(low, f"mean of pitch class {i}") for i in range(12)]
+    assert int(np.argmax(pitches)) == 9, "A, counted from C"
+    assert value(high, "mean of rolloff") - value(low, "mean of rolloff") == pytest.approx(3.0, abs=0.1)  # octaves
+    softer = features_of(tone(440.0, 0.1))
+    assert value(low, "loudness") - value(softer, "loudness") == pytest.approx(6.02, abs=0.02)  # half the amplitude
+    noise = features_of(np.random.RandomState(0).standard_normal((SAMPLE_RATE, 2)) * 0.1)
+    assert value(noise, "mean of flatness") > value(low, "mean of flatness") + 1
+    assert value(low, "side level") < value(noise, "side level") - 50, "a mono sound has no side"
+
+
+def test_features_of_silence_and_of_a_short_sound_are_numbers() -> None:
+    for samples in (np.zeros((SAMPLE_RATE, 2)), tone(440.0, seconds=0.1)):
+        found = features_of(samples, np.zeros((256, 8)))
+        assert np.isfinite(found.values).all() and len(found.values) == len(found.names) == len(found.groups)
+    with pytest.raises(ValueError, match="samples"):
+        features_of(np.zeros((100, 2)))
+
+
+def test_the_broken_control_differs_in_one_weight_scale(tiny_fp8: Path) -> None:
+    path = onnx_of(tiny_fp8, "sa3-m-fp8")
+    before = path.read_bytes()
+    graph, product = scaled_graph(path)
+    models = [onnx.load(path, load_external_data=False), onnx.load_from_string(graph)]
+    for model in models:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    pairs = list(zip(*(quantised(model) for model in models), strict=True))
+    changed = [
+        (one, other) for one, other in pairs if one.weight_scales.raw_data != other.weight_scales.raw_data
+    ]  # fmt: skip
+    assert [one.node for one, _ in changed] == [product] and path.read_bytes() == before
+    one, other = (numpy_helper.to_array(side.weight_scales).astype(np.float64) for side in changed[0])
+    assert np.allclose(other / one, 1.25, rtol=1e-3)
+    sizes = [int(np.prod(one.weight.dims)) for one, _ in pairs]
+    assert int(np.prod(changed[0][0].weight.dims)) == max(sizes)
+
+
+def embedder_file(path: Path, channels: int = 1) -> Path:
+    """A network whose vector is the mean and the mean square of the samples."""
+    nodes = [
+        helper.make_node("Mul", ["audio", "audio"], ["square"]),
+        helper.make_node("Concat", ["audio", "square"], ["both"], axis=1),
+        helper.make_node("ReduceMean", ["both"], ["vector"], axes=[2], keepdims=0),
+    ]
+    audio = helper.make_tensor_value_info("audio", TensorProto.FLOAT, [1, channels, "N"])
+    vector = helper.make_tensor_value_info("vector", TensorProto.FLOAT, [1, 2 * channels])
+    graph = helper.make_graph(nodes, "embedder", [audio], [vector])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+def test_an_embedder_gives_its_own_vector(tmp_path: Path) -> None:
+    sound = tone(440.0)
+    sound[:, 1] *= 0.5
+    mono = Embedder(embedder_file(tmp_path / "mono.onnx")).embed(sound)
+    assert mono == pytest.approx([sound.mean(), np.square(sound.mean(axis=1)).mean()], abs=1e-6)
+    stereo = Embedder(embedder_file(tmp_path / "stereo.onnx", 2)).embed(sound)
+    assert stereo == pytest.approx([*sound.mean(axis=0), *np.square(sound).mean(axis=0)], abs=1e-6)
+
+
+def test_the_command_runs_every_comparison_and_goes_on_from_what_it_kept(tiny_fp8: Path, tmp_path: Path) -> None:
+    embedder = embedder_file(tmp_path / "embedder.onnx")
+    published = onnx_of(tiny_fp8, "sa3-m-fp8")  # any FP8 graph: what it must be caught for is tried at full length
+    line = [
+        "--onnx-root", tiny_fp8, "--out", tmp_path / "out", *SHORT, "--two-sample", 4, "--published", published,
+        "--embedder", "onnx", embedder, "--html",
+    ]  # fmt: skip
+    done = run(validate_fp8.main, line)
+    assert done.code in (0, 3), done.err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["two_sample"]
+    names = ["control", "independent", "same_noise", "inpainted", "scaled", "published"]
+    assert list(report["comparisons"]) == names and "judged" not in report
+    for one in report["comparisons"].values():
+        for which in ("logistic_regression", "gradient_boosting", "latent"):
+            assert 0.0 <= one[which]["low"] <= one[which]["high"] <= 1.0
+    assert report["comparisons"]["control"]["frechet_of_control"] == 1.0
+    assert (report["sounds"], report["prompts"]) == (4, 4) and report["features"]["sound"] > 60
+    inpainted, published_too = (report["comparisons"][name]["frechet"] for name in ("inpainted", "published"))
+    assert inpainted == pytest.approx(published_too), "the same graph on the same noise gives the same sounds"
+    for text in (done.out, (tmp_path / "out" / "report.md").read_text()):
+        assert "Two samples" in text and "No gate judges fewer than 200 sounds" in text
+    page = (tmp_path / "out" / "listen.html").read_text()
+    assert "broken on purpose" in page and "Of 100 such pairs" in page
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "two_sample").iterdir()}
+    assert len(kept) == 7
+    again = run(validate_fp8.main, line)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["two_sample"] == report, again.err
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "two_sample").iterdir()} == kept
+
+
+def test_two_sample_figures_are_judged_by_the_shipped_gates() -> None:
+    from sa3_validation import gates
+
+    limits = [gate for gate in gates.read_gates(None) if gate.figure.startswith("two_sample.")]
+    good = {"control": {"l": {"chance": 0.0}}, "independent": {"l": {"outside": 0.0}},
+            "same_noise": {"l": {"high": 0.58}}, "scaled": {"caught": 0.9}, "published": {"caught": 0.7}}  # fmt: skip
+
+    def failing(**bad: object) -> list[str]:
+        report = {"two_sample": {"judged": {**good, **bad}}}
+        return [verdict.figure for verdict in gates.judge(report, limits) if not verdict.passed]
+
+    assert failing() == [] and len(limits) == 5
+    assert failing(same_noise={"l": {"high": 0.61}}) == ["two_sample.judged.same_noise.l.high"]
+    assert failing(independent={"l": {"outside": 0.01}}) == ["two_sample.judged.independent.l.outside"]
+    assert failing(scaled={"caught": 0.55}) == ["two_sample.judged.scaled.caught"]
+    assert failing(published={"caught": 0.55}) == ["two_sample.judged.published.caught"]
+    assert failing(control={"l": {"chance": 0.02}}) == ["two_sample.judged.control.l.chance"]
+    assert [one.figure for one in gates.judge({"two_sample": None}, limits)] == [], "not run: nothing to judge"
+
+
+def test_mistakes_are_two_lines_and_write_nothing(tiny_fp8: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    base = ["--onnx-root", tiny_fp8, "--out", out, *SHORT]
+    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--no-audio"]), "--no-audio makes none")
+    two_lines(run(validate_fp8.main, [*base, "--published", "x.onnx"]), "belong to --two-sample")
+    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--published", tmp_path / "x.onnx"]), "is not there")
+    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--embedder", "clap", "x"]), "no kind of network")
+    two_lines(run(validate_fp8.main, [*base, "--two-sample", 1]), "--two-sample")
+    wrong = onnx_of(tiny_fp8, "sa3-m-fp8")
+    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--embedder", "onnx", wrong]), "--embedder: ")
+    assert listing(tmp_path) == {}
