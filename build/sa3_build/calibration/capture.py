@@ -48,7 +48,7 @@ class CheckpointModel:
     """A native checkpoint ready to generate: tokenizer, text encoder and DiT on one device, fp32."""
 
     def __init__(self, config_file: Path, weights_file: Path, device: str, loras: LoraSet | None = None) -> None:
-        """`loras` are merged into the DiT. Raises ToolError when a file is absent or does not fit, or without the device."""
+        """`loras` are merged into the DiT. Raises ToolError: a file that is absent or does not fit, no device."""
         geometry = load_geometry(config_file)
         weights = native.NativeWeights(weights_file, loras)
         text_folder = config_file.parent / geometry.conditioner.text_folder
