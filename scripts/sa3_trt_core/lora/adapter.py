@@ -199,6 +199,7 @@ def _factor(file: SafetensorsFile, tensor: str, key: str) -> Tensor:
     if entry.dtype not in FLOATS:
         raise ToolError(f"{file.path}: {key} is of type {entry.dtype}, not a floating-point one", HINT)
     value = file.tensor(key)
+    value = value.float() if value.element_size() == 1 else value  # E4M3 has no arithmetic of its own
     flat = tensor.startswith("magnitude")
     if flat and sum(size != 1 for size in value.shape) <= 1:
         value = value.reshape(-1)

@@ -67,6 +67,15 @@ def parse_spec(text: str) -> LoraSpec:
     return LoraSpec(Path(path), require_strength(value))
 
 
+def as_spec(lora: LoraSpec | tuple[str | Path, float] | str | Path) -> LoraSpec:
+    """Return the spec of what a caller may write: "FILE:STRENGTH", a path, (path, strength), or a spec."""
+    if isinstance(lora, LoraSpec):
+        return lora
+    if isinstance(lora, tuple):
+        return LoraSpec(Path(lora[0]), float(lora[1]))
+    return LoraSpec(lora) if isinstance(lora, Path) else parse_spec(lora)
+
+
 def require_strength(value: float) -> float:
     """Return a strength. Raises ToolError outside +-MAX_STRENGTH or where it is not finite."""
     if not math.isfinite(value) or abs(value) > MAX_STRENGTH:
@@ -116,11 +125,17 @@ class LoraSet:
         return lines
 
     def to_manifest(self) -> dict[str, Any]:
-        """Return what identifies the set: the adapters' digests and strengths in order, and the rules."""
-        return {
-            "adapters": [{"sha256": adapter.sha256, "strength": strength} for adapter, strength in self.adapters],
-            "rule": self.options.rule, "stacking": self.options.stacking, "duration": self.options.duration,
-        }  # fmt: skip
+        """Return what identifies the set: the adapters' digests and strengths in order, and the rules that matter."""
+        stated: dict[str, Any] = {
+            "adapters": [{"sha256": adapter.sha256, "strength": strength} for adapter, strength in self.adapters]
+        }
+        if any(adapter.kind.rows or adapter.kind.columns for adapter, _ in self.adapters):
+            stated["rule"] = self.options.rule
+        if len(self.adapters) > 1:
+            stated["stacking"] = self.options.stacking
+        if any(DURATION in adapter.layers for adapter, _ in self.adapters):
+            stated["duration"] = self.options.duration
+        return stated
 
     def described(self) -> list[str]:
         """Return one line an adapter: name, kind, rank, layers, strength."""
