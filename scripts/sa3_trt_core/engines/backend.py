@@ -34,7 +34,8 @@ class Backend:
     `runs` are the precisions by kind of graph (shapes.CONTRACTS); the rest is left to the backend that needs no engine,
     and so are graphs of the kinds in `optional` while no engine of them is built.
     `arches` are those that engines can be built for; `on_cpu` that they also run without a GPU;
-    `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for.
+    `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for; `merges_adapters` that LoRA
+    adapters go into its loaded weights, where the others run a graph or an engine with the adapters in it.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Backend:
     arches: tuple[str, ...] = paths.ARCHES
     on_cpu: bool = False
     builds_elsewhere: bool = False
+    merges_adapters: bool = False
     find_package: Callable[[str], object] = importlib.util.find_spec
 
     def available(self) -> bool:

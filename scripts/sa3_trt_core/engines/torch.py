@@ -119,6 +119,7 @@ BACKEND = Backend(
     runs={"dit": ("fp16mixed", "fp8")},
     on_cpu=True,
     builds_elsewhere=True,
+    merges_adapters=True,
 )
 
 
