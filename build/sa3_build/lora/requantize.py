@@ -22,8 +22,7 @@ from sa3_build.passes.base import run_passes
 from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.rename_nodes import RenameNodes
 from sa3_build.quantization import round_weights, scales, selection as quantization_selection
-from sa3_build.verification import parity
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS
 from sa3_trt_core.lora.lora_set import LoraSet
@@ -82,7 +81,7 @@ def fitted_codes(merged_graph: Path, calibration: Path, layers: frozenset[str], 
     products = tuple(product for product in whole.quantized if product.node in chosen)
     selection = quantization_selection.Selection(products, whole.excluded, whole.token_macs_elsewhere)
     calibrated = CalibrationSet.open(calibration)
-    rows = round_weights.rows_of(calibrated, parity.parity_rows_of(calibrated, round_weights.ROWS))
+    rows = round_weights.rows_of(calibrated, representative(calibrated, round_weights.ROWS))
     round_weights.round_weights(clean, selection, rows, work)
     stored: Mapping[str, Codes] = round_weights.stored_codes(selection, work)
     return {

@@ -94,4 +94,3 @@ def _graph(root: Path, target: targets.Target) -> Path:
 def _named(path: Path) -> Path:
     """A PEFT folder is named by itself, or its settings would not be found."""
     return path.parent if path.name == "adapter_model.safetensors" else path
-
