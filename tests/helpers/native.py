@@ -73,7 +73,7 @@ def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond
     x = x + conv1d(x, w[f"{DIT}preprocess_conv.weight"])
     h = x.transpose(1, 2) @ w[f"{DIT}transformer.project_in.weight"].T
     memory = w[f"{DIT}transformer.memory_tokens"]
-    h = torch.cat([memory.expand(len(h), -1, -1), h], dim=1)
+    h = torch.cat([memory.expand(h.shape[0], -1, -1), h], dim=1)
     unseen = torch.arange(h.shape[1]) >= len(memory) + (x.shape[-1] if valid is None else valid)
     mask = torch.zeros(h.shape[1]).masked_fill(unseen, -math.inf)
     layer = 0

@@ -288,7 +288,7 @@ def test_a_missing_merged_graph_is_refused_with_the_command_that_makes_it(
     two_lines(done, "sa3-m-fp8.lora-")
     hint = done.err.splitlines()[1]
     assert "merge_lora.py --input" in hint and f"{adapted('lora', 5)}:0.7" in hint and "--fp8-base" in hint
-    two_lines(run(sa3_trt.main, [*line, "--backend", "torch"]), "sa3-m-fp8")
+    two_lines(run(sa3_trt.main, [*line, "--backend", "torch"]), "no engine")
     assert listing(root) == before
 
 
