@@ -60,15 +60,13 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_trt_core.artifacts import calibration_set, files
     from sa3_trt_core.artifacts.build import build
     from sa3_trt_core.console import format_bytes
-    from sa3_trt_core.lora.lora_set import LoraSet
+    from sa3_trt_core.lora.lora_set import read_loras
 
     files.require_writable(args.out, "calibration set")
     prompts = choose_prompts(reprompt.calibration_prompts(), args.prompts)
     seconds = tuple(args.duration or plan.DEFAULT_SECONDS[args.cover])
     settings = CaptureSettings(prompts, seconds, args.steps, args.seed, args.cover)
-    loras = LoraSet.read(lora_specs(args), lora_options(args))
-    for note in loras.notes:
-        print(f"note: {note}", file=sys.stderr)
+    loras = read_loras(lora_specs(args), lora_options(args))
     model = CheckpointModel(args.model_config, args.checkpoint, args.device, loras)
     inputs = {file.name: files.sha256_of(file) for file in (args.model_config, args.checkpoint)}
     recorded = {

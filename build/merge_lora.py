@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.lora.merge import require_mergeable
     from sa3_trt_core import targets
     from sa3_trt_core.artifacts import files
-    from sa3_trt_core.lora.lora_set import LoraSet
+    from sa3_trt_core.lora.lora_set import read_loras
 
-    loras = LoraSet.read(lora_specs(args), lora_options(args))
+    loras = read_loras(lora_specs(args), lora_options(args))
     out = args.onnx or args.input.with_name(targets.with_digest(args.input.name, loras.digest))
     fp8_out = args.fp8_onnx
     if args.fp8_base is not None and fp8_out is None:
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             files.require_writable(path, "graph")
             if path.resolve() in (args.input.resolve(), base.resolve()):
                 raise ToolError(f"{path} is the graph that is read", "name another file with --onnx")
-    for line in (*loras.described(), *(f"note: {note}" for note in loras.notes)):
-        print(line, file=sys.stderr)
+    for line in loras.described():
+        print(f"LoRA {line}", file=sys.stderr)
     if args.dry_run:
         _, layers = find_layers(args.input)
         require_mergeable(layers, args.input, loras)

@@ -55,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_demo import score
     from sa3_demo.checkpoint_under_test import Subject
     from sa3_trt_core.artifacts import files
-    from sa3_trt_core.lora.lora_set import LoraSet
+    from sa3_trt_core.lora.lora_set import read_loras
 
     if args.out:
         files.require_writable(args.out / "prompt_00_generated.wav", "--out")
     if args.dit and not args.dit.is_file():
         raise ToolError(f"--dit: {args.dit} is not there", "name a DiT made of the same checkpoint, or leave it out")
     graphs = score.rollout_graphs(args.onnx_root) if args.onnx_root else None
-    loras = LoraSet.read(lora_specs(args), lora_options(args))
+    loras = read_loras(lora_specs(args), lora_options(args))
     timings: dict[str, float] = {}
     with timed(timings, "load"):
         subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch, args.dit, loras)

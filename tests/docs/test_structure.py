@@ -35,9 +35,10 @@ LAYERS = """
 commands
 sa3_demo
 sa3_build
+sa3_build.lora
 sa3_build.engines
 sa3_build.recipes
-sa3_build.verification sa3_build.lora
+sa3_build.verification
 sa3_build.calibration sa3_build.quantization
 sa3_build.export
 sa3_build.passes
@@ -53,6 +54,7 @@ sa3_trt_core.batch sa3_trt_core.model_loader
 sa3_trt_core.sampling sa3_trt_core.text
 sa3_trt_core.request sa3_trt_core.result
 sa3_trt_core.audio
+sa3_trt_core.adapter_placement
 sa3_trt_core.engines
 sa3_trt_core.torch_models
 sa3_trt_core.lora sa3_trt_core.hub sa3_trt_core.stage_timer

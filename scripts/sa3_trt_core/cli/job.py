@@ -11,8 +11,10 @@ from pathlib import Path
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli import prompts
+from sa3_trt_core.cli.lora_flags import lora_options, lora_specs
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.model_loader import Plan, make_plan
+from sa3_trt_core.lora.lora_set import read_loras
+from sa3_trt_core.model_loader import Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 
@@ -47,6 +49,8 @@ def make_job(args: argparse.Namespace) -> Job:
         args.init_audio is not None,
         args.chunk_frames,
     )
+    if args.lora:
+        plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases)
     rows = [row for row in _rows(args) for _ in range(args.count)]
     seed = secrets.randbelow(2**32) if args.seed in (None, RANDOM_SEED) else args.seed
     requests = [

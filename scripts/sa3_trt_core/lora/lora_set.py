@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.lora.adapter import NAMED, Adapter, LayerFactors, read_adapter
 from sa3_trt_core.lora.formulas import RULES, STACKINGS, Rule, Stacking, adapted
 from sa3_trt_core.lora.layers import DURATION
@@ -51,6 +52,20 @@ class LoraOptions:
                 f"unknown LoRA rule {self.rule!r} or stacking {self.stacking!r}",
                 f"rules: {', '.join(RULES)}; stackings: {', '.join(STACKINGS)}",
             )
+
+
+Loras = Sequence[LoraSpec | tuple[str | Path, float] | str | Path]
+
+
+def read_loras(loras: Loras, options: LoraOptions | None = None) -> LoraSet:
+    """Read adapters, each "FILE:STRENGTH", a path, (path, strength) or a LoraSpec, in order. Raises ToolError.
+
+    Every part of a file that has no effect is a ToolWarning.
+    """
+    chosen = LoraSet.read([as_spec(lora) for lora in loras], options)
+    for note in chosen.notes:
+        warnings.warn(note, ToolWarning, stacklevel=3)
+    return chosen
 
 
 def parse_spec(text: str) -> LoraSpec:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sa3_trt_core import engines, targets
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.lora.lora_set import LoraSet
-
-if TYPE_CHECKING:
-    from sa3_trt_core.model_loader import Plan
+from sa3_trt_core.paths import ModelSource
 
 
-def plan_with(plan: Plan, loras: LoraSet) -> Plan:
-    """Return the plan of a model with a set of adapters; an empty set gives the model without any.
-
-    Raises ToolError with the commands that make what is missing.
-    """
-    backend = plan.backends["dit"]
-    target = target_with(plan.targets["dit"], backend, loras, plan.onnx_root, plan.models_dir)
-    return replace(plan, targets={**plan.targets, "dit": target})
-
-
-def target_with(
-    target: targets.Target, backend: str, loras: LoraSet, onnx_root: Path | None, models_dir: Path
-) -> targets.Target:
+def target_with(target: targets.Target, backend: str, loras: LoraSet, source: ModelSource) -> targets.Target:
     """Return the target whose file holds a DiT with a set of adapters; where the backend merges at load, the base's.
 
     Raises ToolError with the commands that make what is missing.
@@ -39,13 +23,13 @@ def target_with(
         return base
     merged = targets.with_loras(base, loras.digest)
     if record.suffix is None:
-        there = onnx_root is not None and resolve.local_onnx(onnx_root, merged) is not None
+        there = source.onnx_root is not None and resolve.local_onnx(source.onnx_root, merged) is not None
     else:
-        there = record.engine_path(models_dir, record.arch_here() or "ARCH", merged).is_file()
+        there = record.engine_path(source.models_dir, record.arch_here() or "ARCH", merged).is_file()
     if not there:
         raise ToolError(
             f"no {merged.name} for {backend}: adapters are merged into the graph before it is run",
-            f"make it: {' && '.join(commands(base, backend, loras, onnx_root, models_dir))}",
+            f"make it: {' && '.join(commands(base, backend, loras, source))}",
         )
     return merged
 
@@ -64,13 +48,11 @@ def merge_source(target: targets.Target, backend: str, models_dir: Path) -> tupl
     return record.engine_path(models_dir, arch, half), record.rebuild_command(half.name, arch)
 
 
-def commands(
-    base: targets.Target, backend: str, loras: LoraSet, onnx_root: Path | None, models_dir: Path
-) -> list[str]:  # fmt: skip
+def commands(base: targets.Target, backend: str, loras: LoraSet, source: ModelSource) -> list[str]:
     """Return the commands that make the graph of a set of adapters and, where it needs one, its engine."""
-    root = onnx_root or Path("ROOT")
-    source = targets.dit_target(base.dit, "fp16mixed") if base.precision == "fp8" and base.dit else base
-    words = ["python", "build/merge_lora.py", "--input", str(_graph(root, source))]
+    root = source.onnx_root or Path("ROOT")
+    half = targets.dit_target(base.dit, "fp16mixed") if base.precision == "fp8" and base.dit else base
+    words = ["python", "build/merge_lora.py", "--input", str(_graph(root, half))]
     for adapter, strength in loras.adapters:
         words += ["--lora", f"{_named(adapter.path)}:{strength:g}"]
     options = loras.options
@@ -83,7 +65,7 @@ def commands(
     record = engines.BACKENDS[backend]
     if record.suffix is not None:
         built = record.rebuild_command(f"{base.name}{targets.LORA_MARK}{loras.digest}")
-        lines.append(f"{built} --onnx-root {root} --models-dir {models_dir}")
+        lines.append(f"{built} --onnx-root {root} --models-dir {source.models_dir}")
     return lines
 
 
