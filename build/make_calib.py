@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sa3_trt_core.artifacts import calibration_kinds
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.shapes import MAX_SECONDS, MIN_SECONDS
 
 TURNS = len(calibration_kinds.TURNS)
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
         "--prompts", type=integer_type(1, 1000), metavar="N", help="the first N Music examples (default all)"
     )
     line.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add_lora_flags(line)
     return line
 
 
@@ -58,12 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_trt_core.artifacts import calibration_set, files
     from sa3_trt_core.artifacts.build import build
     from sa3_trt_core.console import format_bytes
+    from sa3_trt_core.lora.lora_set import read_loras
 
     files.require_writable(args.out, "calibration set")
     prompts = choose_prompts(reprompt.calibration_prompts(), args.prompts)
     seconds = tuple(args.duration or plan.DEFAULT_SECONDS[args.cover])
     settings = CaptureSettings(prompts, seconds, args.steps, args.seed, args.cover)
-    model = CheckpointModel(args.model_config, args.checkpoint, args.device)
+    loras = read_loras(lora_specs(args), lora_options(args))
+    model = CheckpointModel(args.model_config, args.checkpoint, args.device, loras)
     inputs = {file.name: files.sha256_of(file) for file in (args.model_config, args.checkpoint)}
     recorded = {
         "prompts": list(prompts),
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         "seed": args.seed,
         "sigmas": "sigmoid(8.2 u - 2), u from 1 to 0; first 1, last 0; times sigma_max",
         "cover": args.cover,
+        **({"loras": loras.to_manifest()} if loras else {}),
         "generations": [asdict(one) for turn in settings.generations for one in turn],
     }
     rows = settings.rows()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import MAX_BATCH
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
         "--captions", type=Path, metavar="F.txt", help="write the held-out captions there, one a line, and leave"
     )
     line.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    add_lora_flags(line)
     return line
 
 
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_demo import score
     from sa3_demo.checkpoint_under_test import Subject
     from sa3_trt_core.artifacts import files
+    from sa3_trt_core.lora.lora_set import read_loras
 
     if args.captions:
         files.require_writable(args.captions, "--captions")
@@ -68,10 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.dit and not args.dit.is_file():
         raise ToolError(f"--dit: {args.dit} is not there", "name a DiT made of the same checkpoint, or leave it out")
     graphs = score.rollout_graphs(args.onnx_root) if args.onnx_root else None
+    loras = read_loras(lora_specs(args), lora_options(args))
     timings: dict[str, float] = {}
     with timed(timings, "load"):
-        subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch, args.dit)
-    document = about(args)
+        subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch, args.dit, loras)
+    document = about(args) | {"loras": loras.described()}
     with timed(timings, "autoencoder"):
         loops = score.held_out_loops(subject, max(args.prompts, args.loops), args.form)
         document["autoencoder"] = score.autoencoder_score(subject, loops[: args.loops])

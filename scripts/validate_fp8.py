@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sa3_trt_core import engines, paths, shapes, targets
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.errors import GateError, ToolError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     sides.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
     sides.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
     sides.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
+    add_lora_flags(line)
     _add_runs(line.add_argument_group("on what"))
     out = line.add_argument_group("what is written")
     out.add_argument(
@@ -102,13 +104,15 @@ def main(argv: list[str] | None = None) -> int:
     _require_two_sample(args)
     files.require_writable(args.out / "report.json", "--out")
 
+    from sa3_trt_core.lora.lora_set import read_loras
     from sa3_trt_core.sampling import schedule
     from sa3_validation import gates, metrics
     from sa3_validation.models import Place, control_side, find_side
     from sa3_validation.study import Study
 
     limits = gates.read_gates(args.gate)
-    place = Place(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
+    loras = read_loras(lora_specs(args), lora_options(args))
+    place = Place(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir), loras)
     reference = find_side(args.reference, args.reference_backend or args.backend, place)
     candidate = find_side(args.candidate, args.candidate_backend or args.backend, place)
     study = Study(reference, candidate, control_side(reference, place), args.steps, args.extra)
@@ -117,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         **_about(args), "reference": reference.described(), "candidate": candidate.described(),
         "control": study.control.described() if study.control else None,
-        "speed": _speed(args.out / "bench", args.bench),
+        "speed": _speed(args.out / "bench", args.bench), "loras": loras.described(),
         "two_sample": two_sample.run() if two_sample is not None else None,
     }  # fmt: skip
     document = metrics.document(found, schedule.sigmas(args.steps).tolist(), about)

@@ -19,6 +19,7 @@ from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import DiTVelocity, VelocityEngine
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import ping_pong, row_noise
 
@@ -40,10 +41,12 @@ class Subject:
     `dit`, an ONNX graph made of the same checkpoint, takes the place of its own DiT.
     """
 
-    def __init__(self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None) -> None:
-        """Raises ToolError when a file is absent or does not fit."""
+    def __init__(
+        self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None, loras: LoraSet | None = None
+    ) -> None:  # fmt: skip
+        """`loras` are merged into the checkpoint's DiT. Raises ToolError when a file is absent or does not fit."""
         config, weights = folder / native.CONFIG_FILE, folder / native_weights.WEIGHTS_FILE
-        self.model = CheckpointModel(config, weights, "cpu")
+        self.model = CheckpointModel(config, weights, "cpu", loras)
         self._engine: VelocityEngine = DiTVelocity(OnnxRuntimeEngine(dit)) if dit else self.model
         geometry = load_geometry(config).autoencoder
         self._autoencoder = native.load_autoencoder(native.NativeWeights(weights), geometry)

@@ -6,21 +6,23 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from sa3_trt_core import engines, gpu, targets
+from sa3_trt_core import adapter_placement, engines, gpu, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.tiling import require_chunk
 from sa3_trt_core.engines.base import Closing, place_of
 from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.text import Tokenizer
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
+    from sa3_trt_core.engines.torch import TorchEngine
 
 
 NULL_ROW_GATE = "null row"  # of the manifests of DiTs
@@ -41,6 +43,8 @@ class Plan:
     precision: str
     source: ModelSource
     chunk_frames: int | None = None
+    loras: LoraSet = field(default_factory=LoraSet)  # of the DiT
+    lora_bases: Path | None = None  # native checkpoint for the SVD of -xs adapters
 
 
 def make_plan(
@@ -74,6 +78,15 @@ def make_plan(
         source=place,
         chunk_frames=chunk_frames,
     )
+
+
+def plan_with(plan: Plan, loras: LoraSet, lora_bases: Path | None = None) -> Plan:
+    """Return the plan of a model with a set of adapters; an empty set gives the model without any.
+
+    Raises ToolError with the commands that make a merged graph or engine that is missing.
+    """
+    target = adapter_placement.target_with(plan.targets["dit"], plan.backends["dit"], loras, plan.source)
+    return replace(plan, targets={**plan.targets, "dit": target}, loras=loras, lora_bases=lora_bases)
 
 
 def build_command(plan: Plan, arch: str) -> str | None:
@@ -179,9 +192,36 @@ class EngineSet(Closing):
                 stack.callback(engine.close)
             self._open.clear()
 
+    def set_loras(self, loras: LoraSet, lora_bases: Path | None = None) -> None:
+        """Give the DiT another set of adapters: in place where its backend can, else its engine is opened again.
+
+        Raises ToolError, with everything as it was.
+        """
+        plan = plan_with(self.plan, loras, lora_bases)
+        if "dit" in self._open and engines.BACKENDS[plan.backends["dit"]].merges_adapters:
+            _merge(plan, self._open["dit"])
+        if plan.targets["dit"] != self.plan.targets["dit"]:
+            self.release("dit")
+            self._sources.pop("dit", None)
+        self.plan = plan
+
+    def note_ranges(self) -> None:
+        """Warn of layers whose activations left FP8's calibrated range in the first generation with new adapters."""
+        layers: list[str] = getattr(self._open.get("dit"), "saturated", list)() if self.plan.loras else []
+        if layers:
+            text = "the adapters drive activations beyond FP8's calibrated range, where they are cut: "
+            warnings.warn(text + ", ".join(layers), ToolWarning, stacklevel=3)
+
     def _opened(self, stage: str) -> GraphEngine:
         target, backend = self.plan.targets[stage], self.plan.backends[stage]
-        return engines.open_engine(target, backend, self.plan.source, self._source(stage))
+        engine = engines.open_engine(target, backend, self.plan.source, self._source(stage))
+        if stage == "dit" and self.plan.loras and engines.BACKENDS[backend].merges_adapters:
+            try:
+                _merge(self.plan, engine)
+            except BaseException:
+                engine.close()
+                raise
+        return engine
 
     def _note_places(self, places: Mapping[str, tuple[str, str]]) -> None:
         """Keep the device of stages that were opened; warn once of those that run on the CPU beside a GPU, and why."""
@@ -199,3 +239,9 @@ class EngineSet(Closing):
             plan = self.plan
             self._sources[stage] = engines.source_path(plan.targets[stage], plan.backends[stage], plan.source)
         return self._sources[stage]
+
+
+def _merge(plan: Plan, engine: GraphEngine) -> None:
+    """Merge the adapters of a plan into a loaded DiT. Raises ToolError."""
+    source, rebuild = adapter_placement.merge_source(plan.targets["dit"], plan.backends["dit"], plan.source.models_dir)
+    cast("TorchEngine", engine).set_loras(plan.loras, source, rebuild, plan.lora_bases)

@@ -13,7 +13,8 @@ from typing import Self
 from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.batch import TOGETHER, Batch, Known, blocks
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.model_loader import EngineSet, Plan, make_plan
+from sa3_trt_core.lora.lora_set import LoraOptions, Loras, LoraSet, read_loras
+from sa3_trt_core.model_loader import EngineSet, Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 from sa3_trt_core.result import Result
@@ -36,7 +37,8 @@ class Generator(Stages):
         cls, dit: str = DITS[0], precision: str = PRECISIONS[0], *, backend: str = "auto",
         onnx_root: str | Path | None = None, models_dir: str | Path | None = None, audio_input: bool = False,
         revision: str | None = None, offline: bool = False, chunk_frames: int | None = None, free_models: bool = False,
-        on_engine: Progress | None = None,
+        on_engine: Progress | None = None, loras: Loras = (), lora_options: LoraOptions | None = None,
+        lora_bases: Path | None = None,
     ) -> Self:  # fmt: skip
         """Find and open a model's engines.
 
@@ -54,12 +56,14 @@ class Generator(Stages):
             free_models: open each engine when its stage begins and close it when that ends (default False): the sounds
                 are the same, the memory is that of the largest engine, and every call loads them again.
             on_engine: called with (engine, index from 1, total) after each engine that is opened.
+            loras, lora_options, lora_bases: adapters, as for `set_loras` (default: none).
 
         Raises:
             ToolError: a file, a package or a GPU is missing; InvalidRequest: a wrong argument.
         """
         source = ModelSource.of(onnx_root, models_dir, revision, offline)
         plan = make_plan(dit, precision, backend, source, audio_input, chunk_frames)
+        plan = plan_with(plan, read_loras(loras, lora_options), lora_bases)
         return cls.open(plan, free_models, on_engine)
 
     @classmethod
@@ -73,6 +77,30 @@ class Generator(Stages):
         except BaseException:
             engines.close()
             raise
+
+    @property
+    def loras(self) -> LoraSet:
+        """The adapters of every request; equal `digest` means the same files, strengths, order and rules."""
+        return self.engines.plan.loras
+
+    def set_loras(
+        self, loras: Loras, lora_options: LoraOptions | None = None, lora_bases: Path | None = None
+    ) -> LoraSet:  # fmt: skip
+        """Run with these adapters, in order, from the next request on; an empty list runs without any.
+
+        Args:
+            loras: each "FILE:STRENGTH", a path, (path, strength) or a LoraSpec.
+            lora_options: the strength rule, the stacking rule and what is left out (default: as the native loader).
+            lora_bases: native model.safetensors for the SVD of -xs adapters (default: the weights at hand).
+
+        The torch backend merges in place; the others open the merged graph or engine of the set.
+
+        Raises:
+            ToolError: with the model as it was; a part of a file that has no effect is a ToolWarning.
+        """
+        chosen = read_loras(loras, lora_options)
+        self.engines.set_loras(chosen, lora_bases)
+        return chosen
 
     @property
     def clips(self) -> bool:

@@ -108,6 +108,7 @@ class Stages(Closing):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
                 )
+        self.engines.note_ranges()
 
     def _guidance(self, job: Batch, cond: Conditioning) -> Guidance | None:
         """Return the guidance of a batch; warn where its null row would not be the model's own."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -158,8 +159,38 @@ def find_dit(name: str) -> Dit:
     return MODELS[name]
 
 
+LORA_MARK = ".lora-"  # between a name and the digest of a set of adapters
+_LORA_NAME = re.compile(r"(?P<base>.+)\.lora-(?P<digest>[0-9a-f]{12})")
+
+
+def with_digest(file: str, digest: str) -> str:
+    """Return the file name of a graph with adapters of that digest in it: dit_fp8.lora-0123456789ab.onnx."""
+    stem, dot, suffix = file.rpartition(".")
+    return f"{stem}{LORA_MARK}{digest}{dot}{suffix}" if dot else f"{file}{LORA_MARK}{digest}"
+
+
+def with_loras(target: Target, digest: str) -> Target:
+    """Return the target of a DiT with a set of adapters merged into it: graph and engine carry the set's digest."""
+    return replace(
+        target,
+        name=f"{target.name}{LORA_MARK}{digest}",
+        onnx=tuple(with_digest(file, digest) for file in target.onnx),
+        engine=f"{target.engine}{LORA_MARK}{digest}",
+        groups=(),
+        opt_in=True,
+        summary=f"{target.summary}, adapters {digest}",
+        produced_by=f"python build/merge_lora.py --input ROOT/{target.onnx[0]} --lora FILE:STRENGTH",
+    )
+
+
 def find_target(name: str) -> Target:
-    """The target of that name. Raises ToolError with the nearest name and all good ones."""
+    """The target of that name, also with the digest of adapters. Raises ToolError with the nearest and all names."""
+    adapted = _LORA_NAME.fullmatch(name)
+    if adapted is not None:
+        base = find_target(adapted["base"])
+        if base.kind != "dit":
+            raise ToolError(f"{base.name} takes no adapters", "adapters change the DiT: sa3-m, sa3-m-fp8")
+        return with_loras(base, adapted["digest"])
     for target in TARGETS:
         if target.name == name:
             return target
@@ -174,6 +205,8 @@ def expand(names: Sequence[str]) -> list[Target]:
             found = [target for target in TARGETS if name in target.groups]
         else:
             found = [target for target in TARGETS if target.name == name]
+        if not found and _LORA_NAME.fullmatch(name):
+            found = [find_target(name)]
         if not found:
             raise _unknown(name, [*(target.name for target in TARGETS), *GROUPS])
         chosen.update({target.name: target for target in found})

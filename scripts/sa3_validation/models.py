@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from sa3_trt_core import engines, targets
+from sa3_trt_core import adapter_placement, engines, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.paths import ModelSource
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
+    from sa3_trt_core.engines.torch import TorchEngine
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Place:
 
     dit: str
     source: ModelSource
+    loras: LoraSet = field(default_factory=LoraSet)  # of both models that are named by their precision
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Side:
     backend: str
     path: Path
     plain: bool = False
+    loras: LoraSet = field(default_factory=LoraSet)  # merged when it is opened; a merged graph has them in it
 
     def open(self) -> GraphEngine:
         """Load it. Raises ToolError."""
@@ -39,7 +43,12 @@ class Side:
             from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
             return OnnxRuntimeEngine(self.path, low_memory=True)
-        return engines.open_engine(self.target, self.backend, ModelSource(), self.path)
+        engine = engines.open_engine(self.target, self.backend, ModelSource(), self.path)
+        if self.loras:
+            models_dir = self.path.parent.parent.parent  # models/<arch>/<folder>/<file>
+            half, rebuild = adapter_placement.merge_source(self.target, self.backend, models_dir)
+            cast("TorchEngine", engine).set_loras(self.loras, half, rebuild)
+        return engine
 
     def described(self) -> dict[str, str | None]:
         """What the report says of it."""
@@ -59,7 +68,7 @@ def find_side(text: str, backend: str, place: Place) -> Side:
     if text in targets.PRECISIONS:
         target = targets.dit_target(place.dit, text)
         chosen = engines.pick_backend(backend, target, place.source.models_dir)
-        return Side(text, target, chosen, engines.source_path(target, chosen, place.source))
+        return _adapted(text, target, chosen, place)
     path = Path(text)
     if not path.is_file():
         raise ToolError(f"{text} is no precision and no file", f"give {', '.join(targets.PRECISIONS)}, or a path")
@@ -74,6 +83,13 @@ def find_side(text: str, backend: str, place: Place) -> Side:
     return Side(path.stem, target, chosen, path)
 
 
+def _adapted(name: str, target: targets.Target, backend: str, place: Place) -> Side:
+    """A DiT of a precision with the adapters of a place: a merged graph or engine, or merged when it is opened."""
+    target = adapter_placement.target_with(target, backend, place.loras, place.source)
+    loras = place.loras if engines.BACKENDS[backend].merges_adapters else LoraSet()
+    return Side(name, target, backend, engines.source_path(target, backend, place.source), loras=loras)
+
+
 def control_side(reference: Side, place: Place) -> Side | None:
     """The reference in another backend, or with other kernels where there is one backend only; None where neither is.
 
@@ -83,8 +99,7 @@ def control_side(reference: Side, place: Place) -> Side | None:
     try:
         direct = engines.DIRECT.name
         if reference.backend != direct:
-            path = engines.source_path(reference.target, direct, place.source)
-            return replace(reference, backend=direct, path=path)
+            return _adapted(reference.name, adapter_placement.base_target(reference.target), direct, place)
         best = engines.pick_backend(engines.AUTO, reference.target, place.source.models_dir)
         if best != direct and reference.name == reference.target.precision:
             path = engines.source_path(reference.target, best, place.source)

@@ -55,6 +55,7 @@ sa3_trt_core.batch sa3_trt_core.model_loader
 sa3_trt_core.sampling sa3_trt_core.text
 sa3_trt_core.request sa3_trt_core.result
 sa3_trt_core.audio
+sa3_trt_core.adapter_placement
 sa3_trt_core.engines
 sa3_trt_core.torch_models
 sa3_trt_core.lora sa3_trt_core.hub sa3_trt_core.stage_timer

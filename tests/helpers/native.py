@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch.nn.functional import silu, softmax
+from torch.nn.functional import conv1d, silu, softmax
 
 Weights = Mapping[str, torch.Tensor]
 DIT, SAME = "model.model.", "pretransform.model."
@@ -70,10 +70,10 @@ def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond
     context = mlp(torch.cat([text, seconds[:, None]], dim=1), w, f"{DIT}to_cond_embed")
     level = mlp(fourier(t), w, f"{DIT}to_timestep_embed") + mlp(seconds, w, f"{DIT}to_global_embed")
     modulation = mlp(level, w, f"{DIT}transformer.global_cond_embedder")
-    x = x + torch.einsum("oi,bil->bol", w[f"{DIT}preprocess_conv.weight"][..., 0], x)
+    x = x + conv1d(x, w[f"{DIT}preprocess_conv.weight"])
     h = x.transpose(1, 2) @ w[f"{DIT}transformer.project_in.weight"].T
     memory = w[f"{DIT}transformer.memory_tokens"]
-    h = torch.cat([memory.expand(len(h), -1, -1), h], dim=1)
+    h = torch.cat([memory.expand(h.shape[0], -1, -1), h], dim=1)
     unseen = torch.arange(h.shape[1]) >= len(memory) + (x.shape[-1] if valid is None else valid)
     mask = torch.zeros(h.shape[1]).masked_fill(unseen, -math.inf)
     layer = 0
@@ -81,7 +81,7 @@ def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond
         h = dit_layer(w, f"{DIT}transformer.layers.{layer}", h, context, modulation, local_add_cond, len(memory), mask)
         layer += 1
     out = (h[:, len(memory) :] @ w[f"{DIT}transformer.project_out.weight"].T).transpose(1, 2)
-    return out + torch.einsum("oi,bil->bol", w[f"{DIT}postprocess_conv.weight"][..., 0], out)
+    return out + conv1d(out, w[f"{DIT}postprocess_conv.weight"])
 
 
 def dit_layer(w: Weights, name: str, h, context, modulation, local_add_cond, memory: int, mask) -> torch.Tensor:

@@ -17,6 +17,7 @@ from sa3_trt_core import shapes
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.guidance import guided, null_conditioning
 from sa3_trt_core.sampling.inpainting import keep_mask, local_conditioning
@@ -46,10 +47,10 @@ class CaptureSettings:
 class CheckpointModel:
     """A native checkpoint ready to generate: tokenizer, text encoder and DiT on one device, fp32."""
 
-    def __init__(self, config_file: Path, weights_file: Path, device: str) -> None:
-        """Raises ToolError when a file is absent or does not fit, or when the device is not there."""
+    def __init__(self, config_file: Path, weights_file: Path, device: str, loras: LoraSet | None = None) -> None:
+        """`loras` are merged into the DiT. Raises ToolError: a file that is absent or does not fit, no device."""
         geometry = load_geometry(config_file)
-        weights = native.NativeWeights(weights_file)
+        weights = native.NativeWeights(weights_file, loras)
         text_folder = config_file.parent / geometry.conditioner.text_folder
         self._tokenizer = text_encoder.load_tokenizer(text_folder)
         self._text_tokens = geometry.conditioner.text_tokens

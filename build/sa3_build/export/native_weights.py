@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from sa3_trt_core.errors import ToolError, memory_error
+from sa3_trt_core.lora.layers import layer_of_checkpoint_key
+from sa3_trt_core.lora.lora_set import LoraSet
+from sa3_trt_core.lora.svd_bases import FOLDER_SUFFIX, SvdBases
 
 WEIGHTS_FILE = "model.safetensors"
 DIT_PREFIX = "model.model."
@@ -29,7 +32,8 @@ class NativeWeights:
     Raises ToolError when the file is absent, torn or not safetensors.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, loras: LoraSet | None = None) -> None:
+        """`loras` are merged into the weights as they are taken."""
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
@@ -50,6 +54,19 @@ class NativeWeights:
         for key in sorted(self.keys):
             if not key.startswith((DIT_PREFIX, AUTOENCODER_PREFIX, CONDITIONER_PREFIX)):
                 raise ToolError(f"{path}: unexpected tensor {key}", "this is not a native Stable Audio 3 checkpoint")
+        self._loras = loras or LoraSet()
+        self._bases = SvdBases(path.with_name(path.name + FOLDER_SUFFIX)) if self._loras else None
+        if self._loras:
+            self._loras.require_fits(self._layer_shapes(), str(path))
+
+    def _layer_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every weight that an adapter may change."""
+        shapes = {}
+        for key in self.keys:
+            layer, shape = layer_of_checkpoint_key(key), tuple(self._file.get_slice(key).get_shape())
+            if layer is not None and len(shape) > 1:
+                shapes[layer] = (shape[0], shape[1])
+        return shapes
 
     def release(self) -> None:
         """Let go of the mapped file: what was read of it stays in memory until then. It is opened again when needed."""
@@ -65,7 +82,7 @@ class NativeWeights:
         """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
         self.require(key, shape)
         tensor: torch.Tensor = self._file.get_tensor(key)
-        return tensor.to(torch.float32)
+        return self._adapted(key, tensor.to(torch.float32))
 
     def copy(self, key: str, shape: torch.Size) -> torch.Tensor:
         """One tensor in fp32, read instead of mapped: for one that is rearranged, or it would lie in memory twice."""
@@ -76,7 +93,15 @@ class NativeWeights:
             length = int.from_bytes(file.read(8), "little")
             start, end = json.loads(file.read(length))[key]["data_offsets"]
             file.seek(8 + length + start)
-            return torch.frombuffer(bytearray(file.read(end - start)), dtype=torch.float32).reshape(shape)
+            tensor = torch.frombuffer(bytearray(file.read(end - start)), dtype=torch.float32).reshape(shape)
+        return self._adapted(key, tensor)
+
+    def _adapted(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A weight with the adapters in it; a convolution's is merged as the matrix that it is."""
+        layer = layer_of_checkpoint_key(key)
+        if layer is None or layer not in self._loras.layers:
+            return tensor
+        return self._loras.merged(layer, tensor.flatten(1), self._bases).reshape(tensor.shape)
 
     def require(self, key: str, shape: torch.Size) -> None:
         """Raise ToolError naming the key when a tensor is absent or of another shape; reads the file's header only."""

@@ -9,19 +9,23 @@ from typing import Any
 
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.lora.lora_set import parse_spec
 from sa3_trt_core.request import Request, shown
 from sa3_trt_core.version import __version__
 
-TEXTS = ("prompt", "negative_prompt", "init_audio", "schedule_order", "dit", "precision", "peak", "bits")
+TEXTS = ("prompt", "negative_prompt", "init_audio", "schedule_order", "dit", "precision", "peak", "bits", "lora_rule",
+         "lora_stacking")  # fmt: skip
 NUMBERS = (
     "seed", "seconds", "steps", "cfg", "apg", "init_start", "init_noise_level", "duration_padding", "chunk_frames"
 )  # fmt: skip
-SWITCHES = ("paste_kept", "legacy_schedule")
-OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames")  # flags that are not of the request
+SWITCHES = ("paste_kept", "legacy_schedule", "lora_no_duration", "lora_partial")
+LORA_FLAGS = ("lora_rule", "lora_stacking", "lora_no_duration", "lora_partial")
+OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames", *LORA_FLAGS)  # flags that are not of the request
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None, "cfg": 1.0, "apg": None, "init_audio": None, "init_start": 0.0, "init_noise_level": None,
     "inpaint": (), "paste_kept": False, "legacy_schedule": False, "duration_padding": Request.duration_padding,
     "schedule_order": Request.schedule_order, "chunk_frames": None,
+    "lora_rule": "native", "lora_stacking": "chained", "lora_no_duration": False, "lora_partial": False, "lora": [],
 }  # fmt: skip
 
 
@@ -33,6 +37,7 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
     start = {"init_audio": str(request.sound.resolve())} if isinstance(request.sound, Path) else {}
     names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in OF_THE_RUN]
     settings = {name: getattr(request, name) for name in names} | start | {name: run[name] for name in OF_THE_RUN}
+    settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run["lora"] or [])]
     if request.inpaint:
         settings["inpaint"] = [list(part) for part in request.inpaint]
     found = {
@@ -66,6 +71,8 @@ def again_line(path: Path, given: argparse.Namespace) -> list[str]:
         raise _damaged(path, "inpaint", ranges)
     if not given.inpaint_range:
         line += [f"--inpaint-range={','.join(repr(_number(path, 'inpaint', n)) for n in part)}" for part in ranges]
+    if given.lora is None:
+        line += [f"--lora={_text(path, 'lora', one)}" for one in note.get("lora", [])]
     if given.out is None and given.format is None and path.suffix.lower() in audio_io.FORMATS:
         line.append(f"--format={path.suffix.lower()[1:]}")
     return line

@@ -13,8 +13,10 @@ from typing import Self
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli import prompts
+from sa3_trt_core.cli.lora_flags import lora_options, lora_specs
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.model_loader import Plan, make_plan
+from sa3_trt_core.lora.lora_set import read_loras
+from sa3_trt_core.model_loader import Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 
@@ -61,6 +63,8 @@ def make_job(args: argparse.Namespace) -> Job:
     """Decide everything that needs no file but the prompts file to be opened. Raises ToolError."""
     source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
     plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
+    if args.lora:
+        plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases)
     requests = _requests(args)
     _check_conflicts(args, requests)
     return Job(plan, requests, _outputs(args, requests), Options.of(args))

@@ -9,6 +9,7 @@ from pathlib import Path
 from sa3_trt_core import engines, shapes, targets
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type
+from sa3_trt_core.cli.lora_flags import add_lora_flags
 from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_PADDING, MOST_SEED, MOST_STEPS, SCHEDULE_ORDERS
 from sa3_trt_core.version import __version__
 
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(parse)
     _add_sampling(parse)
     _add_sound(parse)
+    add_lora_flags(parse)
     parse.add_argument(
         "--again", type=Path, metavar="F", help="make this sound of sa3_trt again; other flags change it"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ def open_generator(job: Job, totals: report.Totals, tell: Progress) -> Generator
     importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
     generator = _generator(job, tell)
     totals.add({"load": time.perf_counter() - started})
+    for line in () if args.quiet else job.plan.loras.described():
+        print(f"LoRA {line}", file=sys.stderr)
     try:
         if args.peak == "limit" and generator.clips:
             raise ToolError(

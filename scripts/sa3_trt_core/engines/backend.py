@@ -35,7 +35,9 @@ class Backend:
     and so are graphs of the kinds in `optional` while no engine of them is built.
     `arches` are those that engines can be built for; `on_cpu` that they also run without a GPU;
     `on_gpu` tells whether it runs on this machine's GPU when it is asked now;
-    `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for.
+    `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for;
+    `merges_adapters` that LoRA adapters go into its loaded weights, where the others run a graph or an engine with the
+    adapters in it.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Backend:
     arches: tuple[str, ...] = paths.ARCHES
     on_cpu: bool = False
     builds_elsewhere: bool = False
+    merges_adapters: bool = False
     find_package: Callable[[str], object] = importlib.util.find_spec
     on_gpu: Callable[[], bool] = gpu.has_nvidia_gpu
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sa3_trt_core.lora.lora_set import LoraSet
+    from sa3_trt_core.torch_models.dit.adapters import AdapterSlot
     from sa3_trt_core.torch_models.dit.model import BlockOps
     from sa3_trt_core.torch_models.dit.runner import Runner
     from sa3_trt_core.torch_models.dit.weights import Packed
@@ -54,6 +56,7 @@ class TorchEngine(Closing):
         lost = self.device == "cpu" and gpu.has_nvidia_gpu()
         self.cpu_reason = f"PyTorch {torch.__version__} here cannot use the GPU" if lost else ""
         place = torch.device(self.device)
+        self._adapters: AdapterSlot | None = None
         self._runner: Runner | None = open_runner(path, place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,10 +79,30 @@ class TorchEngine(Closing):
         place = inputs["x"].device
         return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
 
+    def set_loras(self, loras: LoraSet, base: Path, rebuild: str, checkpoint: Path | None = None) -> None:
+        """Merge adapters into the loaded weights, in place; an empty set gives the engine's own weights back.
+
+        `base` is the packed FP16-mixed engine of the same model, `rebuild` the command that builds it, `checkpoint` the
+        native weights for the SVD bases of -xs adapters. Raises ToolError.
+        """
+        if self._runner is None:
+            raise RuntimeError("this engine is closed")
+        if self._adapters is None:
+            from sa3_trt_core.torch_models.dit.adapters import AdapterSlot
+
+            self._adapters = AdapterSlot(self._runner.dit, self._path, base, rebuild)
+        self._adapters.set(loras, checkpoint)
+        self._runner.weights_changed()
+        self._runner.watch_ranges(bool(loras))
+
+    def saturated(self) -> list[str]:
+        """Return the layers whose activations left the calibrated range since `set_loras`, and stop looking."""
+        return [] if self._runner is None else self._runner.saturated()
+
     def close(self) -> None:
         if self._runner is not None:
             self._runner.close()
-        self._runner = None
+        self._runner = self._adapters = None
 
 
 def open_packed(path: Path, target: Target, rebuild: str, onnx: Path | None) -> TorchEngine:
@@ -104,6 +127,7 @@ BACKEND = Backend(
     on_cpu=True,
     on_gpu=on_gpu,
     builds_elsewhere=True,
+    merges_adapters=True,
 )
 
 

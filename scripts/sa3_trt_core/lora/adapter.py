@@ -173,7 +173,9 @@ def _kind_of(file: SafetensorsFile, settings: Settings, layers: Mapping[str, Gro
 
 def _layer(file: SafetensorsFile, settings: Settings, kind: Kind, name: str, group: Group) -> LayerFactors:
     wanted = [*kind.tensors, *(own for own in OWN_BASES if kind.svd and own in group)]
-    tensors = {tensor: _factor(file, name, tensor, *group[tensor]) for tensor in wanted}
+    tensors = {tensor: _factor(file, tensor, group[tensor][0]) for tensor in wanted}
+    if is_qkv(name) and any(place.regrouped for _, place in group.values()):
+        tensors = _native_rows(file.path, name, kind, tensors)
     core = tensors["M_xs" if kind.svd else "lora_A"]
     rank = int(core.shape[0])
     if rank < 1 or (kind.svd and core.shape[1] != rank) or (not kind.svd and tensors["lora_B"].shape[1] != rank):
@@ -191,12 +193,13 @@ def _layer(file: SafetensorsFile, settings: Settings, kind: Kind, name: str, gro
     return LayerFactors(tensors, rank, scale)
 
 
-def _factor(file: SafetensorsFile, layer: str, tensor: str, key: str, place: Place) -> Tensor:
-    """Return one factor, 2-D or for magnitudes 1-D, in native rows. Raises ToolError naming the key."""
+def _factor(file: SafetensorsFile, tensor: str, key: str) -> Tensor:
+    """Return one factor, 2-D or for magnitudes 1-D. Raises ToolError naming the key."""
     entry = file.entries[key]
     if entry.dtype not in FLOATS:
         raise ToolError(f"{file.path}: {key} is of type {entry.dtype}, not a floating-point one", HINT)
     value = file.tensor(key)
+    value = value.float() if value.element_size() == 1 else value  # E4M3 has no arithmetic of its own
     flat = tensor.startswith("magnitude")
     if flat and sum(size != 1 for size in value.shape) <= 1:
         value = value.reshape(-1)
@@ -208,10 +211,21 @@ def _factor(file: SafetensorsFile, layer: str, tensor: str, key: str, place: Pla
         raise ToolError(
             f"{file.path}: {key} has values that are not finite", "the training diverged: use an earlier save"
         )
-    by_rows = tensor in ("lora_B", "magnitude", "magnitude_r", "U")
-    if place.regrouped and is_qkv(layer) and by_rows:
-        return reordered(file.path, key, value, NATIVE_ORDER)
     return value
+
+
+def _native_rows(path: Path, layer: str, kind: Kind, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the factors of a to_qkv layer that diffusers' names put in the order q | q2 | k | k2 | v in native order.
+
+    A DiT without differential attention has q | k | v in both.
+    """
+    if "lora_A" in tensors and tensors["lora_B"].shape[0] != QKV_PARTS * tensors["lora_A"].shape[1]:
+        return tensors
+    by_rows = ("lora_B", "U", "magnitude_r" if kind.columns else "magnitude")
+    return {
+        name: reordered(path, f"{layer} {name}", value, NATIVE_ORDER) if name in by_rows else value
+        for name, value in tensors.items()
+    }
 
 
 def reordered(path: Path, key: str, value: Tensor, order: tuple[int, ...]) -> Tensor:

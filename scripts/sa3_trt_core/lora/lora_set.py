@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.lora.adapter import NAMED, Adapter, LayerFactors, read_adapter
 from sa3_trt_core.lora.formulas import RULES, STACKINGS, Rule, Stacking, adapted
 from sa3_trt_core.lora.layers import DURATION
@@ -53,6 +54,20 @@ class LoraOptions:
             )
 
 
+Loras = Sequence[LoraSpec | tuple[str | Path, float] | str | Path]
+
+
+def read_loras(loras: Loras, options: LoraOptions | None = None) -> LoraSet:
+    """Read adapters, each "FILE:STRENGTH", a path, (path, strength) or a LoraSpec, in order. Raises ToolError.
+
+    Every part of a file that has no effect is a ToolWarning.
+    """
+    chosen = LoraSet.read([as_spec(lora) for lora in loras], options)
+    for note in chosen.notes:
+        warnings.warn(note, ToolWarning, stacklevel=3)
+    return chosen
+
+
 def parse_spec(text: str) -> LoraSpec:
     """Return the spec of "FILE" or "FILE:STRENGTH". Raises ToolError for a strength that is no number in range."""
     path, colon, strength = text.rpartition(":")
@@ -65,6 +80,15 @@ def parse_spec(text: str) -> LoraSpec:
             return LoraSpec(Path(text))
         raise ToolError(f"--lora {text}: strength {strength!r} is not a number", "write --lora FILE:0.8") from None
     return LoraSpec(Path(path), require_strength(value))
+
+
+def as_spec(lora: LoraSpec | tuple[str | Path, float] | str | Path) -> LoraSpec:
+    """Return the spec of what a caller may write: "FILE:STRENGTH", a path, (path, strength), or a spec."""
+    if isinstance(lora, LoraSpec):
+        return lora
+    if isinstance(lora, tuple):
+        return LoraSpec(Path(lora[0]), float(lora[1]))
+    return LoraSpec(lora) if isinstance(lora, Path) else parse_spec(lora)
 
 
 def require_strength(value: float) -> float:
@@ -116,11 +140,17 @@ class LoraSet:
         return lines
 
     def to_manifest(self) -> dict[str, Any]:
-        """Return what identifies the set: the adapters' digests and strengths in order, and the rules."""
-        return {
-            "adapters": [{"sha256": adapter.sha256, "strength": strength} for adapter, strength in self.adapters],
-            "rule": self.options.rule, "stacking": self.options.stacking, "duration": self.options.duration,
-        }  # fmt: skip
+        """Return what identifies the set: the adapters' digests and strengths in order, and the rules that matter."""
+        stated: dict[str, Any] = {
+            "adapters": [{"sha256": adapter.sha256, "strength": strength} for adapter, strength in self.adapters]
+        }
+        if any(adapter.kind.rows or adapter.kind.columns for adapter, _ in self.adapters):
+            stated["rule"] = self.options.rule
+        if len(self.adapters) > 1:
+            stated["stacking"] = self.options.stacking
+        if any(DURATION in adapter.layers for adapter, _ in self.adapters):
+            stated["duration"] = self.options.duration
+        return stated
 
     def described(self) -> list[str]:
         """Return one line an adapter: name, kind, rank, layers, strength."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
           "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")
 HINT = "give the .safetensors file that the trainer wrote, or download it again"
 PICKLE_HINT = "a pickle can run any code and is not opened: export it as .safetensors with the program that made it"
 
@@ -62,7 +62,8 @@ class SafetensorsFile:
         import torch
 
         entry = self.entries[key]
-        types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        kinds = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
+        types = dict(zip(FLOATS, kinds, strict=True))
         if entry.end == entry.begin:
             return torch.zeros(entry.shape, dtype=types[entry.dtype])
         if self._map is None:

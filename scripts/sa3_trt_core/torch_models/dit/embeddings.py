@@ -19,7 +19,7 @@ class Front:
         self._packed = packed
         self._depth = packed.sizes.depth
         self._tables = torch.stack([packed.tensor(f"blocks.{i}.modulation") for i in range(self._depth)])
-        self._products = {name: packed.product(name) for name in ("context_in", "context_out")}
+        self.products = {name: packed.product(name) for name in ("context_in", "context_out")}
 
     def duration(self, seconds: Tensor) -> Tensor:
         """The duration token (B, 768) of seconds (B,)."""
@@ -48,8 +48,8 @@ class Front:
         tokens = torch.cat([text, token], dim=1)
         if self._packed.sizes.null_rows:
             tokens = tokens * (t5_hidden.abs().amax(dim=(1, 2), keepdim=True) > 0)
-        hidden = functional.silu(result(tokens.to(torch.float16), self._products["context_in"]).float())
-        return result(hidden.to(torch.float16), self._products["context_out"])
+        hidden = functional.silu(result(tokens.to(torch.float16), self.products["context_in"]).float())
+        return result(hidden.to(torch.float16), self.products["context_out"])
 
     def _linear(self, name: str, value: Tensor) -> Tensor:
         return functional.linear(value, self._packed.tensor(f"{name}.weight"), self._packed.tensor(f"{name}.bias"))

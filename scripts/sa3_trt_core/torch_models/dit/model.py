@@ -99,20 +99,40 @@ class Dit:
     """The packed DiT on one device; `ops` does what stands between the products."""
 
     def __init__(self, packed: Packed, ops: BlockOps) -> None:
-        self.sizes = packed.sizes
+        self.sizes, self.packed = packed.sizes, packed
         self.front = Front(packed)
         self.blocks = [Block(packed, index) for index in range(packed.sizes.depth)]
-        self._ops = ops
+        self.ops = ops
         self._memory = packed.tensor("memory")
         self._gammas = {name: torch.stack([block.vector(name) for block in self.blocks]) for name in TOKEN_NORMS}
         self._ratios = {name: torch.stack([_ratio(block.products[name]) for block in self.blocks]) for name in GATED}
         self._bias = torch.stack([_vector(block.products["ff_out"].bias) for block in self.blocks])
-        # The residual 1x1 convolutions at both ends are linear, as is what follows or precedes: one product each.
-        pre, post = (packed.tensor(name).double() for name in ("preprocess", "postprocess"))
+        self.latent_channels, self.cross_tokens = packed.tensor("preprocess").shape[0], TEXT_TOKENS + 1
+        self._first, self._last = self._ends()
+
+    def refresh(self) -> None:
+        """Compute again, in place, what was derived from weights of `packed` that have been replaced."""
+        products = {
+            f"blocks.{i}.{name}": one for i, block in enumerate(self.blocks) for name, one in block.products.items()
+        }
+        for name, product in (products | self.front.products).items():
+            ratio = self.packed.product(name).ratio
+            if product.ratio is not None and ratio is not None:
+                product.ratio.copy_(ratio)
+        for name, ratios in self._ratios.items():
+            ratios.copy_(torch.stack([_ratio(block.products[name]) for block in self.blocks]))
+        for kept, ends in zip((self._first, self._last), self._ends(), strict=True):
+            kept.copy_(ends)
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        """The first and the last product (width, 256) and (256, width), fp16, each with the convolution beside it.
+
+        The residual 1x1 convolutions at both ends are linear, as is what follows or precedes: one product each.
+        """
+        pre, post = (self.packed.tensor(name).double() for name in ("preprocess", "postprocess"))
         one = torch.eye(pre.shape[0], dtype=torch.float64, device=pre.device)
-        first, last = packed.product("input").weight.double(), packed.product("output").weight.double()
-        self.latent_channels, self.cross_tokens = pre.shape[0], TEXT_TOKENS + 1
-        self._first, self._last = (first @ (one + pre)).half(), ((one + post) @ last).half()
+        first, last = (self.packed.product(name).weight.double() for name in ("input", "output"))
+        return (first @ (one + pre)).half(), ((one + post) @ last).half()
 
     def keys(self, t5_hidden: Tensor, t5_mask: Tensor, seconds: Tensor) -> Tensor:
         """k1, k2, normed, and v of every block's cross-attention: (depth, B, 257, 3 width) fp16."""
@@ -146,7 +166,7 @@ class Dit:
 
     def step(self, x: Tensor, modulation: Tensor, told: Told) -> Tensor:
         """Velocity (B, 256, L) fp32 of x (B, 256, L) fp32, and `modulation` of the same rows."""
-        ops, memory, epsilon = self._ops, self.sizes.memory, self.sizes.norm_epsilon
+        ops, memory, epsilon = self.ops, self.sizes.memory, self.sizes.norm_epsilon
         rows = x.shape[0]
         entered = linear(x.transpose(1, 2).to(torch.float16), self._first)
         hidden = torch.cat([self._memory.expand(rows, -1, -1), entered], dim=1)
@@ -176,14 +196,14 @@ class Dit:
 
     def _self_attention(self, block: Block, normed: Tensor) -> Tensor:
         product, norms = block.products["self_qkv"], block.gammas
-        return self._ops.self_attention(
+        return self.ops.self_attention(
             sums(normed, product), product.ratio, norms["self_q_norm"], norms["self_k_norm"], self.sizes.head_epsilon,
             block.bounds["self"], block.scale("self_out"),
         )  # fmt: skip
 
     def _cross_attention(self, block: Block, normed: Tensor, keys: Tensor) -> Tensor:
         product = block.products["cross_q"]
-        return self._ops.cross_attention(
+        return self.ops.cross_attention(
             sums(normed, product), product.ratio, keys, block.gammas["cross_q_norm"], self.sizes.head_epsilon,
             block.bounds["cross"], block.scale("cross_out"),
         )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sa3_trt_core.torch_models.dit.model import Dit, Told
+from sa3_trt_core.torch_models.dit.range_watch import RangeWatch
 
 KEPT_PLACES = 8  # shapes whose graph, activations and cross keys are kept (a ring runs 1 to 8 rows); the oldest goes
 KEPT_LEVELS = 256  # modulations of (sigma, seconds): 1 MB each at full size
@@ -20,9 +22,10 @@ class Runner:
     """Velocity of a batch by a Dit. Rows keep their place: one that is told what it was told before costs nothing."""
 
     def __init__(self, dit: Dit, device: torch.device) -> None:
-        self._dit, self._device = dit, device
+        self.dit, self._device = dit, device
         self._places: OrderedDict[tuple[int, int, bool], _Place] = OrderedDict()
         self._levels: OrderedDict[tuple[float, float], Tensor] = OrderedDict()
+        self._watch: RangeWatch | None = None  # while there is one, steps run operation by operation under it
 
     def velocity(self, x: Tensor, t: Tensor, told: dict[str, Tensor]) -> Tensor:
         """Velocity (B, 256, L) fp32 of x (B, 256, L) and t (B,); `told` holds CONDITIONING, each with first axis B.
@@ -35,7 +38,7 @@ class Runner:
         """What `velocity` runs once everything lies in its place: on a GPU the replay of a graph."""
         rows, _, frames = x.shape
         key = (rows, frames, bool(told["local_add_cond"].any()))
-        place = self._places.pop(key, None) or _Place(self._dit, self._device, *key)
+        place = self._places.pop(key, None) or _Place(self.dit, self._device, *key)
         self._places[key] = place
         while len(self._places) > KEPT_PLACES:
             self._places.popitem(last=False)
@@ -43,7 +46,22 @@ class Runner:
         for row, level in enumerate(zip(t.tolist(), told["seconds_total"].tolist(), strict=True)):
             place.modulation[:, :, row].copy_(self._modulation(*level))
         place.x.copy_(x)
-        return place.run
+        return place.run if self._watch is None else partial(place.run_under, self._watch)
+
+    def weights_changed(self) -> None:
+        """Forget what was computed from weights that have been replaced in place; graphs read the new ones."""
+        self._levels.clear()
+        for place in self._places.values():
+            place.forget()
+
+    def watch_ranges(self, watch: bool) -> None:
+        """Look at the codes of activations from the next step on, or stop; nothing to look at in 16 bits."""
+        self._watch = RangeWatch(self.dit) if watch and self.dit.sizes.precision == "fp8" else None
+
+    def saturated(self) -> list[str]:
+        """Return the native names of products whose activations left the calibrated range, and stop looking."""
+        watch, self._watch = self._watch, None
+        return watch.saturated() if watch is not None else []
 
     def close(self) -> None:
         """Let go of every graph and of what rows were told."""
@@ -55,7 +73,7 @@ class Runner:
         found = self._levels.pop(key, None)
         if found is None:
             level, duration = (torch.tensor([value], device=self._device) for value in key)
-            found = self._dit.modulation(level, duration)[:, :, 0]
+            found = self.dit.modulation(level, duration)[:, :, 0]
         self._levels[key] = found
         while len(self._levels) > KEPT_LEVELS:
             self._levels.popitem(last=False)
@@ -103,6 +121,15 @@ class _Place:
         assert self._graph is not None and self._velocity is not None
         self._graph.replay()
         return self._velocity
+
+    def run_under(self, watch: RangeWatch) -> Tensor:
+        """The velocity of what lies in the places, each operation's result seen by `watch`."""
+        with watch.step():
+            return self._dit.step(self.x, self.modulation, self._told)
+
+    def forget(self) -> None:
+        """Compute the conditioning of every row again at the next call."""
+        self._heard = None
 
     def _changed(self, told: dict[str, Tensor]) -> list[int]:
         heard = self._heard

@@ -78,6 +78,11 @@ class Packed:
             raise ToolError(f"{path}: tensor {missing[0]} is missing", "build it again")
         return cls(sizes, tensors)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of every tensor."""
+        return tuple(self._tensors)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor that is no product's."""
         return self._tensors[name]

@@ -1,0 +1,1 @@
+"""LoRA adapters in ONNX graphs: finding the native layers, merging, and quantising the merged weights again."""

@@ -1,0 +1,46 @@
+"""Train the demonstration model's LoRA adapter: its music from the room next door, which no caption can ask for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parse = Parser(prog="train_demo_lora.py", description=__doc__)
+    parse.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="demo checkpoint (build/make_demo_checkpoint.py)"
+    )
+    parse.add_argument("--out", type=Path, required=True, metavar="F.safetensors", help="adapter to write")
+    parse.add_argument("--rank", type=integer_type(1, 128), default=8, help="of the adapter (default 8)")
+    parse.add_argument("--captions", type=integer_type(1, 1000), default=24, help="to learn from (default 24)")
+    parse.add_argument("--seconds", type=integer_type(1, 10, "seconds"), default=3, help="of each (default 3)")
+    parse.add_argument("--steps", type=integer_type(1, 100_000), default=350, help="of the optimiser (default 350)")
+    parse.add_argument("--batch", type=integer_type(1, 64), default=8, help="rows a step (default 8)")
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, write, and print the change that the adapter makes."""
+    args = parser().parse_args(argv)
+
+    from sa3_demo import room_adapter
+    from sa3_demo.checkpoint_under_test import Subject
+    from sa3_trt_core.artifacts import files
+
+    files.require_writable(args.out, "adapter")
+    plan = room_adapter.RoomPlan(args.rank, args.captions, args.seconds, args.steps, args.batch)
+    subject = Subject(args.checkpoint, plan.seconds, 8, plan.batch)
+    rows, pairs = room_adapter.make_pairs(subject, plan)
+    adapters = room_adapter.train(subject, rows, pairs, plan)
+    room_adapter.write_adapter(adapters, plan, args.out)
+    print(f"{args.out}: rank {plan.rank}, {len(adapters)} layers, {args.out.stat().st_size} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,52 @@
+"""The flags of every command that takes adapters, and what they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sa3_trt_core.lora.lora_set import LoraOptions, LoraSpec
+
+RULES = ("native", "fade")
+STACKINGS = ("chained", "summed")
+
+
+def add_lora_flags(parse: argparse.ArgumentParser, required: bool = False) -> None:
+    """Add --lora and the flags of its rules as a group of their own."""
+    group = parse.add_argument_group("adapters")
+    group.add_argument(
+        "--lora", action="append", default=None, required=required, metavar="F[:S]",
+        help="a LoRA file or PEFT folder and its strength (default 1); may be repeated, in order",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-rule", choices=RULES, default=RULES[0],
+        help="strength of DoRA and BoRA: native scales the low-rank part alone, fade the whole change",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-stacking", choices=STACKINGS, default=STACKINGS[0],
+        help="chained: each adapter starts from the result of those before it; summed: changes of the base are added",
+    )  # fmt: skip
+    group.add_argument("--lora-no-duration", action="store_true", help="leave the duration embedder as it is")
+    group.add_argument(
+        "--lora-partial", action="store_true", help="use the layers that fit and leave out the others, with a note"
+    )
+    group.add_argument(
+        "--lora-bases", type=Path, metavar="model.safetensors",
+        help="native checkpoint for the SVD of -xs adapters (default: the weights at hand)",
+    )  # fmt: skip
+
+
+def lora_specs(args: argparse.Namespace) -> list[LoraSpec]:
+    """Return the adapters that a command line asks for, in order. Raises ToolError."""
+    from sa3_trt_core.lora.lora_set import parse_spec
+
+    return [parse_spec(text) for text in args.lora or []]
+
+
+def lora_options(args: argparse.Namespace) -> LoraOptions:
+    """Return the rules that a command line asks for."""
+    from sa3_trt_core.lora.lora_set import LoraOptions
+
+    return LoraOptions(args.lora_rule, args.lora_stacking, not args.lora_no_duration, args.lora_partial)

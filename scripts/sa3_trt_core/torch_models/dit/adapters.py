@@ -1,0 +1,176 @@
+"""Adapters in a loaded DiT: merged in fp32 from 16-bit weights, written over the tensors that kernels and graphs read.
+
+No tensor moves and no shape changes, so every compiled kernel and captured CUDA graph stays valid. In FP8 a changed
+weight gets new scales a channel and its nearest codes; activation scales are the base build's. Weights that no adapter
+changes keep the codes that they were built with.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS, REGROUPED, layer_of_role, roles
+from sa3_trt_core.lora.lora_set import LoraSet
+from sa3_trt_core.lora.safetensors_file import SafetensorsFile
+from sa3_trt_core.lora.svd_bases import FOLDER_SUFFIX, SvdBases
+from sa3_trt_core.shapes import LOCAL_CHANNELS
+from sa3_trt_core.torch_models.dit.model import Dit
+
+E4M3_MAX = 448.0
+FP16_MAX = 65504.0
+SCALE_FLOOR = 2.0**-14  # the smallest normal fp16, in which a build stores its scales
+CONVOLUTIONS = ("preprocess", "postprocess")
+KEPT_BYTES = 4 << 30  # of merged weights in memory, by the digest of their set
+# Nearest codes are 0.026 from their weight and GPTQ's 0.04 (relative L2); another model's weights are 1.4.
+MAX_DEVIATION = 0.15
+
+
+class AdapterSlot:
+    """The adapters of one loaded DiT. `own` is its packed file, `base` the packed FP16-mixed one of the same model."""
+
+    def __init__(self, dit: Dit, own: Path, base: Path, rebuild: str) -> None:
+        """Open both files. Raises ToolError when `base` is missing or incomplete; `rebuild` is the command for it."""
+        if base != own:
+            reason = f"no engine {base}" if not base.is_file() else manifest.verify_manifest(base)
+            if reason is not None:
+                raise ToolError(f"adapters are merged from 16-bit weights: {reason}", f"build them: {rebuild}")
+        self._dit = dit
+        self._base_path = base
+        self._own, self._base = SafetensorsFile(own), SafetensorsFile(base)
+        depth = dit.sizes.depth
+        self._roles = {layer_of_role(role): role for role in roles(depth) if _key(role) in self._base.entries}
+        self._changed: frozenset[str] = frozenset()
+        self._compared: set[str] = set()
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    @torch.no_grad()
+    def set(self, loras: LoraSet, checkpoint: Path | None = None) -> None:
+        """Give the DiT this set instead of the one it has. Raises ToolError, with the DiT as it was.
+
+        `checkpoint` is a native model.safetensors for the SVD bases of -xs adapters.
+        """
+        loras.require_fits(self._shapes(), str(self._own.path))
+        digest = loras.digest
+        tensors = self._kept.pop(digest, None)
+        if tensors is None:
+            tensors = self._merged(loras, SvdBases(Path(f"{self._base_path}{FOLDER_SUFFIX}"), checkpoint))
+        self._keep(digest, tensors)
+        layers = loras.layers & self._roles.keys()
+        for layer in self._changed - layers:
+            for name in self._names(self._roles[layer]):
+                self._dit.packed.tensor(name).copy_(self._stored(name))
+        for name, value in tensors.items():
+            self._dit.packed.tensor(name).copy_(value)
+        self._changed = frozenset(layers)
+        self._dit.refresh()
+
+    def _merged(self, loras: LoraSet, bases: SvdBases) -> dict[str, Tensor]:
+        """Every tensor of the packed DiT that the set changes, on the DiT's device."""
+        tensors: dict[str, Tensor] = {}
+        for layer in sorted(loras.layers & self._roles.keys()):
+            role = self._roles[layer]
+            original = self._original(role)
+            weight = self._packed_layout(role, loras.merged(layer, self._native(role, original), bases))
+            largest = float(weight.abs().max())
+            if not largest <= FP16_MAX:  # NaN too
+                raise ToolError(
+                    f"the merged weight of {layer} reaches {largest:g}, beyond fp16",
+                    "lower the strengths, or use fewer adapters",
+                )
+            key = _key(role)
+            if original.dtype == torch.float16:
+                weight = weight.half().float()  # as a merged graph stores it: the codes are then the same
+            if f"{role}.activation_scale" in self._own.entries:
+                self._require_same(role, original)
+                tensors[f"{role}.weight_scale"], tensors[key] = quantized(weight)
+            else:
+                tensors[key] = weight.to(self._dit.packed.tensor(key).dtype)
+        return tensors
+
+    def _original(self, role: str) -> Tensor:
+        device = self._dit.packed.tensor(_key(role)).device
+        return self._base.tensor(_key(role)).to(device)
+
+    def _native(self, role: str, packed: Tensor) -> Tensor:
+        """A packed weight as the checkpoint has it: without padded columns, to_qkv's rows q | k | v | q2 | k2."""
+        weight = packed.float()[:, : self._columns(role, packed)]
+        return _reordered(weight, NATIVE_ORDER) if role.endswith("self_qkv") else weight
+
+    def _packed_layout(self, role: str, native: Tensor) -> Tensor:
+        weight = _reordered(native, REGROUPED) if role.endswith("self_qkv") else native
+        extra = self._base.entries[_key(role)].shape[1] - weight.shape[1]
+        return torch.nn.functional.pad(weight, (0, extra)) if extra else weight
+
+    def _columns(self, role: str, packed: Tensor) -> int:
+        true = {"local_in": LOCAL_CHANNELS, "ff_out": self._dit.sizes.inner}.get(role.rpartition(".")[2])
+        return int(packed.shape[1]) if true is None else true
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        shapes = {}
+        for layer, role in self._roles.items():
+            entry = self._base.entries[_key(role)]
+            packed = torch.empty(entry.shape, device="meta")
+            shapes[layer] = (entry.shape[0], self._columns(role, packed))
+        return shapes
+
+    def _require_same(self, role: str, original: Tensor) -> None:
+        """Raise ToolError when the FP8 codes are not those of the 16-bit weight; looked at once a layer."""
+        if role in self._compared:
+            return
+        scale = self._stored(f"{role}.weight_scale").to(original.device)
+        codes = self._codes(role).to(original.device).float()
+        wide = original.float()
+        if codes.shape != wide.shape or (codes * scale[:, None] - wide).norm() > MAX_DEVIATION * wide.norm():
+            raise ToolError(
+                f"{self._own.path} was not made of the weights in {self._base_path}: {layer_of_role(role)} differs",
+                "build both engines from the graphs of one model",
+            )
+        self._compared.add(role)
+
+    def _codes(self, role: str) -> Tensor:
+        return self._stored(_key(role))
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of the DiT's own file, as it was built."""
+        return self._own.tensor(name)
+
+    def _names(self, role: str) -> list[str]:
+        scale = f"{role}.weight_scale"
+        return [_key(role), *([scale] if scale in self._own.entries else [])]
+
+    def _keep(self, digest: str, tensors: dict[str, Tensor]) -> None:
+        """Keep merged weights of the sets used last, up to KEPT_BYTES and while a GPU has as much left again."""
+        size, device = _bytes(tensors), self._dit.packed.tensor("memory").device
+        if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < KEPT_BYTES + size:
+            return
+        self._kept[digest] = tensors
+        while sum(map(_bytes, self._kept.values())) > KEPT_BYTES:
+            self._kept.popitem(last=False)
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales (N,) fp32, as fp16 stores them, and E4M3 codes (N, K) of a weight (N, K): nearest, saturated."""
+    wanted = (weight.abs().amax(dim=1) / E4M3_MAX).clamp(min=SCALE_FLOOR)
+    stored = wanted.half()
+    above = (stored.view(torch.int16) + 1).view(torch.float16)
+    scale = torch.where(stored.float() < wanted, above, stored).float()  # rounded up, so that amax still fits
+    codes = (weight / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return scale, codes
+
+
+def _key(role: str) -> str:
+    return role if role in CONVOLUTIONS else f"{role}.weight"
+
+
+def _reordered(rows: Tensor, order: tuple[int, ...]) -> Tensor:
+    return rows.unflatten(0, (QKV_PARTS, -1))[list(order)].flatten(0, 1)
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in tensors.values())

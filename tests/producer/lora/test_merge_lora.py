@@ -1,0 +1,320 @@
+"""Adapters in graphs and engines: the same velocities as the native network with weights merged by hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import build_from_onnx
+import merge_lora
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+import sa3_trt
+from helpers import adapters, native
+from helpers.commands import listing, run, two_lines
+from sa3_build.export import torch_to_onnx
+from sa3_build.lora.graph_layers import find_layers
+from sa3_build.lora.merge import merge_graph
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.engines.torch import TorchEngine
+from sa3_trt_core.lora.lora_set import LoraSet, LoraSpec
+from sa3_trt_core.lora.svd_bases import SvdBases
+from sa3_trt_core.shapes import CONTRACTS
+from sa3_trt_core.torch_models.dit.adapters import quantized
+
+FRAMES = 24
+STRENGTHS = (-1.0, 0.3, 1.0, 2.0)
+Adapted = Callable[[str, int], Path]
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_checkpoint: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(tiny_checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint: Path) -> dict[str, np.ndarray]:
+    return adapters.native_weights(tiny_checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def adapted(base: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """A file of a kind and seed that changes every layer of the tiny network."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shapes = {layer: weight.shape for layer, weight in base.items()}
+
+    def written(kind: str, seed: int = 0) -> Path:
+        path = folder / f"{kind}-{seed}.safetensors"
+        return path if path.exists() else adapters.write_native(path, kind, shapes, seed=seed, norms=base)
+
+    return written
+
+
+def inputs(rows: int = 2) -> dict[str, torch.Tensor]:
+    made = torch_to_onnx.example_inputs("dit", batch=rows, frames=FRAMES)
+    named = {spec.name: value for spec, value in zip(CONTRACTS["dit"].inputs, made, strict=True)}
+    named["t5_hidden"] *= 0.3
+    return named
+
+
+def by_hand(
+    weights: Mapping[str, torch.Tensor], base: dict[str, np.ndarray], *specs: tuple[Path, float]
+) -> torch.Tensor:
+    """The native network's velocity with every weight merged in NumPy, one adapter after the other."""
+    changed = dict(weights)
+    for layer, original in base.items():
+        weight = original
+        for path, strength in specs:
+            weight = adapters.merged(path, layer, weight, strength, original)
+        key = ("conditioner." if layer == adapters.DURATION else "model.") + f"{layer}.weight"
+        changed[key] = torch.from_numpy(np.ascontiguousarray(weight)).reshape(weights[key].shape)
+    with torch.no_grad():
+        return native.velocity(changed, **inputs())
+
+
+def velocity(path: Path) -> torch.Tensor:
+    with OnnxRuntimeEngine(path) as engine:
+        return engine.run(inputs())["velocity"]
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def worst_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(cosine_similarity(one.double().flatten(1), other.double().flatten(1)).min())
+
+
+@pytest.mark.parametrize("kind", adapters.KINDS)
+def test_a_merged_fp32_graph_gives_the_velocities_of_weights_merged_by_hand(
+    kind: str, tiny_onnx: Path, weights: dict[str, torch.Tensor], base: dict[str, np.ndarray], adapted: Adapted,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    strength = STRENGTHS[adapters.KINDS.index(kind) % len(STRENGTHS)]
+    loras = LoraSet.read([LoraSpec(adapted(kind, 0), strength)])
+    merged = merge_graph(tiny_onnx / "sa3-m" / "dit.onnx", loras, tmp_path / "merged.onnx", SvdBases())
+    wanted = by_hand(weights, base, (adapted(kind, 0), strength))
+    # Singular vectors of random weights are nearly degenerate: two fp32 decompositions differ by 1e-4.
+    assert apart(velocity(tmp_path / "merged.onnx"), wanted) < (5e-4 if kind.endswith("-xs") else 1e-5)
+    assert len(merged.changes) == len(base) == 22
+    assert apart(by_hand(weights, base), wanted) > 0.05
+
+
+@pytest.mark.parametrize("order", ((0, 1), (1, 0)))
+def test_a_pair_is_merged_in_the_order_that_it_is_named(
+    order: tuple[int, int], tiny_onnx: Path, weights: dict[str, torch.Tensor], base: dict[str, np.ndarray],
+    adapted: Adapted, tmp_path: Path,
+) -> None:  # fmt: skip
+    pair = [(adapted("dora-rows", 1), 1.3), (adapted("bora", 2), 0.6)]
+    specs = [pair[index] for index in order]
+    loras = LoraSet.read([LoraSpec(*spec) for spec in specs])
+    merge_graph(tiny_onnx / "sa3-m" / "dit.onnx", loras, tmp_path / "merged.onnx", SvdBases())
+    wanted, other = by_hand(weights, base, *specs), by_hand(weights, base, *specs[::-1])
+    assert apart(velocity(tmp_path / "merged.onnx"), wanted) < 1e-5 < apart(other, wanted)
+
+
+class Native(torch.nn.Module):
+    """The native network as a module, with the native row order of to_qkv, for PyTorch's older exporter."""
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        used = {key: value for key, value in weights.items() if not key.startswith("pretransform.")}
+        self.held = torch.nn.ParameterList([torch.nn.Parameter(value, requires_grad=False) for value in used.values()])
+        self.names = list(used)
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return native.velocity(dict(zip(self.names, self.held, strict=True)), *given)
+
+
+def test_a_graph_with_native_rows_behind_transposes_is_told_from_one_with_regrouped_rows(
+    tiny_onnx: Path, weights: dict[str, torch.Tensor], base: dict[str, np.ndarray], adapted: Adapted, tmp_path: Path
+) -> None:
+    contract = CONTRACTS["dit"]
+    names = [spec.name for spec in contract.inputs]
+    axes = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in ("B", "L")} for spec in contract.inputs}
+    path = tmp_path / "native.onnx"
+    with torch.no_grad():
+        torch.onnx.export(
+            Native(weights).eval(), tuple(inputs().values()), str(path), dynamo=False, opset_version=17,
+            do_constant_folding=False, input_names=names, output_names=["velocity"], dynamic_axes=axes,
+        )  # fmt: skip
+    _, layers = find_layers(path)
+    assert not layers[adapters.QKV].regrouped and layers[adapters.QKV].weight.transposed is False
+    assert find_layers(tiny_onnx / "sa3-m" / "dit.onnx")[1][adapters.QKV].regrouped
+    assert {layer: item.shape for layer, item in layers.items()} == {k: v.shape for k, v in base.items()}
+    for layer, item in layers.items():
+        assert np.array_equal(item.native(), base[layer]), layer
+    merge_graph(path, LoraSet.read([LoraSpec(adapted("dora-rows", 0))]), tmp_path / "merged.onnx", SvdBases())
+    assert apart(velocity(tmp_path / "merged.onnx"), by_hand(weights, base, (adapted("dora-rows", 0), 1.0))) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def root(tiny_fp8: Path, adapted: Adapted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX root with an adapter merged into FP16-mixed and FP8 by the command, and the torch engines beside it."""
+    folder = tmp_path_factory.mktemp("root")
+    shutil.copytree(tiny_fp8, folder / "onnx")
+    half, fp8 = (folder / "onnx" / "sa3-m" / f"dit_{name}.onnx" for name in ("fp16mixed", "fp8"))
+    done = run(merge_lora.main, ["--input", half, "--lora", f"{adapted('dora-rows', 0)}:0.8", "--fp8-base", fp8])
+    assert done.code == 0, done.err
+    line = ["sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", folder / "onnx"]
+    done = run(build_from_onnx.main, [*line, "--models-dir", folder / "models"])
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loras(adapted: Adapted) -> LoraSet:
+    return LoraSet.read([LoraSpec(adapted("dora-rows", 0), 0.8)])
+
+
+def graph(root: Path, precision: str, digest: str = "") -> Path:
+    return root / "onnx" / "sa3-m" / (f"dit_{precision}.lora-{digest}.onnx" if digest else f"dit_{precision}.onnx")
+
+
+def test_an_adapted_fp8_graph_is_as_near_to_its_fp16_graph_as_the_base_is(root: Path, loras: LoraSet) -> None:
+    plain, quantised = velocity(graph(root, "fp16mixed")), velocity(graph(root, "fp8"))
+    merged = velocity(graph(root, "fp16mixed", loras.digest))
+    fp8 = velocity(graph(root, "fp8", loras.digest))
+    assert worst_cosine(merged, plain) < 0.97, "the adapter does something"
+    assert worst_cosine(fp8, merged) > worst_cosine(quantised, plain) - 0.001
+    stated = manifest.read_manifest(graph(root, "fp8", loras.digest))
+    assert stated is not None and stated.settings["loras"] == json.loads(json.dumps(loras.to_manifest()))
+    assert stated.settings["rounding"] == "nearest" and stated.inputs.keys() >= {"dit_fp8.onnx", "dit_fp16mixed.onnx"}
+
+
+def test_scales_of_activations_and_16_bit_products_are_those_of_the_base(root: Path, loras: LoraSet) -> None:
+    from sa3_build.engines.pack_weights import activation_scale
+
+    _, before = find_layers(graph(root, "fp8"))
+    _, after = find_layers(graph(root, "fp8", loras.digest))
+    quantised = {layer for layer, item in before.items() if item.weight.scale is not None}
+    assert len(quantised) == 9 and quantised == {k for k, v in after.items() if v.weight.scale is not None}
+    for layer in before:
+        assert activation_scale(before[layer].node) == activation_scale(after[layer].node)
+    for layer in quantised:
+        source = find_layers(graph(root, "fp16mixed", loras.digest))[1][layer].native()
+        off = np.linalg.norm(after[layer].native() - source) / np.linalg.norm(source)
+        assert off < 0.035, "nearest codes of the merged weight"
+
+
+def test_the_torch_engine_changes_in_place_and_comes_back(root: Path, loras: LoraSet, adapted: Adapted) -> None:
+    folder = root / "models" / "cpu" / "sa3-m"
+    half = folder / "dit_fp16mixed.safetensors"
+    for precision, limit in (("fp16mixed", 0.002), ("fp8", 0.05)):
+        with TorchEngine(folder / f"dit_{precision}.safetensors", "build it") as engine:
+            before = engine.run(inputs())["velocity"]
+            engine.set_loras(loras, half, "build it")
+            during = engine.run(inputs())["velocity"]
+            wanted = velocity(graph(root, precision, loras.digest))
+            assert (
+                float((during - wanted).norm() / wanted.norm())
+                < limit
+                < float((before - wanted).norm() / wanted.norm())
+            )
+            engine.set_loras(LoraSet.read([LoraSpec(adapted("lora", 3))]), half, "build it")
+            assert not torch.equal(engine.run(inputs())["velocity"], during)
+            engine.set_loras(loras, half, "build it")
+            assert torch.equal(engine.run(inputs())["velocity"], during)
+            engine.set_loras(LoraSet(), half, "build it")
+            assert torch.equal(engine.run(inputs())["velocity"], before)
+
+
+def test_codes_of_the_torch_engine_are_those_of_the_merged_graph(root: Path, loras: LoraSet) -> None:
+    _, merged = find_layers(graph(root, "fp16mixed", loras.digest))
+    _, fp8 = find_layers(graph(root, "fp8", loras.digest))
+    layer = "model.transformer.layers.0.cross_attn.to_kv"
+    scale, codes = quantized(torch.from_numpy(merged[layer].native()))
+    assert fp8[layer].weight.scale is not None
+    assert np.array_equal(codes.view(torch.uint8).numpy(), fp8[layer].weight.codes().view(np.uint8))
+    assert np.array_equal(scale.numpy(), fp8[layer].weight.scale.astype(np.float32).reshape(-1))
+    _, saturated = quantized(torch.tensor([[1e5, -1e5, 1.0]]))
+    assert saturated.float().tolist()[0][:2] == [448.0, -448.0]
+
+
+def test_activations_beyond_the_calibrated_range_are_named(root: Path, adapted: Adapted) -> None:
+    folder = root / "models" / "cpu" / "sa3-m"
+    with TorchEngine(folder / "dit_fp8.safetensors", "build it") as engine:
+        engine.set_loras(LoraSet.read([LoraSpec(adapted("lora", 0), 60.0)]), folder / "dit_fp16mixed.safetensors", "x")
+        engine.run(inputs())
+        assert any(layer.startswith("model.transformer.layers.0.") for layer in engine.saturated())
+        assert engine.saturated() == []
+        engine.set_loras(LoraSet.read([LoraSpec(adapted("lora", 0), 0.01)]), folder / "dit_fp16mixed.safetensors", "x")
+        engine.run(inputs())
+        assert engine.saturated() == []
+
+
+def test_the_command_makes_the_same_sound_of_a_merged_graph_and_of_a_merge_at_load(
+    root: Path, adapted: Adapted, tmp_path: Path
+) -> None:
+    import soundfile
+
+    line = ["--prompt", "x", "--seconds", 1, "--seed", 3, "--precision", "fp16mixed", "--onnx-root", root / "onnx",
+            "--models-dir", root / "models"]  # fmt: skip
+    sounds = {}
+    for name, more in {
+        "plain": ["--backend", "torch"],
+        "torch": ["--backend", "torch", "--lora", f"{adapted('dora-rows', 0)}:0.8"],
+        "graph": ["--backend", "onnxruntime", "--lora", f"{adapted('dora-rows', 0)}:0.8"],
+    }.items():
+        done = run(
+            sa3_trt.main, [*line, *more, "--out", tmp_path / f"{name}.wav", "--save-latents", tmp_path / "l.npz"]
+        )
+        assert done.code == 0, done.err
+        assert ("LoRA dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in done.err) == (name != "plain")
+        sounds[name] = np.load(tmp_path / "l.npz")["latents"]
+    off = np.linalg.norm(sounds["torch"] - sounds["graph"]) / np.linalg.norm(sounds["graph"])
+    assert off < 0.02 < np.linalg.norm(sounds["plain"] - sounds["graph"]) / np.linalg.norm(sounds["graph"])
+    again = run(sa3_trt.main, [*line[6:], "--again", tmp_path / "graph.wav", "--backend", "onnxruntime",
+                               "--out", tmp_path / "again.wav"])  # fmt: skip
+    assert again.code == 0, again.err
+    assert np.array_equal(soundfile.read(tmp_path / "again.wav")[0], soundfile.read(tmp_path / "graph.wav")[0])
+
+
+def test_a_missing_merged_graph_is_refused_with_the_command_that_makes_it(
+    root: Path, adapted: Adapted, tmp_path: Path
+) -> None:
+    before = listing(root)
+    line = ["--prompt", "x", "--seconds", 1, "--precision", "fp8", "--onnx-root", root / "onnx", "--models-dir",
+            tmp_path, "--out", tmp_path / "x.wav", "--lora", f"{adapted('lora', 5)}:0.7"]  # fmt: skip
+    done = run(sa3_trt.main, [*line, "--backend", "onnxruntime"])
+    two_lines(done, "sa3-m-fp8.lora-")
+    hint = done.err.splitlines()[1]
+    assert "merge_lora.py --input" in hint and f"{adapted('lora', 5)}:0.7" in hint and "--fp8-base" in hint
+    two_lines(run(sa3_trt.main, [*line, "--backend", "torch"]), "no engine")
+    assert listing(root) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (["--input", "dit_fp8.onnx"], "quantised"),
+        (["--rounding", "gptq"], "--rounding gptq needs"),
+        (["--fp8-base", "dit_other.onnx"], "was not made of"),
+        (["--onnx", "dit_fp16mixed.onnx"], "the graph that is read"),
+    ],
+)
+def test_a_merge_that_would_be_wrong_is_refused_and_writes_nothing(
+    more: list[str], word: str, root: Path, adapted: Adapted, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sa3-m"
+    shutil.copytree(root / "onnx" / "sa3-m", folder, ignore=shutil.ignore_patterns("*lora*"))
+    if word == "was not made of":
+        other = LoraSet.read([LoraSpec(adapted("lora", 8), 9.0)])
+        from sa3_build.lora.requantize import requantize
+
+        requantize(folder / "dit_fp8.onnx", folder / "dit_fp16mixed.onnx", other, folder / more[1], SvdBases())
+    before = listing(folder)
+    words = [str(folder / value) if value.endswith(".onnx") else value for value in more]
+    line = ["--input", folder / "dit_fp16mixed.onnx", "--lora", adapted("lora", 0), *words]
+    done = run(merge_lora.main, [*line, *(["--onnx", folder / "new.onnx"] if "--onnx" not in more else [])])
+    assert done.code == 2 and word in done.err, done
+    left = {name for name in listing(folder) if name not in before}
+    assert not [name for name in left if name.startswith("dit_fp8.lora")], left
