@@ -8,9 +8,10 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build.graph import query, shape_values
+from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.op_shapes import RULES, broadcast_all
 from sa3_build.graph.shape_rules import Numbers
-from sa3_build.graph.symbolic_dim import Length, Shape, product
+from sa3_build.graph.symbolic_dim import Length, Shape, product, symbol
 
 ELEMENTWISE = frozenset(
     (
@@ -90,3 +91,25 @@ def _objects(entries: list[Length | None]) -> Numbers:
     result = np.empty(len(entries), dtype=object)
     result[:] = entries
     return result
+
+
+def declared(value: ir.Value) -> Shape:
+    """The shape that a graph input states."""
+    assert value.shape is not None
+    return tuple(Length(axis) if isinstance(axis, int) else symbol(str(axis)) for axis in value.shape)
+
+
+def follow(shapes: Shapes, node: ir.Node) -> None:
+    """Follow one node. Raises GraphNotRecognised naming it when its inputs' shapes do not go together."""
+    try:
+        shapes.step(node)
+    except ValueError as error:
+        raise GraphNotRecognised(f"{described(node)}: {error}") from None
+
+
+def followed(model: ir.Model) -> Shapes:
+    """The shapes of every value, as far as they follow from the inputs'."""
+    shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
+    for node in model.graph:
+        follow(shapes, node)
+    return shapes

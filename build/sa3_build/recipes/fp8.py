@@ -23,6 +23,7 @@ from sa3_build.passes import canonicalize
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.insert_qdq import InsertQuantizers
+from sa3_build.passes.null_row import has_null_row
 from sa3_build.passes.rename_nodes import RenameNodes
 from sa3_build.passes.store_fp8_weights import StoreWeightsAsFp8
 from sa3_build.quantization import (
@@ -75,7 +76,7 @@ class Fp8Recipe:
         self._source, self._output, self.settings, self._keep = source, output, settings, keep
         model = graph_io.load(source)
         contract.require_contract(model, "dit", source)
-        require_half(model, source, settings.free_batch)
+        require_half(model, source, settings.free_batch, settings.shaping)
         self.needs = needs_of(model, source, settings)
         self._calibration = CalibrationSet.open(calibration)
         self._ranges = self._calibration.check_values()
@@ -126,7 +127,7 @@ class Fp8Recipe:
     def _clean(self) -> Mapping[str, Any]:
         model = graph_io.load(self._source)
         adopted = canonicalize.adopt(model, self.settings.free_batch)
-        remixed = canonicalize.remix(model)
+        remixed = canonicalize.remix(model, self.settings.shaping)
         results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
         find_dit_islands(model)
         graph_io.drop_exporter_notes(model)
@@ -136,7 +137,8 @@ class Fp8Recipe:
             found["cosine with the source as it was mixed"] = graph_checks.require_same_network(
                 self._source, self.work / "clean.onnx"
             )
-        if adopted.freed:
+        found["null row"] = has_null_row(model)
+        if adopted.foreign and self.settings.free_batch:
             found["rows together against one by one"] = graph_checks.require_rows_alike(self.work / "clean.onnx")
         return found
 
@@ -287,6 +289,7 @@ class Fp8Recipe:
         path = report_path(self._output)
         files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
         gates = {"proof": "holds", "worst denoised cosine": self._folder.done["parity"]["worst"]}
+        gates["null row"] = self._folder.done["clean"]["null row"]
         manifest.write_manifest(self._output, "dit_fp8", [*written, path], self.inputs, self.settings.noted(), gates)
         return report
 

@@ -12,6 +12,7 @@ from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes import canonicalize
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fold_weights import FoldWeights
+from sa3_build.passes.shaping import Shaping
 from sa3_build.quantization import selection
 from sa3_build.recipes import requirements_check
 from sa3_build.recipes.fp8_settings import Settings
@@ -19,7 +20,9 @@ from sa3_build.verification import graph_proof
 from sa3_trt_core.errors import ToolError
 
 
-def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
+def require_half(
+    model: ir.Model, source: Path, free_batch: bool = True, shaping: Shaping = canonicalize.SHAPED
+) -> None:
     """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
     if any(node.op_type in graph_proof.QDQ for node in model.graph):
         raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
@@ -34,7 +37,7 @@ def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None
             "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
         )
     with naming(source):
-        canonicalize.remix(model)
+        canonicalize.remix(model, shaping)
 
 
 def needs_of(model: ir.Model, source: Path, settings: Settings) -> requirements_check.Estimate:

@@ -6,9 +6,12 @@ import argparse
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from sa3_build.passes import shaping
+from sa3_build.passes.shaping import Shaping
 from sa3_trt_core.errors import ToolError
 
-RULES = 3  # raised when the same settings come to mean other files: artefacts of older rules are stale
+SHAPED = Shaping()
+RULES = 4  # raised when the same settings come to mean other files: artefacts of older rules are stale
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,12 @@ class Settings:
     max_fp16_products: int | None = None
     recipe: str = "ours"  # "reference": the published recipe's choices, to compare with
     rounding: str = "gptq"  # of weights; "nearest": each to the nearest code
+    shaping: Shaping = SHAPED  # what is rewritten in a source that was not by our own recipe
     rollouts: int = 2  # whole generations that the report compares, beside perturbed ones
 
     def noted(self) -> dict[str, Any]:
         """As manifest and report hold them: a setting younger than an artefact is left out while it changes nothing."""
-        young = ("target_cosine", "max_fp16_products", "recipe", "rounding", "rollouts")
+        young = ("target_cosine", "max_fp16_products", "recipe", "rounding", "rollouts", "shaping")
         same = {field.name for field in fields(self) if getattr(self, field.name) == field.default}
         return {name: value for name, value in asdict(self).items() if name not in young or name not in same}
 
@@ -56,7 +60,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[Settings, str]:
         ptq, reference_recipe.HEADROOM if reference else args.headroom,
         args.weights, args.min_cosine, args.parity_rows, args.free_batch,
         target_cosine=args.target_cosine, max_fp16_products=args.max_fp16_products, recipe=args.recipe,
-        rounding=_rounding(args), rollouts=args.rollouts,
+        rounding=_rounding(args), rollouts=args.rollouts, shaping=shaping.from_flags(args),
     )  # fmt: skip
     return settings, why
 

@@ -47,7 +47,8 @@ class Front:
         text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden.float(), self._packed.tensor("padding"))
         tokens = torch.cat([text, token], dim=1)
         if self._packed.sizes.null_rows:
-            tokens = tokens * (t5_hidden.abs().amax(dim=(1, 2), keepdim=True) > 0)
+            marks = t5_hidden.abs().amax(dim=(1, 2), keepdim=True) + t5_mask.abs().amax(dim=1)[:, None, None]
+            tokens = tokens * (marks > 0)
         hidden = functional.silu(result(tokens.to(torch.float16), self._products["context_in"]).float())
         return result(hidden.to(torch.float16), self._products["context_out"])
 

@@ -37,7 +37,7 @@ class Sizes:
     norm_epsilon: float
     head_epsilon: float
     seconds_range: float
-    null_rows: bool  # a row whose t5_hidden is zero throughout has zero cross tokens
+    null_rows: bool  # a row whose t5_hidden and t5_mask are zero has zero cross tokens
     precision: str
 
 
