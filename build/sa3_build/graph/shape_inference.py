@@ -15,9 +15,10 @@ from sa3_build.graph.symbolic_dim import Length, Shape, product, symbol
 
 ELEMENTWISE = frozenset(
     (
-        "Abs", "Add", "And", "Cast", "Clip", "Cos", "Div", "Equal", "Exp", "Greater", "GreaterOrEqual", "Less",
-        "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Sigmoid", "Sin", "Softmax",
-        "Sqrt", "Sub", "Tanh", "Where",
+        "Abs", "Add", "And", "Cast", "Ceil", "Clip", "Cos", "Div", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
+        "GreaterOrEqual", "HardSwish", "Identity", "IsInf", "IsNaN", "Less", "LessOrEqual", "Log", "LogSoftmax", "Max",
+        "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin",
+        "Softmax", "Softplus", "Sqrt", "Sub", "Swish", "Tanh", "Where",
     )
 )  # fmt: skip
 

@@ -52,8 +52,11 @@ class AddNullRow:
 def cross_tokens(model: ir.Model) -> ir.Value | None:
     """The cross tokens (B, 257, 768): what the first product that sees the text, and no latent, reads."""
     behind = query.graph_inputs_behind(model)
-    for node, _ in query.weighted_products(model):
-        if "t5_hidden" in behind[node] and "x" not in behind[node]:
+    for node in model.graph:
+        if node.op_type not in query.PRODUCTS or "t5_hidden" not in behind[node] or "x" in behind[node]:
+            continue
+        made_by = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if made_by is None or not behind[made_by]:  # a weight, quantised or not
             value = node.inputs[0]
             while value is not None and (made := value.producer()) is not None and made.op_type in _SEEN_THROUGH:
                 value = made.inputs[0]
