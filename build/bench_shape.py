@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sa3_trt_core.cli.arguments import Parser, run_command
 
 if TYPE_CHECKING:
-    from sa3_build.passes.rewrites import Shaping
+    from sa3_build.passes.shaping import Shaping
 
 HEADER = ("passes", "nodes", "products", "softmaxes", "norms", "bytes", "worst denoised cosine", "ms a forward")
 FRAMES = 646  # 54 s
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     """Build the FP16-mixed DiT with no pass, with each alone and with all; nothing is kept."""
     args = parser().parse_args(argv)
 
-    from sa3_build.passes.rewrites import Shaping
+    from sa3_build.passes.shaping import Shaping
     from sa3_trt_core import console
 
     names = [field.name for field in fields(Shaping)]

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sa3_build.passes import shaping
 from sa3_trt_core.cli.arguments import Parser, number_type, run_command
 
 
@@ -19,12 +20,7 @@ def parser() -> argparse.ArgumentParser:
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
         help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
     )  # fmt: skip
-    for flag, what in (
-        ("--bake-rope", "make the rotary table a constant, read up to the length of the run"),
-        ("--stack-attention", "one attention call for both halves of differential attention"),
-        ("--pad-k", "pad products whose K is no multiple of 16 (the local embedding: 257) with zeros"),
-    ):
-        line.add_argument(flag, action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
+    shaping.add_flags(line)
     return line
 
 
@@ -36,12 +32,10 @@ def main(argv: list[str] | None = None) -> int:
 
     files.require_writable(args.onnx, "graph")
 
-    from sa3_build.passes.rewrites import Shaping
     from sa3_build.recipes.fp16_mixed import build_half
     from sa3_trt_core import console
 
-    shaping = Shaping(args.bake_rope, args.stack_attention, args.pad_k)
-    made = build_half(args.input, args.onnx, args.min_cosine, args.free_batch, shaping)
+    made = build_half(args.input, args.onnx, args.min_cosine, args.free_batch, shaping.from_flags(args))
     if made is None:
         print(f"{args.onnx} is current")
         return 0

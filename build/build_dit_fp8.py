@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3_build.passes import shaping
 from sa3_build.quantization.settings import Settings
 from sa3_build.recipes.fp8_settings import from_arguments
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from sa3_build.recipes.fp8 import Fp8Recipe
 
 DEFAULT_HEADROOM = 2.0
+SHOWN = ("free-batch", "lift-to-fp32", "null-row", "bake-rope", "stack-attention", "pad-k")  # passes with a line each
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
         help="make a batch axis that is fixed at 1 dynamic, or refuse the graph (default: yes)",
     )  # fmt: skip
+    shaping.add_flags(line)
     line.add_argument("--work-dir", type=Path, metavar="D", help="for what lies between (default: beside the output)")
     line.add_argument("--keep-intermediates", action="store_true", help="leave the working folder where it is")
     line.add_argument(
@@ -150,6 +153,10 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
     stages = report["stages"]
     rows = [[name, f"{done['seconds']:.1f}"] for name, done in stages.items()]
     print(console.table(("stage", "seconds"), rows))
+    for one in stages["clean"]["passes"]:
+        if one["name"] in SHOWN:
+            counts = ", ".join(f"{count} {name}" for name, count in one.items() if name not in ("name", "notes"))
+            print("\n  ".join([f"{one['name']}: {counts}", *one.get("notes", ())]))
     for check in stages["scales"]["proof"]:
         print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
     if "rounding" in stages:

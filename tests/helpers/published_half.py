@@ -13,20 +13,23 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from helpers import published_style
+from helpers.published_module import PublishedDit
 from sa3_build.export.wrappers import DitContract
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 NORM_CORE = {"Pow", "ReduceMean", "Add", "Sqrt", "Div"}
+ROTARY = {"Slice", "Unsqueeze", "Concat", "Einsum", "Mul", "Div", "Cast"}
 FOURIER = {"Mul", "Cos", "Sin", "Concat", "Unsqueeze"}  # the last one stands on the frequencies
 
 
 def write_half(
-    module: DitContract, path: Path, scratch: Path, softmax: int = FLOAT, sidecar: str = "other.bin"
+    module: DitContract | PublishedDit, path: Path, scratch: Path, softmax: int = FLOAT, sidecar: str = "other.bin"
 ) -> Path:
     """The FP16-mixed graph of the published style, batch fixed at 1; `softmax` is the type of that op."""
     proto = published_style.traced(module, scratch)
-    published_style.count_positions_in_integers(proto)
-    Surgery(proto, softmax).run()
+    if isinstance(module, DitContract):
+        published_style.count_positions_in_integers(proto)
+    Surgery(proto, softmax, isinstance(module, PublishedDit) and module.conventions.fp32_duration).run()
     published_style.disorder(proto)
     return published_style.write(proto, path, sidecar)
 
@@ -34,8 +37,8 @@ def write_half(
 class Surgery:
     """One conversion. Casts are appended at the end, behind their users."""
 
-    def __init__(self, proto: onnx.ModelProto, softmax: int) -> None:
-        self._graph, self._softmax = proto.graph, softmax
+    def __init__(self, proto: onnx.ModelProto, softmax: int, fp32_duration: bool = False) -> None:
+        self._graph, self._softmax, self._fp32_duration = proto.graph, softmax, fp32_duration
         inferred = onnx.shape_inference.infer_shapes(proto)
         values = [*inferred.graph.value_info, *proto.graph.input, *proto.graph.output]
         self._types = {value.name: value.type.tensor_type.elem_type for value in values}
@@ -47,6 +50,10 @@ class Surgery:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
         self._appended: list[onnx.NodeProto] = []
+        self._levels = {"t"}  # the noise level on its way to its features
+        for node in proto.graph.node:
+            if node.op_type in ("Cast", "Unsqueeze") and node.input[0] in self._levels:
+                self._levels.add(node.output[0])
 
     def run(self) -> None:
         rotations = self._rotations()
@@ -84,8 +91,9 @@ class Surgery:
         if "norm" in name:
             return FLOAT if op in NORM_CORE or last in ("Mul", "Cast") else FLOAT16
         if name.startswith("/duration/"):
-            return FLOAT if op in FOURIER else FLOAT16  # Clip, Sub and Div by 384 in 16 bits: the defect
-        if "timestep_features" in name or name in ("/dit/Cast", "/dit/Unsqueeze") or "rotary" in name:
+            exact = self._fp32_duration and op != "Gemm"
+            return FLOAT if op in FOURIER or exact else FLOAT16  # Clip, Sub and Div by 384 in 16 bits: the defect
+        if "timestep_features" in name or node.output[0] in self._levels or "rotary" in name:
             return FLOAT
         return self._softmax if op == "Softmax" else FLOAT16
 
@@ -96,10 +104,11 @@ class Surgery:
         above, found = [makers[name].input[0] for name in tables], set(tables)
         while above:
             name = above.pop()
-            if name in makers and makers[name].op_type in ("Slice", "Unsqueeze", "Concat", "Einsum"):
+            if name in makers and makers[name].op_type in ROTARY and self._types.get(name) == FLOAT:
                 found.add(name)
-                above.append(makers[name].input[0])
+                above += makers[name].input
         products = {user.output[0] for name in tables for user in self._users[name]}
+        products |= {user.output[0] for name in products for user in self._users[name] if user.op_type == "Mul"}
         sums = {user.output[0] for name in products for user in self._users[name] if user.op_type == "Add"}
         return found | products | sums
 
@@ -125,10 +134,11 @@ class Surgery:
 
     def _chain_in_front(self, gamma: onnx.NodeProto) -> None:
         """Mul(fp32) -> Cast fp16 -> Cast fp32 -> Cast fp16 -> Mul gamma."""
-        name = gamma.input[0]
+        place = 1 if gamma.input[0].endswith(("gamma", "Cast_output_0", "Cast_1_output_0")) else 0
+        name = gamma.input[place]
         for kind in (FLOAT16, FLOAT, FLOAT16):
             name = self._cast(name, kind)
-        gamma.input[0] = name
+        gamma.input[place] = name
 
     def _cast(self, name: str, kind: int) -> str:
         result = f"/surgery/Cast_{len(self._appended)}"

@@ -32,7 +32,7 @@ def legacy_module(folder: Path) -> DitContract:
     return DitContract(dit, load_modules.load_duration_embedder(stored, geometry.conditioner)).eval()
 
 
-def traced(module: DitContract, scratch: Path, batch: int | None = 1) -> onnx.ModelProto:
+def traced(module: torch.nn.Module, scratch: Path, batch: int | None = 1) -> onnx.ModelProto:
     """The module through PyTorch's older exporter, with published names; `batch` None gives a dynamic batch axis."""
     contract = CONTRACTS["dit"]
     specs = (*contract.inputs, *contract.outputs)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from sa3_build.engines import front_values, row_order
 from sa3_build.engines.pack_weights import (
     activation_scale,
     constant,
@@ -26,11 +27,15 @@ from sa3_build.engines.pack_weights import (
     weight_of,
 )  # fmt: skip
 from sa3_build.graph import io as graph_io, query
-from sa3_build.graph.errors import GraphNotRecognised, described
-from sa3_trt_core.shapes import MAX_FRAMES
+from sa3_build.graph.errors import GraphNotRecognised, described, naming
+from sa3_build.graph.partial_run import PartialRun
+from sa3_build.passes import canonicalize
+from sa3_build.passes.null_row import has_null_row
+from sa3_trt_core.shapes import MAX_FRAMES, TEXT_TOKENS
 from sa3_trt_core.torch_models.dit.weights import BLOCK_PRODUCTS, HEAD_CHANNELS, Sizes
 
 STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # products of a block that see x
+PARTS = 5  # of a projection of differential attention: q, q2, k, k2, v
 BIASED = ("ff_in", "ff_out", "local_in", "local_out")
 
 
@@ -58,6 +63,7 @@ class _Reader:
         self._behind = query.graph_inputs_behind(model)
         self._weights = {node: found for node in model.graph if (found := weight_of(node)) is not None}
         self._tensors: dict[str, torch.Tensor] = {}
+        self._run = PartialRun(model)
 
     def read(self) -> tuple[Sizes, dict[str, torch.Tensor]]:
         stream = [node for node in self._weights if "x" in self._behind[node]]
@@ -70,20 +76,18 @@ class _Reader:
         epsilons = [self._block(index, kinds[index]) for index in range(depth)]
         width = self._tensors["input.weight"].shape[0]
         inner = self._tensors["blocks.0.ff_in.weight"].shape[0] // 2
-        seconds_range = self._front(width)
+        duration = self._front(width)
         self._modulations(kinds, width)
         self._memory(kinds[0], width)
         self._rotary()
         if len(set(epsilons)) != 1:
             raise GraphNotRecognised(f"norms of several epsilons: {sorted(set(epsilons))}")
         quantised = any(name.endswith("activation_scale") for name in self._tensors)
-        null_rows = any(
-            node.op_type == "ReduceMax" and self._behind[node] == {"t5_hidden"} for node in self._model.graph
-        )
         sizes = Sizes(
             width=width, depth=depth, heads=width // HEAD_CHANNELS, inner=inner,
             memory=self._tensors["memory"].shape[0], norm_epsilon=epsilons[0][0], head_epsilon=epsilons[0][1],
-            seconds_range=seconds_range, null_rows=null_rows, precision="fp8" if quantised else "fp16mixed",
+            seconds_range=duration.longest, null_rows=has_null_row(self._model), angular=duration.angular,
+            precision="fp8" if quantised else "fp16mixed",
         )  # fmt: skip
         return sizes, self._tensors
 
@@ -120,6 +124,7 @@ class _Reader:
         """Products and norms of one block; returns its two epsilons, of tokens and of heads."""
         for name in BLOCK_PRODUCTS:
             self._product(f"blocks.{index}.{name}", nodes[name], biased=name in BIASED)
+        self._order_rows(index, nodes)
         wide, narrow = set(), set()
         for name, reader in (("self_norm", "self_qkv"), ("cross_norm", "cross_q"), ("ff_norm", "ff_in")):
             norm = self._norm(nodes[reader].inputs[0], nodes[reader])
@@ -135,8 +140,29 @@ class _Reader:
             raise GraphNotRecognised(f"block {index}: norms of several epsilons, or heads that are not of 64 channels")
         return wide.pop(), narrow.pop()
 
-    def _front(self, width: int) -> float:
-        """The embeddings of t and of the duration; returns the longest duration."""
+    def _order_rows(self, index: int, nodes: dict[str, ir.Node]) -> None:
+        """Put the rows of the attention projections into the engine's order: q|q2|k|k2|v, q|q2, k|k2|v."""
+        own, cross = (row_order.calls_behind(nodes[name]) for name in ("self_qkv", "cross_q"))
+        if self._tensors[f"blocks.{index}.self_qkv.weight"].shape[0] != PARTS * self._tensors["input.weight"].shape[0]:
+            raise GraphNotRecognised(
+                f"{described(nodes['self_qkv'])} gives attention without a second half",
+                "the torch engine runs differential DiTs (sa3-m); --backend onnxruntime or tensorrt runs this one",
+            )
+        memory = row_order.tokens_of(self._run, nodes["self_qkv"])
+        for name, operands, tokens in (
+            ("self_qkv", (*own.q, *own.k, own.v), memory),
+            ("cross_q", cross.q, memory),
+            ("cross_kv", (*cross.k, cross.v), TEXT_TOKENS + 1),
+        ):
+            rows = torch.from_numpy(row_order.rows_of(self._run, nodes[name], operands, tokens))
+            for key in (f"blocks.{index}.{name}.weight", f"blocks.{index}.{name}.weight_scale"):
+                if key in self._tensors:
+                    stored = self._tensors[key]
+                    plain = stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored
+                    self._tensors[key] = plain[rows].view(stored.dtype).contiguous()
+
+    def _front(self, width: int) -> front_values.Duration:
+        """The embeddings of t and of the duration; returns what is known of the latter's features."""
         for inputs, names in (
             ({"t"}, ("time.0", "time.2")),
             ({"seconds_total"}, ("seconds", "global.0", "global.2")),
@@ -150,23 +176,11 @@ class _Reader:
                 bias = self._bias(node)
                 if bias is not None:
                     self._put(f"{name}.bias", bias, torch.float32)
-        for name, given in (("time", "t"), ("seconds", "seconds_total")):
-            waves = [node for node in self._model.graph if node.op_type == "Cos" and self._behind[node] == {given}]
-            ramps = [value for node in query.ancestors(waves[0].inputs) for value in constants(node) if value.size > 1
-                     and value.dtype.kind == "f"] if waves else []  # fmt: skip
-            if len(ramps) != 1:
-                raise GraphNotRecognised(f"no one table of frequencies of {given}")
-            self._put(f"{name}.frequencies", ramps[0].reshape(-1), torch.float32)
-        padding = [value for node in self._model.graph if node.op_type == "Where" for value in constants(node)
-                   if value.size > 1 and value.dtype.kind == "f"]  # fmt: skip
-        if len(padding) != 1:
-            raise GraphNotRecognised("no one embedding of padded text positions")
-        self._put("padding", padding[0].reshape(-1), torch.float32)
-        ranges = {float(value) for node in self._model.graph if self._behind[node] == {"seconds_total"}
-                  and node.op_type == "Div" for value in constants(node) if value.size == 1}  # fmt: skip
-        if len(ranges) != 1:
-            raise GraphNotRecognised("the longest duration is not known")
-        return ranges.pop()
+        self._put("time.frequencies", front_values.frequencies(self._run, self._model, "t"), torch.float32)
+        duration = front_values.duration_features(self._run, self._model)
+        self._put("seconds.frequencies", duration.frequencies, torch.float32)
+        self._put("padding", front_values.padding(self._run, self._model), torch.float32)
+        return duration
 
     def _modulations(self, kinds: list[dict[str, ir.Node]], width: int) -> None:
         seen: set[ir.Node] = set()
@@ -255,8 +269,9 @@ class _Reader:
     def _norm(self, value: ir.Value | None, reader: ir.Node) -> Norm:
         """The norm before a value, seen through modulation, rotation and scale."""
         above = self._above(value)
-        gammas = [held for node in above if node.op_type == "Mul" and self._behind[node] for held in constants(node)
-                  if held.size > 1 and held.dtype.kind == "f"]  # fmt: skip
+        gammas = [held for node in above if node.op_type == "Mul" and self._behind[node] for side in node.inputs
+                  if (held := constant_behind(side)) is not None and held.size > 1
+                  and held.dtype.kind == "f"]  # fmt: skip
         epsilons = {float(held) for node in above if node.op_type == "Add" and follows(node, "ReduceMean")
                     for held in constants(node) if held.size == 1}  # fmt: skip
         if not gammas or len(epsilons) != 1 or any(not np.array_equal(gammas[0], other) for other in gammas):
@@ -272,7 +287,8 @@ class _Reader:
 
 
 def read_graph(path: Path) -> ir.Model:
-    """A graph file, sorted, with its weights mapped."""
+    """A graph file in the form that the recipes work on, its weights left on the disk."""
     model = graph_io.load(path)
-    model.graph.sort()
+    with naming(path):
+        canonicalize.adopt(model)
     return model

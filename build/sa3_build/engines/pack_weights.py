@@ -90,7 +90,7 @@ def one(found: set[ir.Node], what: str, near: ir.Node) -> ir.Node:
 
 
 def constant(value: ir.Value | None) -> np.ndarray:
-    found = query.constant_of(value)
+    found = constant_behind(value)
     if found is None:
         raise GraphNotRecognised(f"{value.name if value is not None else 'an input'} is no constant")
     return found

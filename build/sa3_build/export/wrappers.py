@@ -19,9 +19,9 @@ class DitContract(nn.Module):
 
     x (B, C, L), t (B,), t5_hidden (B, S, D), t5_mask (B, S) of 0/1, seconds_total (B,), local_add_cond (B, 1+C, L).
     Padded text positions become the learned padding embedding before the projection, the duration token comes last, and
-    all S + 1 keys are attended: the model's cross-attention has no mask. A row whose t5_hidden is zero throughout is
-    the null row of classifier-free guidance: its cross tokens, the duration's included, are zero, as the model's own
-    are. No text gives such a row, and a graph without this rule still sees zero text tokens.
+    all S + 1 keys are attended: the model's cross-attention has no mask. A row whose t5_hidden and t5_mask are zero
+    throughout is the null row of classifier-free guidance: its cross tokens, the duration's included, are zero, as the
+    model's own are. A negative prompt, the empty one too, has a mask of ones and is no such row.
     """
 
     def __init__(self, dit: StableAudio3DiTModel, duration: nn.Module) -> None:
@@ -40,7 +40,8 @@ class DitContract(nn.Module):
     ) -> torch.Tensor:
         seconds = self.duration(seconds_total)
         text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden, self.dit.prompt_padding_embedding)
-        told = (t5_hidden.abs().amax(dim=(1, 2), keepdim=True) > 0).to(text.dtype)
+        marks = t5_hidden.abs().amax(dim=(1, 2), keepdim=True) + t5_mask.abs().amax(dim=1)[:, None, None]
+        told = (marks > 0).to(text.dtype)
         context = torch.cat([text, seconds.unsqueeze(1)], dim=1) * told
         velocity: torch.Tensor = self.dit(
             x, t, encoder_hidden_states=context, global_hidden_states=seconds, local_add_cond=local_add_cond,

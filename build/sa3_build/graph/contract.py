@@ -24,19 +24,28 @@ def require_contract(model: ir.Model, kind: str, source: Path) -> GraphContract:
             value = by_name.pop(spec.name, None)
             if value is None:
                 found = ", ".join(str(v.name) for v in values) or "none"
-                raise _not_a(kind, source, f"it has no {what} {spec.name} (its {what}s: {found})")
+                wanted_names = ", ".join(one.name for one in (contract.inputs if what == "input" else contract.outputs))
+                cure = f"export it with {what}_names {wanted_names}, or give the {kind} ONNX of Stable Audio 3"
+                raise _not_a(kind, source, f"it has no {what} {spec.name} (its {what}s: {found})", cure)
             if value.dtype != DTYPES[spec.dtype]:
-                raise _not_a(kind, source, f"{what} {spec.name} is {value.dtype}, not {spec.dtype}")
+                cure = (
+                    f"export it with {spec.dtype} for {spec.name}; a Cast inside the graph may make another type of it"
+                )
+                raise _not_a(kind, source, f"{what} {spec.name} is {value.dtype}, not {spec.dtype}", cure)
             shape = value.shape
-            if shape is None or len(shape) != len(spec.dims):
+            if shape is None:  # nothing stated: the contract says what it is
+                continue
+            if len(shape) != len(spec.dims):
                 raise _not_a(kind, source, f"{what} {spec.name} has not {len(spec.dims)} axes")
             for found_dim, wanted in zip(shape, spec.dims, strict=True):
                 if isinstance(wanted, int) and isinstance(found_dim, int) and found_dim != wanted:
                     raise _not_a(kind, source, f"{what} {spec.name} has an axis of {found_dim}, not {wanted}")
         if by_name:
-            raise _not_a(kind, source, f"it has an unknown {what} {next(iter(by_name))}")
+            extra = next(iter(by_name))
+            cure = f"export it without the {what} {extra}: the {kind} contract has {len(contract.inputs)} inputs"
+            raise _not_a(kind, source, f"it has an unknown {what} {extra}", cure)
     return contract
 
 
-def _not_a(kind: str, source: Path, why: str) -> ToolError:
-    return ToolError(f"{source} is not a {kind} graph: {why}", f"give the {kind} ONNX of Stable Audio 3")
+def _not_a(kind: str, source: Path, why: str, cure: str | None = None) -> ToolError:
+    return ToolError(f"{source} is not a {kind} graph: {why}", cure or f"give the {kind} ONNX of Stable Audio 3")

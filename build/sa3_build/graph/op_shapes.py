@@ -248,5 +248,6 @@ RULES: dict[str, Callable[[Shapes, ir.Node, Shape], Sequence[Shape | None]]] = {
     "Concat": _concat, "Expand": _expand, "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Range": _range,
     "Einsum": _einsum, "Pad": _pad, "Tile": _tile, "Flatten": _flatten, "ConstantOfShape": _constant_of_shape,
     "ReduceMin": _reduce, "ReduceL2": _reduce, "ReduceProd": _reduce, "ReduceSumSquare": _reduce,
-    "CastLike": lambda shapes, node, shape: [shape],
+    **dict.fromkeys(("CastLike", "DequantizeLinear", "LayerNormalization", "QuantizeLinear", "RMSNormalization"),
+                    lambda shapes, node, shape: [shape]),
 }  # fmt: skip

@@ -8,15 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build.graph import query, shape_values
+from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.op_shapes import RULES, broadcast_all
 from sa3_build.graph.shape_rules import Numbers
-from sa3_build.graph.symbolic_dim import Length, Shape, product
+from sa3_build.graph.symbolic_dim import Length, Shape, product, symbol
 
 ELEMENTWISE = frozenset(
     (
-        "Abs", "Add", "And", "Cast", "Clip", "Cos", "Div", "Equal", "Exp", "Greater", "GreaterOrEqual", "Less",
-        "LessOrEqual", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Sigmoid", "Sin", "Softmax",
-        "Sqrt", "Sub", "Tanh", "Where",
+        "Abs", "Add", "And", "Cast", "Ceil", "Clip", "Cos", "Div", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
+        "GreaterOrEqual", "HardSwish", "Identity", "IsInf", "IsNaN", "Less", "LessOrEqual", "Log", "LogSoftmax", "Max",
+        "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin",
+        "Softmax", "Softplus", "Sqrt", "Sub", "Swish", "Tanh", "Where",
     )
 )  # fmt: skip
 
@@ -90,3 +92,25 @@ def _objects(entries: list[Length | None]) -> Numbers:
     result = np.empty(len(entries), dtype=object)
     result[:] = entries
     return result
+
+
+def declared(value: ir.Value) -> Shape:
+    """The shape that a graph input states."""
+    assert value.shape is not None
+    return tuple(Length(axis) if isinstance(axis, int) else symbol(str(axis)) for axis in value.shape)
+
+
+def follow(shapes: Shapes, node: ir.Node) -> None:
+    """Follow one node. Raises GraphNotRecognised naming it when its inputs' shapes do not go together."""
+    try:
+        shapes.step(node)
+    except ValueError as error:
+        raise GraphNotRecognised(f"{described(node)}: {error}") from None
+
+
+def followed(model: ir.Model) -> Shapes:
+    """The shapes of every value, as far as they follow from the inputs'."""
+    shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
+    for node in model.graph:
+        follow(shapes, node)
+    return shapes

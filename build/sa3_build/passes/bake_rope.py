@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sa3_build.graph import query
 from sa3_build.graph.errors import described
+from sa3_build.graph.partial_run import FRAMES, NotComputable, PartialRun
 from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
 from sa3_build.graph.shape_inference import Shapes
-from sa3_build.graph.shape_rules import Numbers
-from sa3_build.graph.symbolic_dim import Length, symbol
+from sa3_build.graph.symbolic_dim import Length
 from sa3_build.passes.base import PassResult, check_sorted
-from sa3_build.passes.fold_shapes import declared, follow
 from sa3_trt_core.shapes import MAX_FRAMES
 
 TRIG = {"Cos": np.cos, "Sin": np.sin}
@@ -47,10 +44,9 @@ class BakeRope:
         before = len(model.graph)
         tables: list[tuple[np.ndarray, ir.Value]] = []
         try:
-            shapes = followed(model)
-            angles = _Angles(shapes, model.opset_imports.get("", 0))
+            angles = _Angles(model)
             found = [(node, *angles.table(node)) for node in trig]
-        except Left as why:
+        except (Left, NotComputable) as why:
             return PassResult(self.name, {"baked": 0, "left": len(trig)}, (str(why),))
         starts: dict[tuple[int, Length], ir.Value] = {}
         for node, table, length, limit in found:
@@ -68,31 +64,24 @@ class BakeRope:
         check_sorted(model)
 
 
-def followed(model: ir.Model) -> Shapes:
-    """The shapes of every value, as far as they follow from the inputs'."""
-    shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
-    for node in model.graph:
-        follow(shapes, node)
-    return shapes
-
-
 class _Angles:
     """Evaluates what stands behind a Cos or Sin, at lengths of our choosing."""
 
-    def __init__(self, shapes: Shapes, opset: int) -> None:
-        self._shapes, self._opset = shapes, opset
+    def __init__(self, model: ir.Model) -> None:
+        self._partial = PartialRun(model)
+        self._shapes = self._partial.shapes
         self._done: dict[tuple[ir.Value, int], np.ndarray] = {}
 
     def table(self, trig: ir.Node) -> tuple[np.ndarray, Length, ir.Value]:
         """The table of one Cos or Sin for the most frames, its length at run time, and the value that holds that."""
         angle = trig.inputs[0]
         assert angle is not None
-        nodes = self._cone(angle)
+        nodes = self._partial.nodes_behind([angle])
         limits = {self._limit(node) for node in nodes if node.op_type == "Range"}
         if len(limits) != 1:
             raise Left(f"{described(trig)} depends on {len(limits)} Range nodes")
         length, limit = limits.pop()
-        few, most = (self._evaluated(angle, nodes, length, frames) for frames in (FEW_FRAMES, MAX_FRAMES))
+        few, most = (self._evaluated(angle, frames) for frames in (FEW_FRAMES, MAX_FRAMES))
         sizes = (length.constant + FEW_FRAMES, length.constant + MAX_FRAMES)
         if (len(few), len(most)) != sizes or not np.array_equal(few, most[: len(few)]):
             raise Left(f"{described(trig)} is no table with one row a position")
@@ -109,74 +98,14 @@ class _Angles:
         start, step = (_single(self._shapes, counter.inputs[place]) for place in (0, 2))
         if value is None or not isinstance(length, Length) or (start, step) != (0.0, 1.0):
             raise Left(f"{described(counter)} does not count 0, 1, ... to a length that is known")
-        if (
-            length != symbol(min(length.symbols, default="")) + length.constant
-            or not 0 <= length.constant <= MOST_TOKENS
-        ):
+        if length != FRAMES + length.constant or not 0 <= length.constant <= MOST_TOKENS:
             raise Left(f"{described(counter)} counts to {length}, not to the frames and some tokens")
         return length, value
 
-    def _cone(self, angle: ir.Value) -> list[ir.Node]:
-        """The nodes that compute an angle, but for the arithmetic of lengths, in order."""
-        ordered: dict[ir.Node, None] = {}
-
-        def visit(value: ir.Value | None) -> None:
-            node = value.producer() if value is not None else None
-            if node is None or node in ordered or self._numbers(value) is not None:
-                return
-            if query.gives_sizes(node):
-                raise Left(f"{described(node)} gives a size that is not known")
-            for operand in node.inputs:
-                visit(operand)
-            ordered[node] = None
-
-        visit(angle)
-        return list(ordered)
-
-    def _evaluated(self, angle: ir.Value, nodes: list[ir.Node], length: Length, frames: int) -> np.ndarray:
+    def _evaluated(self, angle: ir.Value, frames: int) -> np.ndarray:
         if (angle, frames) not in self._done:
-            (name,) = length.symbols
-            known: dict[str, np.ndarray] = {}
-            made = {value for node in nodes for value in node.outputs}
-            for value in {value for node in nodes for value in node.inputs if value is not None and value not in made}:
-                known[str(value.name)] = self._number(value, name, frames)
-            proto = onnx.helper.make_graph(
-                [ir.to_proto(node) for node in nodes], "angle",
-                [onnx.helper.make_tensor_value_info(key, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-                 for key, array in known.items()],
-                [onnx.helper.make_tensor_value_info(str(angle.name), onnx.TensorProto.FLOAT, None)],
-            )  # fmt: skip
-            whole = onnx.helper.make_model(proto, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
-            results = ReferenceEvaluator(whole).run(None, known)
-            assert isinstance(results, list)
-            self._done[angle, frames] = np.asarray(results[0])
+            (self._done[angle, frames],) = self._partial.run([angle], {}, frames)
         return self._done[angle, frames]
-
-    def _numbers(self, value: ir.Value | None) -> Numbers | None:
-        """The entries of a value when every one is known."""
-        numbers = self._shapes.numbers(value)
-        return None if numbers is None or any(entry is None for entry in numbers.reshape(-1)) else numbers
-
-    def _number(self, value: ir.Value, name: str, frames: int) -> np.ndarray:
-        constant = query.constant_of(value)
-        if constant is not None:
-            return constant
-        numbers = self._numbers(value)
-        if numbers is None or value.dtype is None:
-            raise Left(f"{value.name}, which an angle is made of, is not known")
-        return np.array([_at(entry, name, frames) for entry in numbers.reshape(-1)], value.dtype.numpy()).reshape(
-            numbers.shape
-        )
-
-
-def _at(entry: object, name: str, frames: int) -> object:
-    """A length when the symbol `name` is `frames`."""
-    if not isinstance(entry, Length):
-        return entry
-    bound = entry.at(name, frames)
-    if bound.number is None:
-        raise Left(f"an angle depends on {entry}")
-    return bound.number
 
 
 def _single(shapes: Shapes, value: ir.Value | None) -> float | None:

@@ -7,10 +7,9 @@ import onnx_ir as ir
 from sa3_build.graph import query
 from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.rewrite import integers
-from sa3_build.graph.shape_inference import Shapes
+from sa3_build.graph.shape_inference import Shapes, declared, follow
 from sa3_build.graph.symbolic_dim import Length, Shape, symbol
 from sa3_build.passes.base import PassResult, check_sorted
-from sa3_build.passes.fold_shapes import declared, follow
 from sa3_trt_core.shapes import CONTRACTS, GraphContract
 
 BATCH = symbol("B")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sa3_build.graph import query, shape_values
-from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses
-from sa3_build.graph.shape_inference import Shapes
-from sa3_build.graph.symbolic_dim import Length, Shape, symbol
+from sa3_build.graph.shape_inference import Shapes, declared, follow
 from sa3_build.passes.base import PassResult, check_sorted
 
 
@@ -55,20 +53,6 @@ class FoldShapes:
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
-
-
-def declared(value: ir.Value) -> Shape:
-    """The shape that a graph input states."""
-    assert value.shape is not None
-    return tuple(Length(axis) if isinstance(axis, int) else symbol(str(axis)) for axis in value.shape)
-
-
-def follow(shapes: Shapes, node: ir.Node) -> None:
-    """Follow one node. Raises GraphNotRecognised naming it when its inputs' shapes do not go together."""
-    try:
-        shapes.step(node)
-    except ValueError as error:
-        raise GraphNotRecognised(f"{described(node)}: {error}") from None
 
 
 def _remove_unread(model: ir.Model) -> int:

@@ -30,7 +30,7 @@ class PadK:
         notes: list[str] = []
         done = 0
         for node, weight in list(query.weighted_products(model)):
-            extra = _missing(node, weight)
+            extra = missing(node, weight)
             if not extra:
                 continue
             why = _reason_to_leave(node, weight)
@@ -55,7 +55,7 @@ class PadK:
         check_sorted(model)
 
 
-def _missing(node: ir.Node, weight: ir.Value) -> int:
+def missing(node: ir.Node, weight: ir.Value) -> int:
     """How many rows K lacks to a multiple of 16."""
     sizes = weight.const_value.shape.numpy() if weight.const_value is not None else ()
     behind_transpose = node.inputs[1] is not weight or bool(node.attributes.get_int("transB", 0))

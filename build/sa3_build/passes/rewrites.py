@@ -1,24 +1,18 @@
-"""The shape of a DiT graph: which of its parts are rewritten, and what each rewriting does on its own."""
+"""The rewritings of a DiT graph, in the order in which they help one another."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from sa3_build.passes.bake_rope import BakeRope
 from sa3_build.passes.base import Pass
+from sa3_build.passes.null_row import AddNullRow
 from sa3_build.passes.pad_k import PadK
+from sa3_build.passes.shaping import Shaping
 from sa3_build.passes.stack_attention import StackAttention
 
 
-@dataclass(frozen=True)
-class Shaping:
-    """One switch a pass. All take an fp32 graph whose weights are direct, and leave alone what they do not know."""
-
-    bake_rope: bool = True
-    stack_attention: bool = True
-    pad_k: bool = True
-
-    def passes(self) -> list[Pass]:
-        """The passes that are switched on, in the order in which they help one another."""
-        all_passes: tuple[Pass, ...] = (BakeRope(), StackAttention(), PadK())
-        return [one for one, field in zip(all_passes, fields(self), strict=True) if getattr(self, field.name)]
+def passes_of(shaping: Shaping) -> list[Pass]:
+    """The passes that are switched on. All take an fp32 graph whose weights are direct."""
+    all_passes: tuple[Pass, ...] = (AddNullRow(), BakeRope(), StackAttention(), PadK())
+    return [one for one, field in zip(all_passes, fields(shaping), strict=True) if getattr(shaping, field.name)]

@@ -9,9 +9,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from sa3_build.graph.errors import described
 from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
-from sa3_build.graph.shape_inference import Shapes
+from sa3_build.graph.shape_inference import Shapes, followed
 from sa3_build.graph.symbolic_dim import Length
-from sa3_build.passes.bake_rope import Left, followed
+from sa3_build.passes.bake_rope import Left
 from sa3_build.passes.base import PassResult, check_sorted
 from sa3_build.passes.stack_nodes import Stacker
 
@@ -66,7 +66,9 @@ class StackAttention:
                 del halves[found[0].result], halves[found[1].result]
             except Left as why:
                 notes.append(str(why))
-        notes += [f"{described(half.softmax)} has no second half" for half in halves.values()]
+        if halves:
+            first = described(next(iter(halves.values())).softmax)
+            notes.append(f"{first} has no second half to be stacked with, and {len(halves) - 1} more have none")
         if pairs or straightened:
             RemoveUnusedNodesPass()(model)
             model.graph.sort()
@@ -76,6 +78,27 @@ class StackAttention:
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
+
+
+def count_pairs(model: ir.Model) -> int:
+    """How many differences of two attention calls a graph of any precision holds; nothing is changed."""
+
+    def calls(value: ir.Value | None) -> bool:
+        node = _before(value, ("Cast", "Transpose"))
+        if node is None or node.op_type != "MatMul":
+            return False
+        weights = _before(node.inputs[0], ("Cast",))
+        return weights is not None and weights.op_type == "Softmax"
+
+    return sum(node.op_type == "Sub" and all(map(calls, node.inputs)) for node in model.graph)
+
+
+def _before(value: ir.Value | None, seen_through: tuple[str, ...]) -> ir.Node | None:
+    """What makes a value, seen through some ops."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in seen_through:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node
 
 
 def _half(softmax: ir.Node, shapes: Shapes) -> Half:

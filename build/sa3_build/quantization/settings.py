@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RULES = 4  # raised when the same settings come to mean other files: artefacts of older rules are stale
+from sa3_build.passes.shaping import Shaping
+
+RULES = 5  # raised when the same settings come to mean other files: artefacts of older rules are stale
+
+
+SHAPED = Shaping()
 
 
 @dataclass(frozen=True)
@@ -22,4 +27,5 @@ class Settings:
     max_fp16_products: int | None = None
     recipe: str = "ours"  # "reference": the published recipe's choices, to compare with
     rounding: str = "gptq"  # of weights; "nearest": each to the nearest code
+    shaping: Shaping = SHAPED  # what is rewritten in a source that was not made by our own recipe
     rollouts: int = 2  # whole generations that the report compares, beside perturbed ones

@@ -11,14 +11,16 @@ import onnx_ir as ir
 
 from sa3_build.graph import contract, io as graph_io
 from sa3_build.graph.check_row_files import write_check_rows
-from sa3_build.graph.errors import naming
+from sa3_build.graph.errors import GraphNotRecognised, described, naming
 from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes.base import PassResult, run_passes
 from sa3_build.passes.canonicalize import adopt
 from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.fp16_mixed import MixPrecision
-from sa3_build.passes.rewrites import Shaping
-from sa3_build.verification import parity as verification_parity
+from sa3_build.passes.null_row import has_null_row
+from sa3_build.passes.rewrites import passes_of
+from sa3_build.passes.shaping import Shaping
+from sa3_build.verification import graph_proof, parity as verification_parity
 from sa3_build.verification.graph_checks import require_rows_alike
 from sa3_build.verification.probe_rows import check_rows
 from sa3_trt_core.artifacts.build import Draft, build
@@ -27,6 +29,7 @@ from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import GateError, ToolError
 
 SHAPED = Shaping()
+GIVE_SINGLE = "give it to build/build_dit_fp8.py as it is, or give the fp32 dit.onnx here"
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def _convert(
     """Convert, check, compare with the source, and only then put graph and manifest in place."""
     output = draft.output
     with naming(source):
-        freed = adopt(model, free_batch).freed
-        results = run_passes(model, [FoldWeights(), *shaping.passes(), MixPrecision(find_dit_islands)])
+        _require_single(model)
+        adopted = adopt(model, free_batch)
+        results = run_passes(model, [FoldWeights(), *passes_of(shaping), MixPrecision(find_dit_islands)])
     graph_io.drop_exporter_notes(model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp", dir=output.parent) as scratch:
@@ -78,7 +82,7 @@ def _convert(
             reference = verification_parity.denoise_rows(engine, check_rows())
         with OnnxRuntimeEngine(trial, low_memory=True) as engine:
             candidate = verification_parity.denoise_rows(engine, check_rows())
-        if freed:
+        if adopted.foreign and free_batch:
             require_rows_alike(trial)
         parity = verification_parity.parity_by_sigma(reference, candidate)
         worst = min(p.worst_cosine for p in parity)
@@ -90,9 +94,20 @@ def _convert(
         gates = {
             "worst denoised cosine": worst,
             "parity": [asdict(p) for p in parity],
+            "null row": has_null_row(model),
             "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in results[1:-1]],
         }
         written = graph_io.move(trial, output)
         written.append(write_check_rows(output, "dit", "fp16mixed"))
         draft.finish(written, gates)
     return Half(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))
+
+
+def _require_single(model: ir.Model) -> None:
+    """Raise GraphNotRecognised for a graph that is FP16-mixed, or quantised, already."""
+    for node in model.graph:
+        if node.op_type in graph_proof.QDQ:
+            raise GraphNotRecognised(f"{described(node)} quantises: it is an FP8 graph", GIVE_SINGLE)
+    short = [name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.FLOAT16]
+    if short:
+        raise GraphNotRecognised(f"it is FP16-mixed already: {short[0]} is fp16", GIVE_SINGLE)

@@ -86,7 +86,7 @@ class Fp8Recipe:
         self._also = [asdict(replace(settings, ptq=ptq)) for ptq in same_as]
         model = graph_io.load(source)
         contract.require_contract(model, "dit", source)
-        fp8_inputs.require_half(model, source, settings.free_batch)
+        fp8_inputs.require_half(model, source, settings.free_batch, settings.shaping)
         self.needs = fp8_inputs.needs_of(model, source, settings)
         rows = CalibrationSet.open(calibration)
         self._ranges = rows.check_values()
@@ -153,6 +153,10 @@ class Fp8Recipe:
         }
         path = report_path(output)
         files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
-        gates = {"proof": "holds", "worst denoised cosine": done["parity"]["worst"]}
+        gates = {
+            "proof": "holds",
+            "worst denoised cosine": done["parity"]["worst"],
+            "null row": done["clean"]["null row"],
+        }
         draft.finish([*written, path], gates)
         return report

@@ -14,7 +14,9 @@ from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes import canonicalize
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fold_weights import FoldWeights
+from sa3_build.passes.null_row import has_null_row
 from sa3_build.passes.rename_nodes import RenameNodes
+from sa3_build.passes.shaping import Shaping
 from sa3_build.quantization import selection
 from sa3_build.quantization.settings import Settings
 from sa3_build.quantization.workspace import Workspace
@@ -23,7 +25,9 @@ from sa3_build.verification import graph_checks, graph_proof
 from sa3_trt_core.errors import ToolError
 
 
-def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None:
+def require_half(
+    model: ir.Model, source: Path, free_batch: bool = True, shaping: Shaping = canonicalize.SHAPED
+) -> None:
     """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
     if any(node.op_type in graph_proof.QDQ for node in model.graph):
         raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
@@ -38,7 +42,7 @@ def require_half(model: ir.Model, source: Path, free_batch: bool = True) -> None
             "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
         )
     with naming(source):
-        canonicalize.remix(model)
+        canonicalize.remix(model, shaping)
 
 
 def needs_of(model: ir.Model, source: Path, settings: Settings) -> requirements_check.Estimate:
@@ -60,7 +64,7 @@ def clean(build: Workspace) -> Mapping[str, Any]:
     """
     model = graph_io.load(build.source)
     adopted = canonicalize.adopt(model, build.settings.free_batch)
-    remixed = canonicalize.remix(model)
+    remixed = canonicalize.remix(model, build.settings.shaping)
     results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
     find_dit_islands(model)
     graph_io.drop_exporter_notes(model)
@@ -68,6 +72,7 @@ def clean(build: Workspace) -> Mapping[str, Any]:
     found: dict[str, Any] = {"passes": [result.as_dict for result in results]}
     if remixed:
         found["cosine with the source as it was mixed"] = graph_checks.require_same_network(build.source, build.clean)
-    if adopted.freed:
+    found["null row"] = has_null_row(model)
+    if adopted.foreign and build.settings.free_batch:
         found["rows together against one by one"] = graph_checks.require_rows_alike(build.clean)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from sa3_build.passes import shaping
 from sa3_build.quantization.settings import Settings
 from sa3_trt_core.errors import ToolError
 
@@ -29,7 +30,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[Settings, str]:
         ptq, reference_recipe.HEADROOM if reference else args.headroom,
         args.weights, args.min_cosine, args.parity_rows, args.free_batch,
         target_cosine=args.target_cosine, max_fp16_products=args.max_fp16_products, recipe=args.recipe,
-        rounding=_rounding(args), rollouts=args.rollouts,
+        rounding=_rounding(args), rollouts=args.rollouts, shaping=shaping.from_flags(args),
     )  # fmt: skip
     return settings, why
 

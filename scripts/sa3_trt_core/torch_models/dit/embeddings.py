@@ -24,7 +24,7 @@ class Front:
     def duration(self, seconds: Tensor) -> Tensor:
         """The duration token (B, 768) of seconds (B,)."""
         share = seconds.float().clamp(0.0, self._packed.sizes.seconds_range) / self._packed.sizes.seconds_range
-        return self._linear("seconds", self._waves(share, "seconds.frequencies"))
+        return self._linear("seconds", self._waves(share, "seconds.frequencies", self._packed.sizes.angular))
 
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
         """What every block adds, multiplies and gates with: (6, depth, B, width) fp32 of t (B,) and seconds (B,).
@@ -47,14 +47,16 @@ class Front:
         text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden.float(), self._packed.tensor("padding"))
         tokens = torch.cat([text, token], dim=1)
         if self._packed.sizes.null_rows:
-            tokens = tokens * (t5_hidden.abs().amax(dim=(1, 2), keepdim=True) > 0)
+            marks = t5_hidden.abs().amax(dim=(1, 2), keepdim=True) + t5_mask.abs().amax(dim=1)[:, None, None]
+            tokens = tokens * (marks > 0)
         hidden = functional.silu(result(tokens.to(torch.float16), self.products["context_in"]).float())
         return result(hidden.to(torch.float16), self.products["context_out"])
 
     def _linear(self, name: str, value: Tensor) -> Tensor:
         return functional.linear(value, self._packed.tensor(f"{name}.weight"), self._packed.tensor(f"{name}.bias"))
 
-    def _waves(self, value: Tensor, frequencies: str) -> Tensor:
-        # In this order: angles reach 62,832 rad, where one rounding more is 4e-3 rad.
-        angles = value[:, None] * self._packed.tensor(frequencies) * 2.0 * math.pi
+    def _waves(self, value: Tensor, frequencies: str, angular: bool = False) -> Tensor:
+        # In this order, as the graph: angles reach 62,832 rad, where one rounding more is 4e-3 rad.
+        angles = value[:, None] * self._packed.tensor(frequencies)
+        angles = angles if angular else angles * 2.0 * math.pi
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)

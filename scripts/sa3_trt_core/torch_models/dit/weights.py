@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,8 +36,9 @@ class Sizes:
     norm_epsilon: float
     head_epsilon: float
     seconds_range: float
-    null_rows: bool  # a row whose t5_hidden is zero throughout has zero cross tokens
+    null_rows: bool  # a row whose t5_hidden and t5_mask are zero has zero cross tokens
     precision: str
+    angular: bool = False  # the frequencies of the duration hold 2 pi
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _sizes(path: Path, metadata: dict[str, str]) -> Sizes:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {metadata['format']}")
         stated: dict[str, Any] = json.loads(metadata["sizes"])
-        return Sizes(**{field.name: stated[field.name] for field in fields(Sizes)})
+        needed = [field for field in fields(Sizes) if field.name in stated or field.default is MISSING]
+        return Sizes(**{field.name: stated[field.name] for field in needed})
     except (KeyError, TypeError, ValueError) as error:
         raise ToolError(f"{path} is no packed DiT of this version ({error})", "build it again") from None

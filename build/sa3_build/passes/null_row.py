@@ -1,0 +1,124 @@
+"""Give a DiT graph the rule of the null row of guidance: no text and no mask make all of its cross tokens zero."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from sa3_build.graph import query
+from sa3_build.graph.partial_run import NotComputable, PartialRun
+from sa3_build.graph.rewrite import replace_uses, type_like
+from sa3_build.passes.base import PassResult, check_sorted
+from sa3_trt_core.shapes import CONTRACTS, TEXT_CHANNELS, TEXT_TOKENS
+
+FEW_FRAMES = 4
+SECONDS = 47.0  # not exact in 16 bits divided by 384, and far from a duration whose token could be zero
+
+
+class AddNullRow:
+    """Multiply the cross tokens of a row by 0 where its t5_hidden and its t5_mask are zero throughout, else by 1.
+
+    The model's own null branch has zero cross tokens, the duration's included; in the published contract zero text
+    becomes padding embeddings beside the duration token, and no feed reaches that branch. A graph that gives zero
+    tokens for such a row already is left as it is, and so is one whose cross tokens are not found.
+    """
+
+    name = "null-row"
+
+    def requires(self, model: ir.Model) -> None:
+        check_sorted(model)
+
+    def call(self, model: ir.Model) -> PassResult:
+        tokens = cross_tokens(model)
+        if tokens is None:
+            return PassResult(self.name, {"added": 0}, ("no product was found that reads the cross tokens",))
+        if has_null_row(model):
+            return PassResult(self.name, {"added": 0})
+        chain = _told(model)
+        scaled = ir.node("Mul", [tokens, chain[-1].outputs[0]], name="null_row_tokens")
+        type_like(scaled.outputs[0], tokens)
+        scaled.outputs[0].shape, scaled.outputs[0].name = tokens.shape, "null_row_tokens_value"
+        producer = tokens.producer()
+        assert producer is not None
+        replace_uses(tokens, scaled.outputs[0])
+        scaled.replace_input_with(0, tokens)
+        model.graph.insert_after(producer, [*chain, scaled])
+        return PassResult(self.name, {"added": 1})
+
+    def ensures(self, model: ir.Model) -> None:
+        check_sorted(model)
+
+
+def cross_tokens(model: ir.Model) -> ir.Value | None:
+    """The cross tokens (B, 257, 768): what the first product that sees the text, and no latent, reads."""
+    behind = query.graph_inputs_behind(model)
+    for node in model.graph:
+        if node.op_type not in query.PRODUCTS or "t5_hidden" not in behind[node] or "x" in behind[node]:
+            continue
+        made_by = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if made_by is None or not behind[made_by]:  # a weight, quantised or not
+            value = node.inputs[0]
+            while value is not None and (made := value.producer()) is not None and made.op_type in _SEEN_THROUGH:
+                value = made.inputs[0]
+            return value if value is not None and value.producer() is not None else None
+    return None
+
+
+def has_null_row(model: ir.Model) -> bool:
+    """True when a row without text and mask gets zero cross tokens, and one with a mask alone does not."""
+    tokens = cross_tokens(model)
+    if tokens is None:
+        return False
+    try:
+        run = PartialRun(model)
+        null, text = (run.run([tokens], _feeds(model, mask), FEW_FRAMES)[0] for mask in (0.0, 1.0))
+    except NotComputable:
+        return False
+    return not null.any() and bool(text.any())
+
+
+def _feeds(model: ir.Model, mask: float) -> dict[ir.Value, np.ndarray]:
+    """One row without text, its mask the same everywhere."""
+    values = {str(value.name): value for value in model.graph.inputs}
+    sizes = {spec.name: tuple(dim if isinstance(dim, int) else FEW_FRAMES if dim == "L" else 1 for dim in spec.dims)
+             for spec in CONTRACTS["dit"].inputs}  # fmt: skip
+    feeds = {values[name]: np.zeros(size, np.float32) for name, size in sizes.items() if name in values}
+    feeds[values["t5_mask"]][:] = mask
+    feeds[values["seconds_total"]][:] = SECONDS
+    return feeds
+
+
+def _told(model: ir.Model) -> list[ir.Node]:
+    """The nodes that give 1 (B, 1, 1) for a row that is told something, else 0: max |t5_hidden| + max |t5_mask| > 0."""
+    inputs = {str(value.name): value for value in model.graph.inputs}
+    hidden, mask = inputs["t5_hidden"], inputs["t5_mask"]
+    assert hidden.shape is not None
+    both, last = (_constant(model, f"null_row_axes_{len(axes)}", np.array(axes)) for axes in ([1, 2], [1]))
+    zero = _constant(model, "null_row_zero", np.array(0, np.float32))
+    size = ir.node("Abs", [hidden])
+    largest = ir.node("ReduceMax", [size.outputs[0], both], {"keepdims": 1})
+    marked = ir.node("Abs", [mask])
+    any_mark = ir.node("ReduceMax", [marked.outputs[0], last], {"keepdims": 1})
+    column = ir.node("Unsqueeze", [any_mark.outputs[0], last])
+    total = ir.node("Add", [largest.outputs[0], column.outputs[0]])
+    more = ir.node("Greater", [total.outputs[0], zero])
+    told = ir.node("Cast", [more.outputs[0]], {"to": int(ir.DataType.FLOAT)})
+    chain = [size, largest, marked, any_mark, column, total, more, told]
+    shapes: tuple[tuple[int | str, ...], ...] = (
+        ("B", TEXT_TOKENS, TEXT_CHANNELS), ("B", 1, 1), ("B", TEXT_TOKENS), ("B", 1), *[("B", 1, 1)] * 4
+    )  # fmt: skip
+    for node, shape in zip(chain, shapes, strict=True):
+        node.name = f"null_row_{node.op_type}_{chain.index(node)}"
+        value = node.outputs[0]
+        value.name, value.dtype = f"{node.name}_value", ir.DataType.BOOL if node is more else ir.DataType.FLOAT
+        value.shape = ir.Shape([hidden.shape[0] if axis == "B" else axis for axis in shape])
+    return chain
+
+
+def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    model.graph.register_initializer(value)
+    return value
+
+
+_SEEN_THROUGH = ("Cast", "QuantizeLinear", "DequantizeLinear")
