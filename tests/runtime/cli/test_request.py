@@ -25,12 +25,12 @@ from sa3_trt_core.sampling import inpainting
 SAY = ["--prompt", "x"]
 INIT = [*SAY, "--init-audio", "tone.wav"]
 BAD = [
-    ([*SAY, "--inpaint-range", "1,2"], "in-painting range"),
-    ([*SAY, "--init-noise-level", "0.5"], "init_noise_level"),
-    ([*SAY, "--init-start", "1"], "init_start"),
-    ([*SAY, "--paste-kept"], "paste_kept"),
-    (INIT, "init audio alone"),
-    ([*INIT, "--init-noise-level", "0.5", "--paste-kept"], "paste_kept"),
+    ([*SAY, "--inpaint-range", "1,2"], "--inpaint-range needs"),
+    ([*SAY, "--init-noise-level", "0.5"], "--init-noise-level needs"),
+    ([*SAY, "--init-start", "1"], "--init-start needs"),
+    ([*SAY, "--paste-kept"], "--paste-kept needs"),
+    (INIT, "--init-audio alone"),
+    ([*INIT, "--init-noise-level", "0.5", "--paste-kept"], "--paste-kept is for"),
     ([*INIT, "--init-noise-level", "0.001"], "outside 0.01 to 1"),
     ([*INIT, "--inpaint-range", "1"], "not two numbers"),
     ([*INIT, "--inpaint-range", "2,1"], "2,1"),
