@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 Given = TypeVar("Given")
 
 WARM_RUNS = 2  # a capture must meet kernels that are compiled and libraries that have chosen
+_CAPTURING = threading.Lock()
+_STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
 def capture(
@@ -23,14 +26,24 @@ def capture(
     """
     import torch
 
-    side = stream or torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm_runs):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # Only this thread's calls belong to the capture: a ring decodes in another one.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        given = function()
+    with _CAPTURING:
+        side = stream or _side_stream(torch.cuda.current_device())
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(warm_runs):
+                function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls belong to the capture: a ring decodes in another one.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            given = function()
     return graph, given
+
+
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """The one stream of a device that captures use: cuBLAS keeps a workspace of 32 MB for each stream it has met."""
+    import torch
+
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
