@@ -21,7 +21,7 @@ from sa3_trt_core.targets import HUB_REPOSITORY, find_target
 TOKEN = "hf_a_token_that_nobody_may_see"
 NAMES = {
     "onnx/sa3-m/dit_fp8.onnx", "onnx/sa3-m/dit_fp8.onnx.data", "onnx/sa3-m/dit_fp8.onnx.report.json",
-    "onnx/sa3-m/dit_fp8.calibration.json",
+    "onnx/sa3-m/dit_fp8.calibration.json", "onnx/sa3-m/dit_fp8.onnx.check.npz",
 }  # fmt: skip
 GATES = {"proof": "holds", "worst denoised cosine": 0.995}
 SETTINGS = {"min_cosine": 0.99, "headroom": 2.0}
@@ -39,6 +39,9 @@ def finished(folder: Path, name: str = "dit_fp8.onnx", sidecar: str = "dit_fp8.o
     report.write_text(json.dumps({"calibration": {"rows": 896}, "outputs": changed.get("outputs", digests)}))
     gates, settings = {**GATES, **changed.get("gates", {})}, {**SETTINGS, **changed.get("settings", {})}  # type: ignore[dict-item]
     kind = str(changed.get("kind", "dit_fp8"))
+    rows = folder / f"{name}.check.npz"
+    rows.write_bytes(b"answers")
+    made += [rows] if changed.get("rows", True) else []
     manifest.write_manifest(onnx, kind, [*made, report], {"sa3-m.calib.npz": "a" * 64}, settings, gates)
     return onnx
 
@@ -73,8 +76,8 @@ def test_a_pull_request_has_exactly_the_published_names(local: LocalHub, tmp_pat
     branches = local.branches[HUB_REPOSITORY]
     tree = local.commits[branches["refs/pr/1"]]
     assert tree.keys() == {"README.md", *NAMES} and local.commits[branches["main"]].keys() == {"README.md"}
-    assert document["sent"]["address"].endswith("/discussions/1") and document["sent"]["read back"] == 4
-    for name in ("dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json"):
+    assert document["sent"]["address"].endswith("/discussions/1") and document["sent"]["read back"] == 5
+    for name in ("dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json", "dit_fp8.onnx.check.npz"):
         assert tree[f"onnx/sa3-m/{name}"] == (onnx.parent / name).read_bytes()
     summary = json.loads(tree["onnx/sa3-m/dit_fp8.calibration.json"])
     assert summary["calibration"] == {"rows": 896} and summary["calibration sets"] == {"sa3-m.calib.npz": "a" * 64}
@@ -88,6 +91,7 @@ def test_what_was_published_is_what_a_consumer_finds(local: LocalHub, tmp_path: 
     sent(finished(tmp_path / "sa3-m"), "--branch", "main")
     path = resolve.resolve_onnx(find_target("sa3-m-fp8"), ModelSource())
     assert (path.parent / "dit_fp8.onnx.data").read_bytes() == b"12345678"
+    assert (path.parent / "dit_fp8.onnx.check.npz").read_bytes() == b"answers"
 
 
 def test_another_repository_and_a_new_branch(local: LocalHub, tmp_path: Path) -> None:
@@ -113,6 +117,7 @@ def test_what_comes_back_otherwise_is_exit_3(local: LocalHub, tmp_path: Path) ->
         ({"kind": "dit_fp16mixed"}, "is a dit_fp16mixed"),
         ({"outputs": {"dit_fp8.onnx": "b" * 64}}, "is the report of another dit_fp8.onnx"),
         ({"outputs": None}, "is not the report"),
+        ({"rows": False}, "has no check rows"),
     ],
 )
 def test_what_is_not_a_finished_dit_is_refused(tmp_path: Path, change: dict, words: str) -> None:
@@ -133,7 +138,7 @@ def test_gates_that_do_not_hold_are_exit_3(tmp_path: Path, change: dict) -> None
     assert run(publish.main, ["--onnx", finished(tmp_path, **change)]).code == 3
 
 
-@pytest.mark.parametrize("file", ["dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json"])
+@pytest.mark.parametrize("file", ["dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json", "dit_fp8.onnx.check.npz"])
 def test_a_changed_byte_is_found(tmp_path: Path, file: str) -> None:
     onnx = finished(tmp_path)
     data = (tmp_path / file).read_bytes()

@@ -178,6 +178,7 @@ def test_a_folder_with_onnx_in_its_name_is_fine(tiny_fp8: Path, tiny_calib: Path
     assert run(build_dit_fp8.main, line)[0] == 0
     assert sorted(path.name for path in out.parent.iterdir()) == [
         "dit_fp8.onnx",
+        "dit_fp8.onnx.check.npz",
         "dit_fp8.onnx.data",
         "dit_fp8.onnx.manifest.json",
         "dit_fp8.onnx.report.json",
