@@ -328,8 +328,8 @@ def test_calibration_rows_are_those_of_the_adapted_model(
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
 
     config, stored = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
-    line = ["--model-config", config, "--checkpoint", stored, "--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover",
-            "text", "--lora", f"{adapted('dora-rows', 0)}:0.8", "--out", tmp_path / "a.npz"]  # fmt: skip
+    line = ["--model-config", config, "--checkpoint", stored, "--prompts", 2, "--duration", 0.5, "--steps", 4,
+            "--cover", "text", "--lora", f"{adapted('dora-rows', 0)}:0.8", "--out", tmp_path / "a.npz"]  # fmt: skip
     done = run(make_calib.main, line)
     assert done.code == 0, done.err
     rows, plain = (list(CalibrationSet.open(path)) for path in (tmp_path / "a.npz", tiny_calib))
