@@ -1,4 +1,4 @@
-"""A merged graph as an artefact: kept when current, locked while it is made, its manifest written last."""
+"""A merged graph as an artefact: kept when current, made under its lock, its manifest written last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from sa3_build.graph import io as graph_io
 from sa3_build.lora.merge import Merged
-from sa3_trt_core.artifacts import files, locks, manifest
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.artifacts.build import build
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.lora_set import LoraSet
 
@@ -36,10 +37,10 @@ def make(
             raise ToolError(f"no such file: {source}", "name an existing file")
     named = [{"name": adapter.path.name, "kind": adapter.kind.name} for adapter, _ in loras.adapters]
     stated = {**settings, "loras": loras.to_manifest(), "digest": loras.digest, "adapters": named}
-    with locks.held(locks.lock_path(out), f"the merge of {out}"):
-        if manifest.is_current(out, inputs, stated)[0] and not force:
+    with build(out, kind, inputs, stated, force) as draft:
+        if draft is None:
             return None
         merged = work()
         gates = {"layers changed": len(merged.changes), "mean change": merged.mean_change}
-        manifest.write_manifest(out, kind, graph_io.files_of(out), inputs, stated, gates)
+        draft.finish(graph_io.files_of(out), gates)
     return merged

@@ -318,3 +318,37 @@ def test_a_merge_that_would_be_wrong_is_refused_and_writes_nothing(
     assert done.code == 2 and word in done.err, done
     left = {name for name in listing(folder) if name not in before}
     assert not [name for name in left if name.startswith("dit_fp8.lora")], left
+
+
+def test_calibration_rows_are_those_of_the_adapted_model(
+    tiny_checkpoint: Path, tiny_calib: Path, adapted: Adapted, tmp_path: Path
+) -> None:
+    import make_calib
+
+    from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
+
+    config, stored = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
+    line = ["--model-config", config, "--checkpoint", stored, "--prompts", 2, "--duration", 0.5, "--steps", 4,
+            "--cover", "text", "--lora", f"{adapted('dora-rows', 0)}:0.8", "--out", tmp_path / "a.npz"]  # fmt: skip
+    done = run(make_calib.main, line)
+    assert done.code == 0, done.err
+    rows, plain = (list(CalibrationSet.open(path)) for path in (tmp_path / "a.npz", tiny_calib))
+    with_adapter, without = tensors(rows[1]), tensors(plain[1])
+    assert torch.equal(tensors(rows[0])["x"], tensors(plain[0])["x"])  # the same noise
+    assert not torch.allclose(with_adapter["x"], without["x"], atol=1e-3)
+    stated = manifest.read_manifest(tmp_path / "a.npz")
+    assert stated is not None and stated.settings["loras"]["adapters"][0]["strength"] == 0.8
+
+
+def test_validation_compares_both_precisions_with_the_adapter(root: Path, adapted: Adapted, tmp_path: Path) -> None:
+    import validate_fp8
+
+    line = ["--backend", "onnxruntime", "--onnx-root", root / "onnx", "--models-dir", root / "models", "--prompts", 1,
+            "--seconds", 1, "--extra", 0, "--no-audio", "--out", tmp_path]  # fmt: skip
+    done = run(validate_fp8.main, [*line, "--lora", f"{adapted('dora-rows', 0)}:0.8"])
+    assert done.code in (0, 3), done.err
+    about = json.loads((tmp_path / "report.json").read_text())
+    text = json.dumps(about)
+    assert "dit_fp16mixed.lora-" in text and "dit_fp8.lora-" in text
+    assert "dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in text
+    two_lines(run(validate_fp8.main, [*line, "--lora", f"{adapted('dora-rows', 0)}:0.7"]), "sa3-m.lora-")
