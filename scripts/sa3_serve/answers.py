@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request as HttpRequest
@@ -83,9 +83,10 @@ async def _streamed(service: Service, http: HttpRequest, request: Request, clean
 
     future = service.ring.submit(request, put, service.settings.window)
     future.add_done_callback(lambda _: put(None))
-    first = asyncio.ensure_future(windows.get())
-    gone = asyncio.ensure_future(_disconnected(http))
-    await asyncio.wait({first, gone}, return_when=asyncio.FIRST_COMPLETED)
+    first: asyncio.Future[Tensor | None] = asyncio.ensure_future(windows.get())
+    gone: asyncio.Future[None] = asyncio.ensure_future(_disconnected(http))
+    both: set[asyncio.Future[Any]] = {first, gone}
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
     gone.cancel()
     if not first.done():
         first.cancel()
@@ -125,7 +126,8 @@ async def _unless_gone(http: HttpRequest, future: Future[Result]) -> Result | No
     sound = asyncio.ensure_future(asyncio.wrap_future(future))
     gone = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait({sound, gone}, return_when=asyncio.FIRST_COMPLETED)
+        both: set[asyncio.Future[Any]] = {sound, gone}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if not sound.done():
             return None
         _raise_if_failed(future)

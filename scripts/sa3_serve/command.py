@@ -106,12 +106,12 @@ def require_packages() -> None:
 def open_service(args: argparse.Namespace, settings: Settings) -> Service:
     """The model of the flags in a ring that runs. Raises ToolError."""
     from sa3_serve.service import Service
+    from sa3_trt_core.model_loader import make_plan
+    from sa3_trt_core.paths import ModelSource
     from sa3_trt_core.pipeline import Generator
 
-    generator = Generator.load(
-        args.dit, args.precision, backend=args.backend, onnx_root=args.onnx_root, models_dir=args.models_dir,
-        audio_input=True, offline=args.offline, chunk_frames=args.chunk_frames,
-    )  # fmt: skip
+    source = ModelSource.of(args.onnx_root, args.models_dir, None, args.offline)
+    generator = Generator.open(make_plan(args.dit, args.precision, args.backend, source, True, args.chunk_frames))
     try:
         return Service(generator, settings, args.dit)
     except BaseException:

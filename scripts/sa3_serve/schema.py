@@ -47,14 +47,11 @@ class SoundRequest(BaseModel):
         ):  # fmt: skip
             if value > most:
                 raise ToolError(f"{name} {value:g} is more than this server's {most:g}", f"choose another {name}")
-        try:
-            return Request(
-                self.prompt, self.seconds, self.steps, secrets.randbelow(2**32) if self.seed is None else self.seed,
-                self.negative_prompt, self.cfg, self.apg, init_audio, self.init_start, self.init_noise_level,
-                tuple(self.inpaint),
-            )  # fmt: skip
-        except ToolError as error:
-            raise ToolError(error.message, _in_fields(error.hint)) from None
+        return Request(
+            self.prompt, self.seconds, self.steps, secrets.randbelow(2**32) if self.seed is None else self.seed,
+            self.negative_prompt, self.cfg, self.apg, init_audio, self.init_start, self.init_noise_level,
+            tuple(self.inpaint),
+        )  # fmt: skip
 
 
 def parse_json(body: bytes) -> SoundRequest:
@@ -87,12 +84,3 @@ def _refusal(error: ValidationError) -> ToolError:
 def _shown(name: str) -> str:
     """A name that somebody else chose, fit for a line."""
     return ascii(name)[1:-1][:60]
-
-
-def _in_fields(hint: str) -> str:
-    """A hint of the command line in words of the fields."""
-    words = (("--inpaint-range A,B", "inpaint"), ("--init-audio FILE", "init_audio, a file in a form"),
-             ("--init-noise-level", "init_noise_level"), ("--cfg", "cfg"), ("--seconds", "seconds"))  # fmt: skip
-    for flag, field in words:
-        hint = hint.replace(flag, field)
-    return hint
