@@ -6,6 +6,7 @@ import importlib.util
 import ipaddress
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from sa3_trt_core.cli.devices import CPU, VISIBLE
 from sa3_trt_core.cli.parser import LOCAL_RAY as LOCAL
 from sa3_trt_core.errors import ToolError
 
+ANSWER_SECONDS = 5.0
+HINT = "give the HOST:PORT that `ray start` printed, or auto for a Ray of this machine"
 LEAST_STORE = 80_000_000  # bytes of shared memory: Ray's least, as sounds go to files and not through it
 
 
@@ -38,6 +41,8 @@ def connected(address: str, devices: Sequence[str]) -> Iterator[list[dict[str, A
     if address == LOCAL or _is_loopback(address):
         # Ray would take the loopback address for the machine's outer one, and listen to the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if address != LOCAL:
+        _require_listener(address)
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -60,6 +65,19 @@ def connected(address: str, devices: Sequence[str]) -> Iterator[list[dict[str, A
         yield _of_devices(devices) if devices else _of_nodes(ray.nodes())
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise ToolError unless something listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in host:
+        if address != "auto":
+            raise ToolError(f"--ray {address} is no HOST:PORT", HINT)
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ToolError(f"no Ray answers at {address}: {getattr(error, 'strerror', None) or error}", HINT) from None
 
 
 def _gpus(devices: Sequence[str]) -> int:
