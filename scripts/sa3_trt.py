@@ -13,10 +13,9 @@ from sa3_trt_core.cli import report
 from sa3_trt_core.cli.again import again_line
 from sa3_trt_core.cli.arguments import run_command
 from sa3_trt_core.cli.devices import choose_devices
-from sa3_trt_core.cli.job import make_job
+from sa3_trt_core.cli.job import Job, make_job
 from sa3_trt_core.cli.parser import parser
-from sa3_trt_core.cli.run import produce
-from sa3_trt_core.cli.workers import produce_on
+from sa3_trt_core.cli.run import produce, produce_missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,9 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     sounds = [(r.sound, r.init_start) for r in job.requests]
     for path, start in dict.fromkeys((path, start) for path, start in sounds if isinstance(path, Path)):
         reader.check_input(path, start)
-    totals = produce_on(several, job) if several else produce(job)
+    totals = _produce(job, several)
     report.show_result(job.plan, job.requests, job.outs, totals, args.save_latents, args.json)
     return 0
+
+
+def _produce(job: Job, devices: Sequence[str]) -> report.Totals:
+    if not devices and job.options.ray is None:
+        return produce(job) if job.options.shard is None else produce_missing(job)
+    from sa3_bulk.driver import produce_on_ray
+
+    return produce_on_ray(job, devices)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -47,6 +47,11 @@ class Progress:
         if self._terminal and not self.quiet:
             print(file=sys.stderr, flush=True)
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self._started
+
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count `n` more, from any thread; `note` is shown after the figures."""
         with self._lock:

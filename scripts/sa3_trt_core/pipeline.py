@@ -12,7 +12,6 @@ from typing import Self
 
 from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.batch import TOGETHER, Batch, Known, blocks
-from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.lora_set import LoraOptions, Loras, LoraSet, read_loras
 from sa3_trt_core.model_loader import EngineSet, Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
@@ -179,9 +178,7 @@ class Generator(Stages):
         Raises:
             ToolError: a request cannot be met; InvalidRequest: the ring does not fit the DiT.
         """
-        if self._frees:
-            raise ToolError("a ring needs all models at once", "leave `depth` away, or `free_models`")
-        velocity = self._velocity(Meter())
+        velocity = self.ring_velocity()
         tell, groups = _reporter(on_stage, requests, 1), ring_groups(requests, depth, velocity.max_batch)
         known = Known()
         with ThreadPoolExecutor(max_workers=1) as decoder:

@@ -11,8 +11,9 @@ from sa3_trt_core.audio import autoencoder, reader, tiling
 from sa3_trt_core.batch import REMEMBERED, Batch, Known
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import Closing, DiTVelocity
-from sa3_trt_core.errors import ToolWarning
+from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.model_loader import EngineSet
+from sa3_trt_core.request import Request
 from sa3_trt_core.result import Result
 from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity
 from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
@@ -39,6 +40,21 @@ class Stages(Closing):
     def __init__(self, engines: EngineSet, free_models: bool = False) -> None:
         self.engines = engines
         self._frees = free_models
+
+    def ring_velocity(self) -> DiTVelocity:
+        """Return the DiT for a ring. Raises ToolError where models are freed."""
+        if self._frees:
+            raise ToolError("a ring needs all models at once", "leave `depth` away, or `free_models`")
+        return self._velocity(Meter())
+
+    def ring_batch(self, request: Request) -> tuple[Batch, RingRow]:
+        """Return a request made ready for a ring: texts and init audio encoded, kept for no other. Raises ToolError."""
+        job = Batch([request], Meter())
+        return job, self._ring_row(job, Known(), lambda note: None)
+
+    def decoded(self, job: Batch) -> Result:
+        """Return the sound of a batch of one whose latents are there. Raises ToolError."""
+        return self._decode(job, lambda note: None)[0]
 
     def _read(self, job: Batch, known: Known, tell: Tell) -> None:
         """The features of every text of a batch, prompts and negative prompts."""

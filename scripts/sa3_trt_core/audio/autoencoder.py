@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.audio.tiling import chunks
@@ -96,6 +97,24 @@ def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
     if tuple(samples.shape) != wanted:
         raise ToolError(f"the decoder gave samples of shape {tuple(samples.shape)}, not {wanted}", "use a SAME decoder")
     return samples
+
+
+def decode_windows(engine: GraphEngine, latents: Tensor, seconds: float, chunk: int) -> Iterator[Tensor]:
+    """Yield the finished samples (n, 2) of latents (1, 256, L) window by window as they are decoded.
+
+    Joined they are `finish(decode(engine, latents, chunk), seconds)`, equal to the bit. Raises ToolError.
+    """
+    frames = latents.shape[-1]
+    wanted = output_samples(seconds)
+    audible = min(wanted, valid_frames(seconds, frames) * SAMPLES_PER_FRAME)
+    for part in chunks(frames, chunk):
+        first, last = part.first * SAMPLES_PER_FRAME, min(part.last * SAMPLES_PER_FRAME, wanted)
+        if first >= last:
+            return
+        offset = part.start * SAMPLES_PER_FRAME
+        samples = decode(engine, latents[..., part.start : part.stop].contiguous())[first - offset : last - offset]
+        samples[max(0, audible - first) :] = 0
+        yield samples
 
 
 def finish(samples: Tensor, seconds: float) -> Tensor:

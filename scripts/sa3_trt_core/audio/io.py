@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sa3_trt_core.artifacts.files import atomic_path
 from sa3_trt_core.errors import InvalidRequest, ToolError
@@ -72,10 +72,18 @@ def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, A
     comment as JSON, the beginning of its "prompt" into the title. In a WAV long texts are cut and end in an ellipsis,
     because libsndfile drops every text when they are more than 2 kB together. Raises ToolError.
     """
+    with _written(path), atomic_path(path) as temporary:
+        write_sound(os.fsencode(temporary), path.suffix.lower(), samples, bits, metadata, rate)
+
+
+def write_sound(
+    target: bytes | BinaryIO, suffix: str, samples: Tensor, bits: str, metadata: Mapping[str, Any],
+    rate: int = SAMPLE_RATE,
+) -> None:  # fmt: skip
+    """Write what `write_audio` writes, in the format of a suffix, to a path or an open file that can be sought in."""
     import numpy as np
     import soundfile
 
-    suffix = path.suffix.lower()
     values: np.ndarray = np.asarray(samples, np.float32)
     if suffix == ".opus" and rate != OPUS_RATE:
         import soxr
@@ -83,13 +91,8 @@ def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, A
         values, rate = np.clip(soxr.resample(values, rate, OPUS_RATE, quality="VHQ"), -1.0, 1.0), OPUS_RATE
     elif suffix not in CODECS:
         values = _quantized(values, bits)
-    with (
-        _written(path),
-        atomic_path(path) as temporary,
-        soundfile.SoundFile(
-            os.fsencode(temporary), "w", rate, values.shape[1], CODECS.get(suffix, BITS[bits]), format=FORMATS[suffix]
-        ) as sound,
-    ):
+    subtype = CODECS.get(suffix, BITS[bits])
+    with soundfile.SoundFile(target, "w", rate, values.shape[1], subtype, format=FORMATS[suffix]) as sound:
         title, sound.comment = _texts(metadata, MOST_WAV_TEXT if suffix == ".wav" else None, suffix == ".mp3")
         if title:  # an empty text is an error to libsndfile
             sound.title = title
@@ -170,7 +173,7 @@ def _texts(metadata: Mapping[str, Any], most: int | None, ascii_only: bool) -> t
             break
     if ascii_only:
         title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
-    return title, comment
+    return title.replace("\0", " "), comment  # libsndfile's texts end at a null character
 
 
 def _cut(text: str, longest: int | None) -> str:

@@ -22,7 +22,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
             )
         if name != CPU and names.count(name) > 1:
             raise ToolError(f"device {name} is named twice", "name each GPU once")
-    visible = _visible()
+    visible = visible_devices()
     for name in names:
         if name != CPU and int(name) >= len(visible):
             found = f"{len(visible)} visible" if visible else "none"
@@ -45,11 +45,11 @@ def use_device(name: str) -> None:
     """Let this process see one GPU, or none for cpu. Only before anything has asked the driver."""
     if VISIBLE not in os.environ:
         os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts; CUDA itself puts the fastest first
-    os.environ[VISIBLE] = "" if name == CPU else _visible()[int(name)]
+    os.environ[VISIBLE] = "" if name == CPU else visible_devices()[int(name)]
 
 
-def _visible() -> list[str]:
-    """The GPUs that this process may use, as CUDA names them."""
+def visible_devices() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA names them."""
     chosen = os.environ.get(VISIBLE)
     if chosen is not None:
         return [part.strip() for part in chosen.split(",") if part.strip()]

@@ -6,7 +6,7 @@ import argparse
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +30,7 @@ class Options:
     dit: str
     precision: str
     chunk_frames: int | None
+    lora: list[str] | None
     batch: int | None
     depth: int | None
     free_models: bool
@@ -37,6 +38,8 @@ class Options:
     bits: str
     save_latents: Path | None
     quiet: bool
+    shard: tuple[int, int] | None
+    ray: str | None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
@@ -46,34 +49,58 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """All that is decided before a file is opened: the engines, the sounds in order, and where each goes."""
+    """All that is decided before a file is opened: the engines, the sounds in order, and where each goes.
+
+    `numbers` are the rows' numbers in the whole list, from 1; `flags` those of the command, for other machines.
+    """
 
     plan: Plan
     requests: list[Request]
     outs: list[Path]
     options: Options
+    numbers: list[int]
+    flags: argparse.Namespace
 
     @property
     def stages(self) -> int:
         """How often the generator reports its progress."""
         return count_stages(self.requests, 1 if self.options.depth else self.options.batch or 1)
 
+    def planned(self, plan: Plan) -> Job:
+        """Return the same job with the engines of another machine."""
+        return replace(self, plan=plan)
+
+    def part(self, rows: list[int]) -> Job:
+        """Return the job of some of the rows."""
+        requests, outs = [self.requests[row] for row in rows], [self.outs[row] for row in rows]
+        return replace(self, requests=requests, outs=outs, numbers=[self.numbers[row] for row in rows])
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Return the engines that the flags ask for, as this machine has them. Raises ToolError."""
+    source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
+    plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
+    return plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases) if args.lora else plan
+
 
 def make_job(args: argparse.Namespace) -> Job:
     """Decide everything that needs no file but the prompts file to be opened. Raises ToolError."""
-    source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
-    plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
-    if args.lora:
-        plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases)
-    requests = _requests(args)
+    if args.devices is not None or args.ray is not None:
+        _for_ray(args)
+    plan, requests = plan_of(args), _requests(args)
     _check_conflicts(args, requests)
-    return Job(plan, requests, _outputs(args, requests), Options.of(args))
+    outs = _outputs(args, requests)
+    part = slice(None) if args.shard is None else slice(args.shard[0] - 1, None, args.shard[1])
+    numbers = list(range(1, len(outs) + 1))[part]
+    return Job(plan, requests[part], outs[part], Options.of(args), numbers, args)
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
     """A request for each row and each of its results, with seeds that count on from --seed."""
     rows = [row for row in _rows(args) for _ in range(args.count)]
-    seed = secrets.randbelow(2**32) if args.seed in (None, RANDOM_SEED) else args.seed
+    seed = args.seed
+    if seed in (None, RANDOM_SEED):  # what is resumed, or shared out, needs the same names every time
+        seed = 0 if args.shard is not None or args.ray is not None else secrets.randbelow(2**32)
     return [
         Request(
             row.prompt, args.seconds if row.seconds is None else row.seconds, args.steps,
@@ -113,6 +140,27 @@ def _outputs(args: argparse.Namespace, requests: Sequence[Request]) -> list[Path
             raise ToolError(f"--save-latents {args.save_latents} does not end in .npz", "it writes npz files only")
         files.require_writable(args.save_latents, "--save-latents")
     return outs
+
+
+def _for_ray(args: argparse.Namespace) -> None:
+    """Make the paths of the flags absolute, as workers have folders of their own. Raises ToolError."""
+    flag = "--devices" if args.devices is not None else "--ray"
+    if args.devices is not None and args.ray is not None:
+        raise ToolError("--devices and --ray are both given", "choose one: GPUs of this machine, or a Ray")
+    for other, value in (("--batch", args.batch), ("--free-models", args.free_models), ("--device", args.device)):
+        if value:
+            raise ToolError(
+                f"{flag} and {other} are both given", f"leave {other} away: every worker has a ring (--depth)"
+            )
+    for name in ("onnx_root", "models_dir", "init_audio", "out_dir", "out", "save_latents"):
+        value = getattr(args, name)
+        if value is not None:
+            setattr(args, name, Path(value).resolve())
+    if args.out is None and args.out_dir is None:
+        args.out_dir = Path("output").resolve()
+    source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
+    args.onnx_root = source.onnx_root and source.onnx_root.resolve()
+    args.models_dir = source.models_dir.resolve()
 
 
 def _beside(out: Path, original: Path | None) -> Path:

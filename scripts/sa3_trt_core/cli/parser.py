@@ -15,6 +15,8 @@ from sa3_trt_core.version import __version__
 
 MOST_COUNT = 10_000
 
+LOCAL_RAY = "local"  # of --ray without an address
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -32,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
         "--count", type=integer_type(1, MOST_COUNT), default=1, metavar="N", help="results of each prompt"
     )
     parse.add_argument("--version", action="version", version=f"sa3_trt {__version__}", help="print it and stop")
+    parse.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="make every Nth sound, from the Ith on: for a batch scheduler"
+    )
     parse.add_argument("--quiet", action="store_true", help="no progress")
     parse.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parse.add_argument("--dry-run", action="store_true", help="print what would be used and stop")
@@ -53,7 +58,10 @@ def _add_model(parse: argparse.ArgumentParser) -> None:
         "--free-models", action="store_true", help="hold one model at a time: less memory, and loading at every stage"
     )
     group.add_argument("--device", metavar="N", help="the GPU to use, as nvidia-smi -L counts, or cpu (default: 0)")
-    group.add_argument("--devices", metavar="N,N", help="several: one process each, which share the prompts")
+    group.add_argument("--devices", metavar="N,N", help="several, or cpu,cpu: a worker each, on a Ray of this machine")
+    group.add_argument(
+        "--ray", nargs="?", const=LOCAL_RAY, metavar="ADDRESS", help="workers on all GPUs of a Ray cluster, or of here"
+    )
     group.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
     group.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
     group.add_argument("--revision", metavar="R", help="the hub's commit or branch, instead of the pinned one")
@@ -118,6 +126,16 @@ def _add_sound(parse: argparse.ArgumentParser) -> None:
         "--peak", choices=audio_io.PEAKS, default="clip", help="beyond full scale (default: %(default)s)"
     )
     group.add_argument("--save-latents", type=Path, metavar="F.npz", help="also save latents, sigmas, seed, seconds")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """ "2/8" as numbers."""
+    first, _, count = text.partition("/")
+    if not (first.isascii() and first.isdigit() and count.isascii() and count.isdigit() and len(text) < 20):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N")
+    if not 1 <= int(first) <= int(count):
+        raise argparse.ArgumentTypeError(f"{text}: I is 1 to N")
+    return int(first), int(count)
 
 
 def _range(text: str) -> tuple[float, float]:

@@ -22,25 +22,21 @@ class Totals:
     """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row.
 
     `elapsed` is the time from the first stage to the last file: what is decoded while others are sampled counts once.
-    Loading is no part of it, but for several devices, whose processes load as they come.
+    Loading is no part of it, but for several devices, whose processes load as they come. `kept` are the rows that were
+    there before.
     """
 
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     peaks: dict[int, float] = field(default_factory=dict)
     devices: dict[str, str] = field(default_factory=dict)  # of each stage: cuda or cpu
+    kept: set[int] = field(default_factory=set)
     elapsed: float = 0.0
 
     @property
     def rate(self) -> float:
         """Generations a second."""
         return len(self.peaks) / self.elapsed if self.elapsed else 0.0
-
-    def join(self, other: Totals, rows: Sequence[int]) -> None:
-        """Add what another process made: `rows` are the places of its rows in the whole."""
-        self.add(other.timings, other.memory)
-        self.devices |= other.devices
-        self.peaks |= {rows[place]: peak for place, peak in other.peaks.items()}
 
     def add(self, timings: Mapping[str, float], memory: Mapping[str, int] | None = None) -> None:
         for stage, seconds in timings.items():
@@ -78,6 +74,8 @@ def show_result(
     if as_json:
         rows = [
             {**_row(request, out), "peak": round(totals.peaks[index], 6)}
+            if index not in totals.kept
+            else {**_row(request, out), "kept": True}
             for index, (request, out) in enumerate(zip(requests, outs, strict=True))
         ]
         document: dict[str, Any] = {
@@ -101,6 +99,8 @@ def show_result(
             used = totals.memory.get(line[0])
             line.append("-" if used is None else console.format_bytes(used))
     print(console.table(header, cells))
+    if totals.kept:
+        print(f"{len(totals.kept)} were there already")
     print(f"{totals.rate:.3g} generations a second")
     if latents is not None:
         print(f"{latents}  latents, {requests[0].valid_frames} frames")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sa3_trt_core import console
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import io as audio_io
-from sa3_trt_core.cli import again, report
+from sa3_trt_core.cli import again, report, resume
 from sa3_trt_core.cli.job import Job
 from sa3_trt_core.errors import ToolError
 
@@ -31,6 +31,18 @@ def produce(job: Job) -> report.Totals:
     with generator, console.Progress("generate", job.stages, "stages", quiet=args.quiet) as progress:
         write_sounds(generator, job, totals, lambda stage, index, total: progress.advance(note=stage))
     return totals
+
+
+def produce_missing(job: Job) -> report.Totals:
+    """Generate and write the sounds of a job that are not there yet. Raises ToolError."""
+    totals = report.Totals()
+    resume.keep_finished(job, totals)
+    rows = [index for index in range(len(job.requests)) if index not in totals.kept]
+    if not rows:
+        return totals
+    made = produce(job.part(rows))
+    made.peaks, made.kept = {rows[place]: peak for place, peak in made.peaks.items()}, totals.kept
+    return made
 
 
 def open_generator(job: Job, totals: report.Totals, tell: Progress) -> Generator:
@@ -60,7 +72,7 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Pr
     for index, result in _results(generator, job, tell):
         totals.add(result.timings, result.memory)
         totals.peaks[index] = float(result.audio.abs().max())
-        _write(job, index, result, ids, totals)
+        write_sound(job, index, result, ids, totals)
     totals.devices |= generator.engines.devices
     totals.elapsed += time.perf_counter() - started
 
@@ -77,7 +89,8 @@ def _results(generator: Generator, job: Job, tell: Progress) -> Iterator[tuple[i
     return generator.generate_many(job.requests, job.options.batch or 1, tell)
 
 
-def _write(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:
+def write_sound(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:
+    """Write one sound of a job; what it took is added to `totals`. Raises ToolError."""
     args, request, started = job.options, job.requests[index], time.perf_counter()
     about = again.metadata(request, vars(args), ids)
     audio_io.write_audio(job.outs[index], audio_io.tame(result.audio, args.peak), args.bits, about)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from sa3_trt_core.conditioning import Conditioning
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.sampling.sampler import Trajectory
 
 if TYPE_CHECKING:
@@ -27,6 +28,85 @@ class RingRow:
     guidance: Guidance | None
     meter: Meter
 
+    @property
+    def forward_rows(self) -> int:
+        """Rows of the DiT's batch that it takes: itself, and its null row if it is guided."""
+        return 1 if self.guidance is None else 2
+
+
+class Ring:
+    """Rows at different steps of their own schedules: admitted, advanced and removed between forwards.
+
+    Each row has its own noise, schedule, conditioning and guidance, so that it takes the path that it would take alone.
+    Rows of equally many latent frames share a forward, of at most `most_rows` rows (None: any number); a guided row
+    counts as two. With `alone` every row and its null row have a forward of their own: a backend whose products round
+    differently in a larger batch then gives the sound of `generate` to the bit. `on_step(sigma)` is called for every
+    row after every forward. Not for use from several threads at once.
+    """
+
+    def __init__(
+        self, engine: VelocityEngine, depth: int, on_step: Callable[[float], None] | None = None,
+        most_rows: int | None = None, alone: bool = False,
+    ) -> None:  # fmt: skip
+        self._engine, self._on_step, self._most_rows, self._alone = engine, on_step, most_rows, alone
+        self._places: dict[Hashable, RingRow] = {}
+        self.depth = depth
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def admit(self, key: Hashable, row: RingRow) -> None:
+        """Let a row take part from the next step on. Raises ValueError when no place is free."""
+        if len(self._places) >= self.depth:
+            raise ValueError(f"all {self.depth} places of the ring are taken")
+        self._places[key] = row
+
+    def remove(self, key: Hashable) -> bool:
+        """Free the place of a row before it is finished; return False when it has none."""
+        return self._places.pop(key, None) is not None
+
+    def step(self) -> list[tuple[Hashable, Tensor | Exception]]:
+        """Advance every row once and return those that leave: (key, latents (1, 256, L)), or (key, what failed).
+
+        A velocity that is not finite fails its own row, an engine that fails all rows of that forward.
+        """
+        import torch
+
+        failed: dict[Hashable, Exception] = {}
+        with torch.inference_mode():
+            for keys in self._forwards():
+                failed |= self._forward(keys)
+        finished = {key: row.path.x for key, row in self._places.items() if key not in failed and row.path.finished}
+        left: dict[Hashable, Tensor | Exception] = {**failed, **finished}
+        for key in left:
+            del self._places[key]
+        return list(left.items())
+
+    def _forwards(self) -> list[list[Hashable]]:
+        """The rows of each forward of a step."""
+        if self._alone:
+            return [[key] for key in self._places]
+        lengths: dict[int, list[list[Hashable]]] = {}
+        for key, row in self._places.items():
+            groups = lengths.setdefault(row.path.x.shape[-1], [[]])
+            taken = sum(self._places[other].forward_rows for other in groups[-1])
+            if groups[-1] and self._most_rows is not None and taken + row.forward_rows > self._most_rows:
+                groups.append([])
+            groups[-1].append(key)
+        return [group for groups in lengths.values() for group in groups]
+
+    def _forward(self, keys: list[Hashable]) -> dict[Hashable, Exception]:
+        rows = [self._places[key] for key in keys]
+        started = time.perf_counter()
+        try:
+            errors = _advance(self._engine, rows, self._on_step)
+        except Exception as error:  # of the engine: these rows have no velocity, the others of the ring go on
+            return dict.fromkeys(keys, error)
+        share = (time.perf_counter() - started) / len(rows)
+        for row in rows:
+            row.meter.add("sample", share)
+        return {key: error for key, error in zip(keys, errors, strict=True) if error is not None}
+
 
 def ring(
     engine: VelocityEngine,
@@ -36,32 +116,29 @@ def ring(
 ) -> Iterator[tuple[int, Tensor]]:
     """(key, latents (1, 256, L)) of each row as it is finished; at most `depth` rows are under way at a time.
 
-    All rows have equally many latent frames. Each has its own noise, schedule, conditioning and guidance, so that it
-    takes the path that it would take alone. One row joins before each forward: rows then stand at different steps and
-    finish one after the other, which leaves the decoder one at a time. A row is drawn from `rows` when its place is
-    free. `on_step(sigma)` is called for every row after every forward. Raises ToolError when a velocity is not finite.
+    One row joins before each forward: rows then stand at different steps and finish one after the other, which leaves
+    the decoder one at a time. A row is drawn from `rows` when its place is free. `on_step(sigma)` is called for every
+    row after every forward. Raises what a forward raises, and ToolError when a velocity is not finite.
     """
-    import torch
-
-    places: list[tuple[int, RingRow]] = []
+    places = Ring(engine, depth, on_step)
     while True:
         if len(places) < depth and (joining := next(rows, None)) is not None:
-            places.append(joining)
+            places.admit(*joining)
         if not places:
             return
-        started = time.perf_counter()
-        with torch.inference_mode():
-            _advance(engine, [row for _, row in places], on_step)
-        share = (time.perf_counter() - started) / len(places)
-        for _, row in places:
-            row.meter.add("sample", share)
-        finished = [(key, row.path.x) for key, row in places if row.path.finished]
-        places = [place for place in places if not place[1].path.finished]
-        yield from finished
+        for key, latents in places.step():
+            if isinstance(latents, Exception):
+                raise latents
+            yield cast(int, key), latents
 
 
-def _advance(engine: VelocityEngine, rows: list[RingRow], on_step: Callable[[float], None] | None) -> None:
-    """One step of every row, by one forward: the text rows first, then the null rows of those that are guided."""
+def _advance(
+    engine: VelocityEngine, rows: list[RingRow], on_step: Callable[[float], None] | None
+) -> list[ToolError | None]:
+    """Advance every row by one forward, the text rows first, then the null rows of those that are guided.
+
+    Returns what is wrong with the velocity of each row, None for most.
+    """
     import torch
 
     guided = [(place, row.guidance) for place, row in enumerate(rows) if row.guidance is not None]
@@ -76,7 +153,13 @@ def _advance(engine: VelocityEngine, rows: list[RingRow], on_step: Callable[[flo
     for number, (place, guidance) in enumerate(guided):
         null = velocities[len(rows) + number]
         velocities[place] = guidance.velocity(rows[place].path.x, sigmas[place][None], velocities[place], null)
+    errors: list[ToolError | None] = []
     for row, velocity, sigma in zip(rows, velocities, sigmas, strict=False):
-        row.path.advance(velocity)
+        try:
+            row.path.advance(velocity)
+            errors.append(None)
+        except ToolError as error:
+            errors.append(error)
         if on_step is not None:
             on_step(float(sigma))
+    return errors

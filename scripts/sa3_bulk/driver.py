@@ -1,0 +1,181 @@
+"""Spreading the rows of a job over actors, and over new ones where some are lost."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sa3_bulk.cluster import connected, require_ray
+from sa3_bulk.worker import Worker
+from sa3_trt_core import console
+from sa3_trt_core.artifacts import files
+from sa3_trt_core.cli import report, resume
+from sa3_trt_core.cli.job import Job
+from sa3_trt_core.cli.parser import LOCAL_RAY
+from sa3_trt_core.errors import ToolError
+
+TRIES = 5  # of a row whose worker is lost
+USUAL_DEPTH = 4
+AHEAD = 2  # rows that a worker has beyond its ring, so that a place never waits for the next
+START_SECONDS = 600.0  # for the first of the workers that are being started
+LOOK_SECONDS = 1.0
+
+
+def produce_on_ray(job: Job, devices: Sequence[str]) -> report.Totals:
+    """Generate and write the sounds of a job that are not there yet, on Ray. Raises ToolError.
+
+    A worker that is lost costs the rows that it had in hand, which are made again. Rows that cannot be made are named
+    when all others are written.
+    """
+    require_ray("--devices" if devices else "--ray")
+    totals, started = report.Totals(), time.perf_counter()
+    resume.keep_finished(job, totals)
+    left = [index for index in range(len(job.requests)) if index not in totals.kept]
+    if totals.kept and not job.options.quiet:
+        print(f"{len(totals.kept)} of {len(job.requests)} sounds are there already", file=sys.stderr)
+    if left:
+        address = LOCAL_RAY if devices else job.options.ray or LOCAL_RAY
+        with connected(address, devices) as workers, _probe(job.outs[0].parent) as probe:
+            _Spread(job, totals, left, probe, workers).run()
+    totals.elapsed = time.perf_counter() - started
+    return totals
+
+
+@contextmanager
+def _probe(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A file by which a worker knows the folder: its path and its text."""
+    token = secrets.token_hex(16)
+    path = folder / f".sa3-probe-{token[:12]}"
+    files.write_atomic_text(path, token)
+    try:
+        yield path, token
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """One worker's place: its resources, its actor, and the rows that the actor has in hand by their references."""
+
+    resources: dict[str, Any]
+    actor: Any = None
+    starting: Any = None  # the reference of its start
+    rows: dict[Any, int] = field(default_factory=dict)
+
+
+class _Spread:
+    """The rows of a job on their way through the workers."""
+
+    def __init__(
+        self, job: Job, totals: report.Totals, rows: Sequence[int], probe: tuple[Path, str],
+        resources: Sequence[dict[str, Any]],
+    ) -> None:  # fmt: skip
+        import ray
+
+        self._job, self._totals, self._probe = job, totals, probe
+        self._depth = job.options.depth or USUAL_DEPTH
+        self._ray, self._remote, self._shared = ray, ray.remote(Worker), ray.put(job)
+        self._waiting, self._left = deque(rows), set(rows)
+        self._tries: dict[int, int] = {}
+        self._failed: dict[int, tuple[str, str]] = {}
+        self._slots = [_Slot(dict(one)) for one in resources[: len(rows)]]
+        self._last_seen = time.monotonic()
+
+    def run(self) -> None:
+        """Make all rows. Raises ToolError."""
+        with console.Progress("generate", len(self._left), "sounds", quiet=self._job.options.quiet) as progress:
+            for slot in self._slots:
+                self._start(slot)
+            while self._left:
+                self._hand_out()
+                self._collect(progress)
+        if self._failed:
+            rows = sorted(self._failed)
+            message, hint = self._failed[rows[0]]
+            numbers = ", ".join(str(self._job.numbers[row]) for row in rows)
+            raise ToolError(
+                f"{len(rows)} of {len(self._job.requests)} sounds are missing, rows {numbers}: {message}",
+                f"{hint}; the others are written, and the same command makes what is missing",
+            )
+
+    def _start(self, slot: _Slot) -> None:
+        """Give a slot a new actor."""
+        gpu = slot.resources["num_gpus"] > 0
+        options = {**slot.resources, "max_restarts": 0, "max_concurrency": self._depth + AHEAD + 1}
+        slot.actor = self._remote.options(**options).remote(self._shared, gpu, self._depth, self._probe, Path.cwd())
+        slot.starting, slot.rows = slot.actor.start.remote(), {}
+
+    def _hand_out(self) -> None:
+        """Give every worker that runs as many rows as it can hold."""
+        for slot in self._slots:
+            while slot.starting is None and self._waiting and len(slot.rows) < self._depth + AHEAD:
+                row = self._waiting.popleft()
+                slot.rows[slot.actor.make.remote(row)] = row
+
+    def _collect(self, progress: console.Progress) -> None:
+        """Take what has come, and replace workers that are lost. Raises ToolError when none can be started."""
+        pending = {slot.starting: slot for slot in self._slots if slot.starting is not None}
+        pending |= {reference: slot for slot in self._slots for reference in slot.rows}
+        done, _ = self._ray.wait(list(pending), num_returns=1, timeout=LOOK_SECONDS)
+        for reference in done:
+            slot = pending[reference]
+            if reference is not slot.starting and reference not in slot.rows:
+                continue  # of a worker that was lost a moment ago
+            try:
+                message, rest = self._ray.get(reference)
+            except self._ray.exceptions.RayActorError as error:
+                self._lost(slot, error)
+                continue
+            except self._ray.exceptions.RayTaskError as error:  # a fault of ours: its traceback is needed
+                raise RuntimeError(f"a worker failed: {error}") from None
+            self._last_seen = time.monotonic()
+            self._take(slot, reference, message, rest, progress)
+        if not done and not any(slot.rows for slot in self._slots):
+            self._require_workers()
+
+    def _take(self, slot: _Slot, reference: Any, message: str, rest: Any, progress: console.Progress) -> None:
+        if reference is slot.starting:
+            slot.starting = None
+            if message:
+                raise ToolError(message, rest)
+            self._totals.add(rest["timings"])
+            return
+        row = slot.rows.pop(reference)
+        self._left.discard(row)
+        if message:
+            self._failed[row] = (message, rest)
+            return
+        self._totals.add(rest["timings"], rest["memory"])
+        self._totals.devices |= rest["devices"]
+        self._totals.peaks[row] = rest["peak"]
+        progress.advance(note=f"{len(self._totals.peaks) / max(1e-9, progress.elapsed):.2g} a second")
+
+    def _lost(self, slot: _Slot, error: Exception) -> None:
+        """Let the rows of a worker that is lost be made by others, and start a new one in its place."""
+        rows = sorted(slot.rows.values())
+        for row in rows:
+            self._tries[row] = self._tries.get(row, 0) + 1
+            if self._tries[row] < TRIES:
+                self._waiting.appendleft(row)
+                continue
+            self._left.discard(row)
+            self._failed[row] = (f"their worker was lost {TRIES} times", "give fewer --devices or a smaller --depth")
+        numbers = ", ".join(str(self._job.numbers[row]) for row in rows)
+        again = f"; rows {numbers} are made again" if rows else ""
+        print(f"a worker was lost{again}", file=sys.stderr, flush=True)
+        self._start(slot)
+
+    def _require_workers(self) -> None:
+        waited = time.monotonic() - self._last_seen
+        if waited > START_SECONDS:
+            raise ToolError(
+                f"no worker could be started for {waited:.0f} s",
+                "see `ray status`: each needs one GPU, or one CPU where there is none",
+            )

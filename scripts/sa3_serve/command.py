@@ -1,0 +1,160 @@
+"""The command `sa3_serve`: flags, the model, the server."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import ipaddress
+import math
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_serve.settings import Settings, read_token
+from sa3_trt_core import engines, shapes, targets
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.devices import choose_devices
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from sa3_serve.service import Service
+
+NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client",
+          "python_multipart": "python-multipart"}  # fmt: skip
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parse = Parser(prog="sa3_serve", description="Stable Audio 3 over HTTP: requests enter a ring that runs.")
+    model = parse.add_argument_group("model")
+    model.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="default: %(default)s")
+    model.add_argument(
+        "--precision", choices=targets.PRECISIONS, default=targets.PRECISIONS[0], help="default: %(default)s"
+    )
+    model.add_argument("--backend", choices=engines.BACKENDS, default="auto", help="as of sa3_trt")
+    model.add_argument("--device", metavar="N", help="the GPU to use, as nvidia-smi -L counts, or cpu (default: 0)")
+    model.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
+    model.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
+    model.add_argument("--offline", action="store_true", help="take the hub's files from its cache only")
+    model.add_argument(
+        "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N", help="as of sa3_trt"
+    )
+    _add_limits(parse)
+    _add_server(parse)
+    return parse
+
+
+def _add_limits(parse: argparse.ArgumentParser) -> None:
+    usual, group = Settings(), parse.add_argument_group("limits")
+    most_seconds = math.floor(usual.most_seconds * 100) / 100
+    group.add_argument("--depth", type=integer_type(1, 64, "places"), default=usual.depth, metavar="D",
+                       help="places in the ring (default: %(default)s)")  # fmt: skip
+    group.add_argument("--queue", type=integer_type(1, 100_000, "requests"), default=usual.most_waiting, metavar="N",
+                       help="requests that may wait; more get 429 (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max-seconds", type=number_type(shapes.MIN_SECONDS, most_seconds, "seconds"),
+                       default=most_seconds, metavar="S", help="longest sound (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max-steps", type=integer_type(1, 1000, "steps"), default=usual.most_steps, metavar="N",
+                       help="most steps of a sound (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max-body", type=integer_type(1, 1 << 40, "bytes"), default=usual.most_body, metavar="BYTES",
+                       help="largest request (default: %(default)s)")  # fmt: skip
+    group.add_argument("--body-seconds", type=number_type(0.1, 3600, "seconds"), default=usual.body_seconds,
+                       metavar="S", help="time for a request to arrive (default: %(default)s)")  # fmt: skip
+    group.add_argument("--drain-seconds", type=number_type(1, 3600, "seconds"), default=usual.drain_seconds,
+                       metavar="S", help="time to finish after SIGTERM (default: %(default)s)")  # fmt: skip
+
+
+def _add_server(parse: argparse.ArgumentParser) -> None:
+    group = parse.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", metavar="A", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=integer_type(0, 65535), default=8000, metavar="P", help="default: %(default)s")
+    group.add_argument("--token-file", type=Path, metavar="F", help="ask for the bearer token in this file")
+    group.add_argument("--log-prompts", action="store_true", help="write prompts and seeds to stderr")
+    group.add_argument("--access-log", action="store_true", help="write a line a request to stderr, without its body")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The limits that the flags say. Raises ToolError."""
+    return Settings(
+        depth=args.depth, most_waiting=args.queue, most_seconds=args.max_seconds, most_steps=args.max_steps,
+        most_body=args.max_body, body_seconds=args.body_seconds, drain_seconds=args.drain_seconds,
+        window=args.chunk_frames or Settings().window,
+        token_digest=None if args.token_file is None else read_token(args.token_file),
+        local=is_local(args.host), log_prompts=args.log_prompts,
+    )  # fmt: skip
+
+
+def is_local(host: str) -> bool:
+    """Whether nobody outside of this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def require_packages() -> None:
+    """Raise ToolError unless the packages of the extra `serve` are installed."""
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ToolError(f"sa3_serve needs {', '.join(missing)}", "pip install 'sa3-trt[serve]'")
+
+
+def open_service(args: argparse.Namespace, settings: Settings) -> Service:
+    """The model of the flags in a ring that runs. Raises ToolError."""
+    from sa3_serve.service import Service
+    from sa3_trt_core.model_loader import make_plan
+    from sa3_trt_core.paths import ModelSource
+    from sa3_trt_core.pipeline import Generator
+
+    source = ModelSource.of(args.onnx_root, args.models_dir, None, args.offline)
+    generator = Generator.open(make_plan(args.dit, args.precision, args.backend, source, True, args.chunk_frames))
+    try:
+        return Service(generator, settings, args.dit)
+    except BaseException:
+        generator.close()
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load the model, serve until told to end. Raises ToolError."""
+    args = parser().parse_args(argv)
+    require_packages()
+    choose_devices(args.device, None)
+    settings = settings_of(args)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from sa3_serve.app import create_app
+    from sa3_serve.server import make_server
+
+    service = open_service(args, settings)
+    with service:
+        server = make_server(service, create_app(service), args.host, args.port, args.access_log)
+        listener = _bound(args)
+        port = listener.getsockname()[1]
+        shown = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"listening on http://{shown}:{port}", file=sys.stderr, flush=True)
+        server.run(sockets=[listener])
+    return 0
+
+
+def _bound(args: argparse.Namespace) -> socket.socket:
+    """The socket to listen on. Raises ToolError."""
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((args.host.strip("[]"), args.port))
+        return found
+    except OSError as error:
+        raise ToolError(
+            f"cannot listen on {args.host} port {args.port}: {error.strerror or error}",
+            "choose another --port or --host",
+        ) from None
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(run_command(main))

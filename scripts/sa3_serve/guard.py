@@ -1,0 +1,127 @@
+"""What every request passes before a route sees it: who asks, from where, how much and how slowly it sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from sa3_serve.settings import Settings
+from sa3_trt_core.errors import ToolError
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/", "/healthz", "/page.js", "/page.css"})  # they tell nothing and do nothing
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+MOST_JSON = 256 << 10  # bytes of a body that is no form
+
+
+class RefusedError(ToolError):
+    """A request that is answered with a status and two lines; the connection is closed after it."""
+
+    def __init__(self, status: int, message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.status = status
+
+
+class Guard:
+    """An ASGI application in front of another: token, host, origin, size of the body and time that it takes."""
+
+    def __init__(self, app: App, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        body = _Body(receive, self._most(headers), self._settings.body_seconds, _has_body(headers))
+        started = False
+
+        async def closing(message: Message) -> None:
+            nonlocal started
+            started = True
+            if message["type"] == "http.response.start" and body.more:
+                # Answered before all of it has come: the server would read what is left, however much it is.
+                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+            await send(message)
+
+        try:
+            self._check(scope["path"], headers)
+            await self._app(scope, body.receive, closing)
+        except RefusedError as refused:
+            if started:
+                raise
+            await _answer(closing, refused)
+
+    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Refuse by the head alone, before a byte of the body is read. Raises RefusedError."""
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._settings.local and _name(host) not in LOCAL_NAMES:
+            # Another site's name that resolves to this machine would let its pages read what is answered here.
+            raise RefusedError(421, "this server answers for localhost only", "ask http://127.0.0.1:PORT")
+        origin = headers.get(b"origin")
+        if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
+            raise RefusedError(403, "a page of another site asks", "use the page of this server")
+        if path not in OPEN_PATHS and not self._settings.admits(headers.get(b"authorization")):
+            raise RefusedError(401, "the bearer token is missing or wrong", "send Authorization: Bearer TOKEN")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and len(length) < 20 and int(length) > self._most(headers):
+            raise _too_large(self._most(headers))
+
+    def _most(self, headers: dict[bytes, bytes]) -> int:
+        form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
+        return self._settings.most_body if form else min(MOST_JSON, self._settings.most_body)
+
+
+class _Body:
+    """The body of a request as it comes: it may not grow beyond `most` bytes nor take longer than `seconds`."""
+
+    def __init__(self, receive: Receive, most: int, seconds: float, more: bool) -> None:
+        self._receive, self._most, self._taken = receive, most, 0
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self.more = more
+
+    async def receive(self) -> Message:
+        """The next part, or that the client has left. Raises RefusedError."""
+        if not self.more:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise RefusedError(408, "the request took too long to arrive", "send it faster") from None
+        self._taken += len(message.get("body", b""))
+        if self._taken > self._most:
+            raise _too_large(self._most)
+        self.more = bool(message.get("more_body", False))
+        return message
+
+
+def _has_body(headers: dict[bytes, bytes]) -> bool:
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip(b"0 ") != b""
+
+
+def _too_large(most: int) -> RefusedError:
+    return RefusedError(413, f"the request is larger than {most} bytes", "send less; a part of a sound is enough")
+
+
+def _name(host: str) -> str:
+    """The name of a Host header without its port."""
+    return host if host.endswith("]") else host.rpartition(":")[0] or host
+
+
+async def _answer(send: Send, refused: RefusedError) -> None:
+    body = f"{refused.lines()}\n".encode()
+    headers = [
+        (b"content-type", b"text/plain; charset=utf-8"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

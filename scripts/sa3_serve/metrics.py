@@ -1,0 +1,71 @@
+"""Figures for /metrics, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from sa3_trt_core import gpu
+
+if TYPE_CHECKING:
+    from sa3_trt_core.live_ring import LiveRing
+    from sa3_trt_core.pipeline import Result
+
+STAGE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counts of one server, in a registry of its own: two servers in one process do not mix."""
+
+    def __init__(self, ring: LiveRing) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.registry.register(_RingCollector(ring))
+        self.answers = Counter(
+            "sa3_requests", "Requests for a sound by the status of the answer (499: the client left)", ["status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.seconds_of_sound = Counter("sa3_sound_seconds", "Seconds of sound made", registry=self.registry)
+        self.whole = Histogram(
+            "sa3_request_seconds", "From the whole request to the sound", buckets=STAGE_BUCKETS, registry=self.registry
+        )
+        self.stages = Histogram(
+            "sa3_stage_seconds", "A sound's share of each stage", ["stage"], buckets=STAGE_BUCKETS,
+            registry=self.registry,
+        )  # fmt: skip
+
+    def count_sound(self, result: Result, seconds: float, elapsed: float) -> None:
+        """Count a sound of so many seconds that took `elapsed` seconds from its request on."""
+        self.seconds_of_sound.inc(seconds)
+        self.whole.observe(elapsed)
+        for stage, taken in result.timings.items():
+            self.stages.labels(stage).observe(taken)
+
+    def text(self) -> bytes:
+        """The exposition, as of now."""
+        return generate_latest(self.registry)
+
+
+class _RingCollector:
+    """What the ring says of itself when it is asked."""
+
+    def __init__(self, ring: LiveRing) -> None:
+        self._ring = ring
+
+    def collect(self) -> Iterator[Any]:
+        ring, now = self._ring, self._ring.occupancy
+        figures: list[tuple[str, str, float | None]] = [
+            ("sa3_queue_requests", "Requests that wait for a place in the ring", now.waiting),
+            ("sa3_queue_limit", "Requests that may wait before 429", ring.most_waiting),
+            ("sa3_ring_requests", "Requests in the ring", now.ring),
+            ("sa3_ring_places", "Places of the ring", ring.depth),
+            ("sa3_ring_steps", "Steps of the ring so far", ring.steps),
+            ("sa3_decoding_requests", "Sounds that are decoded, or wait for it", now.decoding),
+            ("sa3_gpu_memory_bytes", "Memory in use on the GPU, by anybody", gpu.memory_in_use()),
+        ]
+        for name, about, value in figures:
+            if value is not None:
+                yield GaugeMetricFamily(name, about, value=value)

@@ -1,0 +1,86 @@
+"""What a request for a sound may say, as JSON or as fields of a form, and the Request that it means."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sa3_serve.settings import Settings
+from sa3_trt_core import shapes
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_SEED, MOST_STEPS, Request
+
+LONGEST_PROMPT = 4096  # characters; the text encoder reads 256 tokens
+MOST_RANGES = 32
+LATEST_START = 1e6  # seconds
+HINT = "the fields and their ranges are on the page /docs"
+
+_Finite = {"allow_inf_nan": False}
+Range = tuple[Annotated[float, Field(ge=0, **_Finite)], Annotated[float, Field(gt=0, **_Finite)]]
+
+
+class SoundRequest(BaseModel):
+    """One sound. As a form, `init_audio` is a sound file and `inpaint` is A,B in seconds, as often as needed."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str = Field(max_length=LONGEST_PROMPT, description="What to generate; may be empty")
+    seconds: float = Field(30.0, ge=shapes.MIN_SECONDS, le=shapes.MAX_SECONDS, description="Length")
+    seed: int | None = Field(None, ge=0, le=MOST_SEED, description="One seed is one sound; drawn if it is left away")
+    steps: int = Field(8, ge=1, le=MOST_STEPS, description="Steps of the sampler")
+    cfg: float = Field(1.0, ge=0, le=MOST_CFG, description="Guidance; 1 is none")
+    apg: float | None = Field(None, ge=0, le=FULL_APG, description="0 plain guidance, 1 projected")
+    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT, description="What to lead away from")
+    format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Of the answer")
+    init_start: float = Field(0.0, ge=0, le=LATEST_START, description="Second of init_audio to begin at")
+    init_noise_level: float | None = Field(None, ge=LEAST_NOISE, le=1, description="Audio to audio: how free of it")
+    inpaint: list[Range] = Field([], max_length=MOST_RANGES, description="Seconds of init_audio to make anew")
+
+    def request(self, settings: Settings, init_audio: Path | None) -> Request:
+        """The Request that it means. Raises ToolError, in words of the fields."""
+        for name, value, most in (
+            ("seconds", self.seconds, settings.most_seconds), ("steps", self.steps, settings.most_steps)
+        ):  # fmt: skip
+            if value > most:
+                raise ToolError(f"{name} {value:g} is more than this server's {most:g}", f"choose another {name}")
+        return Request(
+            self.prompt, self.seconds, self.steps, secrets.randbelow(2**32) if self.seed is None else self.seed,
+            self.negative_prompt, self.cfg, self.apg, init_audio, self.init_start, self.init_noise_level,
+            tuple(self.inpaint),
+        )  # fmt: skip
+
+
+def parse_json(body: bytes) -> SoundRequest:
+    """A request in JSON; a number is a number and no text. Raises ToolError."""
+    try:
+        return SoundRequest.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def parse_form(fields: Mapping[str, list[str]]) -> SoundRequest:
+    """A request in the fields of a form, each a text. Raises ToolError."""
+    found: dict[str, Any] = {name: values[0] for name, values in fields.items() if name != "inpaint"}
+    twice = [name for name, values in fields.items() if name != "inpaint" and len(values) > 1]
+    if twice:
+        raise ToolError(f"{_shown(twice[0])} is given twice", HINT)
+    found["inpaint"] = [part.split(",") for part in fields.get("inpaint", [])]
+    try:
+        return SoundRequest.model_validate(found)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> ToolError:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return ToolError(f"{_shown(place) or 'the request'}: {first['msg'][:200]}", HINT)
+
+
+def _shown(name: str) -> str:
+    """A name that somebody else chose, fit for a line."""
+    return ascii(name)[1:-1][:60]

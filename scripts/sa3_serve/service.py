@@ -1,0 +1,89 @@
+"""What runs behind the routes: the ring, the state of the server, and its first sound."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from sa3_serve.metrics import Metrics
+from sa3_serve.settings import Settings
+from sa3_trt_core import shapes
+from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.cli import again
+from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.live_ring import LiveRing
+from sa3_trt_core.request import Request
+
+if TYPE_CHECKING:
+    from sa3_trt_core.pipeline import Generator, Result
+
+FIRST_SOUND = Request("", seconds=1.0, steps=1)
+
+
+class Service(Closing):
+    """One generator in a live ring. Closing it ends the ring and closes the generator."""
+
+    def __init__(self, generator: Generator, settings: Settings, model: str) -> None:
+        self.generator, self.settings, self.model = generator, settings, model
+        self.precision = generator.engines.plan.precision
+        self.identities = {stage: generator.engines.identity(stage) for stage in generator.engines.plan.stages}
+        self.ring = LiveRing(generator, settings.depth, settings.most_waiting)
+        self.metrics = Metrics(self.ring)
+        self.draining = False
+        self._first: Future[Result] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def status(self) -> str:
+        """starting until a first sound has been made, then ready; draining; failed when no sound can be made."""
+        first = self._first
+        if self.ring.failure is not None or (first is not None and first.done() and first.exception() is not None):
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "ready" if first is not None and first.done() else "starting"
+
+    def start(self) -> None:
+        """Begin the first sound, which compiles and allocates what every later one uses."""
+        with self._lock:
+            if self._first is None:
+                self._first = self.ring.submit(FIRST_SOUND)
+
+    def drain(self) -> bool:
+        """Refuse requests and finish those that were taken; return False when the time was not enough."""
+        self.draining = True
+        return self.ring.drain(self.settings.drain_seconds)
+
+    def close(self) -> None:
+        """End the ring, giving up what is in it, and close the engines."""
+        self.draining = True
+        self.ring.close()
+        self.generator.close()
+
+    def describe(self) -> dict[str, Any]:
+        """The entry of GET /v1/models."""
+        settings = self.settings
+        return {
+            "id": self.model,
+            "precision": self.precision,
+            "sample_rate": shapes.SAMPLE_RATE,
+            "channels": shapes.AUDIO_CHANNELS,
+            "min_seconds": shapes.MIN_SECONDS,
+            "max_seconds": settings.most_seconds,
+            "max_steps": settings.most_steps,
+            "max_body_bytes": settings.most_body,
+            "depth": settings.depth,
+            "engines": self.identities,
+            "backends": dict(self.generator.engines.plan.backends),
+            "token": settings.token_digest is not None,
+        }
+
+    def metadata(self, request: Request) -> dict[str, Any]:
+        """Return what is written into a sound: what sa3_trt writes, without the file that was uploaded."""
+        used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
+        chunk = self.generator.engines.plan.chunk_frames
+        run = {"dit": self.model, "precision": self.precision, "peak": audio_io.PEAKS[0], "bits": audio_io.DEFAULT_BITS}
+        about = again.metadata(request, {**run, "chunk_frames": chunk}, used)
+        about.pop("init_audio", None)
+        return about

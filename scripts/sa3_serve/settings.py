@@ -1,0 +1,63 @@
+"""Limits and manners of a server."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa3_trt_core import shapes
+from sa3_trt_core.errors import ToolError
+
+LEAST_TOKEN, MOST_TOKEN = 16, 1024  # characters
+_TOKEN = re.compile(r"[\x21-\x7e]+")  # what an Authorization header carries as it is
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows.
+
+    `depth` places in the ring; `most_waiting` requests in the queue before 429; `most_seconds` and `most_steps` of a
+    sound; `most_body` bytes of a request, which has `body_seconds` to arrive; `drain_seconds` to finish what was taken
+    when the process is to end; `window` latent frames are decoded at a time for ?stream=1; `token_digest` is the
+    SHA-256 of the bearer token, None for none; `local` refuses requests that name another host than this one.
+    """
+
+    depth: int = 4
+    most_waiting: int = 64
+    most_seconds: float = shapes.MAX_SECONDS
+    most_steps: int = 100
+    most_body: int = 64 << 20
+    body_seconds: float = 30.0
+    drain_seconds: float = 60.0
+    window: int = 128
+    token_digest: bytes | None = None
+    local: bool = True
+    log_prompts: bool = False
+
+    def admits(self, authorization: bytes | None) -> bool:
+        """Whether an Authorization header has the token; the time it takes does not depend on where it differs."""
+        if self.token_digest is None:
+            return True
+        scheme, _, token = (authorization or b"").partition(b" ")
+        given = hashlib.sha256(token.strip()).digest()
+        return hmac.compare_digest(given, self.token_digest) and scheme.lower() == b"bearer"
+
+
+def read_token(path: Path) -> bytes:
+    """The SHA-256 of the token in a file, its only line. Raises ToolError."""
+    hint = "make one, for example: python -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE"
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST_TOKEN + 2).decode("ascii").strip()
+    except OSError as error:
+        raise ToolError(f"cannot read --token-file {path}: {error.strerror or error}", hint) from None
+    except UnicodeDecodeError:
+        text = ""
+    if not LEAST_TOKEN <= len(text) <= MOST_TOKEN or not _TOKEN.fullmatch(text):
+        raise ToolError(
+            f"--token-file {path} holds no token: {LEAST_TOKEN} to {MOST_TOKEN} ASCII characters, no blanks", hint
+        )
+    return hashlib.sha256(text.encode("ascii")).digest()

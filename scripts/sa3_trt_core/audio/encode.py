@@ -1,0 +1,47 @@
+"""Sounds as bytes, without a file: for answers of a service."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.shapes import AUDIO_CHANNELS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEDIA_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg"}
+
+
+def audio_bytes(kind: str, samples: Tensor, metadata: Mapping[str, Any]) -> bytes:
+    """Return the bytes that `write_audio` writes, 16 bits a sample, from fp32 samples (N, 2) within full scale.
+
+    `kind` is one of MEDIA_TYPES.
+    """
+    out = io.BytesIO()
+    audio_io.write_sound(out, f".{kind}", samples, audio_io.DEFAULT_BITS, metadata)
+    return out.getvalue()
+
+
+def pcm_bytes(samples: Tensor) -> bytes:
+    """Return 16-bit little-endian interleaved samples from fp32 samples (N, 2) within full scale."""
+    import numpy as np
+
+    values: np.ndarray = np.asarray(samples, np.float32)
+    return np.round(values * np.float32(32767)).astype("<i2").tobytes()
+
+
+def wav_header(samples: int, metadata: Mapping[str, Any]) -> bytes:
+    """Return what stands before the samples in the WAV of `audio_bytes`, for so many samples that are not there yet."""
+    import torch
+
+    head = bytearray(audio_bytes("wav", torch.zeros(0, AUDIO_CHANNELS), metadata))
+    at = head.rindex(b"data")
+    size = samples * AUDIO_CHANNELS * 2
+    del head[at + 8 :]
+    struct.pack_into("<I", head, at + 4, size)
+    struct.pack_into("<I", head, 4, len(head) - 8 + size)
+    return bytes(head)

@@ -1,0 +1,105 @@
+"""A server on tiny models in a process of its own, and the command line that makes the same sounds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import soundfile
+
+START_SECONDS, END_SECONDS = 180, 90
+PROMETHEUS = re.compile(r"^(\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
+
+
+class Service:
+    """A running server: its address, a client, its process and what it has said."""
+
+    def __init__(self, process: subprocess.Popen[str], address: str, lines: list[str], token: str | None) -> None:
+        self.process, self.address, self.lines = process, address, lines
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        self.client = httpx.Client(base_url=address, headers=headers, timeout=300, trust_env=False)
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    def generate(self, **fields: Any) -> httpx.Response:
+        return self.client.post("/v1/audio/generate", json=fields)
+
+    def metric(self, name: str, labels: str = "") -> float:
+        """A figure of /metrics, 0 where there is none yet."""
+        found = {(m[1], m[2] or ""): float(m[3]) for m in PROMETHEUS.finditer(self.client.get("/metrics").text)}
+        return found.get((name, labels), 0.0)
+
+    def until_metric(self, name: str, value: float) -> None:
+        deadline = time.monotonic() + 60
+        while self.metric(name) != value:
+            assert time.monotonic() < deadline, f"{name} is {self.metric(name)}, not {value}"
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(END_SECONDS)
+
+
+@contextlib.contextmanager
+def serving(root: Path, *more: object, token: str | None = None) -> Iterator[Service]:
+    """A server that is ready; it is ended with the block if it has not ended."""
+    line = [sys.executable, "-m", "sa3_serve", "--onnx-root", root, "--backend", "onnxruntime", "--precision", "fp32"]
+    line += ["--port", 0, *more]
+    process = subprocess.Popen(
+        [str(word) for word in line], stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"}
+    )
+    lines: list[str] = []
+    listening = threading.Event()
+
+    def listen() -> None:
+        assert process.stderr is not None
+        for text in process.stderr:
+            lines.append(text.rstrip("\n"))
+            if text.startswith("listening on "):
+                listening.set()
+        listening.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        assert listening.wait(START_SECONDS), lines
+        address = next((text.rpartition(" ")[2] for text in lines if text.startswith("listening on ")), None)
+        assert address is not None, lines
+        service = Service(process, address, lines, token)
+        deadline = time.monotonic() + START_SECONDS
+        while service.client.get("/healthz").status_code != 200:
+            assert time.monotonic() < deadline and process.poll() is None, lines
+            time.sleep(0.05)
+        yield service
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def samples(data: bytes) -> np.ndarray:
+    """16-bit samples (n, 2) of a sound."""
+    found, _ = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+    return np.asarray(found)
+
+
+def comment(data: bytes) -> dict[str, Any]:
+    """What a sound says of how it was made."""
+    with soundfile.SoundFile(io.BytesIO(data)) as sound:
+        found: dict[str, Any] = json.loads(sound.comment)
+        return found
