@@ -158,3 +158,7 @@ def _bound(args: argparse.Namespace) -> socket.socket:
 def entry() -> None:
     """The console script."""
     sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    entry()

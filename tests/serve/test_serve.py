@@ -247,7 +247,7 @@ def test_mistakes_of_the_command_are_two_lines(tiny_onnx: Path, tmp_path: Path) 
 
 def test_help_needs_no_package() -> None:
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "sa3_serve", "--help"], capture_output=True, text=True, check=False,
+        [sys.executable, "-S", "-m", "sa3_serve.command", "--help"], capture_output=True, text=True, check=False,
         cwd=Path(sa3_trt.__file__).parent,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: sa3_serve")
