@@ -10,8 +10,9 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sa3_serve.settings import Settings, read_token
 from sa3_trt_core import engines, shapes, targets
@@ -140,6 +141,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def ray_app(args: dict[str, str]) -> Any:
+    """The service as a Ray Serve application: `serve run sa3_serve.command:ray_app onnx_root=DIR precision=fp8`.
+
+    Every replica has a model and a ring of its own, on one GPU unless device=cpu is given. Arguments are the flags.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ToolError("a Ray Serve application needs Ray", "pip install 'sa3-trt[serve,ray-serve]'")
+    from ray import serve
+
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in args.items()]
+    flags = parser().parse_args(words)
+    # The proxy of Ray Serve is what clients reach, by whatever name.
+    settings = replace(settings_of(flags), local=False)
+
+    def build() -> Any:
+        from sa3_serve.app import create_app
+
+        choose_devices(flags.device, None)
+        return create_app(open_service(flags, settings))
+
+    options = {"num_cpus": 1, "num_gpus": 0 if flags.device == "cpu" else 1}
+    most = settings.depth + settings.most_waiting + 16  # beyond the queue our own 429 answers
+    deployment = serve.deployment(serve.ingress(build)(), ray_actor_options=options, max_ongoing_requests=most)
+    return deployment.bind()
+
+
 def _bound(args: argparse.Namespace) -> socket.socket:
     """The socket to listen on. Raises ToolError."""
     try:
@@ -158,3 +185,7 @@ def _bound(args: argparse.Namespace) -> socket.socket:
 def entry() -> None:
     """The console script."""
     sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    entry()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sa3_serve.metrics import Metrics
 from sa3_serve.settings import Settings
 from sa3_trt_core import shapes
-from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli import again
+from sa3_trt_core.cli.parser import parser
 from sa3_trt_core.engines.base import Closing
 from sa3_trt_core.live_ring import LiveRing
 from sa3_trt_core.request import Request
@@ -82,8 +82,9 @@ class Service(Closing):
     def metadata(self, request: Request) -> dict[str, Any]:
         """Return what is written into a sound: what sa3_trt writes, without the file that was uploaded."""
         used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
+        usual = vars(parser().parse_args(["--prompt", ""]))
         chunk = self.generator.engines.plan.chunk_frames
-        run = {"dit": self.model, "precision": self.precision, "peak": audio_io.PEAKS[0], "bits": audio_io.DEFAULT_BITS}
-        about = again.metadata(request, {**run, "chunk_frames": chunk}, used)
+        run = {**usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
+        about = again.metadata(request, run, used)
         about.pop("init_audio", None)
         return about

@@ -10,7 +10,6 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from sa3_trt_core import gpu
 from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.engines.base import Closing
 from sa3_trt_core.errors import ToolError
@@ -265,7 +264,7 @@ class LiveRing(Closing):
 
 def _rows_alone(generator: Generator) -> bool:
     """Whether every request gets a forward of its own: larger batches gain nothing on a CPU."""
-    return generator.engines.plan.backends["dit"] == "onnxruntime" and not gpu.has_nvidia_gpu()
+    return generator.engines.devices.get("dit") == "cpu"
 
 
 def _decoded(generator: Generator, ticket: _Ticket) -> Result:

@@ -16,6 +16,7 @@ import pytest
 import soundfile
 
 import sa3_trt
+from sa3_serve import command
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import find_target
 
@@ -120,6 +121,14 @@ def test_the_commands_for_a_gpu_host_parse() -> None:
         else:
             assert line[:2] == ["python", "build/build_from_onnx.py"]
             assert all(find_target(name) for name in build_from_onnx.parser().parse_args(line[2:]).names)
+
+
+def test_the_commands_of_a_service_and_of_bulk_jobs_parse() -> None:
+    """They are tested in tests/serve and tests/bulk; a flag that does not exist would be found here."""
+    bulk, (serve,) = [shlex.split(line) for line in commands("bulk")], [shlex.split(line) for line in commands("serve")]
+    assert [line[0] for line in bulk] == ["sa3_trt"] * 2 and serve[0] == "sa3_serve"
+    assert all(sa3_trt.parser().parse_args(line[1:]).prompts_file for line in bulk)
+    assert command.parser().parse_args(serve[1:]).port == 8000
 
 
 def test_make_knows_the_two_commands() -> None:

@@ -46,9 +46,10 @@ sa3_build.graph
 sa3_build.e4m3 sa3_build.memory
 sa3_bench
 sa3_validation
-sa3_serve
+sa3_serve sa3_bulk
 sa3_trt_core.cli
 sa3_trt_core
+sa3_trt_core.live_ring
 sa3_trt_core.pipeline
 sa3_trt_core.stages
 sa3_trt_core.batch sa3_trt_core.model_loader

@@ -59,8 +59,18 @@ class Service:
 @contextlib.contextmanager
 def serving(root: Path, *more: object, token: str | None = None) -> Iterator[Service]:
     """A server that is ready; it is ended with the block if it has not ended."""
-    line = [sys.executable, "-m", "sa3_serve", "--onnx-root", root, "--backend", "onnxruntime", "--precision", "fp32"]
-    line += ["--port", 0, *more]
+    line = [
+        sys.executable,
+        "-m",
+        "sa3_serve.command",
+        "--onnx-root",
+        root,
+        "--backend",
+        "onnxruntime",
+        "--precision",
+        "fp32",
+    ]
+    line += ["--precision", "fp32", "--port", 0, *more]
     process = subprocess.Popen(
         [str(word) for word in line], stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"}
     )

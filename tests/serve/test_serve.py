@@ -89,14 +89,14 @@ def test_many_clients_get_the_sounds_of_the_command_to_the_bit(
         return answer.content
 
     with ThreadPoolExecutor(16) as clients:
-        found = list(clients.map(ask, kinds * 5))
+        found = list(clients.map(ask, kinds * 2))
     for place, (fields, init_audio) in enumerate(kinds):
         out = tmp_path / f"{place}.{fields.get('format', 'wav')}"
         wanted = by_command(tiny_onnx, out, fields, init_audio)
         assert all(data == wanted for data in found[place :: len(kinds)])
         assert np.abs(samples(wanted)).max() > 300 and comment(wanted)["seed"] == fields["seed"]
-    assert service.metric("sa3_requests_total", 'status="200"') >= 25
-    assert service.metric("sa3_stage_seconds_count", 'stage="decode"') >= 25
+    assert service.metric("sa3_requests_total", 'status="200"') >= 10
+    assert service.metric("sa3_stage_seconds_count", 'stage="decode"') >= 10
 
 
 @pytest.mark.parametrize("kind", ["mp3", "ogg"])
@@ -247,7 +247,7 @@ def test_mistakes_of_the_command_are_two_lines(tiny_onnx: Path, tmp_path: Path) 
 
 def test_help_needs_no_package() -> None:
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "sa3_serve", "--help"], capture_output=True, text=True, check=False,
+        [sys.executable, "-S", "-m", "sa3_serve.command", "--help"], capture_output=True, text=True, check=False,
         cwd=Path(sa3_trt.__file__).parent,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: sa3_serve")

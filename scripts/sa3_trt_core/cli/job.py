@@ -30,7 +30,6 @@ class Options:
     dit: str
     precision: str
     chunk_frames: int | None
-    lora: list[str] | None
     batch: int | None
     depth: int | None
     free_models: bool

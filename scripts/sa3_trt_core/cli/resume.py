@@ -22,7 +22,7 @@ def keep_finished(job: Job, totals: report.Totals) -> None:
     """
     for index, out in enumerate(job.outs):
         files.remove_leftovers(out)
-        asked = again.metadata(job.requests[index], vars(job.options), {})
+        asked = again.metadata(job.requests[index], vars(job.flags), {})
         if out.is_file() and _says(out, asked):
             totals.kept.add(index)
 

@@ -92,7 +92,7 @@ def _results(generator: Generator, job: Job, tell: Progress) -> Iterator[tuple[i
 def write_sound(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:
     """Write one sound of a job; what it took is added to `totals`. Raises ToolError."""
     args, request, started = job.options, job.requests[index], time.perf_counter()
-    about = again.metadata(request, vars(args), ids)
+    about = again.metadata(request, vars(job.flags), ids)
     audio_io.write_audio(job.outs[index], audio_io.tame(result.audio, args.peak), args.bits, about)
     if args.save_latents is not None:
         _write_latents(args.save_latents, request, result)
