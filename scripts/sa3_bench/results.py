@@ -90,7 +90,7 @@ def run(contest: Contest, shapes: list[tuple[int, int]], repeats: int, out: Path
     with torch.inference_mode():
         ceilings = roofline.measure(place) if place.type == "cuda" and contest.sizes is not None else None
         record = Record(
-            _machine(), asdict(contest.sizes) if contest.sizes else {}, asdict(ceilings) if ceilings else {},
+            machine(), asdict(contest.sizes) if contest.sizes else {}, asdict(ceilings) if ceilings else {},
             _tiles(contest), list(contest.judged), contest.reference_name, contest.peers_name,
         )  # fmt: skip
         with console.Progress("shapes", len(shapes), "shapes") as progress:
@@ -179,7 +179,8 @@ def _tiles(contest: Contest) -> dict[str, Any]:
     return {name: asdict(found) for name, found in tiles.items() if found is not None}
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """Return the versions and the card that timings hold for."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
     if torch.cuda.is_available():
         import triton

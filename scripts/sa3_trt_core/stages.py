@@ -19,6 +19,7 @@ from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity
 from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
 from sa3_trt_core.sampling.ring import RingRow
 from sa3_trt_core.sampling.sampler import Trajectory, ping_pong, row_noise
+from sa3_trt_core.sampling.upload import uploaded_noise
 from sa3_trt_core.shapes import LATENT_CHANNELS, SAMPLES_PER_FRAME
 from sa3_trt_core.stage_timer import Meter
 
@@ -119,7 +120,10 @@ class Stages(Closing):
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
             guidance = self._guidance(job, cond)
             engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
-            noise = row_noise([row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames)
+            drawn = [row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames
+            noise = row_noise(*drawn)
+            if velocity.device != "cpu":  # the whole path stays there: latents go to the decoder without a copy
+                noise, start, kept = uploaded_noise(*drawn, velocity.device), *_on(velocity.device, start, kept)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
@@ -149,17 +153,23 @@ class Stages(Closing):
             return RingRow(path, cond, self._guidance(job, cond), job.meter)
 
     def _decode(self, job: Batch, tell: Tell) -> list[Result]:
-        """The sounds of a batch, row by row: the decoder takes one at a time."""
+        """The sounds of a batch: all rows at once where the decoder takes them, else one after the other."""
         import torch
 
         assert job.latents is not None
         sounds, decoder = [], self._engine("decoder", job.meter)
+        count = len(job.rows) if autoencoder.takes_rows(decoder) else 1
+        latents = job.latents if autoencoder.takes_rows(decoder) else job.latents.cpu()
         with torch.inference_mode():
-            for index, row in enumerate(job.rows):
+            for first in range(0, len(job.rows), count):
                 with job.meter.stage("decode"):
-                    decoded = autoencoder.decode(decoder, job.latents[index : index + 1], self._chunk(row.valid_frames))
-                    sounds.append(autoencoder.finish(decoded, row.seconds))
-                tell("decoded")
+                    part, chunk = latents[first : first + count], self._chunk(job.rows[first].valid_frames)
+                    decoded = autoencoder.decode_rows(decoder, part, chunk)
+                    rows = zip(decoded, job.rows[first : first + count], strict=True)
+                    sounds += [autoencoder.finish(sound, row.seconds) for sound, row in rows]
+                for _ in decoded:
+                    tell("decoded")
+        job.latents = job.latents.cpu()
         levels = sigmas_of(job.rows[0])
         return [
             Result(
@@ -167,3 +177,11 @@ class Stages(Closing):
             )
             for index, sound in enumerate(sounds)
         ]
+
+
+def _on(
+    device: str, start: Tensor | None, kept: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """What audio to audio starts from and what in-painting puts back, on a device."""
+    moved = None if kept is None else (kept[0].to(device), kept[1].to(device))
+    return None if start is None else start.to(device), moved

@@ -30,6 +30,15 @@ def lowered(path: Path) -> bytes | None:
     return ir.to_proto(model).SerializeToString()
 
 
+def plain_graph(path: Path) -> ir.Model:
+    """A graph file, sorted, with plain ops in place of its plug-ins. Raises ToolError."""
+    model = graph_io.load(path)
+    if plugged(model):
+        _lower(model, path)
+    model.graph.sort()
+    return model
+
+
 def lower_file(source: Path, output: Path) -> int:
     """Write a graph whose plug-ins are lowered, with its sidecar and manifest; returns how many there were.
 

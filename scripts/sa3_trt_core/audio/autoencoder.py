@@ -35,7 +35,7 @@ def encode(engine: GraphEngine, audio: Tensor, chunk: int = 0) -> Tensor:
 
     frames = audio.shape[-1] // SAMPLES_PER_FRAME
     latents = torch.empty(1, LATENT_CHANNELS, frames)
-    for part in chunks(frames, chunk):
+    for part in chunks(frames, 0 if takes_rows(engine) else chunk):
         found = _encode(engine, audio[:, part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME])
         latents[..., part.first : part.last] = found[..., part.first - part.start : part.last - part.start]
     return latents
@@ -65,18 +65,38 @@ def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
     least length and cut again.
     Raises ToolError.
     """
+    return decode_rows(engine, latents, chunk)[0]
+
+
+def takes_rows(engine: GraphEngine) -> bool:
+    """Whether a decoder takes any number of rows at once and bounds its own memory: it is given no windows."""
+    return bool(getattr(engine, "takes_rows", False))
+
+
+def decode_rows(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> list[Tensor]:
+    """The samples of each row of latents (R, 256, L), as `decode` gives them; in one run where the engine takes rows.
+
+    Raises ToolError.
+    """
+    if takes_rows(engine):
+        return list(_decode(engine, latents)[:, : latents.shape[-1] * SAMPLES_PER_FRAME])
+    return [_decode_row(engine, latents[row : row + 1], chunk) for row in range(latents.shape[0])]
+
+
+def _decode_row(engine: GraphEngine, latents: Tensor, chunk: int) -> Tensor:
     import torch
 
     frames = latents.shape[-1]
     samples = torch.empty(frames * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
     for part in chunks(frames, chunk):
-        found = _decode(engine, latents[..., part.start : part.stop].contiguous())
+        found = _decode(engine, latents[..., part.start : part.stop].contiguous())[0]
         kept = slice((part.first - part.start) * SAMPLES_PER_FRAME, (part.last - part.start) * SAMPLES_PER_FRAME)
         samples[part.first * SAMPLES_PER_FRAME : part.last * SAMPLES_PER_FRAME] = found[kept]
     return samples
 
 
 def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
+    """Samples (R, L' * 4096, 2), L' at least the decoder's least length."""
     import torch
     from torch.nn import functional
 
@@ -86,14 +106,14 @@ def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
         inputs["limiter_ceiling"] = torch.tensor(LIMITER_CEILING)
     outputs = engine.run(inputs)
     if "pcm" in outputs:
-        samples = outputs["pcm"][0].float() / FULL_SCALE
+        samples = outputs["pcm"] / FULL_SCALE  # in one pass from whole numbers to fp32
     elif "audio" in outputs:
-        samples = outputs["audio"][0].float().T
+        samples = outputs["audio"].float().transpose(1, 2)
         if not bool(torch.isfinite(samples).all()):
             raise ToolError("the decoder gave values that are not finite", "build it again, or try `precision=fp32`")
     else:
         raise ToolError(f"the decoder gives {', '.join(outputs)}, not pcm or audio", "use a SAME decoder")
-    wanted = (padded.shape[-1] * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
+    wanted = (padded.shape[0], padded.shape[-1] * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
     if tuple(samples.shape) != wanted:
         raise ToolError(f"the decoder gave samples of shape {tuple(samples.shape)}, not {wanted}", "use a SAME decoder")
     return samples
@@ -123,6 +143,6 @@ def finish(samples: Tensor, seconds: float) -> Tensor:
     Source: the model's own generation (build/FACTS.md, Generation).
     """
     valid = valid_frames(seconds, samples.shape[0] // SAMPLES_PER_FRAME) * SAMPLES_PER_FRAME
-    muted = samples.clone()
+    muted = samples[: output_samples(seconds)].clone()
     muted[valid:] = 0
-    return muted[: output_samples(seconds)]
+    return muted

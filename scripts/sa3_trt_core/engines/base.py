@@ -37,6 +37,11 @@ def place_of(engine: GraphEngine) -> tuple[str, str]:
     return getattr(engine, "device", "cuda"), getattr(engine, "cpu_reason", "")
 
 
+def home_of(engine: GraphEngine) -> str:
+    """Return the device that an engine takes and gives tensors on without a copy: "cpu" unless it says otherwise."""
+    return "cuda" if getattr(engine, "keeps_device", False) and place_of(engine)[0] == "cuda" else "cpu"
+
+
 class VelocityEngine(Protocol):
     """One DiT: velocity for a batch of latents at given noise levels."""
 
@@ -68,6 +73,7 @@ class DiTVelocity(Closing):
     def __init__(self, graph: GraphEngine) -> None:
         self._graph = graph
         self.max_batch = graph.max_batch
+        self.device = home_of(graph)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""

@@ -1,9 +1,9 @@
-"""The DiT in PyTorch: FP8 or 16-bit products on an NVIDIA GPU without TensorRT, plain operations on a CPU."""
+"""Packed networks in PyTorch: Triton kernels on an NVIDIA GPU without TensorRT, plain operations on a CPU."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sa3_trt_core.engines.base import GraphEngine
     from sa3_trt_core.lora.lora_set import LoraSet
     from sa3_trt_core.torch_models.dit.adapters import AdapterSlot
     from sa3_trt_core.torch_models.dit.model import BlockOps
@@ -28,25 +29,28 @@ if TYPE_CHECKING:
 FP8_CAPABILITY = (8, 9)
 KERNELS_FOLDER = "kernels"  # beside the folders of a models/<arch>/: what Triton has compiled
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
+FEWER = "free GPU memory, or ask for fewer `seconds` or a smaller `batch`"
 
 
-class TorchEngine(Closing):
-    """One packed DiT (build_from_onnx.py --backend torch). Not for use from several threads."""
+class PackedEngine(Closing):
+    """One packed network of a contract's `kind`. Not for use from several threads."""
+
+    kind: str
+    keeps_device = True  # tensors on the GPU stay there
 
     def __init__(self, path: Path, rebuild: str) -> None:
-        """Load a packed DiT that this project made; `rebuild` is the command that a message gives.
+        """Check a packed file that this project made; `rebuild` is the command that a message gives.
 
         Raises ToolError: no such file, not whole, or FP8 on a GPU that has none.
         """
         import torch
 
-        again = f"build it again: {rebuild}"
         if not path.is_file():
             raise ToolError(f"no engine {path}", f"build it: {rebuild}")
         reason = manifest.verify_manifest(path)
         if reason is not None:
-            raise ToolError(f"{path} is not a finished engine of this project: {reason}", again)
-        contract = CONTRACTS["dit"]
+            raise ToolError(f"{path} is not a finished engine of this project: {reason}", f"build it again: {rebuild}")
+        contract = CONTRACTS[self.kind]
         self.input_names = tuple(spec.name for spec in contract.inputs)
         self.output_names = tuple(spec.name for spec in contract.outputs)
         self.max_batch: int | None = None
@@ -55,27 +59,48 @@ class TorchEngine(Closing):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         lost = self.device == "cpu" and gpu.has_nvidia_gpu()
         self.cpu_reason = f"PyTorch {torch.__version__} here cannot use the GPU" if lost else ""
-        place = torch.device(self.device)
+        self._place = torch.device(self.device)
+
+    def require_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise ToolError for other inputs than the contract's."""
+        if set(inputs) != set(self.input_names):
+            raise ToolError(
+                f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}",
+                f"give {', '.join(self.input_names)}",
+            )
+
+    def guarded(self, work: Callable[[], Tensor], asked: str) -> Tensor:
+        """Return the result of some work on the engine's network. Raises ToolError when memory ends."""
+        import torch
+
+        try:
+            with torch.inference_mode():
+                return work()
+        except torch.OutOfMemoryError:
+            raise ToolError(f"no GPU memory for {asked} in {self._path}", FEWER) from None
+
+
+class TorchEngine(PackedEngine):
+    """One packed DiT (build_from_onnx.py --backend torch)."""
+
+    kind = "dit"
+
+    def __init__(self, path: Path, rebuild: str) -> None:
+        super().__init__(path, rebuild)
         self._adapters: AdapterSlot | None = None
-        self._runner: Runner | None = open_runner(path, place)
+        self._runner: Runner | None = open_runner(path, self._place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"velocity": (B, 256, L) fp32} for the six inputs of the contract, on the device of x."""
-        import torch
-
-        if set(inputs) != set(self.input_names):
-            raise ToolError(
-                f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}", "give the six inputs"
-            )
+        self.require_inputs(inputs)
         if self._runner is None:
             raise RuntimeError("this engine is closed")
         told = {name: value.float() for name, value in inputs.items() if name not in ("x", "t")}
-        try:
-            with torch.inference_mode():
-                found = self._runner.velocity(inputs["x"].float(), inputs["t"].float(), told)
-        except torch.OutOfMemoryError:
-            raise ToolError(f"no GPU memory for {_asked(self._path, inputs)}", "free GPU memory, or ask for fewer "
-                            "`seconds` or a smaller `batch`") from None  # fmt: skip
+        runner, (rows, _, frames) = self._runner, inputs["x"].shape
+        found = self.guarded(
+            lambda: runner.velocity(inputs["x"].float(), inputs["t"].float(), told),
+            f"{rows} rows of {frames} latent frames",
+        )
         place = inputs["x"].device
         return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
 
@@ -105,9 +130,16 @@ class TorchEngine(Closing):
         self._runner = self._adapters = None
 
 
-def open_packed(path: Path, target: Target, rebuild: str, onnx: Path | None) -> TorchEngine:
-    """Load a packed DiT; its manifest says of which graph it was made, and the build compared the two."""
-    return TorchEngine(path, rebuild)
+def open_packed(path: Path, target: Target, rebuild: str, onnx: Path | None) -> GraphEngine:
+    """Load a packed network; its manifest says of which graph it was made, and the build compared the two."""
+    if target.kind == TorchEngine.kind:
+        return TorchEngine(path, rebuild)
+    from sa3_trt_core.engines.torch_stages import TorchDecoder, TorchEncoder, TorchTextEncoder
+
+    kinds: dict[str, Callable[[Path, str], GraphEngine]] = {
+        TorchTextEncoder.kind: TorchTextEncoder, TorchDecoder.kind: TorchDecoder, TorchEncoder.kind: TorchEncoder,
+    }  # fmt: skip
+    return kinds[target.kind](path, rebuild)
 
 
 def on_gpu() -> bool:
@@ -123,7 +155,13 @@ BACKEND = Backend(
     package="torch",
     open=open_packed,
     suffix=".safetensors",
-    runs={"dit": ("fp16mixed", "fp8")},
+    runs={
+        "dit": ("fp16mixed", "fp8"),
+        "t5gemma": ("fp32",),
+        "same-decoder": ("fp16mixed",),
+        "same-encoder": ("fp16mixed",),
+    },
+    optional=("t5gemma", "same-decoder", "same-encoder"),
     on_cpu=True,
     on_gpu=on_gpu,
     builds_elsewhere=True,
@@ -151,26 +189,27 @@ def kernels_folder(path: Path) -> Path:
     return path.parent.parent / KERNELS_FOLDER
 
 
-def _asked(path: Path, inputs: Mapping[str, Tensor]) -> str:
-    """What was asked of a file, for a message."""
-    rows, _, frames = inputs["x"].shape
-    return f"{rows} rows of {frames} latent frames in {path}"
-
-
 def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
     """What stands between the products. Raises ToolError for FP8 on a GPU without it, and for a missing Triton."""
-    import torch
-
     tables = packed.tensor("cosine"), packed.tensor("sine")
     if device.type == "cpu":
         from sa3_trt_core.torch_models.dit.reference_ops import PlainOps
 
         return PlainOps(*tables)
-    if packed.sizes.precision == "fp8" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    require_kernels(path, packed.sizes.precision == "fp8", device, "`precision=fp16mixed`")
+    from sa3_trt_core.torch_models.dit.triton_ops import FusedOps, read_tiles
+
+    return FusedOps(*tables, read_tiles(tiles_path(path)))
+
+
+def require_kernels(path: Path, fp8: bool, device: torch.device, without_fp8: str) -> None:
+    """Raise ToolError for FP8 on a GPU without it, and for a missing Triton; `without_fp8` is the other choice."""
+    import torch
+
+    if fp8 and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", "choose `precision=fp16mixed`")
+        raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", f"choose {without_fp8}")
     try:
-        from sa3_trt_core.torch_models.dit.triton_ops import FusedOps, read_tiles
+        import triton  # noqa: F401
     except ImportError as error:
         raise ToolError(f"the kernels need Triton ({error})", "pip install triton, or take another `backend`") from None
-    return FusedOps(*tables, read_tiles(tiles_path(path)))

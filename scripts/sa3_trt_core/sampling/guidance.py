@@ -30,7 +30,7 @@ class Guidance:
         """The guided velocity (B, C, L) at x (B, C, L) and t (B,), from those of the text rows and of the null rows."""
         if self.apg:
             # D_text - D_null is -sigma (v_text - v_null): what is parallel of the one is parallel of the other.
-            clean = denoised(x, with_text, t[:, None, None])
+            clean = denoised(x, with_text, t[:, None, None].to(x.device))
             without = without + self.apg * parallel_part(with_text - without, clean)
         return guided(with_text, without, self.cfg)
 
@@ -43,13 +43,15 @@ class GuidedVelocity(Closing):
 
     def __init__(self, engine: VelocityEngine, guidance: Guidance) -> None:
         self._engine, self._guidance = engine, guidance
+        self._both: tuple[Conditioning, Conditioning] | None = None  # of the last call: its text rows, and all rows
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Guided velocity (B, 256, L) for x (B, 256, L) and t (B,)."""
         import torch
 
-        both = Conditioning.joined([cond, self._guidance.null])
-        found = self._engine.velocity(torch.cat([x, x]), torch.cat([t, t]), both)
+        if self._both is None or self._both[0] is not cond:
+            self._both = cond, Conditioning.joined([cond, self._guidance.null])
+        found = self._engine.velocity(torch.cat([x, x]), torch.cat([t, t]), self._both[1])
         return self._guidance.velocity(x, t, *found.chunk(2))
 
 

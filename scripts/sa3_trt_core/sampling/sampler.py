@@ -50,6 +50,7 @@ class Trajectory:
         kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._noise, self._sigmas, self._kept = noise, sigmas, kept
+        self._finite: list[Tensor] = []  # of each step, looked at where it costs no waiting
         self.step = 0
         self.x = next(noise)
         if start is not None:
@@ -66,19 +67,32 @@ class Trajectory:
         return self.step == len(self._sigmas) - 1
 
     def advance(self, velocity: Tensor) -> None:
-        """Take one step with the velocity (B, C, L) at `x`. Raises ToolError when it is not finite."""
+        """Take one step with the velocity (B, C, L) at `x`, on its device.
+
+        Raises ToolError when a velocity is not finite: at once on a CPU, after the last step on a GPU, which would
+        otherwise wait for the CPU at every step.
+        """
         import torch
 
-        if not bool(torch.isfinite(velocity).all()):
-            raise ToolError(
-                f"the DiT gave values that are not finite at sigma {float(self.sigma):.4f} (step {self.step + 1})",
-                "the engine or its ONNX is damaged or overflows: build it again, or try `precision=fp32`",
-            )
+        self._finite.append(torch.isfinite(velocity).all())
+        if velocity.device.type == "cpu" or self.step + 2 == len(self._sigmas):
+            self._require_finite()
         after = self._sigmas[self.step + 1]
         self.x = (1.0 - after) * denoised(self.x, velocity, self.sigma) + after * next(self._noise)
         if self._kept is not None:
             self.x = torch.where(self._kept[1] > 0, self._kept[0], self.x)
         self.step += 1
+
+    def _require_finite(self) -> None:
+        import torch
+
+        flags = torch.stack(self._finite).tolist()
+        if not all(flags):
+            step = flags.index(False)
+            raise ToolError(
+                f"the DiT gave values that are not finite at sigma {float(self._sigmas[step]):.4f} (step {step + 1})",
+                "the engine or its ONNX is damaged or overflows: build it again, or try `precision=fp32`",
+            )
 
 
 def ping_pong(

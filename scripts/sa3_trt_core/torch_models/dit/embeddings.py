@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sa3_trt_core.torch_models.dit.linear import result
 from sa3_trt_core.torch_models.dit.weights import Packed
+from sa3_trt_core.torch_models.kernels.linear import result
 
 
 class Front:

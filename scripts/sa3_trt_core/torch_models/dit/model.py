@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from sa3_trt_core.shapes import TEXT_TOKENS
 from sa3_trt_core.torch_models.dit.embeddings import Front
-from sa3_trt_core.torch_models.dit.linear import coded, finished, result, sums
 from sa3_trt_core.torch_models.dit.reference_ops import head_norm
-from sa3_trt_core.torch_models.dit.weights import BLOCK_NORMS, BLOCK_PRODUCTS, HEAD_CHANNELS, Packed, Product
+from sa3_trt_core.torch_models.dit.weights import BLOCK_NORMS, BLOCK_PRODUCTS, HEAD_CHANNELS, Packed
+from sa3_trt_core.torch_models.kernels.linear import Product, finished, quantize, result, sums
 
 
 class BlockOps(Protocol):
@@ -211,7 +211,7 @@ class Dit:
     def _keys(self, block: Block, context: Tensor) -> Tensor:
         """k1, k2, normed, and v of the cross tokens (B, 257, width): (B, 257, 3 width) fp16."""
         product = block.products["cross_kv"]
-        found = finished(sums(coded(context, product.activation_scale), product), product).to(torch.float16)
+        found = finished(sums(quantize(context, product.activation_scale), product), product).to(torch.float16)
         k, v = found.split((2 * self.sizes.width, self.sizes.width), dim=-1)
         normed = head_norm(k.unflatten(-1, (-1, HEAD_CHANNELS)), block.gammas["cross_k_norm"], self.sizes.head_epsilon)
         return torch.cat([normed.flatten(2), v], dim=-1)

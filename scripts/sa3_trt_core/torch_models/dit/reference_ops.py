@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sa3_trt_core.torch_models.dit.linear import coded
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS
+from sa3_trt_core.torch_models.kernels.linear import quantize
 
 
 class PlainOps:
@@ -36,7 +36,7 @@ class PlainOps:
         self, hidden: Tensor, gain: Tensor, shift: Tensor | None, epsilon: float, activation_scale: float | None
     ) -> Tensor:
         value = _rms(hidden.float(), epsilon) * gain.unsqueeze(1)
-        return coded(value if shift is None else value + shift.unsqueeze(1), activation_scale)
+        return quantize(value if shift is None else value + shift.unsqueeze(1), activation_scale)
 
     def self_attention(
         self, stored: Tensor, ratio: Tensor | None, q_gamma: Tensor, k_gamma: Tensor, epsilon: float, bound: float,
@@ -58,7 +58,7 @@ class PlainOps:
 
     def gated(self, stored: Tensor, ratio: Tensor | None, bias: Tensor, activation_scale: float | None) -> Tensor:
         value, gate = (_whole(stored, ratio) + bias).chunk(2, dim=-1)
-        return coded(value * functional.silu(gate), activation_scale)
+        return quantize(value * functional.silu(gate), activation_scale)
 
     def _turned(self, heads: Tensor) -> Tensor:
         """Rotary embedding of (B, T, 2, H, 64), in fp16: channel i turns with channel i + 16."""
@@ -91,4 +91,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, activation_scale: float | None) -> 
         )
         for half in range(2)
     ]
-    return coded((halves[0] - halves[1]).transpose(1, 2).flatten(2), activation_scale)
+    return quantize((halves[0] - halves[1]).transpose(1, 2).flatten(2), activation_scale)

@@ -10,22 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sa3_trt_core import number_formats
+from sa3_trt_core.torch_models.kernels.store import LOG2_E, store
 
-E4M3_MAX = tl.constexpr(number_formats.E4M3_MAX)
-LOG2_E = tl.constexpr(1.4426950408889634)
 HEAD = tl.constexpr(64)  # channels of a head
 TAIL = tl.constexpr(16)  # keys at a time beyond the last whole block: 257 leave 1, and memory tokens 6
-
-
-@triton.jit
-def _store(pointers, values, inverse_scale, mask, to_fp8: tl.constexpr):
-    """Write fp32 values as fp16, or as E4M3 codes of values / scale, saturated."""
-    if to_fp8:
-        codes = tl.minimum(tl.maximum(values * inverse_scale, -E4M3_MAX), E4M3_MAX)
-        tl.store(pointers, codes.to(tl.float8e4nv), mask=mask)
-    else:
-        tl.store(pointers, values.to(tl.float16), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens", "memory", "local_row", "local_token", "branch_row", "norm_row"])
@@ -66,7 +54,7 @@ def residual_norm(
         result = value * inverse[:, None] * tl.load(gain + row * norm_row + channel, mask=inside, other=0.0)[None, :]
         if has_shift:
             result += tl.load(shift + row * norm_row + channel, mask=inside, other=0.0)[None, :]
-        _store(normed + at, result, inverse_scale, here, to_fp8)
+        store(normed + at, result, inverse_scale, here, to_fp8)
 
 
 @triton.jit
@@ -200,7 +188,7 @@ def differential_attention(
     if has_value_ratio:
         out *= tl.load(value_ratio + first)[None, :]
     place = (row * tokens + token)[:, None] * (heads * HEAD) + first[None, :]
-    _store(result + place, out, inverse_scale, here, to_fp8)
+    store(result + place, out, inverse_scale, here, to_fp8)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -222,4 +210,4 @@ def gated(
     value += tl.load(bias + channel, mask=inside, other=0.0)[None, :]
     gate += tl.load(bias + inner + channel, mask=inside, other=0.0)[None, :]
     place = token.to(tl.int64)[:, None] * inner + channel[None, :]
-    _store(result + place, value * gate * tl.sigmoid(gate), inverse_scale, mask, to_fp8)
+    store(result + place, value * gate * tl.sigmoid(gate), inverse_scale, mask, to_fp8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.number_formats import E4M3_MAX, FP16_MAX
+from sa3_trt_core.torch_models.kernels.linear import Product, fp8_product
 
 FORMAT = "sa3-dit-1"
 HEAD_CHANNELS = 64  # the kernels are written for it
@@ -41,27 +40,17 @@ class Sizes:
     angular: bool = False  # the frequencies of the duration hold 2 pi
 
 
-@dataclass(frozen=True)
-class Product:
-    """One weighted product, weight (N, K), and what turns its stored sums into its result: * ratio + bias, (N,) fp32.
-
-    In 16 bits: sums are the result less the bias, `ratio` and `activation_scale` are None. In FP8: the activation is
-    coded as x / activation_scale, and sums are the products of codes times `sum_scale`.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    ratio: Tensor | None
-    activation_scale: float | None
-    sum_scale: float
-
-
 class Packed:
     """The tensors of one packed DiT on one device, by role."""
 
     def __init__(self, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
         self.sizes = sizes
         self._tensors = dict(tensors)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name, as a packed file holds them."""
+        return dict(self._tensors)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
@@ -95,17 +84,7 @@ class Packed:
         if f"{name}.activation_scale" not in self._tensors:
             return Product(weight, bias, None, None, 1.0)
         activation = float(self._tensors[f"{name}.activation_scale"])
-        scale = sum_scale(weight.shape[1])
-        return Product(weight, bias, self._tensors[f"{name}.weight_scale"] * (activation / scale), activation, scale)
-
-
-def sum_scale(terms: int) -> float:
-    """The power of two with which a sum of so many products of E4M3 codes always fits fp16.
-
-    The scales of activation and channel come afterwards, in fp32: so no choice of them can overflow, and what is lost
-    below fp16's smallest normal is a millionth of such a sum.
-    """
-    return 2.0 ** -math.ceil(math.log2(terms * E4M3_MAX * E4M3_MAX / FP16_MAX))
+        return fp8_product(weight, self._tensors[f"{name}.weight_scale"], bias, activation)
 
 
 def expected(sizes: Sizes) -> Iterator[str]:

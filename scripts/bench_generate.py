@@ -1,0 +1,100 @@
+"""Time whole generations, text to samples: the PyTorch engines beside diffusers' pipeline, on random weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from sa3_bench.generation import Subject
+    from sa3_bench.generation_results import Contestant
+
+LENGTHS = (3.0, 30.0, 54.0, 120.0, 380.0)
+OURS = {"fp8": ("fp8", "fp8"), "fp8-fp16": ("fp8", "fp16"), "fp16mixed": ("fp16mixed", "fp16")}
+PEERS = ("eager", "compiled")
+PEER_LENGTHS = {"eager": (3.0, 30.0, 54.0, 120.0), "compiled": (54.0,)}  # others take minutes, or no GPU's memory
+CHECKED_FRAMES = 64
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    line = Parser(prog="bench_generate.py", description=__doc__)
+    line.add_argument("--out", type=Path, required=True, help="folder of generate.json, generate.md and generate.png")
+    line.add_argument("--seconds", type=number_type(1, 380, "seconds"), nargs="+", default=list(LENGTHS))
+    line.add_argument(
+        "--precisions", nargs="*", choices=tuple(OURS), default=list(OURS),
+        help="of DiT and decoder: fp8 both, fp8-fp16, fp16mixed with fp16",
+    )  # fmt: skip
+    line.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="diffusers, fp16")
+    line.add_argument("--repeats", type=integer_type(1, 1000), default=20, help="of each call (default: 20)")
+    line.add_argument("--untuned", action="store_true", help="take the tiles of an H100 instead of measuring them")
+    line.add_argument("--start", action="store_true", help="also a fresh sa3_trt to its first WAV of 54 s, --tiny: 1 s")
+    line.add_argument("--tiny", action="store_true", help="a tiny model, also on a CPU: shows that it runs")
+    return line
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time, check, write the report."""
+    args = parser().parse_args(argv)
+
+    from sa3_trt_core.artifacts import files
+
+    files.require_writable(args.out / "generate.json", "--out")
+    import torch
+
+    if not torch.cuda.is_available() and not args.tiny:
+        raise ToolError("the benchmark needs an NVIDIA GPU", "--tiny runs a tiny model on this machine")
+    from sa3_bench.generation import Ours, Subject, decoder_snr
+    from sa3_bench.generation_results import measure, new_record
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject, record = Subject.make(device, args.tiny), new_record()
+    for name, contestant, served in _contestants(args, subject):
+        peer = not isinstance(contestant, Ours)
+        if isinstance(contestant, Ours):
+            record.notes[f"{name}: decoder against diffusers fp32"] = decoder_snr(subject, contestant, CHECKED_FRAMES)
+        lengths, others = (
+            [each for each in args.seconds if served is None or each in served],
+            0 if peer else subject.bytes,
+        )
+        record.timings += measure(name, contestant, lengths, args.repeats, others)
+        contestant.close()
+        record.save(args.out)
+    if args.start:
+        record.starts.update(_starts(subject))
+        record.save(args.out)
+    print(record.markdown())
+    return 0
+
+
+def _starts(subject: Subject) -> dict[str, float]:
+    """Seconds of a fresh process, and of its stages."""
+    from sa3_bench import generation_start
+
+    with tempfile.TemporaryDirectory() as scratch:
+        generation_start.write_engines(subject, Path(scratch))
+        generation_start.release()
+        return generation_start.starts(Path(scratch), 1.0 if subject.tiny else 54.0)
+
+
+def _contestants(
+    args: argparse.Namespace, subject: Subject
+) -> Iterator[tuple[str, Contestant, tuple[float, ...] | None]]:
+    """Name, contestant and its lengths, None for all: each is made when the one before is done."""
+    from sa3_bench.generation import Ours, Pipeline
+
+    for name in args.precisions:
+        yield name, Ours(subject, *OURS[name], not args.untuned), None
+    for name in args.peers:
+        yield f"diffusers fp16 {name}", Pipeline(subject, name == "compiled"), None if args.tiny else PEER_LENGTHS[name]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,127 @@
+"""The text encoder and the autoencoder as packed PyTorch engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from sa3_trt_core.engines.torch import PackedEngine, require_kernels, tiles_path
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sa3_trt_core.torch_models.same.model import Same, SameOps
+    from sa3_trt_core.torch_models.same.runner import DecoderRunner
+    from sa3_trt_core.torch_models.same.weights import Packed
+    from sa3_trt_core.torch_models.t5gemma.model import Encoder
+
+Model = TypeVar("Model")
+
+
+class TorchTextEncoder(PackedEngine):
+    """T5Gemma in fp32; on a GPU one CUDA graph."""
+
+    kind = "t5gemma"
+
+    def __init__(self, path: Path, rebuild: str) -> None:
+        from sa3_trt_core.torch_models.t5gemma.model import Encoder
+        from sa3_trt_core.torch_models.t5gemma.weights import Packed
+
+        super().__init__(path, rebuild)
+        self._encoder: Encoder | None = Encoder(Packed.load(path, self._place), self._place)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"hidden_states": (B, 256, 768) fp32} for input_ids and attention_mask (B, 256), on their device."""
+        self.require_inputs(inputs)
+        encoder = _opened(self._encoder)
+        ids, mask = (inputs[name] for name in self.input_names)
+        found = self.guarded(lambda: encoder.hidden_states(ids.cpu(), mask.cpu()), "a text")
+        return {self.output_names[0]: found.clone() if found.device == ids.device else found.to(ids.device)}
+
+    def close(self) -> None:
+        if self._encoder is not None:
+            self._encoder.close()
+        self._encoder = None
+
+
+class TorchDecoder(PackedEngine):
+    """A SAME decoder. Takes any number of rows, bounds its own memory, and gives its samples in host memory."""
+
+    kind = "same-decoder"
+    takes_rows = True
+
+    def __init__(self, path: Path, rebuild: str) -> None:
+        super().__init__(path, rebuild)
+        self._runner: DecoderRunner | None = open_decoder(path, self._place)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"pcm": (R, L * 4096, 2) int16} for latent (R, 256, L) on any device."""
+        self.require_inputs(inputs)
+        runner, latents = _opened(self._runner), inputs[self.input_names[0]].float()
+        rows, _, frames = latents.shape
+        found = self.guarded(lambda: runner.pcm(latents), f"{rows} sounds of {frames} latent frames")
+        return {self.output_names[0]: found}
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        self._runner = None
+
+
+class TorchEncoder(PackedEngine):
+    """A SAME encoder. Bounds its own memory."""
+
+    kind = "same-encoder"
+    takes_rows = True
+
+    def __init__(self, path: Path, rebuild: str) -> None:
+        super().__init__(path, rebuild)
+        self._model: Same | None = open_same(path, self._place)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{"latent": (R, 256, N / 4096) fp32} for audio (R, 2, N), on its device."""
+        self.require_inputs(inputs)
+        model, audio = _opened(self._model), inputs[self.input_names[0]]
+        found = self.guarded(lambda: model.latents(audio.to(self._place)), f"{audio.shape[-1]} samples")
+        return {self.output_names[0]: found.to(audio.device)}
+
+    def close(self) -> None:
+        self._model = None
+
+
+def open_decoder(path: Path, device: torch.device) -> DecoderRunner:
+    """A packed decoder ready to run. Raises ToolError."""
+    from sa3_trt_core.torch_models.same.runner import DecoderRunner
+    from sa3_trt_core.torch_models.same.weights import Packed
+
+    packed = Packed.load(path, device)
+    return DecoderRunner(packed, same_operations(packed, device, path), device)
+
+
+def open_same(path: Path, device: torch.device) -> Same:
+    """A packed half ready to run. Raises ToolError."""
+    from sa3_trt_core.torch_models.same.model import Same
+    from sa3_trt_core.torch_models.same.weights import Packed
+
+    packed = Packed.load(path, device)
+    return Same(packed, same_operations(packed, device, path))
+
+
+def same_operations(packed: Packed, device: torch.device, path: Path) -> SameOps:
+    """What stands between the products of a SAME half. Raises ToolError."""
+    if device.type == "cpu":
+        from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
+
+        return ReferenceOps(packed.rates)
+    require_kernels(path, packed.sizes.precision == "fp8", device, "the fp16 decoder")
+    from sa3_trt_core.torch_models.same.triton_ops import TritonOps, read_tiles
+
+    return TritonOps(packed.rates, read_tiles(tiles_path(path)))
+
+
+def _opened(model: Model | None) -> Model:
+    if model is None:
+        raise RuntimeError("this engine is closed")
+    return model

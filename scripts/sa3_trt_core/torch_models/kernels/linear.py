@@ -1,0 +1,111 @@
+"""Weighted products in 16 bits or FP8 on any device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sa3_trt_core.number_formats import E4M3_MAX, FP16_MAX
+
+
+@dataclass(frozen=True)
+class Product:
+    """One weighted product, weight (N, K), and what turns its stored sums into its result: * ratio + bias, (N,) fp32.
+
+    In 16 bits: sums are the result less the bias, `ratio` and `activation_scale` are None. In FP8: the activation is
+    coded as x / activation_scale, and sums are the products of codes times `sum_scale`. An activation that is coded
+    with a scale of each row has `activation_scale` 1, and its rows' scales are a factor of the result as well.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    ratio: Tensor | None
+    activation_scale: float | None
+    sum_scale: float
+
+    @property
+    def is_fp8(self) -> bool:
+        """True for E4M3 weights."""
+        return self.activation_scale is not None
+
+
+def sum_scale(terms: int) -> float:
+    """The power of two with which a sum of so many products of E4M3 codes always fits fp16.
+
+    The scales of activation and channel come afterwards, in fp32: so no choice of them can overflow, and what is lost
+    below fp16's smallest normal is a millionth of such a sum.
+    """
+    return 2.0 ** -math.ceil(math.log2(terms * E4M3_MAX * E4M3_MAX / FP16_MAX))
+
+
+def fp8_product(codes: Tensor, weight_scale: Tensor, bias: Tensor | None, activation_scale: float) -> Product:
+    """A product of E4M3 codes (N, K) with a scale of each output channel (N,)."""
+    scale = sum_scale(codes.shape[1])
+    return Product(codes, bias, weight_scale * (activation_scale / scale), activation_scale, scale)
+
+
+def quantize(value: Tensor, scale: float | None) -> Tensor:
+    """The input of a product: fp16, or the E4M3 codes of value / scale, saturated."""
+    if scale is None:
+        return value.to(torch.float16)
+    return (value.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def quantize_rows(value: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of a (M, K) and the scale of each row (M,) fp32: its largest value becomes 448."""
+    scale = value.float().abs().amax(dim=1).clamp(min=1e-12) / E4M3_MAX
+    return (value.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
+
+
+def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None = None) -> Tensor:
+    """The stored sums (..., N) of a quantized (..., K): the result without ratio and bias. fp16, or fp32 if `wide`.
+
+    `out` (M, N) fp16 receives them where given. On a CPU the products are made in fp32: its 16-bit ones are slow.
+    """
+    dtype = torch.float32 if wide else torch.float16
+    if value.is_cuda:
+        flat = value if value.dim() == 2 else value.flatten(0, -2)
+        found = _cuda_sums(flat, product, dtype, out).unflatten(0, value.shape[:-1])
+    else:
+        found = (functional.linear(value.float(), product.weight.float()) * product.sum_scale).to(dtype)
+    if out is None or found.data_ptr() == out.data_ptr():
+        return found
+    return out.copy_(found)
+
+
+def finished(stored: Tensor, product: Product) -> Tensor:
+    """The result in fp32 of stored sums."""
+    found = stored.float()
+    if product.ratio is not None:
+        found = found * product.ratio
+    return found if product.bias is None else found + product.bias
+
+
+def result(value: Tensor, product: Product, wide: bool = False) -> Tensor:
+    """A product's whole result, in fp16 or in fp32 if `wide`, of a value in any precision."""
+    found = finished(sums(quantize(value, product.activation_scale), product, wide), product)
+    return found if wide else found.to(torch.float16)
+
+
+def _cuda_sums(value: Tensor, product: Product, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    weight = product.weight.t()
+    if not product.is_fp8:
+        if dtype == torch.float32:
+            return torch.mm(value, weight, out_dtype=torch.float32)
+        return torch.mm(value, weight) if out is None else torch.mm(value, weight, out=out)
+    one, scale = _scalars(product.sum_scale, value.device)
+    return torch._scaled_mm(value, weight, scale_a=scale, scale_b=one, out_dtype=dtype, use_fast_accum=True)
+
+
+_SCALARS: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _scalars(scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two one-element tensors whose addresses a captured graph may keep."""
+    if (scale, device) not in _SCALARS:
+        _SCALARS[scale, device] = torch.ones((), device=device), torch.full((), scale, device=device)
+    return _SCALARS[scale, device]

@@ -1,0 +1,77 @@
+"""Parts that several Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sa3_trt_core import number_formats
+
+E4M3_MAX = tl.constexpr(number_formats.E4M3_MAX)
+LOG2_E = tl.constexpr(1.4426950408889634)
+PI = tl.constexpr(3.141592653589793)
+
+
+@triton.jit
+def store(pointers, values, inverse_scale, mask, to_fp8: tl.constexpr):
+    """Write fp32 values as fp16, or as E4M3 codes of values / scale, saturated."""
+    if to_fp8:
+        codes = tl.minimum(tl.maximum(values * inverse_scale, -E4M3_MAX), E4M3_MAX)
+        tl.store(pointers, codes.to(tl.float8e4nv), mask=mask)
+    else:
+        tl.store(pointers, values.to(tl.float16), mask=mask)
+
+
+@triton.jit
+def tanh(value, approximate: tl.constexpr):
+    """tanh in fp32: to 1e-7 absolute, or by one instruction of the GPU to 5e-4 relative, half a step of fp16."""
+    if approximate:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [value], tl.float32, True, 1)
+    return 2.0 / (1.0 + tl.exp2(value * (-2.0 * LOG2_E))) - 1.0
+
+
+@triton.jit
+def sigmoid(value, approximate: tl.constexpr):
+    """The logistic function in fp32, as exact as `tanh`."""
+    return 0.5 * tanh(0.5 * value, approximate) + 0.5
+
+
+@triton.jit
+def sin_pi(value, approximate: tl.constexpr):
+    """sin(pi x) in fp32: x less the nearest even number, then the sine to 5e-7 absolute."""
+    x = (value - 2.0 * tl.floor(0.5 * value + 0.5)) * PI
+    if approximate:
+        return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.sin(x)
+
+
+@triton.jit
+def exp2(value, approximate: tl.constexpr):
+    """2^x in fp32; approximately: what fp32 would hold as a denormal number is 0."""
+    if approximate:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, True, 1)
+    return tl.exp2(value)
+
+
+@triton.jit
+def dynamic_tanh(value, alpha, gamma, beta, approximate: tl.constexpr):
+    """gamma * tanh(alpha x) + beta in fp16: two at a time in fp16 if `approximate`, else in fp32."""
+    if approximate:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mul.rn.f16x2 t, $1, $2; tanh.approx.f16x2 t, t; fma.rn.f16x2 $0, t, $3, $4; }",
+            "=r,r,r,r,r", [value, alpha, gamma, beta], tl.float16, True, 2,
+        )  # fmt: skip
+    bent = tanh(alpha.to(tl.float32) * value.to(tl.float32), False)
+    return (gamma.to(tl.float32) * bent + beta.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def rotate(first, second, cosine, sine, approximate: tl.constexpr):
+    """first * cosine - second * sine in fp16: two at a time if `approximate`, else rounded once from fp32."""
+    if approximate:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mul.rn.f16x2 t, $2, $4; neg.f16x2 t, t; fma.rn.f16x2 $0, $1, $3, t; }",
+            "=r,r,r,r,r", [first, second, cosine, sine], tl.float16, True, 2,
+        )  # fmt: skip
+    found = first.to(tl.float32) * cosine.to(tl.float32) - second.to(tl.float32) * sine.to(tl.float32)
+    return found.to(tl.float16)

@@ -1,0 +1,1 @@
+"""The SAME autoencoder, packed: decoder and encoder."""

@@ -1,0 +1,63 @@
+"""Runs a packed SAME half: a CUDA graph for a shape that comes again, samples back through pinned memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from sa3_trt_core.torch_models.kernels.graphs import Captured
+from sa3_trt_core.torch_models.same.model import TOKENS_AT_ONCE, TOKENS_IN_ONE, Same, SameOps
+from sa3_trt_core.torch_models.same.weights import Packed
+
+KEPT_GRAPHS = 2  # shapes whose graph and activations are kept
+SCARCE = (None, TOKENS_AT_ONCE // 4, TOKENS_AT_ONCE // 16)  # tokens at once, tried in this order as memory ends
+
+
+class DecoderRunner:
+    """Samples of latents by one packed decoder on one device."""
+
+    def __init__(self, packed: Packed, ops: SameOps, device: torch.device) -> None:
+        self.sizes = packed.sizes
+        self._models = [Same(packed, ops, most) for most in SCARCE]
+        self._device = device
+        self._seen: OrderedDict[tuple[int, ...], Captured | None] = OrderedDict()
+
+    def pcm(self, latents: Tensor) -> Tensor:
+        """Samples (R, L * 4096, 2) int16 in host memory of latents (R, C, L) fp32 on any device.
+
+        Raises torch.OutOfMemoryError when even the smallest pieces do not fit.
+        """
+        if self._device.type != "cuda":
+            return self._models[0].pcm(latents)
+        found = self._on_gpu(latents)
+        host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        host.copy_(found, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return host
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._seen.clear()
+
+    def _on_gpu(self, latents: Tensor) -> Tensor:
+        """A graph pays from the second time on, and where the pieces of a long sound do not hide the launches."""
+        shape = tuple(latents.shape)
+        again = shape in self._seen
+        graph = self._seen.pop(shape, None)
+        tokens = shape[0] * shape[2] * (self.sizes.stride + 1)
+        if graph is None and again and tokens <= TOKENS_IN_ONE:
+            graph = Captured(self._models[0].pcm, {"latents": latents}, self._device)
+        self._seen[shape] = graph
+        while len(self._seen) > KEPT_GRAPHS:
+            self._seen.popitem(last=False)
+        return self._eager(latents.to(self._device)) if graph is None else graph({"latents": latents})
+
+    def _eager(self, latents: Tensor) -> Tensor:
+        for model in self._models[:-1]:
+            try:
+                return model.pcm(latents)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        return self._models[-1].pcm(latents)

@@ -1,0 +1,1 @@
+"""The T5Gemma text encoder, packed."""
