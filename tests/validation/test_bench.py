@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import bench_dit
+import bench_generate
 import bench_producer
 import bench_start
 import pytest
@@ -105,3 +106,26 @@ def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
 def test_a_start_that_fails_is_named(tmp_path: Path) -> None:
     done = run(bench_start.main, ["--backend", "onnxruntime", "--onnx-root", tmp_path, "--repeats", "1"])
     assert done.code == 2 and "sa3_trt ended with 2" in done.err and "--steps 1" in done.err
+
+
+def test_whole_generations_are_timed_beside_diffusers(tmp_path: Path) -> None:
+    line = [
+        "--tiny",
+        "--seconds",
+        1,
+        "--precisions",
+        "fp16mixed",
+        "--peers",
+        "eager",
+        "--repeats",
+        1,
+        "--out",
+        tmp_path,
+    ]
+    done = run(bench_generate.main, [*line, "--out", tmp_path])
+    assert done.code == 0, done.err
+    record = json.loads((tmp_path / "generate.json").read_text())
+    assert [one["contestant"] for one in record["timings"]] == ["fp16mixed", "diffusers fp16 eager"]
+    assert all(one["ms"] > 0 and min(one["stages"].values()) > 0 for one in record["timings"])
+    assert record["notes"]["fp16mixed: decoder against diffusers fp32"] > 50.0
+    assert "published: TensorRT, H100" in done.out and (tmp_path / "generate.png").stat().st_size > 1000

@@ -29,6 +29,7 @@ from sa3_trt_core.targets import find_target
 
 ALIKE = {"sa3-m": 0.999999, "sa3-m-fp8": 0.9998}  # FP8: an activation at a step of E4M3 may fall on either side
 FRAMES = 20
+STAGES = ("t5gemma", "same-l-encoder", "same-l-decoder")
 
 
 def packed(models: Path, name: str) -> Path:
@@ -37,9 +38,9 @@ def packed(models: Path, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The torch engines of both precisions, by the command. Read only."""
+    """The torch engines of every stage and both precisions, by the command. Read only."""
     models = tmp_path_factory.mktemp("tiny") / "models"
-    line = ["sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
+    line = [*STAGES, "sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
     made(build_from_onnx.main, [*line, "--models-dir", models])
     return models
 
@@ -49,7 +50,7 @@ def test_the_menu_shows_torch_engines_beside_the_others(tiny_models: Path) -> No
     shown = {one["name"]: one for one in json.loads(run(build.main, line).out)}
     assert shown["sa3-m-fp8"]["engines"]["torch"]["state"] == "current" and shown["sa3-m-fp8"]["state"] != "current"
     alone = {one["name"]: one["state"] for one in json.loads(run(build.main, [*line, "--backend", "torch"]).out)}
-    assert (alone["sa3-m-fp8"], alone["sa3-sm-sfx"], alone["t5gemma"]) == ("current", "missing", "no engine")
+    assert (alone["sa3-m-fp8"], alone["sa3-sm-sfx"], alone["t5gemma"]) == ("current", "missing", "current")
     assert re.search(r"^sa3-m .* missing; torch current +[\d.]+ [kM]B$", run(build.main, line[:1] + line[2:]).out, re.M)
 
 
@@ -201,7 +202,7 @@ def test_a_graph_that_computes_something_else_is_a_failed_gate(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["t5gemma", "--arch", "cpu"], "no torch engine"),
+        (["same-l-decoder-fp32", "--arch", "cpu"], "no torch engine"),
         (["sa3-m-fp32", "--arch", "cpu"], "no torch engine"),
         (["sa3-m", "--arch", "cpu", "--best-of", "2"], "GPU"),
         (["sa3-m", "--arch", "cpu", "--prebuilt"], "TensorRT"),
