@@ -1,0 +1,64 @@
+"""The Triton kernels of the SAME autoencoder and the text encoder's products against plain PyTorch on this GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("no NVIDIA GPU", allow_module_level=True)
+
+from sa3_bench.random_same import SMALL, packed_decoder, random_autoencoder, random_text_encoder
+from sa3_trt_core.torch_models.same.model import Same
+from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
+from sa3_trt_core.torch_models.same.runner import DecoderRunner
+from sa3_trt_core.torch_models.same.triton_ops import Tile, Tiles, TritonOps
+from sa3_trt_core.torch_models.same.weights import Packed
+from sa3_trt_core.torch_models.t5gemma.model import Encoder
+
+GPU = torch.device("cuda")
+FRAMES = 45
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp8"])
+def packed(request: pytest.FixtureRequest) -> Packed:
+    return packed_decoder(random_autoencoder(SMALL, GPU), request.param)
+
+
+def latents() -> Tensor:
+    return torch.randn(2, 256, FRAMES, generator=torch.Generator().manual_seed(1)).cuda()
+
+
+def decibels(found: Tensor, wanted: Tensor) -> float:
+    error = (found.double() - wanted.double()).square().sum()
+    return float(10 * torch.log10(wanted.double().square().sum() / error))
+
+
+@pytest.mark.parametrize("tile", [Tile(32, 64, 2), Tile(16, 64, 2), Tile(64, 128, 8), Tile(128, 128, 8)])
+def test_a_decoder_of_kernels_gives_what_plain_operations_give(packed: Packed, tile: Tile) -> None:
+    kernels = Same(packed, TritonOps(packed.rates, Tiles(attention=tile))).samples(latents())
+    plain = Same(packed, ReferenceOps(packed.rates)).samples(latents())
+    assert decibels(kernels, plain) > (55.0 if packed.sizes.precision == "fp16" else 40.0)
+
+
+def test_pieces_change_nothing(packed: Packed) -> None:
+    ops = TritonOps(packed.rates)
+    assert torch.equal(Same(packed, ops, 200).pcm(latents()), Same(packed, ops).pcm(latents()))
+
+
+def test_a_replayed_graph_gives_what_the_first_call_gave(packed: Packed) -> None:
+    runner = DecoderRunner(packed, TritonOps(packed.rates), GPU)
+    first, *others = (runner.pcm(latents()) for _ in range(3))
+    assert all(torch.equal(first, other) for other in others) and not torch.equal(first, runner.pcm(-latents()))
+
+
+def test_text_features_in_halves_are_those_of_fp32_products() -> None:
+    packed = random_text_encoder(2, GPU, 100)
+    wide = type(packed)(packed.sizes, {name: value.float() for name, value in packed.tensors.items()}, torch.empty(0))
+    wide._embedding = packed._embedding
+    ids, mask = torch.randint(0, 100, (1, 256)), (torch.arange(256) < 40).long()[None]
+    with torch.inference_mode():
+        found, wanted = (Encoder(one, GPU).hidden_states(ids, mask) for one in (packed, wide))
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
