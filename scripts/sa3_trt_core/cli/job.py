@@ -31,6 +31,10 @@ class Options:
     precision: str
     chunk_frames: int | None
     lora: list[str] | None
+    lora_rule: str
+    lora_stacking: str
+    lora_no_duration: bool
+    lora_partial: bool
     batch: int | None
     depth: int | None
     free_models: bool
