@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -11,7 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from sa3_build.graph import query
 from sa3_build.graph.errors import described
 from sa3_build.graph.partial_run import FRAMES, NotComputable, PartialRun
-from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
+from sa3_build.graph.rewrite import drop_unused_initializers, integers, replace_uses, type_like
 from sa3_build.graph.shape_inference import Shapes
 from sa3_build.graph.symbolic_dim import Length
 from sa3_build.passes.base import PassResult, check_sorted
@@ -129,8 +127,8 @@ def _index_of(tables: list[tuple[np.ndarray, ir.Value]], table: np.ndarray, mode
 
 def _sliced(model: ir.Model, node: ir.Node, table: ir.Value, limit: ir.Value) -> ir.Value:
     name = f"{table.name}_{node.outputs[0].name}"
-    length = ir.node("Reshape", [limit, _vector(model, f"{name}_flat", [-1])], name=f"{name}_length")
-    axes = [_vector(model, f"{name}_{which}", [0]) for which in ("from", "axis")]
+    length = ir.node("Reshape", [limit, integers(model, f"{name}_flat", [-1])], name=f"{name}_length")
+    axes = [integers(model, f"{name}_{which}", [0]) for which in ("from", "axis")]
     rows = ir.node("Slice", [table, axes[0], length.outputs[0], axes[1]], name=f"{name}_rows")
     length.outputs[0].shape, rows.outputs[0].shape = ir.Shape([1]), node.outputs[0].shape
     for one, like in ((length, limit), (rows, node.outputs[0])):
@@ -138,9 +136,3 @@ def _sliced(model: ir.Model, node: ir.Node, table: ir.Value, limit: ir.Value) ->
         type_like(one.outputs[0], like)
     model.graph.insert_before(node, [length, rows])
     return rows.outputs[0]
-
-
-def _vector(model: ir.Model, name: str, numbers: Iterable[int]) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(np.array(list(numbers), np.int64), name=name))
-    model.graph.register_initializer(value)
-    return value
