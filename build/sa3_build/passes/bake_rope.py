@@ -12,7 +12,7 @@ from sa3_build.graph.partial_run import FRAMES, NotComputable, PartialRun
 from sa3_build.graph.rewrite import drop_unused_initializers, integers, replace_uses, type_like
 from sa3_build.graph.shape_inference import Shapes
 from sa3_build.graph.symbolic_dim import Length
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult
 from sa3_trt_core.shapes import MAX_FRAMES
 
 TRIG = {"Cos": np.cos, "Sin": np.sin}
@@ -24,7 +24,7 @@ class Left(Exception):
     """Why a place is left as it is."""
 
 
-class BakeRope:
+class BakeRope(Pass):
     """Replace Cos and Sin of a rotary angle by a slice 0..T of a constant table; T stays a value of the graph.
 
     Angles are computed as the graph does, step by step in its own types, and their cosines in float64: the table is
@@ -32,9 +32,6 @@ class BakeRope:
     """
 
     name = "bake-rope"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         behind = query.graph_inputs_behind(model)
@@ -57,9 +54,6 @@ class BakeRope:
             drop_unused_initializers(model)
         counts = {"baked": len(trig), "tables": len(tables), "nodes removed": before - len(model.graph)}
         return PassResult(self.name, counts, () if trig else ("no Cos or Sin of a position was found",))
-
-    def ensures(self, model: ir.Model) -> None:
-        check_sorted(model)
 
 
 class _Angles:

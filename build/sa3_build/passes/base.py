@@ -24,18 +24,20 @@ class PassResult:
 
 
 class Pass(Protocol):
-    """One change of a graph, in place."""
+    """One change of a graph, in place. A subclass takes a sorted graph and leaves one, unless it says otherwise."""
 
     name: str
 
     def requires(self, model: ir.Model) -> None:
         """Raise ToolError, naming the node, when the graph is not one that this pass can take."""
+        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         """Change the graph and say what was done."""
 
     def ensures(self, model: ir.Model) -> None:
         """Raise AssertionError when the graph is not what this pass promises: that is our bug."""
+        check_sorted(model)
 
 
 def run_passes(model: ir.Model, passes: Iterable[Pass]) -> list[PassResult]:

@@ -7,10 +7,10 @@ import onnx_ir as ir
 from sa3_build.graph import query, shape_values
 from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses
 from sa3_build.graph.shape_inference import Shapes, declared, follow
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult
 
 
-class FoldShapes:
+class FoldShapes(Pass):
     """Replace a value that follows from fixed sizes alone by an initializer, and remove what nothing reads any more.
 
     The older exporter writes sqrt(1 / sqrt(64)) as six nodes behind a Shape, in front of every product of the attention
@@ -20,9 +20,6 @@ class FoldShapes:
     """
 
     name = "fold-shapes"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
@@ -50,9 +47,6 @@ class FoldShapes:
         removed = _remove_unread(model)
         drop_unused_initializers(model)
         return PassResult(self.name, {"folded": folded, "nodes removed": removed, "nodes": before - removed})
-
-    def ensures(self, model: ir.Model) -> None:
-        check_sorted(model)
 
 
 def _remove_unread(model: ir.Model) -> int:

@@ -6,10 +6,10 @@ import onnx
 import onnx_ir as ir
 
 from sa3_build.graph.errors import GraphNotRecognised, described
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult
 
 
-class InferTypes:
+class InferTypes(Pass):
     """Give every value its type: published graphs state none, and no precision can be judged without.
 
     ONNX's own inference in its strict mode, which refuses a node whose inputs do not go together. A graph with a type
@@ -17,9 +17,6 @@ class InferTypes:
     """
 
     name = "types"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         bare = [value for node in model.graph for value in node.outputs if value.dtype is None]

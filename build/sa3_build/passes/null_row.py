@@ -8,14 +8,14 @@ import onnx_ir as ir
 from sa3_build.graph import query
 from sa3_build.graph.partial_run import NotComputable, PartialRun
 from sa3_build.graph.rewrite import replace_uses, type_like
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult
 from sa3_trt_core.shapes import CONTRACTS, TEXT_CHANNELS, TEXT_TOKENS
 
 FEW_FRAMES = 4
 SECONDS = 47.0  # not exact in 16 bits divided by 384, and far from a duration whose token could be zero
 
 
-class AddNullRow:
+class AddNullRow(Pass):
     """Multiply the cross tokens of a row by 0 where its t5_hidden and its t5_mask are zero throughout, else by 1.
 
     The model's own null branch has zero cross tokens, the duration's included; in the published contract zero text
@@ -24,9 +24,6 @@ class AddNullRow:
     """
 
     name = "null-row"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         tokens = cross_tokens(model)
@@ -44,9 +41,6 @@ class AddNullRow:
         scaled.replace_input_with(0, tokens)
         model.graph.insert_after(producer, [*chain, scaled])
         return PassResult(self.name, {"added": 1})
-
-    def ensures(self, model: ir.Model) -> None:
-        check_sorted(model)
 
 
 def cross_tokens(model: ir.Model) -> ir.Value | None:

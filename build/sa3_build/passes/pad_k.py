@@ -8,21 +8,18 @@ import onnx_ir as ir
 from sa3_build.graph import query
 from sa3_build.graph.errors import described
 from sa3_build.graph.rewrite import drop_unused_initializers, type_like
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult
 
 MULTIPLE = 16
 
 
-class PadK:
+class PadK(Pass):
     """Give every weighted MatMul whose K is no multiple of 16 rows of zeros, and its activation as many zeros.
 
     In a DiT that is the local embedding (K = 257), whose products all read one activation: it is padded once.
     """
 
     name = "pad-k"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         padded: dict[ir.Value, ir.Value] = {}
@@ -50,9 +47,6 @@ class PadK:
             model.graph.sort()
             drop_unused_initializers(model)
         return PassResult(self.name, {"padded": done, "activations": len(padded), "left": len(notes)}, tuple(notes))
-
-    def ensures(self, model: ir.Model) -> None:
-        check_sorted(model)
 
 
 def missing(node: ir.Node, weight: ir.Value) -> int:

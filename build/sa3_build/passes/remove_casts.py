@@ -5,14 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from sa3_build.graph.rewrite import remove_unused, replace_uses
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult, check_sorted
 
 HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 _HOLDS = {HALF: (HALF, SINGLE, ir.DataType.DOUBLE), SINGLE: (SINGLE, ir.DataType.DOUBLE)}
 
 
-class DropDeadCasts:
+class DropDeadCasts(Pass):
     """Remove casts that change no number, and make one of several equal ones.
 
     Dead are a cast to the type that is there already, and the widening in a chain like fp16 -> fp32 -> fp16: the second
@@ -20,9 +20,6 @@ class DropDeadCasts:
     """
 
     name = "dead-casts"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         before = len(model.graph)

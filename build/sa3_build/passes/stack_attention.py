@@ -12,7 +12,7 @@ from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type
 from sa3_build.graph.shape_inference import Shapes, followed
 from sa3_build.graph.symbolic_dim import Length
 from sa3_build.passes.bake_rope import Left
-from sa3_build.passes.base import PassResult, check_sorted
+from sa3_build.passes.base import Pass, PassResult
 from sa3_build.passes.stack_nodes import Stacker
 
 HEADS = 1  # q, k^T and v are [B, heads, ., .] in front of the products
@@ -29,7 +29,7 @@ class Half:
     result: ir.Node
 
 
-class StackAttention:
+class StackAttention(Pass):
     """Rewrite attention(q1, k1, v) - attention(q2, k2, v) as one call over [q1, q2], [k1, k2] and [v, v].
 
     Heads are never mixed, so that each half is the same numbers. Stacking begins as far up as both halves are made
@@ -38,9 +38,6 @@ class StackAttention:
     """
 
     name = "stack-attention"
-
-    def requires(self, model: ir.Model) -> None:
-        check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
         softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
@@ -75,9 +72,6 @@ class StackAttention:
             drop_unused_initializers(model)
         counts = {"stacked": pairs, "left": len(softmaxes) - 2 * pairs, "straightened": straightened}
         return PassResult(self.name, {**counts, "nodes removed": before - len(model.graph)}, tuple(notes))
-
-    def ensures(self, model: ir.Model) -> None:
-        check_sorted(model)
 
 
 def count_pairs(model: ir.Model) -> int:
