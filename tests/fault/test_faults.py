@@ -104,7 +104,9 @@ def test_kill_9_of_a_build_leaves_no_engine_and_the_rerun_one(tmp_path: Path) ->
     assert any(models.rglob(".*.lock")), "the file of a killed holder stays, and nobody waits for it"
     done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=100)
     assert " built " in done.stdout
-    assert sorted(visible(models)) == [f"sm_89/same-s/dec_bf16.rtx{suffix}" for suffix in ("", ".manifest.json")]
+    assert sorted(visible(models)) == [
+        f"sm_89/same-s/dec_bf16.rtx{suffix}" for suffix in ("", ".check.npz", ".manifest.json")
+    ]
 
 
 def test_the_checker_sees_torn_files(tmp_path: Path) -> None:
