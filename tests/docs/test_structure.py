@@ -205,7 +205,8 @@ def test_the_runtime_wheel_holds_what_its_commands_use_and_nothing_else() -> Non
     outside = {file for file in packed for pattern in wheel["exclude"]
                if fnmatch.fnmatch(label(file), pattern) or label(file).startswith(f"{pattern}/")}  # fmt: skip
     commands = [file_of(entry.partition(":")[0]) for entry in project["project"]["scripts"].values()]
-    used = set().union(*(reached_from(file) for file in (*commands, CORE / "__init__.py") if file is not None))
+    starts = [*commands, CORE / "__init__.py", *(file for file in packed if file.name == "__main__.py")]
+    used = set().union(*(reached_from(file) for file in starts if file is not None))
     assert {label(file) for file in packed - outside - used} == set()
     assert {label(file) for file in used & outside} == set()
     assert used <= packed, "a command needs what the wheel has not"

@@ -152,8 +152,9 @@ def sidecar_of(name: str) -> str:
 def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None, alone: bool = False) -> bytes:
     """A graph file with more outputs, for a session that looks inside: nothing is written, weights stay where they are.
 
-    `watched` maps the name of each new output to the name of a value; `watch` gives the nodes from that value to the
-    output (default: the value as it is). `alone`: the other outputs go, and with them what only they need.
+    `watched` maps the name of each new output to the name of a value; a value that has such a name already is renamed.
+    `watch` gives the nodes from a value to its output (default: the value as it is). `alone`: the other outputs go, and
+    with them what only they need.
     """
     model = mapped(path)
     values = {value.name: value for value in model.graph.inputs}
@@ -161,6 +162,8 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None,
     if alone:
         model.graph.outputs.clear()
     for output, name in watched.items():
+        if output in values:  # an exporter names values too, torch's after the operator: amax_1
+            values[output].name = f"{output}.inner"
         chain = (watch or _as_it_is)(values[name])
         chain[-1].outputs[0].name = output
         model.graph.extend(chain)

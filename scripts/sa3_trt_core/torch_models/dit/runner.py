@@ -9,9 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sa3_trt_core.cuda_graph import capture
 from sa3_trt_core.torch_models.dit.model import Dit, Told
 from sa3_trt_core.torch_models.dit.range_watch import RangeWatch
-from sa3_trt_core.torch_models.kernels.graphs import Captured, capture
+from sa3_trt_core.torch_models.kernels.graphs import Captured
 
 KEPT_PLACES = 8  # shapes whose graph, activations and cross keys are kept (a ring runs 1 to 8 rows); the oldest goes
 KEPT_LEVELS = 256  # modulations of (sigma, seconds): 1 MB each at full size
