@@ -36,8 +36,12 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
     """
     start = {"init_audio": str(request.sound.resolve())} if isinstance(request.sound, Path) else {}
     names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in OF_THE_RUN]
-    settings = {name: getattr(request, name) for name in names} | start | {name: run[name] for name in OF_THE_RUN}
-    settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run["lora"] or [])]
+    settings = (
+        {name: getattr(request, name) for name in names}
+        | start
+        | {name: run.get(name, DEFAULTS.get(name)) for name in OF_THE_RUN}
+    )
+    settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run.get("lora") or [])]
     if request.inpaint:
         settings["inpaint"] = [list(part) for part in request.inpaint]
     found = {
