@@ -63,8 +63,10 @@ def again_line(path: Path, given: argparse.Namespace) -> list[str]:
             f"the texts in {path} were cut: a WAV file holds 2 kB of them", "give --prompt too, or write .flac files"
         )
     line = []
+    kind = given.out.suffix if given.out is not None else f".{given.format}" if given.format else path.suffix
+    left_out = {"prompt": prompted, "bits": not audio_io.has_bits(kind, note.get("bits"))}
     for name in TEXTS:
-        if name in note and not (name == "prompt" and prompted):
+        if name in note and not left_out.get(name):
             line.append(f"{_flag(name)}={_text(path, name, note[name])}")
     for name in NUMBERS:
         if name in note:
