@@ -33,6 +33,11 @@ CUTS = (600, 300, 150, 75)  # letters that are left of each text, as few as it t
 ELLIPSIS = "…"  # at the end of a text that was cut
 
 
+def has_bits(suffix: str, bits: object) -> bool:
+    """Return True if files of an extension can have samples of these `bits`."""
+    return suffix.lower() not in CODECS and not (suffix.lower() == ".flac" and bits == "32f")
+
+
 def check_output(path: Path, bits: str, flag: str = "--out") -> None:
     """Raise InvalidRequest for a destination whose extension or resolution cannot be written."""
     suffix = path.suffix.lower()
@@ -42,7 +47,7 @@ def check_output(path: Path, bits: str, flag: str = "--out") -> None:
         raise InvalidRequest(f"{flag} {path} does not end in {', '.join(FORMATS)}", "give a name that does")
     if suffix in CODECS and bits != DEFAULT_BITS:
         raise InvalidRequest(f"a {suffix} file has no bits a sample", "leave `bits` away, or write .wav or .flac")
-    if suffix == ".flac" and bits == "32f":
+    if not has_bits(suffix, bits) and suffix not in CODECS:
         raise InvalidRequest("a FLAC file holds no floating point samples", "choose `bits=16` or 24, or a .wav file")
 
 

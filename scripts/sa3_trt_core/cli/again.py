@@ -36,8 +36,12 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
     """
     start = {"init_audio": str(request.sound.resolve())} if isinstance(request.sound, Path) else {}
     names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in OF_THE_RUN]
-    settings = {name: getattr(request, name) for name in names} | start | {name: run[name] for name in OF_THE_RUN}
-    settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run["lora"] or [])]
+    settings = (
+        {name: getattr(request, name) for name in names}
+        | start
+        | {name: run.get(name, DEFAULTS.get(name)) for name in OF_THE_RUN}
+    )
+    settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run.get("lora") or [])]
     if request.inpaint:
         settings["inpaint"] = [list(part) for part in request.inpaint]
     found = {
@@ -59,8 +63,10 @@ def again_line(path: Path, given: argparse.Namespace) -> list[str]:
             f"the texts in {path} were cut: a WAV file holds 2 kB of them", "give --prompt too, or write .flac files"
         )
     line = []
+    kind = given.out.suffix if given.out is not None else f".{given.format}" if given.format else path.suffix
+    left_out = {"prompt": prompted, "bits": not audio_io.has_bits(kind, note.get("bits"))}
     for name in TEXTS:
-        if name in note and not (name == "prompt" and prompted):
+        if name in note and not left_out.get(name):
             line.append(f"{_flag(name)}={_text(path, name, note[name])}")
     for name in NUMBERS:
         if name in note:

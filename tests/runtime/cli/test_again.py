@@ -65,6 +65,14 @@ def test_flags_that_are_given_have_the_last_word(place: list[object]) -> None:
     assert [row["seed"] for row in rows] == [3, 4, 5]
 
 
+def test_another_format_leaves_away_the_resolution_that_it_has_not(place: list[object]) -> None:
+    made(place, "--prompt", "a", "--seconds", 0.3, "--seed", 3, "--steps", 1, "--bits", "32f", "--out", "a.wav")
+    for name in ("b.flac", "b.mp3", "b.wav"):
+        made(place, "--again", "a.wav", "--out", name)
+    subtypes = [soundfile.info(name).subtype for name in ("b.flac", "b.mp3", "b.wav")]
+    assert subtypes == ["PCM_16", "MPEG_LAYER_III", "FLOAT"]
+
+
 def test_the_original_is_not_overwritten(place: list[object]) -> None:
     made(place, "--prompt", "a", "--seconds", 0.3, "--seed", 3, "--steps", 1, "--precision", "fp32")
     before = Path("output/a_3.wav").read_bytes()
