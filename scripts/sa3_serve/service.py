@@ -50,11 +50,6 @@ class Service(Closing):
             if self._first is None:
                 self._first = self.ring.submit(FIRST_SOUND)
 
-    def drain(self) -> bool:
-        """Refuse requests and finish those that were taken; return False when the time was not enough."""
-        self.draining = True
-        return self.ring.drain(self.settings.drain_seconds)
-
     def close(self) -> None:
         """End the ring, giving up what is in it, and close the engines."""
         self.draining = True
