@@ -43,9 +43,22 @@ def produce_on_ray(job: Job, devices: Sequence[str]) -> report.Totals:
     if left:
         address = LOCAL_RAY if devices else job.options.ray or LOCAL_RAY
         with connected(address, devices) as workers, _probe(job.outs[0].parent) as probe:
-            _Spread(job, totals, left, probe, workers).run()
+            _run(_Spread(job, totals, left, probe, workers), address)
     totals.elapsed = time.perf_counter() - started
     return totals
+
+
+def _run(spread: _Spread, address: str) -> None:
+    """Make the rows. Raises ToolError, also when Ray itself ends."""
+    import ray
+
+    try:
+        spread.run()
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ToolError(
+            f"the Ray at {address} has ended: {reason}", "run the same command again: what is written is kept"
+        ) from None
 
 
 @contextmanager
@@ -130,11 +143,11 @@ class _Spread:
                 continue  # of a worker that was lost a moment ago
             try:
                 message, rest = self._ray.get(reference)
-            except self._ray.exceptions.RayActorError as error:
-                self._lost(slot, error)
-                continue
             except self._ray.exceptions.RayTaskError as error:  # a fault of ours: its traceback is needed
                 raise RuntimeError(f"a worker failed: {error}") from None
+            except self._ray.exceptions.RayError:  # of the actor, its process, its node or its memory
+                self._lost(slot)
+                continue
             self._last_seen = time.monotonic()
             self._take(slot, reference, message, rest, progress)
         if not done and not any(slot.rows for slot in self._slots):
@@ -157,7 +170,7 @@ class _Spread:
         self._totals.peaks[row] = rest["peak"]
         progress.advance(note=f"{len(self._totals.peaks) / max(1e-9, progress.elapsed):.2g} a second")
 
-    def _lost(self, slot: _Slot, error: Exception) -> None:
+    def _lost(self, slot: _Slot) -> None:
         """Let the rows of a worker that is lost be made by others, and start a new one in its place."""
         rows = sorted(slot.rows.values())
         for row in rows:

@@ -99,7 +99,9 @@ async def _streamed(service: Service, http: HttpRequest, request: Request, clean
     async def body() -> AsyncIterator[bytes]:
         with kept:
             try:
-                yield encode.wav_header(output_samples(request.seconds), service.metadata(request))
+                yield encode.wav_header(
+                    output_samples(request.seconds), service.metadata(request, service.settings.window)
+                )
                 window = first.result()
                 while window is not None:
                     yield encode.pcm_bytes(audio_io.tame(window, "clip"))
@@ -110,7 +112,7 @@ async def _streamed(service: Service, http: HttpRequest, request: Request, clean
                 future.cancel()
 
     headers = _headers(service, request, "wav", {})
-    head = len(encode.wav_header(0, service.metadata(request)))
+    head = len(encode.wav_header(0, service.metadata(request, service.settings.window)))
     headers["content-length"] = str(head + len(encode.pcm_bytes(_silence(1))) * output_samples(request.seconds))
     return StreamingResponse(body(), headers=headers)
 

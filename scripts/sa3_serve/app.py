@@ -19,7 +19,9 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.live_ring import ClosedError, QueueFullError
 from sa3_trt_core.version import __version__
 
-NO_NETWORK = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src blob:"
+NO_NETWORK = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src blob:; img-src data:"
+)
 SAFE = {"content-security-policy": NO_NETWORK, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 PAGE = {
     "/": ("page.html", "text/html"),

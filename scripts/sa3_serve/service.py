@@ -50,11 +50,6 @@ class Service(Closing):
             if self._first is None:
                 self._first = self.ring.submit(FIRST_SOUND)
 
-    def drain(self) -> bool:
-        """Refuse requests and finish those that were taken; return False when the time was not enough."""
-        self.draining = True
-        return self.ring.drain(self.settings.drain_seconds)
-
     def close(self) -> None:
         """End the ring, giving up what is in it, and close the engines."""
         self.draining = True
@@ -79,11 +74,11 @@ class Service(Closing):
             "token": settings.token_digest is not None,
         }
 
-    def metadata(self, request: Request) -> dict[str, Any]:
-        """Return what is written into a sound: what sa3_trt writes, without the file that was uploaded."""
+    def metadata(self, request: Request, window: int | None = None) -> dict[str, Any]:
+        """Return what sa3_trt writes into a sound, without the file that was uploaded; `window` is that of a stream."""
         used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
         usual = vars(parser().parse_args(["--prompt", ""]))
-        chunk = self.generator.engines.plan.chunk_frames
+        chunk = window or self.generator.engines.plan.chunk_frames
         run = {**usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
         about = again.metadata(request, run, used)
         about.pop("init_audio", None)

@@ -148,7 +148,13 @@ class Stages(Closing):
         (row,) = job.rows
         with torch.inference_mode():
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
-            noise = row_noise([row.seed], LATENT_CHANNELS, row.frames, row.valid_frames)
+            drawn, device = (
+                ([row.seed], LATENT_CHANNELS, row.frames, row.valid_frames),
+                self._velocity(job.meter).device,
+            )
+            noise = row_noise(*drawn)
+            if device != "cpu":
+                noise, start, kept = uploaded_noise(*drawn, device), *_on(device, start, kept)
             path = Trajectory(noise, sigmas_of(row), start, kept)
             return RingRow(path, cond, self._guidance(job, cond), job.meter)
 

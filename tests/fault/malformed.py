@@ -110,7 +110,7 @@ def send_malformed(service: Service, count: int) -> dict[str, Any]:
     statuses: Counter[int] = Counter()
     odd: list[Callable[[], int]] = [
         lambda: large(service),
-        lambda: send(service, b"POST /v1/audio/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{"),
+        lambda: send(service, plain(json_kind, b"{" * 50)[:-1]),  # and no more: too slow
         lambda: send(service, plain(json_kind, b"x" * 300_000)),
         lambda: send(service, b"GET / HTTP/9.9\r\n\r\n"),
         lambda: send(service, b"\x16\x03\x01\x02\x00" + bytes(64)),

@@ -1,6 +1,6 @@
 """Acceptance of the service on a model of this machine: many clients, bit-equal sounds, malformed requests, leavers.
 
-    python tests/fault/serve_load.py --onnx-root output/demo/onnx --clients 16 --requests 20 --malformed 1000
+    PYTHONPATH=tests python tests/fault/serve_load.py --onnx-root output/demo/onnx --work D
 
 Prints one JSON document; exit 1 when something that is owed does not hold.
 """

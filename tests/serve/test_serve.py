@@ -93,7 +93,11 @@ def test_many_clients_get_the_sounds_of_the_command_to_the_bit(
     for place, (fields, init_audio) in enumerate(kinds):
         out = tmp_path / f"{place}.{fields.get('format', 'wav')}"
         wanted = by_command(tiny_onnx, out, fields, init_audio)
-        assert all(data == wanted for data in found[place :: len(kinds)])
+        for data in found[place :: len(kinds)]:
+            if init_audio is None:
+                assert data == wanted
+            assert np.array_equal(samples(data), samples(wanted))  # the path of its start is the command's own
+            assert comment(data) == {key: value for key, value in comment(wanted).items() if key != "init_audio"}
         assert np.abs(samples(wanted)).max() > 300 and comment(wanted)["seed"] == fields["seed"]
     assert service.metric("sa3_requests_total", 'status="200"') >= 10
     assert service.metric("sa3_stage_seconds_count", 'stage="decode"') >= 10
@@ -182,7 +186,7 @@ def test_the_places_of_clients_that_leave_are_free(service: Service) -> None:
     for client in clients:
         client.close()
     service.until_metric("sa3_ring_requests", 0)
-    assert service.metric("sa3_queue_requests") == 0
+    service.until_metric("sa3_queue_requests", 0)
     assert service.metric("sa3_ring_steps") - steps < 40  # of the 100 that each of them had asked for
     assert service.generate(prompt="a", seconds=0.5, steps=1).status_code == 200
 

@@ -1,0 +1,63 @@
+"""Sounds a second of a live ring, decoded and in host memory, and the time from submission to sound."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.live_ring import LiveRing
+
+if TYPE_CHECKING:
+    from sa3_trt_core.pipeline import Generator
+    from sa3_trt_core.request import Request
+    from sa3_trt_core.result import Result
+
+
+@dataclass(frozen=True)
+class RingRate:
+    """Figures of one run; `dit_share` is the part of the elapsed time in which the sampler worked."""
+
+    depth: int
+    sounds: int
+    elapsed: float
+    dit_share: float
+    p50: float
+    p99: float
+
+    @property
+    def rate(self) -> float:
+        """Sounds a second."""
+        return self.sounds / self.elapsed
+
+
+def measure_ring(generator: Generator, request: Request, depth: int, count: int) -> RingRate:
+    """Make `count` sounds of other seeds, as many of them under way as keep the ring and its queue full.
+
+    The first 2 x depth of them compile and capture, and are not timed.
+    """
+    times: list[float] = []
+    with LiveRing(generator, depth, most_waiting=4 * depth) as ring:
+        _drive(ring, request, 2 * depth, depth, [])
+        started = time.perf_counter()
+        sampled = _drive(ring, request, count, depth, times)
+        elapsed = time.perf_counter() - started
+    times.sort()
+    p99 = times[min(count - 1, int(0.99 * count))]
+    return RingRate(depth, count, elapsed, sampled / elapsed, times[count // 2], p99)
+
+
+def _drive(ring: LiveRing, request: Request, count: int, depth: int, times: list[float]) -> float:
+    """Keep 2 x depth requests under way until `count` sounds are there; the sampler's seconds of all."""
+    under_way: dict[Future[Result], float] = {}
+    sampled, sent = 0.0, 0
+    while sent < count or under_way:
+        while sent < count and len(under_way) < 2 * depth:
+            under_way[ring.submit(replace(request, seed=request.seed + sent))] = time.perf_counter()
+            sent += 1
+        done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+        for future in done:
+            times.append(time.perf_counter() - under_way.pop(future))
+            sampled += future.result().timings["sample"]
+    return sampled
