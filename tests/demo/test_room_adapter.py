@@ -18,6 +18,7 @@ from sa3_demo.room_adapter import WALL_HZ, behind_a_wall
 from sa3_trt_core.lora.adapter import read_adapter
 from sa3_trt_core.lora.lora_set import LoraSet, LoraSpec
 from sa3_trt_core.shapes import SAMPLE_RATE
+from sa3_validation import listener
 
 SHIPPED = ROOT / "interface" / "demo_model" / "room.safetensors"
 FULL_SCALE = 32767.0
@@ -39,7 +40,7 @@ def test_the_shipped_adapter_takes_the_treble_and_leaves_the_bass(demo_checkpoin
         subject = Subject(demo_checkpoint, 4, 8, 1, loras=loras)
         clip = subject.decode(subject.latents([row])) / FULL_SCALE
         levels.append(listen.band_levels(clip, SAMPLE_RATE))
-        tempos.append(listen.estimate_tempo(clip, SAMPLE_RATE))
+        tempos.append(listener.estimate_tempo(clip, SAMPLE_RATE))
     change = {band: levels[1][band] - levels[0][band] for band in levels[0]}
     assert change["4000-8000 Hz"] < -8 and change["8000-16000 Hz"] < -8, change
     assert abs(change["20-120 Hz"]) < 5 and abs(change["120-250 Hz"]) < 5, change
