@@ -254,7 +254,7 @@ def test_help_needs_no_package() -> None:
 
 
 def test_a_request_for_other_adapters_is_refused_with_those_that_run(service: Service) -> None:
-    (model,) = service.client.get("/v1/models").json()["data"]
+    (model,) = service.client.get("/v1/models").json()["models"]
     assert model["loras"] == [] and len(model["loras_digest"]) == 12
     fields = {"prompt": "x", "seconds": 1.0, "steps": 1, "seed": 1}
     assert service.generate(**fields, loras_digest=model["loras_digest"]).status_code == 200
