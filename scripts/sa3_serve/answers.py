@@ -49,6 +49,7 @@ async def generate(service: Service, http: HttpRequest, stream: bool) -> Respons
     # What a request brings is removed when its answer is ready, or when it was refused.
     with contextlib.ExitStack() as cleanup:
         asked, request = await read_request(http, service.settings, cleanup)
+        service.require_loras(asked.loras_digest)
         if service.settings.log_prompts:
             print(json.dumps({"prompt": request.prompt, "seed": request.seed}), file=sys.stderr, flush=True)
         if not stream:

@@ -18,6 +18,7 @@ from sa3_serve.settings import Settings, read_token
 from sa3_trt_core import engines, shapes, targets
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.cli.devices import choose_devices
+from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N", help="as of sa3_trt"
     )
+    add_lora_flags(parse)
     _add_limits(parse)
     _add_server(parse)
     return parse
@@ -107,12 +109,16 @@ def require_packages() -> None:
 def open_service(args: argparse.Namespace, settings: Settings) -> Service:
     """The model of the flags in a ring that runs. Raises ToolError."""
     from sa3_serve.service import Service
-    from sa3_trt_core.model_loader import make_plan
+    from sa3_trt_core.lora.lora_set import read_loras
+    from sa3_trt_core.model_loader import make_plan, plan_with
     from sa3_trt_core.paths import ModelSource
     from sa3_trt_core.pipeline import Generator
 
     source = ModelSource.of(args.onnx_root, args.models_dir, None, args.offline)
-    generator = Generator.open(make_plan(args.dit, args.precision, args.backend, source, True, args.chunk_frames))
+    plan = make_plan(args.dit, args.precision, args.backend, source, True, args.chunk_frames)
+    if args.lora:
+        plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases)
+    generator = Generator.open(plan)
     try:
         return Service(generator, settings, args.dit)
     except BaseException:

@@ -40,6 +40,10 @@ class SoundRequest(BaseModel):
     init_noise_level: float | None = Field(None, ge=LEAST_NOISE, le=1, description="Audio to audio: how free of it")
     inpaint: list[Range] = Field([], max_length=MOST_RANGES, description="Seconds of init_audio to make anew")
 
+    loras_digest: str | None = Field(
+        None, max_length=64, description="Adapters that are wanted, as /v1/models names them; another set is refused"
+    )
+
     def request(self, settings: Settings, init_audio: Path | None) -> Request:
         """The Request that it means. Raises ToolError, in words of the fields."""
         for name, value, most in (

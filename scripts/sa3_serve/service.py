@@ -12,6 +12,7 @@ from sa3_trt_core import shapes
 from sa3_trt_core.cli import again
 from sa3_trt_core.cli.parser import parser
 from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.errors import ToolError
 from sa3_trt_core.live_ring import LiveRing
 from sa3_trt_core.request import Request
 
@@ -72,7 +73,19 @@ class Service(Closing):
             "engines": self.identities,
             "backends": dict(self.generator.engines.plan.backends),
             "token": settings.token_digest is not None,
+            "loras": self.generator.loras.described(),
+            "loras_digest": self.generator.loras.digest,
         }
+
+    def require_loras(self, digest: str | None) -> None:
+        """Raise ToolError when other adapters are wanted than the model runs with: one set serves every request."""
+        own = self.generator.loras
+        if digest is not None and digest != own.digest:
+            named = "; ".join(own.described()) or "none"
+            raise ToolError(
+                f"this server's adapters are {own.digest} ({named}), not {ascii(digest)[1:-1][:20]}",
+                "ask a server that was started with those adapters, or leave loras_digest away",
+            )
 
     def metadata(self, request: Request, window: int | None = None) -> dict[str, Any]:
         """Return what sa3_trt writes into a sound, without the file that was uploaded; `window` is that of a stream."""
@@ -82,4 +95,6 @@ class Service(Closing):
         run = {**usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
         about = again.metadata(request, run, used)
         about.pop("init_audio", None)
+        if self.generator.loras:  # their digest, and not where they lie on this machine
+            about["loras_digest"] = self.generator.loras.digest
         return about

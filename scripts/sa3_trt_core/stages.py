@@ -128,7 +128,6 @@ class Stages(Closing):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
                 )
-        self.engines.note_ranges()
 
     def _guidance(self, job: Batch, cond: Conditioning) -> Guidance | None:
         """Return the guidance of a batch; warn where its null row would not be the model's own."""
@@ -163,6 +162,7 @@ class Stages(Closing):
         import torch
 
         assert job.latents is not None
+        self.engines.note_ranges()
         sounds, decoder = [], self._engine("decoder", job.meter)
         count = len(job.rows) if autoencoder.takes_rows(decoder) else 1
         latents = job.latents if autoencoder.takes_rows(decoder) else job.latents.cpu()

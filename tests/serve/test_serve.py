@@ -255,3 +255,12 @@ def test_help_needs_no_package() -> None:
         cwd=Path(sa3_trt.__file__).parent,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: sa3_serve")
+
+
+def test_a_request_for_other_adapters_is_refused_with_those_that_run(service: Service) -> None:
+    (model,) = service.client.get("/v1/models").json()["models"]
+    assert model["loras"] == [] and len(model["loras_digest"]) == 12
+    fields = {"prompt": "x", "seconds": 1.0, "steps": 1, "seed": 1}
+    assert service.generate(**fields, loras_digest=model["loras_digest"]).status_code == 200
+    refused = service.generate(**fields, loras_digest="0123456789ab")
+    assert refused.status_code in (400, 422) and "adapters" in refused.text and "0123456789ab" in refused.text

@@ -161,6 +161,8 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None,
     values.update((value.name, value) for node in model.graph for value in node.outputs)
     if alone:
         model.graph.outputs.clear()
+    for output in watched.keys() & values.keys():  # exporters number their values too: amax, amax_1
+        values[output].name = f"{output}_of_the_graph"
     for output, name in watched.items():
         if output in values:  # an exporter names values too, torch's after the operator: amax_1
             values[output].name = f"{output}.inner"

@@ -20,7 +20,7 @@ NUMBERS = (
 )  # fmt: skip
 SWITCHES = ("paste_kept", "legacy_schedule", "lora_no_duration", "lora_partial")
 LORA_FLAGS = ("lora_rule", "lora_stacking", "lora_no_duration", "lora_partial")
-OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames", *LORA_FLAGS)  # flags that are not of the request
+OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames")  # flags that are not of the request
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None, "cfg": 1.0, "apg": None, "init_audio": None, "init_start": 0.0, "init_noise_level": None,
     "inpaint": (), "paste_kept": False, "legacy_schedule": False, "duration_padding": Request.duration_padding,
@@ -35,12 +35,13 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
     Settings at their defaults are left out. `run` has the flags OF_THE_RUN; a sound to start from is its absolute path.
     """
     start = {"init_audio": str(request.sound.resolve())} if isinstance(request.sound, Path) else {}
-    names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in OF_THE_RUN]
+    names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in (*OF_THE_RUN, *LORA_FLAGS)]
     settings = (
         {name: getattr(request, name) for name in names}
         | start
         | {name: run.get(name, DEFAULTS.get(name)) for name in OF_THE_RUN}
     )
+    settings |= {name: run.get(name, DEFAULTS[name]) for name in LORA_FLAGS}
     settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run.get("lora") or [])]
     if request.inpaint:
         settings["inpaint"] = [list(part) for part in request.inpaint]

@@ -24,7 +24,8 @@ from sa3_build.quantization import gptq, round_weights, selection as quantizatio
 from sa3_build.quantization.switchable_graph import switchable
 from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import graph_proof
-from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
+from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative, tensors
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.targets import dit_target
 
 HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixed", "fp8"))
@@ -215,3 +216,11 @@ def test_flags_that_are_at_odds_answer_in_two_lines(
     code, _, errors = run(build_dit_fp8.main, [*line, *flags])
     assert code == 2 and len(errors.strip().splitlines()) == 2 and named in errors
     assert not out.parent.exists()
+
+
+def test_new_outputs_of_a_graph_may_bear_a_name_that_the_exporter_gave(tiny_onnx: Path, tiny_calib: Path) -> None:
+    half = tiny_onnx / "sa3-m" / "dit_fp16mixed.onnx"
+    taken = str(next(node for node in graph_io.load(half).graph if node.op_type == "ReduceMax").outputs[0].name)
+    row = tensors(next(iter(CalibrationSet.open(tiny_calib))))
+    with OnnxRuntimeEngine(half, graph_io.observed(half, {taken: "x"})) as engine:
+        assert torch.equal(engine.run(row)[taken], row["x"])

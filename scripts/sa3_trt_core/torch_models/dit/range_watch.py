@@ -23,7 +23,7 @@ class RangeWatch:
     def __init__(self, dit: Dit) -> None:
         self._dit = dit
         self._ops: Any = None
-        self._place = 0
+        self._place = self.steps = 0
         self._largest: dict[str, Tensor] = {}
         self._order = [f"blocks.{index}.{name}" for index in range(dit.sizes.depth) for name in STEP_ORDER]
 
@@ -31,6 +31,7 @@ class RangeWatch:
     def step(self) -> Iterator[None]:
         """Watch the one step that runs in this block; nothing is replayed from a graph meanwhile."""
         self._place, self._ops = 0, self._dit.ops
+        self.steps += 1
         self._dit.ops = self
         try:
             yield
@@ -46,8 +47,8 @@ class RangeWatch:
         if name not in WATCHED:
             return operation
 
-        def watched(*args: Any) -> Any:
-            result = operation(*args)
+        def watched(*args: Any, **options: Any) -> Any:
+            result = operation(*args, **options)
             self._note(result[1] if isinstance(result, tuple) else result)
             return result
 

@@ -17,6 +17,7 @@ from sa3_trt_core.torch_models.kernels.graphs import Captured
 KEPT_PLACES = 8  # shapes whose graph, activations and cross keys are kept (a ring runs 1 to 8 rows); the oldest goes
 KEPT_LEVELS = 256  # modulations of (sigma, seconds): 1 MB each at full size
 TEXT = ("t5_hidden", "t5_mask", "seconds_total")
+WATCHED_STEPS = 8  # of a new set of adapters: a generation's; then the graph is replayed again
 CONDITIONING = ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")
 
 
@@ -27,7 +28,7 @@ class Runner:
         self.dit, self._device = dit, device
         self._places: OrderedDict[tuple[int, int, bool], _Place] = OrderedDict()
         self._levels: OrderedDict[tuple[float, float], Tensor] = OrderedDict()
-        self._watch: RangeWatch | None = None  # while there is one, steps run operation by operation under it
+        self._watch: RangeWatch | None = None  # its first steps run operation by operation
         self._current: tuple[_Place, dict[str, Tensor], list[int | None]] | None = None
 
     def velocity(self, x: Tensor, t: Tensor, told: dict[str, Tensor]) -> Tensor:
@@ -43,7 +44,8 @@ class Runner:
         for row, level in enumerate(zip(t.tolist(), told["seconds_total"].tolist(), strict=True)):
             place.modulation[:, :, row].copy_(self._modulation(*level))
         place.x.copy_(x)
-        return place.run if self._watch is None else partial(place.run_under, self._watch)
+        watch = self._watch
+        return place.run if watch is None or watch.steps >= WATCHED_STEPS else partial(place.run_under, watch)
 
     def weights_changed(self) -> None:
         """Forget what was computed from weights that have been replaced in place; graphs read the new ones."""
