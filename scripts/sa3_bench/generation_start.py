@@ -15,7 +15,8 @@ import torch
 from sa3_bench.generation import Subject
 from sa3_trt_core import gpu, paths
 from sa3_trt_core.artifacts import manifest
-from sa3_trt_core.engines.torch import BACKEND, CACHE_VARIABLE
+from sa3_trt_core.engines.packed import CACHE_VARIABLE
+from sa3_trt_core.engines.torch import BACKEND
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import TOKENIZER_FILES, find_target
 from sa3_trt_core.torch_models.dit import weights as dit_weights

@@ -1,0 +1,94 @@
+"""What every packed engine of PyTorch has: its file, its place, its kernels' folder, and memory that ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sa3_trt_core import gpu
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.shapes import CONTRACTS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FP8_CAPABILITY = (8, 9)
+KERNELS_FOLDER = "kernels"  # beside the folders of a models/<arch>/: what Triton has compiled
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
+FEWER = "free GPU memory, or ask for fewer `seconds` or a smaller `batch`"
+
+
+class PackedEngine(Closing):
+    """One packed network of a contract's `kind`. Not for use from several threads."""
+
+    kind: str
+    keeps_device = True  # tensors on the GPU stay there
+
+    def __init__(self, path: Path, rebuild: str) -> None:
+        """Check a packed file that this project made; `rebuild` is the command that a message gives.
+
+        Raises ToolError: no such file, not whole, or FP8 on a GPU that has none.
+        """
+        import torch
+
+        if not path.is_file():
+            raise ToolError(f"no engine {path}", f"build it: {rebuild}")
+        reason = manifest.verify_manifest(path)
+        if reason is not None:
+            raise ToolError(f"{path} is not a finished engine of this project: {reason}", f"build it again: {rebuild}")
+        contract = CONTRACTS[self.kind]
+        self.input_names = tuple(spec.name for spec in contract.inputs)
+        self.output_names = tuple(spec.name for spec in contract.outputs)
+        self.max_batch: int | None = None
+        self._path = path
+        os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(path)))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        lost = self.device == "cpu" and gpu.has_nvidia_gpu()
+        self.cpu_reason = f"PyTorch {torch.__version__} here cannot use the GPU" if lost else ""
+        self._place = torch.device(self.device)
+
+    def require_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise ToolError for other inputs than the contract's."""
+        if set(inputs) != set(self.input_names):
+            raise ToolError(
+                f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}",
+                f"give {', '.join(self.input_names)}",
+            )
+
+    def guarded(self, work: Callable[[], Tensor], asked: str) -> Tensor:
+        """Return the result of some work on the engine's network. Raises ToolError when memory ends."""
+        import torch
+
+        try:
+            with torch.inference_mode():
+                return work()
+        except torch.OutOfMemoryError:
+            raise ToolError(f"no GPU memory for {asked} in {self._path}", FEWER) from None
+
+
+def tiles_path(path: Path) -> Path:
+    """Where the tiles of a packed DiT lie, if they were measured."""
+    return path.with_suffix(".tiles.json")
+
+
+def kernels_folder(path: Path) -> Path:
+    """Where Triton's compiled kernels lie: one folder for all engines of an architecture."""
+    return path.parent.parent / KERNELS_FOLDER
+
+
+def require_kernels(path: Path, fp8: bool, device: torch.device, without_fp8: str) -> None:
+    """Raise ToolError for FP8 on a GPU without it, and for a missing Triton; `without_fp8` is the other choice."""
+    import torch
+
+    if fp8 and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ToolError(f"{path} needs FP8 tensor cores and this {name} has none", f"choose {without_fp8}")
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise ToolError(f"the kernels need Triton ({error})", "pip install triton, or take another `backend`") from None
