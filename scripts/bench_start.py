@@ -15,7 +15,7 @@ from typing import Any
 
 from sa3_trt_core import console, engines, targets
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
-from sa3_trt_core.engines.packed_engine import CACHE_VARIABLE
+from sa3_trt_core.engines.packed import CACHE_VARIABLE
 from sa3_trt_core.errors import ToolError
 
 COMMAND = Path(__file__).with_name("sa3_trt.py")

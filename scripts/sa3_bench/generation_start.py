@@ -15,7 +15,7 @@ import torch
 from sa3_bench.generation import Subject
 from sa3_trt_core import gpu, paths
 from sa3_trt_core.artifacts import manifest
-from sa3_trt_core.engines.packed_engine import CACHE_VARIABLE
+from sa3_trt_core.engines.packed import CACHE_VARIABLE
 from sa3_trt_core.engines.torch import BACKEND
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.targets import TOKENIZER_FILES, find_target

@@ -14,7 +14,7 @@ from torch.nn import functional
 from sa3_build.engines import pack_dit
 from sa3_trt_core import shapes
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-from sa3_trt_core.engines.packed_engine import CACHE_VARIABLE, kernels_folder
+from sa3_trt_core.engines.packed import CACHE_VARIABLE, kernels_folder
 from sa3_trt_core.engines.torch import open_runner
 from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.sampling import schedule

@@ -16,7 +16,8 @@ from sa3_build.graph.check_row_files import engine_check_rows
 from sa3_trt_core import gpu, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import build
-from sa3_trt_core.engines.torch import BACKEND, tiles_path
+from sa3_trt_core.engines.packed import tiles_path
+from sa3_trt_core.engines.torch import BACKEND
 from sa3_trt_core.targets import Target
 
 

@@ -17,7 +17,7 @@ from sa3_build.passes.lower_plugins import lowered, plain_graph
 from sa3_trt_core import shapes
 from sa3_trt_core.engines.base import pick
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-from sa3_trt_core.engines.packed_engine import CACHE_VARIABLE, kernels_folder
+from sa3_trt_core.engines.packed import CACHE_VARIABLE, kernels_folder
 from sa3_trt_core.engines.torch_stages import open_decoder, open_same
 from sa3_trt_core.errors import GateError
 from sa3_trt_core.targets import Target

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.engines.backend import Backend
-from sa3_trt_core.engines.packed_engine import PackedEngine, require_kernels, tiles_path
+from sa3_trt_core.engines.packed import PackedEngine, require_kernels, tiles_path
 from sa3_trt_core.targets import Target
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sa3_trt_core.engines.packed_engine import PackedEngine, require_kernels, tiles_path
+from sa3_trt_core.engines.packed import PackedEngine, require_kernels, tiles_path
 
 if TYPE_CHECKING:
     import torch

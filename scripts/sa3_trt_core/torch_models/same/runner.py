@@ -48,11 +48,19 @@ class DecoderRunner:
         graph = self._seen.pop(shape, None)
         tokens = shape[0] * shape[2] * (self.sizes.stride + 1)
         if graph is None and again and tokens <= TOKENS_IN_ONE:
-            graph = Captured(self._models[0].pcm, {"latents": latents}, self._device)
+            graph = self._captured(latents)
         self._seen[shape] = graph
         while len(self._seen) > KEPT_GRAPHS:
             self._seen.popitem(last=False)
         return self._eager(latents.to(self._device)) if graph is None else graph({"latents": latents})
+
+    def _captured(self, latents: Tensor) -> Captured | None:
+        """The graph of a shape; None where there is no memory for its activations beside the others."""
+        try:
+            return Captured(self._models[0].pcm, {"latents": latents}, self._device)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
 
     def _eager(self, latents: Tensor) -> Tensor:
         for model in self._models[:-1]:

@@ -1,4 +1,4 @@
-"""What the packed networks of every stage share: their file, its check, kernels and errors."""
+"""What every packed engine of PyTorch has: its file, its place, its kernels' folder, and memory that ends."""
 
 from __future__ import annotations
 
