@@ -62,7 +62,7 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
             return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
         started = time.monotonic()
         with files.atomic_path(out) as fresh:
-            _write(onnx, target, fresh)
+            null_row = _write(onnx, target, fresh)
             gates = _compare(onnx, fresh, target)
             tiles = _tiles(fresh, out, arch)
             draft.retire()
@@ -72,11 +72,12 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
             files.write_atomic_text(tiles_path(out), json.dumps(tiles, indent=2) + "\n")
             _warm(open_runner(out, torch.device("cuda")))
             made.append(tiles_path(out))
-        draft.finish(made, gates | {"tuned on a GPU": tiles is not None})
+        draft.finish(made, gates | {"tuned on a GPU": tiles is not None, "null row": null_row})
     return Built(out, time.monotonic() - started, out.stat().st_size, reused=False, why=draft.why)
 
 
-def _write(onnx: Path, target: Target, out: Path) -> None:
+def _write(onnx: Path, target: Target, out: Path) -> bool:
+    """Write the packed DiT; returns True when it has the rule of the null row."""
     from safetensors.torch import save_file
 
     sizes, tensors = pack_dit.pack(pack_dit.read_graph(onnx))
@@ -86,6 +87,7 @@ def _write(onnx: Path, target: Target, out: Path) -> None:
             f"make the graph again: {target.produced_by}",
         )
     save_file(tensors, str(out), metadata=weights.header(sizes))
+    return sizes.null_rows
 
 
 def _compare(onnx: Path, out: Path, target: Target) -> dict[str, float]:

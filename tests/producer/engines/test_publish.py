@@ -138,7 +138,9 @@ def test_gates_that_do_not_hold_are_exit_3(tmp_path: Path, change: dict) -> None
     assert run(publish.main, ["--onnx", finished(tmp_path, **change)]).code == 3
 
 
-@pytest.mark.parametrize("file", ["dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json", "dit_fp8.onnx.check.npz"])
+@pytest.mark.parametrize(
+    "file", ["dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json", "dit_fp8.onnx.check.npz"]
+)
 def test_a_changed_byte_is_found(tmp_path: Path, file: str) -> None:
     onnx = finished(tmp_path)
     data = (tmp_path / file).read_bytes()
