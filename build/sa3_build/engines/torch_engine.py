@@ -26,7 +26,7 @@ class Recipe:
     """One kind of engine: `make` writes and checks it, `tune` measures tiles on this GPU, `warm` compiles kernels."""
 
     format: str
-    make: Callable[[Path, Target, Path], dict[str, float]]
+    make: Callable[[Path, Target, Path], dict[str, Any]]
     tune: Callable[[Path, Path], dict[str, Any] | None]
     warm: Callable[[Path], None]
 
