@@ -16,6 +16,7 @@ import build
 from helpers import graphs
 from helpers.commands import ROOT, run, two_lines
 from sa3_trt_core.artifacts import locks, manifest
+from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import TARGETS, find_target
 
@@ -57,7 +58,7 @@ def test_one_that_fails_does_not_stop_the_others(root: Path, tmp_path: Path) -> 
     for name in ("t5gemma", "same-s-encoder", "sa3-m"):
         assert f"{name} sm_89: error: " in errors
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
-        "dec_bf16.rtx", "dec_bf16.rtx.manifest.json"
+        "dec_bf16.rtx", "dec_bf16.rtx.check.npz", "dec_bf16.rtx.manifest.json"
     }  # fmt: skip
     again = built(DECODER.name, *where)[1][0]
     assert (again["state"], again["why"]) == ("current", "made of the same graph with the same settings")
@@ -154,6 +155,7 @@ def test_a_second_run_waits_and_then_has_nothing_to_do(root: Path, tmp_path: Pat
         )  # fmt: skip
         assert other.stderr is not None and "waiting: another run holds" in other.stderr.readline()
         shutil.copy(ready, engine)
+        shutil.copy(check_path(Path(ready)), engine.parent)
         shutil.copy(manifest.manifest_path(Path(ready)), manifest.manifest_path(engine))
     out, _ = other.communicate(timeout=60)
     assert other.returncode == 0 and json.loads(out)[0]["state"] == "current"
@@ -169,5 +171,5 @@ def test_leftovers_of_a_killed_build_are_removed_and_do_not_hinder(root: Path, t
     engine.write_bytes(b"torn")
     assert built(DECODER.name, "--onnx-root", root, "--models-dir", tmp_path)[1][0]["state"] == "built"
     assert {path.name for path in engine.parent.iterdir()} == {
-        "dec_bf16.rtx", "dec_bf16.rtx.manifest.json", ".dec_fp32.0123456789ab.tmp.rtx"
+        "dec_bf16.rtx", "dec_bf16.rtx.check.npz", "dec_bf16.rtx.manifest.json", ".dec_fp32.0123456789ab.tmp.rtx"
     }  # fmt: skip
