@@ -69,9 +69,12 @@ def mapped(path: Path) -> ir.Model:
     _require_whole_sidecars(model, path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SIDECAR_THRESHOLD:
+        small = isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SIDECAR_THRESHOLD
+        if isinstance(tensor, ir.ExternalTensor) and small and tensor.dtype.bitwidth >= 8:
             # Other exporters put these into the sidecar too; shapes and axes are needed before any sidecar is opened.
-            value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, shape=tensor.shape, name=tensor.name)
+            # Read here: onnx_ir itself refuses a sidecar of two names, as a working folder's links make it.
+            array = StoredTensor(tensor).numpy()
+            value.const_value = ir.Tensor(array, tensor.dtype, shape=tensor.shape, name=tensor.name)
     return model
 
 
@@ -178,6 +181,14 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None,
     if alone:
         RemoveUnusedNodesPass()(model)
     return ir.to_proto(model).SerializeToString()
+
+
+def plain_bytes(path: Path) -> bytes:
+    """Return a graph file for a session, its small tensors inside it wherever they lie: nothing is written.
+
+    ONNX Runtime reads no shape or axis from a sidecar.
+    """
+    return ir.to_proto(mapped(path)).SerializeToString()
 
 
 def serialized(model: ir.Model) -> bytes:

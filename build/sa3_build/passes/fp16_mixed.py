@@ -104,7 +104,16 @@ class _Caster:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._done: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+        self._names = {value.name for value in values}
         self.casts = 0
+
+    def _unused(self, name: str) -> str:
+        """Return a name that no value has: a graph that is mixed a second time has those of the first."""
+        while name in self._names:
+            name = f"{name}_"
+        self._names.add(name)
+        return name
 
     def feed(self, node: ir.Node, index: int, wanted: ir.DataType) -> None:
         value = node.inputs[index]
@@ -121,7 +130,7 @@ class _Caster:
             return
         outputs = self._model.graph.outputs
         name = value.name
-        value.name = f"{name}_half"
+        value.name = self._unused(f"{name}_half")
         outputs[outputs.index(value)] = self._cast(value, SINGLE, str(name))
 
     def drop_unused_initializers(self) -> None:
@@ -132,7 +141,7 @@ class _Caster:
     def _cast(self, value: ir.Value, wanted: ir.DataType, name: str | None = None) -> ir.Value:
         cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}_to_{_NAMES[wanted]}")
         result = cast.outputs[0]
-        result.name = name or f"{value.name}_as_{_NAMES[wanted]}"
+        result.name = name or self._unused(f"{value.name}_as_{_NAMES[wanted]}")
         result.dtype, result.shape = wanted, value.shape
         producer = value.producer()
         if producer is None:
@@ -153,7 +162,7 @@ class _Caster:
         def convert() -> ir.TensorProtocol:
             return ir.tensor(source.numpy().astype(np.float16), name=name)
 
-        name, shape = f"{value.name}_half", ir.Shape(source.shape.numpy())
+        name, shape = self._unused(f"{value.name}_half"), ir.Shape(source.shape.numpy())
         tensor = ir.LazyTensor(convert, dtype=HALF, shape=shape, name=name)
         twin = ir.val(name, dtype=HALF, shape=shape, const_value=tensor)
         self._model.graph.register_initializer(twin)

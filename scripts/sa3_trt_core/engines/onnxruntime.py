@@ -152,6 +152,12 @@ def _refusal(path: Path, text: str) -> ToolError:
             f"{path} needs an operator that ONNX Runtime does not have: {text}",
             "use our own export with plain operators: python build/export_onnx.py --model-dir DIR --onnx-root ROOT",
         )
+    if "external tensors" in text:
+        return ToolError(
+            f"{path} keeps its shapes and axes in its sidecar, where ONNX Runtime does not look for them",
+            f"put small tensors into the graph: python -c \"import onnx; onnx.save(onnx.load('{path}'), 'OUT.onnx', "
+            "save_as_external_data=True, location='OUT.onnx.data', size_threshold=1024)\"",
+        )
     return ToolError(f"ONNX Runtime cannot load {path}: {_end_of(text)}", "download or make it again")
 
 
