@@ -65,7 +65,7 @@ def run_and_kill(line: list[str], draw: random.Random, left: int) -> tuple[int, 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("[0-9]*")}
 
 
 def main() -> int:
