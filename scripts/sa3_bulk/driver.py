@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
 import time
@@ -26,6 +27,7 @@ USUAL_DEPTH = 4
 AHEAD = 2  # rows that a worker has beyond its ring, so that a place never waits for the next
 START_SECONDS = 600.0  # for the first of the workers that are being started
 LOOK_SECONDS = 1.0
+PROBE, STALE_SECONDS = ".sa3-probe-", 7 * 86_400.0
 
 
 def produce_on_ray(job: Job, devices: Sequence[str]) -> report.Totals:
@@ -64,8 +66,12 @@ def _run(spread: _Spread, address: str) -> None:
 @contextmanager
 def _probe(folder: Path) -> Iterator[tuple[Path, str]]:
     """A file by which a worker knows the folder: its path and its text."""
+    for old in folder.glob(f"{PROBE}*"):  # of jobs that were killed; a younger one may belong to a job that runs
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > STALE_SECONDS:
+                old.unlink()
     token = secrets.token_hex(16)
-    path = folder / f".sa3-probe-{token[:12]}"
+    path = folder / f"{PROBE}{token[:12]}"
     files.write_atomic_text(path, token)
     try:
         yield path, token

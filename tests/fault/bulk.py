@@ -48,12 +48,12 @@ def victim(process: subprocess.Popen[bytes], draw: random.Random, head: bool) ->
     return draw.choice(wanted) if wanted else None
 
 
-def run_and_kill(line: list[str], draw: random.Random, left: int) -> tuple[int, int, int]:
+def run_and_kill(line: list[str], draw: random.Random, left: int, pause: float) -> tuple[int, int, int]:
     """Run the command once and kill at random; (exit code, workers killed, heads killed)."""
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     workers = heads = 0
     while process.poll() is None:
-        time.sleep(draw.uniform(0.3, 3.0))
+        time.sleep(draw.uniform(0.3, pause))
         if workers + heads >= left:
             continue
         head = draw.random() < 0.1
@@ -65,7 +65,7 @@ def run_and_kill(line: list[str], draw: random.Random, left: int) -> tuple[int, 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("[0-9]*")}
 
 
 def main() -> int:
@@ -76,6 +76,7 @@ def main() -> int:
     parse.add_argument("--kills", type=int, default=50)
     parse.add_argument("--rows", type=int, default=60)
     parse.add_argument("--seconds", type=float, default=2.0)
+    parse.add_argument("--pause", type=float, default=12.0, metavar="S", help="at most, between two kills")
     parse.add_argument("--work", type=Path, required=True)
     args = parse.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def main() -> int:
     code = 1
     while code != 0 and report["runs"] < MOST_RUNS:
         left = args.kills - report["workers_killed"] - report["heads_killed"]
-        code, workers, heads = run_and_kill(spread, draw, left)
+        code, workers, heads = run_and_kill(spread, draw, left, args.pause)
         report["runs"] += 1
         report["workers_killed"] += workers
         report["heads_killed"] += heads
