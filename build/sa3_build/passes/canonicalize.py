@@ -18,9 +18,10 @@ from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.fp16_mixed import MixPrecision
 from sa3_build.passes.infer_types import InferTypes
 from sa3_build.passes.lift_constants import LiftConstants
+from sa3_build.passes.lower_fused import LowerFused
 from sa3_build.passes.name_axes import NameAxes
 from sa3_build.passes.null_row import cross_tokens, has_null_row
-from sa3_build.passes.pad_k import missing
+from sa3_build.passes.pad_k import odd_products
 from sa3_build.passes.remove_casts import DropDeadCasts
 from sa3_build.passes.rewrites import passes_of
 from sa3_build.passes.shaping import Shaping
@@ -46,7 +47,9 @@ def adopt(model: ir.Model, free_batch: bool = True) -> Adopted:
     Changes nothing in a graph that build/export_onnx.py made. Raises GraphNotRecognised naming the node.
     """
     order = run_passes(model, [SortTopologically()])
-    results = run_passes(model, [NameAxes(), ConvertOpset(), LiftConstants(), InferTypes(), DropDeadCasts()])
+    results = run_passes(
+        model, [NameAxes(), ConvertOpset(), LiftConstants(), LowerFused(), InferTypes(), DropDeadCasts()]
+    )
     if free_batch:
         results += run_passes(model, [FreeBatch()])
     foreign = any(count for result in results for count in result.counts.values())
@@ -82,6 +85,6 @@ def reasons_to_rewrite(model: ir.Model, shaping: Shaping) -> list[str]:
         found.append(f"{described(trig[0])} and {len(trig) - 1} more compute a rotary table at every run")
     if shaping.stack_attention and (pairs := count_pairs(model)):
         found.append(f"{pairs} pairs of attention calls are two calls each")
-    if shaping.pad_k and (odd := [node for node, weight in query.weighted_products(model) if missing(node, weight)]):
+    if shaping.pad_k and (odd := odd_products(model)):
         found.append(f"{described(odd[0])} has a K that is no multiple of 16")
     return found

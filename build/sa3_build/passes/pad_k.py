@@ -14,7 +14,7 @@ MULTIPLE = 16
 
 
 class PadK(Pass):
-    """Give every weighted MatMul whose K is no multiple of 16 rows of zeros, and its activation as many zeros.
+    """Give every weighted product whose K is no multiple of 16 rows of zeros, and its activation as many zeros.
 
     In a DiT that is the local embedding (K = 257), whose products all read one activation: it is padded once.
     """
@@ -36,10 +36,11 @@ class PadK(Pass):
                 continue
             activation = node.inputs[0]
             assert activation is not None
+            across = bool(node.attributes.get_int("transB", 0))
             if activation not in padded:
                 padded[activation] = _pad(model, activation, extra)
             if weight not in weights:
-                weights[weight] = _taller(model, weight, extra)
+                weights[weight] = _taller(model, weight, extra, across)
             node.replace_input_with(0, padded[activation])
             node.replace_input_with(1, weights[weight])
             done += 1
@@ -56,9 +57,15 @@ def missing(node: ir.Node, weight: ir.Value) -> int:
     return -sizes[-1 if behind_transpose else 0] % MULTIPLE if len(sizes) == 2 else 0
 
 
+def odd_products(model: ir.Model) -> list[ir.Node]:
+    """The products that this pass would pad, once their weights are direct."""
+    return [node for node, weight in query.weighted_products(model)
+            if missing(node, weight) and not node.attributes.get_int("transA", 0)]  # fmt: skip
+
+
 def _reason_to_leave(node: ir.Node, weight: ir.Value) -> str | None:
-    if node.op_type != "MatMul":
-        return "a Gemm, which only the front end has"
+    if node.attributes.get_int("transA", 0):
+        return "its activation is turned"
     if node.inputs[1] is not weight:
         return "its weight is not direct"
     activation = node.inputs[0]
@@ -86,17 +93,18 @@ def _pad(model: ir.Model, activation: ir.Value, extra: int) -> ir.Value:
     return result
 
 
-def _taller(model: ir.Model, weight: ir.Value, extra: int) -> ir.Value:
-    """The weight with rows of zeros, made when it is written, so that no second copy lies in memory."""
+def _taller(model: ir.Model, weight: ir.Value, extra: int, across: bool) -> ir.Value:
+    """The weight with more zeros along K, made when it is written, so that no second copy lies in memory."""
     source = weight.const_value
     assert source is not None
 
     def made() -> ir.TensorProtocol:
-        return ir.tensor(np.pad(source.numpy(), ((0, extra), (0, 0))), name=name)
+        more = ((0, 0), (0, extra)) if across else ((0, extra), (0, 0))
+        return ir.tensor(np.pad(source.numpy(), more), name=name)
 
     name = f"{weight.name}_padded"
     rows, columns = source.shape.numpy()
-    shape = ir.Shape([rows + extra, columns])
+    shape = ir.Shape([rows, columns + extra] if across else [rows + extra, columns])
     tensor = ir.LazyTensor(made, dtype=source.dtype, shape=shape, name=name)
     value = ir.val(name, dtype=source.dtype, shape=shape, const_value=tensor)
     model.graph.register_initializer(value)

@@ -66,10 +66,19 @@ class LiftToSingle:
             source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
             if node.op_type != "Cast" or source is None:
                 continue
-            if source.dtype in _CAST_FREE and result.dtype in _CAST_FREE and not result.is_graph_output():
+            if source.dtype in _CAST_FREE and result.dtype in _CAST_FREE:
                 replace_uses(result, source)
+                if result.is_graph_output() and source.producer() is not None and not source.is_graph_output():
+                    _give_output(model, result, source)
         remove_unused(model, lambda node: node.op_type == "Cast")
         return before - len(model.graph)
+
+
+def _give_output(model: ir.Model, old: ir.Value, new: ir.Value) -> None:
+    """Let a value be the graph output that another one was, under its name."""
+    outputs, name = model.graph.outputs, old.name
+    old.name, new.name, new.shape = f"{name}_before_lift", name, old.shape
+    outputs[outputs.index(old)] = new
 
 
 def reasons_to_lift(model: ir.Model, islands: Islands) -> list[str]:
