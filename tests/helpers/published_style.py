@@ -32,24 +32,37 @@ def legacy_module(folder: Path) -> DitContract:
     return DitContract(dit, load_modules.load_duration_embedder(stored, geometry.conditioner)).eval()
 
 
-def traced(module: torch.nn.Module, scratch: Path, batch: int | None = 1) -> onnx.ModelProto:
-    """The module through PyTorch's older exporter, with published names; `batch` None gives a dynamic batch axis."""
+def traced(
+    module: torch.nn.Module, scratch: Path, batch: int | None = 1, opset: int = OPSET, length: str | None = "L"
+) -> onnx.ModelProto:
+    """The module through PyTorch's older exporter, with published names; `batch` None gives a dynamic batch axis.
+
+    `length` is the name of the length axis; None leaves the naming of dynamic axes to the exporter.
+    """
     contract = CONTRACTS["dit"]
     specs = (*contract.inputs, *contract.outputs)
     free = ("L",) if batch else ("B", "L")
-    axes = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in free} for spec in specs}
+    by_name = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in free} for spec in specs}
+    axes = {name: _named(found, length) for name, found in by_name.items() if found}
     path = scratch / "traced.onnx"
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module, tuple(torch_to_onnx.example_inputs("dit", batch=batch or 2, frames=34)), str(path), dynamo=False,
-            opset_version=OPSET, do_constant_folding=False, input_names=[spec.name for spec in contract.inputs],
-            output_names=["velocity"], dynamic_axes={name: found for name, found in axes.items() if found},
+            opset_version=opset, do_constant_folding=False, input_names=[spec.name for spec in contract.inputs],
+            output_names=["velocity"], dynamic_axes=axes,
         )  # fmt: skip
     proto = onnx.load(path)
     del proto.graph.value_info[:]
     name_as_published(proto)
     return proto
+
+
+def _named(axes: dict[int, str], length: str | None) -> dict[int, str] | list[int]:
+    """Dynamic axes as the exporter takes them: by name, or by number alone."""
+    if length is None:
+        return list(axes)
+    return {axis: length if name == "L" else name for axis, name in axes.items()}
 
 
 def name_as_published(proto: onnx.ModelProto) -> None:

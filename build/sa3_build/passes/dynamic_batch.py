@@ -12,6 +12,7 @@ from sa3_build.graph.symbolic_dim import Length, Shape, symbol
 from sa3_build.passes.base import PassResult, check_sorted
 from sa3_trt_core.shapes import CONTRACTS, GraphContract
 
+CURE = "export it with a dynamic batch axis, or keep it at one row with --no-free-batch"
 BATCH = symbol("B")
 ONE = Length(1)
 # Ops that work along their `axis`, and where it is by default.
@@ -194,7 +195,7 @@ def _counts_rows(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def _refusal(what: str) -> GraphNotRecognised:
-    return GraphNotRecognised(f"its batch axis cannot be freed: {what}", "keep it at one row with --no-free-batch")
+    return GraphNotRecognised(f"its batch axis cannot be freed: {what}", CURE)
 
 
 def _has_batch(shape: Shape | None) -> bool:

@@ -109,12 +109,12 @@ def test_zeros_are_not_absent_for_the_local_condition(dit, weights) -> None:
         assert (dit(*inputs) - skipped).abs().max() > 1e-2
 
 
-def test_a_row_of_zero_text_is_the_models_null_row(dit) -> None:
-    """Its cross tokens are zero, the duration's too; the duration still reaches the modulation; text rows stay."""
+def test_a_row_without_text_and_mask_is_the_models_null_row(dit) -> None:
+    """Its cross tokens are zero, the duration's too; a mask alone is an empty negative prompt, which keeps that one."""
     inputs = torch_to_onnx.example_inputs("dit", batch=2, frames=8)
     told = [value[:1] for value in inputs]
     inputs = [torch.cat([value, value]) for value in told]
-    inputs[2][1], inputs[3][1] = 0.0, 1.0
+    inputs[2][1], inputs[3][1] = 0.0, 0.0
     with torch.inference_mode():
         seconds = dit.duration(told[4])
         zeros = torch.zeros(1, 257, 768)
@@ -123,6 +123,10 @@ def test_a_row_of_zero_text_is_the_models_null_row(dit) -> None:
         assert torch.allclose(both[1:], null, atol=1e-5)
         assert torch.allclose(both[:1], dit(*told), atol=1e-5)
         assert (both[1] - both[0]).abs().max() > 1e-2
+        empty = dit(*told[:2], torch.zeros_like(told[2]), torch.ones_like(told[3]), *told[4:])
+        zeros[:, -1] = seconds
+        kept = dit.dit(told[0], told[1], zeros, seconds, local_add_cond=told[5], return_dict=False)[0]
+        assert torch.allclose(empty, kept, atol=1e-5) and (empty - null).abs().max() > 1e-3
 
 
 def test_row_groups_of_qkv_round_trip() -> None:

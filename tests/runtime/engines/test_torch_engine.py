@@ -58,14 +58,15 @@ def inputs_at(sigma: float, seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
     """A row of text, one of in-painting, and one null row."""
     generator = torch.Generator().manual_seed(seed)
     hidden = 0.3 * torch.randn(rows, 256, 768, generator=generator)
+    mask = (torch.arange(256) < 30).float().repeat(rows, 1)
     local = torch.zeros(rows, 257, FRAMES)
     if rows > 1:
         local[1, 0, ::2] = 1.0
         local[1, 1:, ::2] = torch.randn(256, FRAMES // 2, generator=generator)
-        hidden[-1] = 0.0
+        hidden[-1], mask[-1] = 0.0, 0.0
     return {
         "x": torch.randn(rows, 256, FRAMES, generator=generator), "t": torch.full((rows,), sigma),
-        "t5_hidden": hidden, "t5_mask": (torch.arange(256) < 30).float().expand(rows, -1).contiguous(),
+        "t5_hidden": hidden, "t5_mask": mask,
         "seconds_total": torch.tensor([29.72, 47.0, 183.25])[:rows].contiguous(), "local_add_cond": local,
     }  # fmt: skip
 

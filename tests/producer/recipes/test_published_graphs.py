@@ -1,0 +1,269 @@
+"""Graphs as the model's own code makes them, through both recipes with their defaults, and packed for PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import build_dit_fp8
+import build_dit_fp16mixed
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import made
+from onnx.reference import ReferenceEvaluator
+
+from helpers import published_half, published_style
+from helpers.commands import run, two_lines
+from helpers.published_module import OTHER, PUBLISHED, Conventions, PublishedDit, plain_checkpoint
+from sa3_build.engines import pack_dit, torch_engine
+from sa3_build.graph import io as graph_io
+from sa3_build.passes.null_row import has_null_row
+from sa3_build.recipes.fp8 import report_path
+from sa3_build.verification import parity
+from sa3_build.verification.probe_rows import check_rows
+from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
+from sa3_trt_core.sampling.guidance import guided
+from sa3_trt_core.shapes import CONTRACTS
+from sa3_trt_core.targets import dit_target
+
+NAMES = [spec.name for spec in CONTRACTS["dit"].inputs]
+DURATIONS = (29.72, 47.0, 183.25)
+DEPTH = 1
+# Per layer and beside the layers, of a graph without differential attention: 652 and 569 at the published depth of 20.
+WIDE_CASTS, DEAD_CASTS, PUBLISHED_DEPTH = (32, 12), (28, 9), 20
+
+STYLES: dict[str, tuple[Conventions, dict]] = {
+    "published": (PUBLISHED, {}),
+    "other wrapper": (OTHER, {"opset": 16, "length": "T"}),
+    "halves apart, batch and length by number": (
+        replace(PUBLISHED, stacked=False, left_pad=False), {"opset": 20, "length": None, "batch": None}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def singles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An fp32 graph of each style. Read only."""
+    folder = tmp_path_factory.mktemp("styles")
+    return {name: written(PublishedDit(tiny_checkpoint, conventions), folder / str(index) / "dit.onnx", **how)
+            for index, (name, (conventions, how)) in enumerate(STYLES.items())}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def halves(singles: dict[str, Path]) -> dict[str, Path]:
+    """What build_dit_fp16mixed.py makes of each. Read only."""
+    found = {}
+    for name, path in singles.items():
+        found[name] = path.parent / "half" / "dit_fp16mixed.onnx"
+        made(build_dit_fp16mixed.main, ["--input", path, "--onnx", found[name]])
+    return found
+
+
+@pytest.fixture(scope="module")
+def surgeon(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published FP16-mixed graph. Read only."""
+    folder = tmp_path_factory.mktemp("surgeon")
+    return published_half.write_half(PublishedDit(tiny_checkpoint), folder / "dit_fp16.onnx", folder)
+
+
+def written(module: PublishedDit, path: Path, **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return published_style.write(published_style.traced(module, path.parent, **how), path)
+
+
+def relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def gates_of(path: Path) -> dict:
+    found = manifest.read_manifest(path)
+    assert found is not None
+    return found.gates
+
+
+def test_the_fixture_has_the_published_counts(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Casts of the traced graph, taken from one layer and none to the published depth; one Pad with computed pads."""
+    plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
+    proto = published_style.traced(PublishedDit(plain), tmp_path)
+    kinds = Counter(node.op_type for node in proto.graph.node)
+    types = {value.name: value.type.tensor_type.elem_type
+             for value in (*onnx.shape_inference.infer_shapes(proto).graph.value_info, *proto.graph.input)}  # fmt: skip
+    types |= {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    wide = [node for node in proto.graph.node if node.op_type == "Cast" and node.attribute[0].i == 1]
+    dead = [node for node in wide if types.get(node.input[0]) == 1]
+    assert (len(wide), len(dead)) == (sum(WIDE_CASTS), sum(DEAD_CASTS))
+    layer, beside = zip(WIDE_CASTS, DEAD_CASTS, strict=True)
+    assert [PUBLISHED_DEPTH * one + more for one, more in zip(layer, beside, strict=True)] == [652, 569]
+    assert kinds["Pad"] == DEPTH and kinds["Softmax"] == 2 * DEPTH and kinds["Einsum"] == kinds["Range"] == 1
+    (pad,) = [node for node in proto.graph.node if node.op_type == "Pad"]
+    makers = {output: node for node in proto.graph.node for output in node.output}
+    chain, value = [], pad.input[1]
+    while value in makers and len(chain) < 5:
+        chain.append(makers[value].op_type)
+        value = makers[value].input[0]
+    assert chain == ["Cast", "Reshape", "Transpose", "Slice", "Reshape"]
+    assert not any("null" in node.name for node in proto.graph.node)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_defaults_bake_stack_pad_and_free(singles: dict[str, Path], halves: dict[str, Path], style: str) -> None:
+    path = halves[style]
+    model = graph_io.load(path)
+    kinds = Counter(node.op_type for node in model.graph)
+    assert not kinds["Sin"] - 2 and not kinds["Cos"] - 2  # of t and of the duration: the rotary table is a constant
+    assert kinds["Softmax"] == 2 * DEPTH and kinds["Range"] == kinds["Constant"] == 0
+    assert [[str(axis) for axis in value.shape] for value in (*model.graph.inputs, *model.graph.outputs)] == [
+        [str(dim) for dim in spec.dims] for spec in (*CONTRACTS["dit"].inputs, *CONTRACTS["dit"].outputs)
+    ]
+    gates = gates_of(path)
+    assert gates["null row"] is True and gates["worst denoised cosine"] > 0.99999
+    counts = {one["pass"]: one["counts"] for one in gates["shape"]}
+    assert counts["bake-rope"]["baked"] and counts["stack-attention"]["stacked"] == 2 * DEPTH
+    assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == 1
+    assert not has_null_row(graph_io.load(singles[style]))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_duration_is_right_in_real_fp16(tiny_checkpoint: Path, halves: dict[str, Path], style: str) -> None:
+    """By the reference evaluator: ONNX Runtime on a CPU takes 16-bit casts away and hides what they round."""
+    module = PublishedDit(tiny_checkpoint, STYLES[style][0])
+    proto = onnx.load(halves[style])
+    evaluator = ReferenceEvaluator(proto)
+    row = dict(list(check_rows())[3])
+    row = {name: value[..., :24] if name in ("x", "local_add_cond") else value for name, value in row.items()}
+    for seconds in DURATIONS:
+        row["seconds_total"] = np.array([seconds], np.float32)
+        with torch.inference_mode():
+            wanted = module(*[torch.from_numpy(row[name]) for name in NAMES]).numpy()
+        (found,) = evaluator.run(None, row)
+        assert relative(np.asarray(found), wanted) < 1.5e-3, seconds
+
+
+@pytest.mark.parametrize("cfg", [3.0, 7.0])
+def test_guidance_needs_the_rule(tiny_checkpoint: Path, halves: dict[str, Path], tmp_path: Path, cfg: float) -> None:
+    """With it a guided velocity is that of the fp32 network's own null branch; without it, it is another."""
+    module, without = PublishedDit(tiny_checkpoint), tmp_path / "without.onnx"
+    source = halves["published"].parents[1] / "dit.onnx"
+    made(build_dit_fp16mixed.main, ["--input", source, "--onnx", without, "--no-null-row"])
+    assert gates_of(without)["null row"] is False
+    row = {name: torch.from_numpy(value) for name, value in list(check_rows())[4].items()}
+    null = row | {"t5_hidden": torch.zeros_like(row["t5_hidden"]), "t5_mask": torch.zeros_like(row["t5_mask"])}
+    with torch.inference_mode():
+        text = module(*[row[name] for name in NAMES])
+        token = module.duration(row["seconds_total"], torch.float32).squeeze(1)
+        branch = module.velocity(row["x"], row["t"], torch.zeros(1, 257, 768), token, row["local_add_cond"])
+    wanted = guided(text, branch, cfg).numpy()
+    apart = []
+    for path in (halves["published"], without):
+        with OnnxRuntimeEngine(path) as engine:
+            both = [engine.run(one)["velocity"] for one in (row, null)]
+        apart.append(relative(guided(*both, cfg).numpy(), wanted))
+    assert apart[0] < 5e-3 and apart[1] > 0.02, apart
+
+
+def test_a_published_half_becomes_fp8_with_every_default(
+    tiny_checkpoint: Path, surgeon: Path, tiny_calib: Path, tmp_path: Path
+) -> None:
+    """Baked, stacked and padded although it was mixed already; what was done is printed and in the report."""
+    path = tmp_path / "dit_fp8.onnx"
+    line = ["--input", surgeon, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
+    done = run(build_dit_fp8.main, [*line, "--rounding", "nearest", "--parity-rows", 8])
+    assert done.code == 0, done.err
+    report = json.loads(report_path(path).read_text())["stages"]
+    counts = {one["name"]: one for one in report["clean"]["passes"]}
+    assert counts["bake-rope"]["baked"] == 4 * DEPTH and counts["stack-attention"]["stacked"] == 2 * DEPTH
+    assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == counts["free-batch"]["freed"] == 1
+    for name in ("free-batch", "lift-to-fp32", "null-row", "bake-rope", "stack-attention", "pad-k"):
+        assert f"{name}: " in done.out
+    assert len(report["scales"]["proof"]) == 6 and all(claim["holds"] for claim in report["scales"]["proof"])
+    assert gates_of(path)["null row"] is True
+    module = PublishedDit(tiny_checkpoint)
+    rows = list(check_rows())
+    with torch.inference_mode():
+        velocities = [module(*[torch.from_numpy(row[name]) for name in NAMES]).numpy() for row in rows]
+    wanted = [
+        (float(row["t"][0]), row["x"] - row["t"] * velocity) for row, velocity in zip(rows, velocities, strict=True)
+    ]
+    with OnnxRuntimeEngine(path) as engine:
+        found = parity.denoise_rows(engine, rows)
+    assert min(one.worst_cosine for one in parity.parity_by_sigma(wanted, found)) >= 0.998
+    packs(path, "fp8", tmp_path)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_pytorch_packs_it(halves: dict[str, Path], tmp_path: Path, style: str) -> None:
+    packs(halves[style], "fp16mixed", tmp_path)
+
+
+def test_pytorch_packs_a_published_half_as_it_is(surgeon: Path, tmp_path: Path) -> None:
+    packs(surgeon, "fp16mixed", tmp_path)
+
+
+def packs(path: Path, precision: str, folder: Path) -> None:
+    """Packed, it gives ONNX Runtime's velocities on the same file."""
+    target = dit_target("medium", precision)
+    torch_engine._write(path, target, folder / "packed.safetensors")
+    torch_engine._compare(path, folder / "packed.safetensors", target)
+
+
+def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
+    tiny_checkpoint: Path, tiny_calib: Path, tmp_path: Path
+) -> None:
+    """The small DiTs: nothing to stack, all else as ever."""
+    plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
+    half = published_half.write_half(PublishedDit(plain), tmp_path / "in" / "dit_fp16.onnx", tmp_path)
+    path = tmp_path / "dit_fp8.onnx"
+    line = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
+    made(build_dit_fp8.main, [*line, "--rounding", "nearest", "--parity-rows", 8])
+    report = json.loads(report_path(path).read_text())["stages"]
+    assert report["quantize"]["quantised products"] == 7 * DEPTH + 2 and report["parity"]["worst"] >= 0.998
+    assert all(claim["holds"] for claim in report["scales"]["proof"])
+    with pytest.raises(Exception, match="without a second half"):
+        pack_dit.pack(pack_dit.read_graph(path))
+
+
+def fixed_length(proto: onnx.ModelProto) -> None:
+    for value in (*proto.graph.input, *proto.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param:
+                axis.dim_value = 34
+
+
+def half_input(proto: onnx.ModelProto) -> None:
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+
+
+def integer_mask(proto: onnx.ModelProto) -> None:
+    next(one for one in proto.graph.input if one.name == "t5_mask").type.tensor_type.elem_type = onnx.TensorProto.INT64
+
+
+def other_name(proto: onnx.ModelProto) -> None:
+    published_style.rename(proto, "t5_hidden", "text")
+    next(one for one in proto.graph.input if one.name == "t5_hidden").name = "text"
+
+
+REFUSED = {
+    "a fixed length": (fixed_length, "fixed at 34 frames", "dynamic length"),
+    "fp16 inputs": (half_input, "input x is FLOAT16, not float32", "export it with float32 for x"),
+    "an integer mask": (integer_mask, "input t5_mask is INT64, not float32", "export it with float32 for t5_mask"),
+    "another name": (other_name, "it has no input t5_hidden", "input_names x, t, t5_hidden"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_path: Path, case: str) -> None:
+    spoil, *words = REFUSED[case]
+    proto = onnx.load(singles["published"])
+    spoil(proto)
+    source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
+    two_lines(run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "half.onnx"]), *words)
+    assert not (tmp_path / "half.onnx").exists()
+
+
+def test_what_is_mixed_already_is_sent_on(surgeon: Path, tmp_path: Path) -> None:
+    line = ["--input", surgeon, "--onnx", tmp_path / "half.onnx"]
+    two_lines(run(build_dit_fp16mixed.main, line), "FP16-mixed already", "give it to build/build_dit_fp8.py as it is")
