@@ -66,7 +66,8 @@ def _outdated(target: Target, path: Path, arch: str, backend: str, onnx_root: Pa
     if settings.get("backend_version") != version:
         return f"built by {backend} {settings.get('backend_version')}, {version} is installed"
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
-    if settings.get("profile") != profile and not settings.get("prebuilt"):
+    served = settings.get("profile")
+    if served not in (profile, profile | {"B": [1, 1, 1]}) and not settings.get("prebuilt"):
         return "the lengths and batches that it serves are others"
     graph = resolve.local_onnx(onnx_root, target) if onnx_root is not None else None
     made = manifest.read_manifest(graph) if graph is not None else None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_build.engines import timing_cache
+from sa3_build.engines.dit_facts import dit_facts
 from sa3_build.graph import io as graph_io
 from sa3_build.graph.check_row_files import engine_check_rows
 from sa3_build.passes import lower_plugins
@@ -102,10 +103,12 @@ def check_graph(onnx: Path, target: Target) -> None:
         lower_plugins.lowered(onnx)
 
 
-def build_settings(target: Target, backend: str, arch: str) -> dict[str, Any]:
+def build_settings(target: Target, backend: str, arch: str, one_row: bool = False) -> dict[str, Any]:
     """What an engine depends on besides its ONNX: recorded in its manifest and compared before it is built again."""
     module = load_backend(backend)
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
+    if one_row:
+        profile["B"] = [1, 1, 1]
     return {
         "target": target.name,
         "backend": backend,
@@ -127,23 +130,26 @@ def compile_engine(
     """
     require_arch(target, backend, arch)
     check_graph(onnx, target)
-    settings = build_settings(target, backend, arch)
+    facts = dit_facts(onnx, target)
+    settings = build_settings(target, backend, arch, facts["one row"])
     sources = [onnx, *(onnx.parent / name for name in resolve.external_data_names(onnx))]
     inputs = {file.name: _digest(file) for file in sources}
     with build(out, "engine", inputs, settings, force) as draft:
         if draft is None:
             return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
         requirements_check.require_build(sum(file.stat().st_size for file in sources), out.parent)
-        return _built(onnx, target, draft, best_of)
+        return _built(onnx, target, draft, best_of, facts["null row"])
 
 
-def _built(onnx: Path, target: Target, draft: Draft, best_of: int) -> Built:
+def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: bool) -> Built:
     """Compile, and put the engine and then its manifest in place."""
     out, backend, arch = draft.output, draft.settings["backend"], draft.settings["arch"]
     started, module = time.monotonic(), load_backend(backend)
     gates: dict[str, Any] = {
         "compiled": True, "run on a GPU": False, "attention lowered": lower_plugins.lowered(onnx) is not None
     }  # fmt: skip
+    if target.kind == "dit":
+        gates["null row"] = null_row
     # What was timed before is not timed again; several builds are to differ, so they share nothing. A builder that
     # needs no GPU times nothing.
     timed = best_of == 1 and not engines.BACKENDS[backend].builds_elsewhere

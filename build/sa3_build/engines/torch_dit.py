@@ -38,11 +38,12 @@ def make(onnx: Path, target: Target, out: Path) -> dict[str, float]:
 
     Raises ToolError when the graph is not recognised, GateError when the packed DiT is not the graph's.
     """
-    _write(onnx, target, out)
-    return _compare(onnx, out, target)
+    null_row = _write(onnx, target, out)
+    return {**_compare(onnx, out, target), "null row": null_row}
 
 
-def _write(onnx: Path, target: Target, out: Path) -> None:
+def _write(onnx: Path, target: Target, out: Path) -> bool:
+    """Write the packed DiT; returns True when it has the rule of the null row."""
     from safetensors.torch import save_file
 
     sizes, tensors = pack_dit.pack(pack_dit.read_graph(onnx))
@@ -52,6 +53,7 @@ def _write(onnx: Path, target: Target, out: Path) -> None:
             f"make the graph again: {target.produced_by}",
         )
     save_file(tensors, str(out), metadata=weights.header(sizes))
+    return sizes.null_rows
 
 
 def _compare(onnx: Path, out: Path, target: Target) -> dict[str, float]:

@@ -50,6 +50,13 @@ class StoredTensor(ir.LazyTensor):
         return ir.tensor(flat.reshape(self.shape.numpy()), dtype=self.dtype, name=self.name)
 
 
+def _cause(error: BaseException) -> str:
+    """The words of the error that the others were raised from: a name that stands twice, say."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
+
+
 def mapped(path: Path) -> ir.Model:
     """Load a graph whose weights are mapped from their file, for one that is not kept. Raises ToolError."""
     if not path.is_file():
@@ -58,7 +65,7 @@ def mapped(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:  # the protobuf and onnx_ir parsers raise many kinds, all meaning the same
-        raise ToolError(f"{path} is not a whole ONNX graph ({error})", "download or make it again") from None
+        raise ToolError(f"{path} is not a whole ONNX graph ({_cause(error)})", "download or make it again") from None
     _require_whole_sidecars(model, path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
