@@ -119,6 +119,14 @@ def _described(target: targets.Target) -> dict[str, Any]:
     }
 
 
+def _graph_of(target: targets.Target, onnx_root: Path | None) -> str:
+    """Return the name of a target's graph: the one that lies there, else each of the names that it may have."""
+    from sa3_trt_core.hub import resolve
+
+    found = resolve.local_onnx(onnx_root, target) if onnx_root is not None else None
+    return " or ".join(target.onnx) if found is None or onnx_root is None else str(found.relative_to(onnx_root))
+
+
 def _show_plan(
     plan: list[tuple[targets.Target, str, Path]], backend: str, onnx_root: Path | None, as_json: bool
 ) -> int:
@@ -130,7 +138,7 @@ def _show_plan(
             "target": target.name,
             "arch": arch,
             "backend": backend,
-            "from": f"{source}: {target.onnx[0]}",
+            "from": f"{source}: {_graph_of(target, onnx_root)}",
             "to": str(out),
             "state": str(status.state_of_path(out, target, arch, backend, onnx_root)),
         }

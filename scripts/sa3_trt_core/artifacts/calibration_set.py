@@ -6,6 +6,7 @@ Memory does not grow with R on either side, but for a few bytes a row.
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -70,7 +71,9 @@ class CalibrationSet:
 
     def kinds(self) -> list[str]:
         """The kind of every row, in order (calibration_kinds.KINDS)."""
-        return self._chosen_of(self.layout.kinds)
+        if self.layout.ragged:
+            return self._chosen_of(self.layout.kinds)
+        return self._chosen_of(_kinds_by_mask(self.path, self.path.stat().st_mtime_ns, self.layout))
 
     def __iter__(self) -> Iterator[Row]:
         """Rows as dicts of fp32 arrays with a leading batch axis of 1."""
@@ -122,6 +125,15 @@ class CalibrationSet:
         if len(data) != wanted:
             raise bad(self.path, f"ends inside row {index} of {key}")
         return np.frombuffer(data, np.float32).reshape(shape)
+
+
+@functools.lru_cache(maxsize=4)
+def _kinds_by_mask(path: Path, _: int, layout: calibration_layout.Layout) -> tuple[str, ...]:
+    """Return the kind of every row of a file that states none: in-painting where anything is kept, else text."""
+    with zipfile.ZipFile(path) as archive, archive.open("local_add_cond.npy") as stream:
+        skip_header(stream)
+        sizes = [4 * int(np.prod(row_shape("local_add_cond", frames))) for frames in layout.frames]
+        return tuple("inpaint" if np.frombuffer(stream.read(size), np.float32).any() else KINDS[0] for size in sizes)
 
 
 def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
