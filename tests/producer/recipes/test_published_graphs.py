@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from helpers import published_half, published_style
 from helpers.commands import run, two_lines
 from helpers.published_module import OTHER, PUBLISHED, Conventions, PublishedDit, plain_checkpoint
-from sa3_build.engines import pack_dit, torch_engine
+from sa3_build.engines import pack_dit, torch_dit
 from sa3_build.graph import io as graph_io
 from sa3_build.passes.null_row import has_null_row
 from sa3_build.recipes.fp8 import report_path
@@ -228,8 +228,8 @@ def test_pytorch_packs_a_published_half_as_it_is(surgeon: Path, tmp_path: Path) 
 def packs(path: Path, precision: str, folder: Path) -> None:
     """Packed, it gives ONNX Runtime's velocities on the same file."""
     target = dit_target("medium", precision)
-    torch_engine._write(path, target, folder / "packed.safetensors")
-    torch_engine._compare(path, folder / "packed.safetensors", target)
+    torch_dit._write(path, target, folder / "packed.safetensors")
+    torch_dit._compare(path, folder / "packed.safetensors", target)
 
 
 def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
