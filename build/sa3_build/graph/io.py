@@ -169,6 +169,8 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None,
     model = mapped(path)
     values = {value.name: value for value in model.graph.inputs}
     values.update((value.name, value) for node in model.graph for value in node.outputs)
+    for name in watched.keys() & values.keys():  # an exporter may have called a value of its own so
+        values[name].name = f"{name}_inside"
     if alone:
         model.graph.outputs.clear()
     for output in watched.keys() & values.keys():  # exporters number their values too: amax, amax_1
