@@ -33,7 +33,7 @@ def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet
     """
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-    watched = {f"amax_{index}": name for index, name in enumerate(selection.activations)}
+    watched = {f"activation_amax_{index}": name for index, name in enumerate(selection.activations)}
     amax = np.zeros((calibration.rows, len(watched)), np.float32)
     with (
         OnnxRuntimeEngine(source, graph_io.observed(source, watched, _largest_magnitude), low_memory=True) as engine,
