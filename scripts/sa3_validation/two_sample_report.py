@@ -27,10 +27,10 @@ ASKED = {
 OWED = {
     CONTROL: "0.5 inside",
     INDEPENDENT: "inside the control's",
-    SAME_NOISE: "upper end at most 0.60",
+    SAME_NOISE: "upper ends at most 0.60; by the latent 0.70",
     INPAINTED: "-",
-    SCALED: "lower end of one above 0.60",
-    PUBLISHED: "lower end of one above 0.60",
+    SCALED: "a lower end above that limit",
+    PUBLISHED: "a lower end above that limit",
 }
 HEADER = (
     "against the reference", "logistic regression", "gradient boosting", "by the latent", "Fréchet, control = 1",
@@ -60,7 +60,7 @@ def words(document: Mapping[str, Any]) -> list[str]:
         f"{sounds} sounds of {document['prompts']} prompts from each DiT were described by "
         f"{document['features']['sound']} figures of timbre, notes, rhythm, loudness, brightness and stereo.",
         "A classifier that had not met a prompt was given one sound of each DiT and asked which is which: 0.50 is "
-        "guessing, 1.00 never errs. Another one reads the latent's channels, which nobody hears; it is not judged.",
+        "guessing, 1.00 never errs. Another one reads the latent's channels, which nobody hears.",
         f"Of 100 such pairs played from the same noise, the better classifier ({NAMES[best]}) names the candidate "
         f"rightly in {100 * auc:.0f}.",
     ]

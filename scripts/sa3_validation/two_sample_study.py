@@ -25,6 +25,7 @@ from sa3_validation.scaled_control import FACTOR, scaled_graph
 from sa3_validation.two_sample_arms import Arm, Heard, Recording, repainted, seeded, side_identity
 
 JUDGED_FROM = 200  # sounds: with fewer the intervals are wider than the limits, so nothing is judged
+SOUND_LIMIT, LATENT_LIMIT = 0.60, 0.70  # AUC, as in gates.toml: of the sound's features, of the latent's channels
 CONTROL, INDEPENDENT, SAME_NOISE, INPAINTED, SCALED, PUBLISHED = (
     "control", "independent", "same_noise", "inpainted", "scaled", "published",
 )  # fmt: skip
@@ -98,8 +99,8 @@ class TwoSample:
 def document(heard: Mapping[str, Heard], cases: Sequence[Case], prompts: int, seed: int) -> dict[str, Any]:
     """All comparisons of what was heard: AUC and interval of each classifier, Fréchet distance, moves by group.
 
-    Features are in deviations over the two reference arms. Those of the sound are judged; the latent's channel
-    statistics, which nobody hears, have a figure of their own. `judged` holds what gates read; it is there from
+    Features are in deviations over the two reference arms. The latent's channel statistics, which nobody hears, have
+    a figure and a limit of their own. `judged` holds what gates read; it is there from
     JUDGED_FROM sounds on.
     """
     both = np.concatenate([heard[name].features for name in COMPARISONS[CONTROL]])
@@ -141,7 +142,9 @@ def _compared(
 
 
 def _judged(compared: Mapping[str, Any]) -> dict[str, Any]:
-    """What gates read. `outside`: how far an AUC lies outside the control's interval; `caught`: the better low end."""
+    """What gates read. `outside`: how far an AUC lies outside the control's interval; `caught`: by how much the lower
+    end of a broken control's interval lies above the limit that the candidate's upper end owes, by whatever sees it.
+    """
     names = two_sample.CLASSIFIERS
     judged: dict[str, Any] = {
         CONTROL: {which: {"chance": two_sample.outside(0.5, compared[CONTROL][which])} for which in names},
@@ -149,12 +152,13 @@ def _judged(compared: Mapping[str, Any]) -> dict[str, Any]:
             which: {"outside": two_sample.outside(compared[INDEPENDENT][which]["auc"], compared[CONTROL][which])}
             for which in names
         },
+        SAME_NOISE: {which: {"high": compared[SAME_NOISE][which]["high"]} for which in names},
+        "latent": {"high": compared[SAME_NOISE]["latent"]["high"]},
     }
-    for name in (SAME_NOISE, INPAINTED):
-        judged[name] = {which: {"high": compared[name][which]["high"]} for which in names}
     for name in (SCALED, PUBLISHED):
         if name in compared:
-            judged[name] = {"caught": max(compared[name][which]["low"] for which in names)}
+            by_sound = max(compared[name][which]["low"] for which in names) - SOUND_LIMIT
+            judged[name] = {"caught": max(by_sound, compared[name]["latent"]["low"] - LATENT_LIMIT)}
     return judged
 
 

@@ -195,17 +195,19 @@ def test_two_sample_figures_are_judged_by_the_shipped_gates() -> None:
 
     limits = [gate for gate in gates.read_gates(None) if gate.figure.startswith("two_sample.")]
     good = {"control": {"l": {"chance": 0.0}}, "independent": {"l": {"outside": 0.0}},
-            "same_noise": {"l": {"high": 0.58}}, "scaled": {"caught": 0.9}, "published": {"caught": 0.7}}  # fmt: skip
+            "same_noise": {"l": {"high": 0.58}}, "latent": {"high": 0.65}, "scaled": {"caught": 0.3},
+            "published": {"caught": 0.05}}  # fmt: skip
 
     def failing(**bad: object) -> list[str]:
         report = {"two_sample": {"judged": {**good, **bad}}}
         return [verdict.figure for verdict in gates.judge(report, limits) if not verdict.passed]
 
-    assert failing() == [] and len(limits) == 5
+    assert failing() == [] and len(limits) == 6
     assert failing(same_noise={"l": {"high": 0.61}}) == ["two_sample.judged.same_noise.l.high"]
     assert failing(independent={"l": {"outside": 0.01}}) == ["two_sample.judged.independent.l.outside"]
-    assert failing(scaled={"caught": 0.55}) == ["two_sample.judged.scaled.caught"]
-    assert failing(published={"caught": 0.55}) == ["two_sample.judged.published.caught"]
+    assert failing(scaled={"caught": -0.05}) == ["two_sample.judged.scaled.caught"]
+    assert failing(published={"caught": -0.05}) == ["two_sample.judged.published.caught"]
+    assert failing(latent={"high": 0.71}) == ["two_sample.judged.latent.high"]
     assert failing(control={"l": {"chance": 0.02}}) == ["two_sample.judged.control.l.chance"]
     assert [one.figure for one in gates.judge({"two_sample": None}, limits)] == [], "not run: nothing to judge"
 
