@@ -145,7 +145,12 @@ def _generate(wanted: Wanted, gpu: str | None, graphs: tuple[str, ...]) -> Part:
 
 def _checked(path: Path) -> dict[str, Any]:
     found = read_json(path)["engines"]
-    return {"engines": len(found), "worst of the limit": max((one["worst"] for one in found), default=None)}
+    worst = [one["worst"] for one in found if one["worst"] is not None]  # None: its graph brings no rows
+    return {
+        "engines": len(found),
+        "without rows": len(found) - len(worst),
+        "worst of the limit": max(worst, default=None),
+    }
 
 
 def _gates(folder: Path) -> dict[str, Any]:
