@@ -56,7 +56,7 @@ def parts_of(wanted: Wanted, host: Host) -> list[Part]:
     if not GENERATE.is_file():
         parts.append(Part("bench_generate", (), 0, skip="scripts/bench_generate.py is not there"))
     else:
-        parts.append(_generate(wanted, gpu, last))
+        parts.append(_generate(wanted, gpu))
     return parts
 
 
@@ -135,12 +135,12 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
     return parts
 
 
-def _generate(wanted: Wanted, gpu: str | None, graphs: tuple[str, ...]) -> Part:
+def _generate(wanted: Wanted, gpu: str | None) -> Part:
     line = _script(
-        "scripts", "bench_generate.py", "--out", wanted.work / "bench_generate", "--onnx-root", wanted.root,
-        "--models-dir", wanted.models,
+        "scripts", "bench_generate.py", "--out", wanted.work / "bench_generate", "--seconds", 3, 30, "--precisions",
+        "fp8", "fp16mixed", "--peers", "--repeats", 5, "--untuned",
     )  # fmt: skip
-    return Part("bench_generate", line, 120, after=graphs, skip=gpu)
+    return Part("bench_generate", line, 180, skip=gpu)
 
 
 def _checked(path: Path) -> dict[str, Any]:
