@@ -158,6 +158,7 @@ def _two_sampled(args: argparse.Namespace, place: Place, reference: Side, candid
         return None
     import reprompt
     from sa3_validation import cases, two_sample_run
+    from sa3_validation.embedding import Embedder
     from sa3_validation.models import find_side
 
     prompts = cases.prompts_of(None, args.prompts_file, reprompt.calibration_prompts())
@@ -166,7 +167,7 @@ def _two_sampled(args: argparse.Namespace, place: Place, reference: Side, candid
         place, prompts, args.two_sample, args.seed, args.seconds, args.steps, args.out,
         text=_other(targets.find_target(targets.TEXT_ENCODER), args, place),
         decoder=_other(targets.decoder_for(args.dit, "fp16mixed"), args, place),
-        embedder=None if args.embedder is None else Path(args.embedder[1]),
+        embedder=None if args.embedder is None else Embedder(Path(args.embedder[1])),
     )  # fmt: skip
 
 

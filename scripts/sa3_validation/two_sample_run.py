@@ -38,15 +38,14 @@ class TwoSampleRun:
     out: Path
     text: Source
     decoder: Source
-    embedder: Path | None
+    embedder: Embedder | None
 
     def run(self) -> dict[str, Any]:
         """Generate, hear, compare. Raises ToolError and GateError as engines do."""
-        embedder = Embedder(self.embedder) if self.embedder is not None else None
         stat = self.decoder[2].stat()
         recording = Recording(
             self.steps, lambda: self._open(self.decoder), f"{self.decoder[1:]} {stat.st_size} {stat.st_mtime_ns}",
-            embedder, self.out / FOLDER, targets.find_dit(self.place.dit).reach,
+            self.embedder, self.out / FOLDER, targets.find_dit(self.place.dit).reach,
         )  # fmt: skip
         made = TwoSample(
             self.reference, self.candidate, self.published, self.place, self.count, self.seed, recording
