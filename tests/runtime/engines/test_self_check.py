@@ -19,7 +19,7 @@ from helpers import broken_fp8
 from helpers.broken_fp8 import quantised, set_values
 from helpers.commands import run
 from sa3_build.engines.torch_engine import pack_engine
-from sa3_build.verification.check_row_files import place_check_rows, write_check_rows
+from sa3_build.graph.check_row_files import place_check_rows, write_check_rows
 from sa3_trt_core import engines
 from sa3_trt_core.artifacts import check_rows, manifest
 from sa3_trt_core.artifacts.check_rows import check_path
