@@ -83,7 +83,7 @@ def test_the_other_parts_of_the_document(document: Document) -> None:
     assert found["greatest"] < 0 < coded["si_sdr_db"]["mono_copy"]["least"]
     assert coded["latent"]["std"] > 0
     painted = document["inpainting"]
-    assert (painted["span_frames"], painted["frames"], len(painted["loops"])) == ([7, 15], 22, 3)
+    assert (painted["span_frames"], painted["frames"], len(painted["loops"])) == ([8, 15], 22, 3)
     conditioned, unconditioned = (painted[name]["latent_relative_l2"] for name in ("conditioned", "unconditioned"))
     assert conditioned["mean"] != unconditioned["mean"]  # the DiT was told of the loop in one of the two
     assert document["repeated"] == {"clips": 2, "identical_samples": True}

@@ -91,10 +91,10 @@ class Plain:
                 samples[int(start * RATE) : None if end == math.inf else int(end * RATE)] = 0
             keep = samples[::4096].reshape(1, 1, frames)
             local = torch.cat([keep, init * keep], dim=1)
-        null, mask = torch.zeros_like(told.t5_hidden), torch.ones_like(told.t5_mask)
+        null, mask = torch.zeros_like(told.t5_hidden), torch.zeros_like(told.t5_mask)  # together: the null row
         if request.negative_prompt is not None:
             other = self.model.conditioning(request.negative_prompt, request.seconds, frames)
-            null = torch.where(other.t5_mask[..., None] > 0, other.t5_hidden, 0.0)
+            null, mask = torch.where(other.t5_mask[..., None] > 0, other.t5_hidden, 0.0), torch.ones_like(mask)
         torch.manual_seed(request.seed)
         x = torch.randn(1, 256, drawn)[..., :frames]
         if request.init_noise_level is not None:

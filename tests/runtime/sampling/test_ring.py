@@ -192,6 +192,8 @@ def one_row(tiny_onnx: Path, tmp_path: Path) -> Path:
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(proto, path)
+    for beside in (".manifest.json", ".check.npz"):  # with them it is known to be another file: exit 3
+        Path(f"{path}{beside}").unlink()
     return root
 
 
@@ -202,7 +204,7 @@ def test_an_engine_of_fewer_rows_says_its_limit(one_row: Path, tmp_path: Path, m
     done = run(sa3_trt.main, [*line, "--quiet", "--steps", 1, "--depth", 2, "--out-dir", "d"])
     two_lines(done, "ring of 2", "takes 1 rows a forward")
     assert "--depth 1 to 1" in done.err
-    assert listing(tmp_path) == before
+    assert {name: one for name, one in listing(tmp_path).items() if not name.endswith(".checked.json")} == before
     with Generator.load(backend="onnxruntime", onnx_root=one_row) as found, pytest.raises(ToolError, match="1 rows"):
         next(found.generate_ring([replace(BASE, cfg=2.0)], 1))
 

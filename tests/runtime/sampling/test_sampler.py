@@ -229,6 +229,7 @@ class Decoder:
 
     def __init__(self, flavour: str, input_names: tuple[str, ...] = ("latent",)) -> None:
         self.flavour, self.input_names, self.output_names = flavour, input_names, (flavour,)
+        self.max_batch: int | None = None
         self.given: Mapping[str, torch.Tensor] = {}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
