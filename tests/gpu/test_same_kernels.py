@@ -44,8 +44,10 @@ def test_a_decoder_of_kernels_gives_what_plain_operations_give(packed: Packed, t
 
 
 def test_pieces_change_nothing(packed: Packed) -> None:
+    """A library product of another size may round another way on a GPU; plain operations on a CPU agree to the bit."""
     ops = TritonOps(packed.rates)
-    assert torch.equal(Same(packed, ops, 200).pcm(latents()), Same(packed, ops).pcm(latents()))
+    pieces, whole = (Same(packed, ops, *size).samples(latents()) for size in ((200,), ()))
+    assert decibels(pieces, whole) > (55.0 if packed.sizes.precision == "fp16" else 40.0)
 
 
 def test_a_replayed_graph_gives_what_the_first_call_gave(packed: Packed) -> None:
