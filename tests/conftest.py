@@ -25,16 +25,24 @@ def made(main, argv: list[object]) -> None:  # type: ignore[no-untyped-def]
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder `name`, filled by `make` in whichever of the parallel test processes comes first."""
+    """Return the folder `name`, filled by `make` in whichever of the parallel test processes comes first.
+
+    Each process works on a copy of its own: a build links its source's sidecar while it runs, and onnx refuses to read
+    a file with several links.
+    """
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / name  # a worker of pytest-xdist has its own
+    if not base.name.startswith("popen-"):  # as those of pytest-xdist's workers are
+        (base / name).mkdir()
+        make(base / name)
+        return base / name
+    folder = base.parent / name
     with FileLock(f"{folder}.lock"):
         if not folder.with_suffix(".done").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             make(folder)
             folder.with_suffix(".done").touch()
-    return folder
+    return Path(shutil.copytree(folder, base / name))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
@@ -58,3 +61,11 @@ def contract(kind: str, spoilt: bool = False, name: str = "graph") -> bytes:
     stored = [numpy_helper.from_array(value, key) for key, value in weights.items()]
     graph = helper.make_graph(nodes, name, values[:1], values[1:], stored)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString()
+
+
+def private_copy(path: Path, folder: Path) -> Path:
+    """A graph and its sidecar copied to `folder`: a build may have left links to the original, which onnx refuses."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (path, path.with_name(f"{path.name}.data")):
+        shutil.copyfile(file, folder / file.name)
+    return folder / path.name

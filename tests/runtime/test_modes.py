@@ -253,7 +253,7 @@ def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> Non
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * 4096
 
-    for _ in range(2):
+    for _ in range(4):
         generator.generate(request)
     tensors, memory = held(), resident()
     for seed in range(8):

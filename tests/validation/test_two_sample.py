@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from helpers.broken_fp8 import quantised
 from helpers.commands import listing, run, two_lines
+from helpers.graphs import private_copy
 from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_validation import sound_features, two_sample
 from sa3_validation.embedding import Embedder
@@ -118,8 +119,8 @@ def test_features_of_silence_and_of_a_short_sound_are_numbers() -> None:
         features_of(np.zeros((100, 2)))
 
 
-def test_the_broken_control_differs_in_one_weight_scale(tiny_fp8: Path) -> None:
-    path = onnx_of(tiny_fp8, "sa3-m-fp8")
+def test_the_broken_control_differs_in_one_weight_scale(tiny_fp8: Path, tmp_path: Path) -> None:
+    path = private_copy(onnx_of(tiny_fp8, "sa3-m-fp8"), tmp_path)
     before = path.read_bytes()
     graph, product = scaled_graph(path)
     models = [onnx.load(path, load_external_data=False), onnx.load_from_string(graph)]

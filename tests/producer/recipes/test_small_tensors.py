@@ -11,6 +11,7 @@ import pytest
 from conftest import onnx_of
 
 from helpers.commands import run
+from helpers.graphs import private_copy
 from sa3_build.graph import io as graph_io
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
@@ -19,7 +20,7 @@ from sa3_trt_core.errors import ToolError
 @pytest.mark.parametrize("threshold", [0, 64])
 def test_fp8_is_made_of_it(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path, threshold: int) -> None:
     source = tmp_path / "dit_fp16mixed.onnx"
-    whole = onnx.load(onnx_of(tiny_onnx, "sa3-m"))
+    whole = onnx.load(private_copy(onnx_of(tiny_onnx, "sa3-m"), tmp_path / "own"))
     onnx.save(whole, source, save_as_external_data=True, location="w.data", size_threshold=threshold)
     shutil.copy(source.with_name("w.data"), tmp_path / "kept")
     line = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
@@ -31,7 +32,7 @@ def test_fp8_is_made_of_it(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path, th
 
 
 def test_the_small_tensors_are_the_same_wherever_they_lie(tiny_onnx: Path, tmp_path: Path) -> None:
-    path = onnx_of(tiny_onnx, "sa3-m")
+    path = private_copy(onnx_of(tiny_onnx, "sa3-m"), tmp_path / "own")
     onnx.save(onnx.load(path), tmp_path / "x.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
     inside, outside = graph_io.load(path), graph_io.load(tmp_path / "x.onnx")
     assert inside.graph.initializers.keys() == outside.graph.initializers.keys()
@@ -42,7 +43,7 @@ def test_the_small_tensors_are_the_same_wherever_they_lie(tiny_onnx: Path, tmp_p
 
 
 def test_a_session_says_what_it_cannot_read_and_how_to_save_it(tiny_onnx: Path, tmp_path: Path) -> None:
-    whole = onnx.load(onnx_of(tiny_onnx, "sa3-m"))
+    whole = onnx.load(private_copy(onnx_of(tiny_onnx, "sa3-m"), tmp_path / "own"))
     onnx.save(whole, tmp_path / "x.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
     with pytest.raises(ToolError) as caught:
         OnnxRuntimeEngine(tmp_path / "x.onnx")

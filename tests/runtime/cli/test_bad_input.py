@@ -38,12 +38,16 @@ def place(
 def refused(line: str, place: dict[str, Path], *words: str) -> str:
     """Run a command line; hold it to two lines naming `words` and to leaving the working directory alone."""
     command, *arguments = line.format(**place).split()
-    before = listing(Path.cwd())
+    before = kept(Path.cwd())
     done = run(importlib.import_module(command).main, arguments)
     two_lines(done, *words)
-    # What whole engines answered to their check rows is kept beside them, whatever becomes of the next one.
-    assert {name: one for name, one in listing(Path.cwd()).items() if not name.endswith(".checked.json")} == before
+    assert kept(Path.cwd()) == before
     return done.err
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """A folder's files but for what whole engines answered to their check rows, which stays whatever comes next."""
+    return {name: digest for name, digest in listing(folder).items() if not name.endswith(".checked.json")}
 
 
 @pytest.mark.parametrize(
