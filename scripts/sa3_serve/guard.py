@@ -105,7 +105,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Read what is left of a small body: a close over unread bytes resets the connection before the answer arrives."""
+        """Read what is left of a small body: a close over unread bytes resets the connection and loses the answer."""
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self.more and self._taken < MOST_JSON:
