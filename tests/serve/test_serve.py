@@ -203,6 +203,7 @@ def test_what_is_served_and_how_it_is_asked(service: Service) -> None:
 
 
 def test_a_token_is_asked_for_and_a_full_queue_is_said(tiny_onnx: Path, tmp_path: Path) -> None:
+    slow = {**LONG, "seconds": 30}  # seconds of work: the queue is still full when the last request comes
     file = tmp_path / "token"
     file.write_text(f"{secrets.token_urlsafe(24)}\n")
     token = file.read_text().strip()
@@ -218,14 +219,14 @@ def test_a_token_is_asked_for_and_a_full_queue_is_said(tiny_onnx: Path, tmp_path
         assert service.client.get("/healthz", headers={"authorization": ""}).status_code == 200
         answers: list[int] = []
         threads = [
-            threading.Thread(target=lambda: answers.append(service.generate(**LONG, negative_prompt=None).status_code))
+            threading.Thread(target=lambda: answers.append(service.generate(**slow, negative_prompt=None).status_code))
             for _ in range(5)
         ]
         for thread in threads:
             thread.start()
             time.sleep(0.3)
         service.until_metric("sa3_ring_requests", 1)
-        full = service.generate(**LONG)
+        full = service.generate(**slow)
         refused(full, 429, "1 requests wait")
         assert int(full.headers["retry-after"]) >= 1
         assert service.stop() == 0  # those that were taken are finished
