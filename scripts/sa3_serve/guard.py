@@ -46,6 +46,8 @@ class Guard:
         async def closing(message: Message) -> None:
             nonlocal started
             started = True
+            if message["type"] == "http.response.start":
+                await body.drain()
             if message["type"] == "http.response.start" and body.more:
                 # Answered before all of it has come: the server would read what is left, however much it is.
                 message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
@@ -57,8 +59,6 @@ class Guard:
         except RefusedError as refused:
             if started:
                 raise
-            if refused.status not in (408, 413):
-                await body.drain()
             await _answer(closing, refused)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
