@@ -48,9 +48,8 @@ class Guard:
             started = True
             if message["type"] == "http.response.start":
                 await body.drain()
-            if message["type"] == "http.response.start" and body.more:
-                # Answered before all of it has come: the server would read what is left, however much it is.
-                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
+                if body.more:  # more than that is left: the server would read it all, however much it is
+                    message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             await send(message)
 
         try:
