@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--seconds", type=integer_type(1, 10, "seconds"), default=3, help="of each (default 3)")
     parse.add_argument("--steps", type=integer_type(1, 100_000), default=350, help="of the optimiser (default 350)")
     parse.add_argument("--batch", type=integer_type(1, 64), default=8, help="rows a step (default 8)")
+    parse.add_argument("--device", default="cpu", help="auto, cpu or cuda (default cpu)")
     return parse
 
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
     files.require_writable(args.out, "adapter")
     plan = room_adapter.RoomPlan(args.rank, args.captions, args.seconds, args.steps, args.batch)
-    subject = Subject(args.checkpoint, plan.seconds, 8, plan.batch)
+    subject = Subject(args.checkpoint, plan.seconds, 8, plan.batch, device=args.device)
     rows, pairs = room_adapter.make_pairs(subject, plan)
     adapters = room_adapter.train(subject, rows, pairs, plan)
     room_adapter.write_adapter(adapters, plan, args.out)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.errors import ToolError
+
+if TYPE_CHECKING:
+    from sa3_demo.plan import TrainingPlan
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,6 +23,12 @@ def parser() -> argparse.ArgumentParser:
     )
     line.add_argument("--ship", type=Path, help="once captions are learned, write 16-bit weights into this folder")
     line.add_argument("--start-from", type=Path, help="go on from shipped weights, when --work holds no state")
+    line.add_argument(
+        "--from-stage", choices=("flow",),
+        help="with --start-from: keep its autoencoder and tokenizer only, and train the rest anew from this stage",
+    )  # fmt: skip
+    line.add_argument("--stages", type=integer_type(1, 3), help="end after so many stages; the same line goes on")
+    line.add_argument("--note", default="", metavar="TEXT", help="sentence for training.json: why it was trained")
     line.add_argument("--copy-state", type=Path, help="copy the state there at the end (a machine that keeps nothing)")
     line.add_argument("--workers", type=integer_type(1, 256), help="rendering processes (default: cores less two)")
     line.add_argument(
@@ -32,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Train until done or the time is over."""
     args = parser().parse_args(argv)
+    if args.from_stage and not args.start_from:
+        raise ToolError("--from-stage needs --start-from", "name the folder whose autoencoder is kept")
 
     from sa3_trt_core.artifacts import files
 
@@ -41,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from sa3_demo import plan, ship, state
-    from sa3_demo.run import Run
+    from sa3_demo import ship, state
+    from sa3_demo.run import STAGES, Run
     from sa3_demo.trainer import Deadline
 
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
@@ -51,25 +63,35 @@ def main(argv: list[str] | None = None) -> int:
             "training needs an NVIDIA GPU",
             "--tiny runs the same code on a CPU, to no musical end; --shorten 700 16 1000 is a stage of 90 minutes",
         )
-    if args.start_from and not (args.work / "state" / state.INDEX).is_file():
-        state.start(args.work / "state", ship.read_state(args.start_from), args.start_from / ship.TOKENIZER_FILE)
-    wanted = plan.TINY if args.tiny else plan.FULL
-    if args.shorten:
-        under_way = state.load(args.work / "state").stage
-        if under_way == "done":
-            raise ToolError(f"{args.work} has been trained to the end", "name another --work folder")
-        wanted = plan.shortened(wanted, under_way, *args.shorten)
+    wanted = _begin(args)
     run = Run(args.work, wanted, device, Deadline(args.minutes), args.workers)
-    stage = run.go(1) if args.shorten else run.go()
+    stage = run.go(1 if args.shorten else args.stages or len(STAGES))
     if args.copy_state:
         state.copy(run.folder, args.copy_state)
     if args.ship and stage in ("distillation", "done"):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        made_with = {"device": name, "torch": torch.__version__}
+        made_with = {"device": name, "torch": torch.__version__, "note": args.note}
         ship.write_shipped(run.state, run.plan, run.folder / ship.TOKENIZER_FILE, args.ship, made_with)
         print(f"{args.ship}: {ship.shipped_bytes(args.ship) / 1e6:.1f} MB")
     print(f"{args.work}: {stage}" + ("" if stage == "done" else f", step {run.state.step}: the same command goes on"))
     return 0
+
+
+def _begin(args: argparse.Namespace) -> TrainingPlan:
+    """Put what --start-from holds into an empty --work, and return the plan."""
+    from sa3_demo import plan, ship, state
+
+    folder: Path = args.work / "state"
+    wanted = plan.TINY if args.tiny else plan.FULL
+    if args.start_from and not (folder / state.INDEX).is_file():
+        begun = ship.read_state(args.start_from, wanted.size, args.from_stage)
+        state.start(folder, begun, args.start_from / ship.TOKENIZER_FILE)
+    if not args.shorten:
+        return wanted
+    under_way = state.load(folder).stage
+    if under_way == "done":
+        raise ToolError(f"{args.work} has been trained to the end", "name another --work folder")
+    return plan.shortened(wanted, under_way, *args.shorten)
 
 
 if __name__ == "__main__":

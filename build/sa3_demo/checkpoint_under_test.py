@@ -1,4 +1,4 @@
-"""The model under judgement: one native checkpoint as text to audio and as autoencoder, fp32 on the CPU."""
+"""The model under judgement: one native checkpoint as text to audio and as autoencoder, fp32 on one device."""
 
 from __future__ import annotations
 
@@ -42,14 +42,19 @@ class Subject:
     """
 
     def __init__(
-        self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None, loras: LoraSet | None = None
+        self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None,
+        loras: LoraSet | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
-        """`loras` are merged into the checkpoint's DiT. Raises ToolError when a file is absent or does not fit."""
+        """Load the parts onto `device`, `loras` merged into the DiT; latents, noise and samples stay on the CPU.
+
+        Raises ToolError when a file is absent or does not fit, or there is no such device.
+        """
         config, weights = folder / native.CONFIG_FILE, folder / native_weights.WEIGHTS_FILE
-        self.model = CheckpointModel(config, weights, "cpu", loras)
+        self.model = CheckpointModel(config, weights, device, loras)
         self._engine: VelocityEngine = DiTVelocity(OnnxRuntimeEngine(dit)) if dit else self.model
         geometry = load_geometry(config).autoencoder
-        self._autoencoder = native.load_autoencoder(native.NativeWeights(weights), geometry)
+        self.device = self.model.device
+        self._autoencoder = native.load_autoencoder(native.NativeWeights(weights), geometry).to(self.device)
         self._decoder = DecoderContract(self._autoencoder)
         self.seconds, self.steps, self.batch = seconds, steps, batch
         self.drawn_frames = shapes.latent_frames(seconds)  # of noise
@@ -60,12 +65,12 @@ class Subject:
     def conditioning(self, rows: Sequence[Row]) -> Conditioning:
         """What the DiT is told of these rows, in their order."""
         each = [self.model.conditioning(row.caption, float(self.seconds), self.frames) for row in rows]
-        silent = torch.zeros(1, shapes.LOCAL_CHANNELS, self.frames)
+        silent = torch.zeros(1, shapes.LOCAL_CHANNELS, self.frames, device=self.device)
         return Conditioning(
             t5_hidden=torch.cat([one.t5_hidden for one in each]),
             t5_mask=torch.cat([one.t5_mask for one in each]),
             seconds_total=torch.cat([one.seconds_total for one in each]),
-            local_add_cond=torch.cat([silent if row.local is None else row.local for row in rows]),
+            local_add_cond=torch.cat([silent if row.local is None else row.local.to(self.device) for row in rows]),
         )
 
     @torch.inference_mode()
@@ -92,12 +97,12 @@ class Subject:
         """Latents (1, 256, L) of samples (2, N) with the silence after them that a request of this length has."""
         audio = torch.zeros(1, shapes.AUDIO_CHANNELS, self.frames * shapes.SAMPLES_PER_FRAME)
         audio[0, :, : samples.shape[1]] = torch.from_numpy(samples)
-        encoded: torch.Tensor = self._autoencoder.encode(audio).latents
-        return encoded
+        encoded: torch.Tensor = self._autoencoder.encode(audio.to(self.device)).latents
+        return encoded.cpu()
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Pcm:
         """The finished samples (N, 2) of latents (1, 256, L)."""
-        samples = self._decoder(latents)[0].to(torch.int16)
+        samples = self._decoder(latents.to(self.device))[0].to("cpu", torch.int16)
         pcm: Pcm = autoencoder.finish(samples, float(self.seconds)).numpy()
         return pcm

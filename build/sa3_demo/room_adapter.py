@@ -1,7 +1,7 @@
 """Train a LoRA that plays the demonstration model's music in the room next door: what no caption can ask for.
 
 The model's own generations are the data. Each denoised latent is decoded, low-passed as a wall does, and encoded
-again; the adapter learns to give that latent from the same noise. Everything is made on the spot, on a CPU.
+again; the adapter learns to give that latent from the same noise. Everything is made on the spot.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def train(subject: Subject, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Ma
     adapters: dict[str, LowRank] = {}
     for name, module in dit.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("transformer_blocks.") and name.split(".")[2] in LAYERS:
-            adapters[name] = LowRank(module.out_features, module.in_features, plan.rank, generator)
+            adapters[name] = LowRank(module.out_features, module.in_features, plan.rank, generator).to(subject.device)
     for name, adapter in adapters.items():
         parametrize.register_parametrization(dit.get_submodule(name), "weight", adapter)
     trained = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
@@ -159,11 +159,12 @@ def write_adapter(adapters: Mapping[str, LowRank], plan: RoomPlan, path: Path) -
 
 
 def _loss(subject: Subject, cond: Any, pairs: Pairs, chosen: torch.Tensor) -> torch.Tensor:
-    picked, sigma = pairs.row[chosen], pairs.sigma[chosen]
-    x = pairs.x[chosen].clone()
+    place = subject.device
+    x, sigma, wanted = (part[chosen].clone().to(place) for part in (pairs.x, pairs.sigma, pairs.wanted))
+    picked = pairs.row[chosen].to(place)
     told = [getattr(cond, name)[picked].clone() for name in ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")]
-    velocity = subject.model.module(x, sigma.clone(), *told)
-    return (x - sigma[:, None, None] * velocity - pairs.wanted[chosen].clone()).square().mean()
+    velocity = subject.model.module(x, sigma, *told)
+    return (x - sigma[:, None, None] * velocity - wanted).square().mean()
 
 
 def _through(subject: Subject, latents: torch.Tensor, progress: Progress) -> torch.Tensor:

@@ -44,21 +44,32 @@ def write_shipped(
     files.write_atomic_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
     made = {
         "stage": state.stage, "step": state.step, "plan": asdict(plan), "losses": state.notes,
-        "made_with": dict(made_with),
+        "made_with": dict(made_with), "kept": state.kept,
     }  # fmt: skip
     files.write_atomic_text(folder / TRAINING_FILE, json.dumps(made, indent=1) + "\n")
 
 
-def read_state(shipped: Path) -> TrainingState:
-    """The state to train on from: what was shipped, which is its own teacher when distillation is still to come.
+def read_state(shipped: Path, size: DemoSize, anew_from: str | None = None) -> TrainingState:
+    """Return the state to train on from: what was shipped, its own teacher when distillation is still to come.
 
-    Raises ToolError when there is nothing left to train, or no weights.
+    With `anew_from` only the autoencoder is taken, and that stage begins at its first step; what the autoencoder was
+    made with goes into `kept`. Raises ToolError when nothing is left to train, the size is another, or weights lack.
     """
     require_shipped(shipped)
     made = json.loads((shipped / TRAINING_FILE).read_text())
+    if made["plan"]["size"] != asdict(size):
+        raise ToolError(f"{shipped} holds a model of another size", "leave --start-from out to train a new model")
+    if anew_from:
+        notes = [note for note in made["losses"] if note["stage"] == "autoencoder"]
+        state = TrainingState(stage=anew_from, notes=notes, kept={"autoencoder": made["made_with"]})
+        state.replace("autoencoder", _read(shipped, "autoencoder"))
+        return state
     if made["stage"] == "done":
-        raise ToolError(f"{shipped} has been trained to the end", "leave --start-from out to train a new model")
-    state = TrainingState(stage=made["stage"], step=made["step"], notes=made["losses"])
+        raise ToolError(
+            f"{shipped} has been trained to the end",
+            "leave --start-from out to train a new model, or add --from-stage flow to keep its autoencoder",
+        )
+    state = TrainingState(stage=made["stage"], step=made["step"], notes=made["losses"], kept=made.get("kept", {}))
     model = {**_read(shipped, "dit"), **_read(shipped, "text")}
     for name, tensors in (("autoencoder", _read(shipped, "autoencoder")), ("model", model), ("teacher", model)):
         state.replace(name, tensors)

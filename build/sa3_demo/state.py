@@ -23,12 +23,16 @@ LARGEST_FILE = 15 << 20  # bytes
 
 @dataclass
 class TrainingState:
-    """Tensors by name, the stage that is under way, its finished steps, and the losses noted so far."""
+    """Tensors by name, the stage that is under way, its finished steps, and the losses noted so far.
+
+    `kept` holds, by part, what made the weights that this run took over and does not train.
+    """
 
     stage: str = "autoencoder"
     step: int = 0
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: list[dict[str, Any]] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         """The tensors under a prefix, without it, in fp32."""
@@ -64,7 +68,7 @@ def save(folder: Path, state: TrainingState) -> None:
     for name, shard in zip(names, shards, strict=True):
         with files.atomic_path(folder / name) as temporary:
             save_file(shard, str(temporary))
-    index = {"stage": state.stage, "step": state.step, "shards": names, "notes": state.notes}
+    index = {"stage": state.stage, "step": state.step, "shards": names, "notes": state.notes, "kept": state.kept}
     files.write_atomic_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     for old in folder.glob("*.safetensors"):
         if old.name not in names:
@@ -78,7 +82,7 @@ def load(folder: Path) -> TrainingState:
     if not (folder / INDEX).is_file():
         return TrainingState()
     index = json.loads((folder / INDEX).read_text())
-    state = TrainingState(stage=index["stage"], step=index["step"], notes=index["notes"])
+    state = TrainingState(stage=index["stage"], step=index["step"], notes=index["notes"], kept=index.get("kept", {}))
     for name in index["shards"]:
         state.tensors |= load_file(str(folder / name))
     return state

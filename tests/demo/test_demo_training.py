@@ -226,6 +226,33 @@ def test_training_goes_on_from_shipped_weights_that_are_not_distilled(trained: P
     assert all(torch.equal(text[0][key], text[1][key]) for key in text[0])  # distillation leaves the text encoder alone
 
 
+def test_the_rest_is_trained_anew_on_a_shipped_autoencoder(trained: Path, tmp_path: Path) -> None:
+    shipped, more = trained / "shipped", tmp_path / "more"
+    line = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped, "--from-stage", "flow",
+            "--ship", more, "--note", "masks have changed"]  # fmt: skip
+    flow = run(train_demo_model.main, [*line, "--stages", 1])
+    assert flow.code == 0 and "distillation, step 0: the same command goes on" in flow.out, flow.err
+    assert "train autoencoder" not in flow.err and "train flow" in flow.err
+    done = run(train_demo_model.main, line)
+    assert done.code == 0 and done.out.endswith(": done\n") and "train flow" not in done.err, done.err
+    for file in (ship.TOKENIZER_FILE, "autoencoder.safetensors"):
+        assert (more / file).read_bytes() == (shipped / file).read_bytes()
+    for file in ("dit", "text"):
+        before, after = (load_file(folder / f"{file}.safetensors") for folder in (shipped, more))
+        assert before.keys() == after.keys()
+    first, again = (json.loads((folder / "training.json").read_text()) for folder in (shipped, more))
+    assert list(dict.fromkeys(note["stage"] for note in again["losses"])) == ["autoencoder", "flow", "distillation"]
+    assert again["kept"] == {"autoencoder": first["made_with"]} and again["made_with"]["note"] == "masks have changed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [(["--from-stage", "flow"], "--start-from"), (["--start-from", SHIPPED], "another size")]
+)
+def test_a_start_that_cannot_be_is_refused(tmp_path: Path, flags: list[str | Path], named: str) -> None:
+    two_lines(run(train_demo_model.main, ["--work", tmp_path / "work", "--tiny", *flags]), named)
+    assert listing(tmp_path) == {}
+
+
 def test_a_shortened_stage_is_one_stage_of_its_own_size(trained: Path, tmp_path: Path) -> None:
     """For machines without a GPU: so many steps and rows from so many loops, then the next stage is left for later."""
     shipped = shutil.copytree(trained / "shipped", tmp_path / "shipped")

@@ -54,29 +54,29 @@ class CheckpointModel:
         text_folder = config_file.parent / geometry.conditioner.text_folder
         self._tokenizer = text_encoder.load_tokenizer(text_folder)
         self._text_tokens = geometry.conditioner.text_tokens
-        self._device = _device(device)
-        self._text = text_encoder.load_text_encoder(text_folder).to(self._device)
+        self.device = _device(device)
+        self._text = text_encoder.load_text_encoder(text_folder).to(self.device)
         dit = native.load_dit(weights, geometry.dit)
-        self.module = DitContract(dit, native.load_duration_embedder(weights, geometry.conditioner)).to(self._device)
+        self.module = DitContract(dit, native.load_duration_embedder(weights, geometry.conditioner)).to(self.device)
 
     @torch.inference_mode()
     def conditioning(self, prompt: str, seconds: float, frames: int) -> Conditioning:
         """Conditioning of one row of text to audio."""
         tokens = self._tokenizer(
             prompt, padding="max_length", truncation=True, max_length=self._text_tokens, return_tensors="pt"
-        ).to(self._device)
+        ).to(self.device)
         hidden = self._text(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return Conditioning(
             t5_hidden=hidden.float(),
             t5_mask=tokens.attention_mask.float(),
-            seconds_total=torch.tensor([seconds], dtype=torch.float32, device=self._device),
-            local_add_cond=torch.zeros(1, shapes.LOCAL_CHANNELS, frames, device=self._device),
+            seconds_total=torch.tensor([seconds], dtype=torch.float32, device=self.device),
+            local_add_cond=torch.zeros(1, shapes.LOCAL_CHANNELS, frames, device=self.device),
         )
 
     @torch.inference_mode()
     def velocity(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Velocity (B, 256, L) on the CPU, where the noise is drawn: one seed, one sound on every machine."""
-        place = self._device
+        place = self.device
         velocity: torch.Tensor = self.module(
             x.to(place), t.to(place), cond.t5_hidden, cond.t5_mask, cond.seconds_total, cond.local_add_cond
         )
