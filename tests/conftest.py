@@ -1,4 +1,4 @@
-"""One tiny native checkpoint and everything made from it by the project's own commands, built once a test run."""
+"""Session fixtures: a tiny native checkpoint and the artefacts that the project's own commands build from it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sa3_trt_core.targets import find_target
 
 
 def onnx_of(root: Path, target: str) -> Path:
-    """Where a target's graph lies under an ONNX root."""
+    """Return the path of a target's graph under an ONNX root."""
     return root / find_target(target).onnx[0]
 
 
 def made(main, argv: list[object]) -> None:  # type: ignore[no-untyped-def]
-    """Run a producing command; what it said is the message of a failure."""
-    done = run(main, argv)
-    assert done.code == 0, done.err
+    """Run a command and fail the test with its stderr unless it exits with 0."""
+    result = run(main, argv)
+    assert result.code == 0, result.err
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """Return the folder `name`, filled by `make` in whichever of the parallel test processes comes first.
+    """Return this process's copy of the folder `name`, which the first of the parallel test processes fills by `make`.
 
-    Each process works on a copy of its own: a build links its source's sidecar while it runs, and onnx refuses to read
+    Each process gets its own copy: a build hard-links its source's sidecar while it runs, and onnx refuses to read
     a file with several links.
     """
     base = tmp_path_factory.getbasetemp()
@@ -47,19 +47,19 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Pa
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A native checkpoint folder: embed 128, 2 heads, 1 layer. Read only: copy it before changing it."""
+    """Return a native checkpoint folder: embed 128, 2 heads, 1 layer. Read only: copy it before changing it."""
     import make_demo_checkpoint
 
-    line = ["--random", "--width", 128, "--depth", 1, "--out"]
+    argv = ["--random", "--width", 128, "--depth", 1, "--out"]
     return once(
         tmp_path_factory, "tiny-checkpoint",
-        lambda folder: made(make_demo_checkpoint.main, [*line, folder / "checkpoint"]),
+        lambda folder: made(make_demo_checkpoint.main, [*argv, folder / "checkpoint"]),
     ) / "checkpoint"  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ONNX root with all that the checkpoint gives, and the FP16-mixed DiT. Read only."""
+    """Return an ONNX root with every graph exported from the checkpoint, and the FP16-mixed DiT. Read only."""
     import build_dit_fp16mixed
     import export_onnx
 
@@ -72,24 +72,24 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def tiny_calib(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration set: 2 prompts of 4 steps, 8 text rows of 70 latent frames, in the rectangular form. Read only."""
+    """Return a calibration set: 2 prompts of 4 steps, 8 text rows of 70 latent frames, rectangular. Read only."""
     import make_calib
 
     config, weights = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
-    line = ["--model-config", config, "--checkpoint", weights]
-    line += ["--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text", "--out"]
+    argv = ["--model-config", config, "--checkpoint", weights]
+    argv += ["--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text", "--out"]
     name = "sa3-m.calib.npz"
-    return once(tmp_path_factory, "tiny-calib", lambda folder: made(make_calib.main, [*line, folder / name])) / name
+    return once(tmp_path_factory, "tiny-calib", lambda folder: made(make_calib.main, [*argv, folder / name])) / name
 
 
 @pytest.fixture(scope="session")
 def tiny_fp8(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ONNX root like `tiny_onnx` that holds the FP8 DiT too. Read only."""
+    """Return an ONNX root like `tiny_onnx` that holds the FP8 DiT too. Read only."""
     import build_dit_fp8
 
     def make(root: Path) -> None:
         shutil.copytree(tiny_onnx, root, dirs_exist_ok=True)
-        line = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
-        made(build_dit_fp8.main, [*line, "--parity-rows", 8])
+        argv = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
+        made(build_dit_fp8.main, [*argv, "--parity-rows", 8])
 
     return once(tmp_path_factory, "tiny-fp8", make)

@@ -82,11 +82,11 @@ def test_a_cluster_makes_every_sound_once_though_a_worker_is_killed(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    done = run(sa3_trt.main, [*line, "--ray", nodes.address, "--out-dir", out])
+    result = run(sa3_trt.main, [*line, "--ray", nodes.address, "--out-dir", out])
     killer.join()
-    assert done.code == 0, done.err
-    assert killed and "a worker was lost" in done.err and f"generate: {ROWS}/{ROWS} sounds 100%" in done.err
-    assert "left" in done.err or "a second" in done.err
+    assert result.code == 0, result.err
+    assert killed and "a worker was lost" in result.err and f"generate: {ROWS}/{ROWS} sounds 100%" in result.err
+    assert "left" in result.err or "a second" in result.err
     again = run(sa3_trt.main, [*line, "--ray", "127.0.0.1:1", "--out-dir", out])  # nothing is left to ask a Ray for
     assert again.code == 0 and f"{ROWS} of {ROWS} sounds are there already" in again.err, again.err
     for part in ("1/2", "2/2"):
@@ -120,17 +120,17 @@ def test_a_sound_with_other_settings_is_made_again(line: list[object], tmp_path:
     first = min(before)
     left = first.with_name(f".{first.stem[:32]}.0123456789ab.tmp.wav")
     left.touch()  # of a run that was killed
-    done = run(sa3_trt.main, one)
-    assert done.code == 0 and "2 were there already" in done.out and not left.exists()
+    result = run(sa3_trt.main, one)
+    assert result.code == 0 and "2 were there already" in result.out and not left.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    done = run(sa3_trt.main, [*one, "--steps", 3])
-    assert done.code == 0 and "already" not in done.out
+    result = run(sa3_trt.main, [*one, "--steps", 3])
+    assert result.code == 0 and "already" not in result.out
     assert all(path.stat().st_mtime_ns > stamp for path, stamp in before.items())
 
 
 def test_shards_are_every_nth_row_under_their_own_numbers(line: list[object], tmp_path: Path) -> None:
-    done = run(sa3_trt.main, [*line, "--shard", "4/4", "--out-dir", tmp_path, "--quiet"])
-    assert done.code == 0, done.err
+    result = run(sa3_trt.main, [*line, "--shard", "4/4", "--out-dir", tmp_path, "--quiet"])
+    assert result.code == 0, result.err
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["004_sound-3_6.wav", "008_sound-7_10.wav"]
     for wrong in ("0/2", "3/2", "1", "a/b"):
         two_lines(run(sa3_trt.main, [*line, "--shard", wrong]))
@@ -154,13 +154,13 @@ def test_without_ray_the_command_says_what_to_install(
     line: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    done = run(sa3_trt.main, [*line, "--devices", "cpu", "--out-dir", tmp_path / "out"])
-    two_lines(done, "--devices needs Ray")
-    assert "pip install 'sa3-trt[ray]'" in done.err and "--shard" in done.err
+    result = run(sa3_trt.main, [*line, "--devices", "cpu", "--out-dir", tmp_path / "out"])
+    two_lines(result, "--devices needs Ray")
+    assert "pip install 'sa3-trt[ray]'" in result.err and "--shard" in result.err
 
 
 def test_devices_are_a_ray_of_this_machine(line: list[object], tmp_path: Path) -> None:
-    done = run(sa3_trt.main, [*line[:-2], "--prompt", "a", "--devices", "cpu", "--out", tmp_path / "a.wav", "--json"])
-    assert done.code == 0, done.err
+    result = run(sa3_trt.main, [*line[:-2], "--prompt", "a", "--devices", "cpu", "--out", tmp_path / "a.wav", "--json"])
+    assert result.code == 0, result.err
     assert soundfile.info(tmp_path / "a.wav").frames == 44_100
-    assert '"generations_per_second"' in done.out
+    assert '"generations_per_second"' in result.out

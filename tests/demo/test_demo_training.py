@@ -143,17 +143,19 @@ def test_state_shards_are_under_their_limit_and_come_back(tmp_path: Path, monkey
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model trained for a few steps: killed after its autoencoder, stopped by a deadline, then gone on with."""
     folder = tmp_path_factory.mktemp("train")
-    line = ["--work", folder / "work", "--tiny", "--workers", 1, "--ship", folder / "shipped"]
+    argv = ["--work", folder / "work", "--tiny", "--workers", 1, "--ship", folder / "shipped"]
     index = folder / "work" / "state" / "state.json"
-    command = [sys.executable, str(ROOT / "build" / "train_demo_model.py"), *map(str, line)]
+    command = [sys.executable, str(ROOT / "build" / "train_demo_model.py"), *map(str, argv)]
     kill_when(command, lambda: index.is_file() and '"stage": "flow"' in index.read_text())
     kept = state.load(index.parent)
-    stopped = run(train_demo_model.main, [*line, "--minutes", 0.001, "--copy-state", folder / "copy"])
+    stopped = run(train_demo_model.main, [*argv, "--minutes", 0.001, "--copy-state", folder / "copy"])
     assert stopped.code == 0 and "the same command goes on" in stopped.out, stopped.err
     assert not (folder / "shipped").exists()
     assert json.loads((folder / "copy" / "state.json").read_text())["stage"] == "flow"
-    done = run(train_demo_model.main, line)
-    assert done.code == 0 and f"{folder / 'work'}: done" in done.out and "train autoencoder" not in done.err, done.err
+    completed = run(train_demo_model.main, argv)
+    assert (
+        completed.code == 0 and f"{folder / 'work'}: done" in completed.out and "train autoencoder" not in completed.err
+    ), completed.err
     result = state.load(index.parent)
     autoencoder = {key: value for key, value in kept.tensors.items() if key.startswith("autoencoder/")}
     assert autoencoder and all(torch.equal(result.tensors[key], value) for key, value in autoencoder.items())
@@ -214,12 +216,12 @@ def test_latents_have_mean_zero_and_deviation_one(trained: Path) -> None:
 
 def test_training_goes_on_from_shipped_weights_that_are_not_distilled(trained: Path, tmp_path: Path) -> None:
     shipped = shutil.copytree(trained / "shipped", tmp_path / "shipped")
-    line = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped]
-    two_lines(run(train_demo_model.main, line), str(shipped))
+    argv = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped]
+    two_lines(run(train_demo_model.main, argv), str(shipped))
     made = json.loads((shipped / "training.json").read_text())
     (shipped / "training.json").write_text(json.dumps({**made, "stage": "distillation", "step": 0}))
-    done = run(train_demo_model.main, [*line, "--ship", tmp_path / "more"])
-    assert done.code == 0 and "train distillation" in done.err and "train flow" not in done.err, done.err
+    result = run(train_demo_model.main, [*argv, "--ship", tmp_path / "more"])
+    assert result.code == 0 and "train distillation" in result.err and "train flow" not in result.err, result.err
     before, after = (load_file(folder / "dit.safetensors") for folder in (shipped, tmp_path / "more"))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     text = [load_file(folder / "text.safetensors") for folder in (shipped, tmp_path / "more")]
@@ -258,15 +260,15 @@ def test_a_shortened_stage_is_one_stage_of_its_own_size(trained: Path, tmp_path:
     shipped = shutil.copytree(trained / "shipped", tmp_path / "shipped")
     made = json.loads((shipped / "training.json").read_text())
     (shipped / "training.json").write_text(json.dumps({**made, "stage": "flow", "step": 0}))
-    line = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped, "--ship", tmp_path / "more"]
-    done = run(train_demo_model.main, [*line, "--shorten", 2, 1, 3])
-    assert done.code == 0 and "distillation, step 0" in done.out and "2/2 steps" in done.err, done.err
+    argv = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped, "--ship", tmp_path / "more"]
+    result = run(train_demo_model.main, [*argv, "--shorten", 2, 1, 3])
+    assert result.code == 0 and "distillation, step 0" in result.out and "2/2 steps" in result.err, result.err
     written = json.loads((tmp_path / "more" / "training.json").read_text())
     assert (written["plan"]["loops"], written["plan"]["flow"]["steps"], written["plan"]["flow"]["batch"]) == (3, 2, 1)
     assert written["plan"]["flow"]["learning_rate"] == pytest.approx(plan.TINY.flow.learning_rate / 2**0.5)
     assert written["stage"] == "distillation"
-    assert "done" in run(train_demo_model.main, [*line, "--shorten", 1, 1, 3]).out
-    two_lines(run(train_demo_model.main, [*line, "--shorten", 1, 1, 3]), "trained to the end")
+    assert "done" in run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]).out
+    two_lines(run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]), "trained to the end")
 
 
 def test_full_training_needs_a_gpu(tmp_path: Path) -> None:
@@ -285,9 +287,9 @@ def test_the_repositorys_weights_are_16_bit_small_and_whole(tmp_path: Path) -> N
             kinds = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
             assert kinds <= {"F16", "BF16"}, file
     assert (SHIPPED / "README.md").is_file()
-    done = run(make_demo_checkpoint.main, ["--out", tmp_path / "checkpoint"])
-    assert done.code == 0, done.err
-    assert "trained weights" in done.out
+    result = run(make_demo_checkpoint.main, ["--out", tmp_path / "checkpoint"])
+    assert result.code == 0, result.err
+    assert "trained weights" in result.out
     assert "is current" in run(make_demo_checkpoint.main, ["--out", tmp_path / "checkpoint"]).out
     native.check(
         native.NativeWeights(tmp_path / "checkpoint" / "model.safetensors"),

@@ -27,8 +27,8 @@ FULL_SCALE = 32767.0
 @pytest.fixture(scope="module")
 def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "checkpoint"
-    done = run(make_demo_checkpoint.main, ["--out", folder])
-    assert done.code == 0, done.err
+    result = run(make_demo_checkpoint.main, ["--out", folder])
+    assert result.code == 0, result.err
     return folder
 
 
@@ -55,10 +55,10 @@ def test_the_shipped_file_is_small_and_whole() -> None:
 
 def test_training_writes_a_native_adapter_that_fits_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.safetensors"
-    line = ["--checkpoint", tiny_checkpoint, "--out", out, "--captions", 1, "--seconds", 1, "--steps", 2, "--batch", 2,
+    argv = ["--checkpoint", tiny_checkpoint, "--out", out, "--captions", 1, "--seconds", 1, "--steps", 2, "--batch", 2,
             "--rank", 2]  # fmt: skip
-    done = run(train_demo_lora.main, line)
-    assert done.code == 0, done.err
+    result = run(train_demo_lora.main, argv)
+    assert result.code == 0, result.err
     adapter = read_adapter(out)
     assert (adapter.kind.name, adapter.ranks, len(adapter.layers)) == ("lora", [2], 7)
     qkv = adapter.layers["model.transformer.layers.0.self_attn.to_qkv"].tensors

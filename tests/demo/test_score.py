@@ -24,9 +24,9 @@ Document = dict[str, Any]
 
 
 def scored(checkpoint: Path, *more: object) -> Document:
-    done = run(score_demo_model.main, ["--checkpoint", checkpoint, *SMALL, "--json", *more])
-    assert done.code == 0, done.err
-    document: Document = json.loads(done.out)
+    result = run(score_demo_model.main, ["--checkpoint", checkpoint, *SMALL, "--json", *more])
+    assert result.code == 0, result.err
+    document: Document = json.loads(result.out)
     return document
 
 
@@ -154,15 +154,15 @@ def test_another_seed_and_another_form_give_others(document: Document, tiny_chec
 
 
 def test_the_tables(tiny_checkpoint: Path) -> None:
-    done = run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, *SMALL, "--prompts", 1])
-    assert done.code == 0, done.err
-    lines = done.out.splitlines()
+    result = run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, *SMALL, "--prompts", 1])
+    assert result.code == 0, result.err
+    lines = result.out.splitlines()
     (data,) = [line for line in lines if line.startswith("the data itself")]
     assert data.split()[3].endswith("/1")
     (chance,) = [line for line in lines if "other captions" in line]
     assert chance.split()[-6:] == ["0/0", "-", "0/0", "-", "0/0", "-"]  # one prompt has no other
     assert any("the same samples" in line for line in lines)
-    assert "text to audio: " in done.err
+    assert "text to audio: " in result.err
 
 
 @pytest.mark.parametrize(

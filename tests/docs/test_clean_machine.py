@@ -47,9 +47,9 @@ def local(tiny_fp8: Path, tmp_path: Path) -> Iterator[LocalHub]:
 
 
 def sound(out: Path, *words: object) -> None:
-    line = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--steps", 1, "--seed", 1, "--out", out]
-    done = run(sa3_trt.main, [*line, "--models-dir", out.parent / "models", "--quiet", *words])
-    assert done.code == 0, done.err
+    argv = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--steps", 1, "--seed", 1, "--out", out]
+    result = run(sa3_trt.main, [*argv, "--models-dir", out.parent / "models", "--quiet", *words])
+    assert result.code == 0, result.err
     assert soundfile.info(out).frames == 22050
 
 
@@ -74,10 +74,10 @@ def test_or_with_one_command_to_type(  # the fixture and the four
     local: LocalHub, tmp_path: Path, file: str, answer: Answer, words: str, command: str
 ) -> None:
     local.refuse[file] = answer
-    line = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--out", tmp_path / "a.wav", "--quiet"]
-    done = run(sa3_trt.main, [*line, "--models-dir", tmp_path / "models"])
-    two_lines(done, words)
-    assert command in done.err.splitlines()[1]
+    argv = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--out", tmp_path / "a.wav", "--quiet"]
+    result = run(sa3_trt.main, [*argv, "--models-dir", tmp_path / "models"])
+    two_lines(result, words)
+    assert command in result.err.splitlines()[1]
     assert not (tmp_path / "a.wav").exists()
 
 

@@ -52,9 +52,9 @@ def checkout(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def demo(checkout: Path) -> str:
     """What `make demo` prints, after it has run from nothing."""
-    done = shell(["python", "build/demo.py"], checkout)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    result = shell(["python", "build/demo.py"], checkout)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp16mixed"])
@@ -93,11 +93,11 @@ def test_a_second_demo_makes_nothing_again(demo: str, checkout: Path) -> None:
         return {path: path.stat().st_mtime_ns for path in (checkout / "output/demo").rglob("*") if path.is_file()}
 
     before = made()
-    done = shell(["python", "build/demo.py"], checkout)
-    assert done.returncode == 0, done.stderr
+    result = shell(["python", "build/demo.py"], checkout)
+    assert result.returncode == 0, result.stderr
     changed = {path.name for path, stamp in made().items() if before.get(path) != stamp}
     assert changed <= {"tokenizer.json", "tokenizer_config.json"}
-    assert done.stdout.count(" current ") == 2 * len(ENGINES)
+    assert result.stdout.count(" current ") == 2 * len(ENGINES)
 
 
 def test_the_readmes_commands_run(demo: str, checkout: Path) -> None:
@@ -105,9 +105,9 @@ def test_the_readmes_commands_run(demo: str, checkout: Path) -> None:
     lines = commands("")
     assert len(lines) >= 5
     for line in lines:
-        done = shell(shlex.split(line), checkout)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        assert done.stdout.strip(), line
+        result = shell(shlex.split(line), checkout)
+        assert result.returncode == 0, f"{line}\n{result.stderr}"
+        assert result.stdout.strip(), line
     assert soundfile.info(checkout / "output/techno.wav").frames == 5 * 44100
 
 

@@ -305,23 +305,23 @@ def bare(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """A command with no third-party package: no site-packages, our runtime library by PYTHONPATH only."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SA3_"))}
     env["PYTHONPATH"] = str(ROOT / "scripts")
-    line = [sys.executable, "-S", *command]
-    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    argv = [sys.executable, "-S", *command]
+    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=label)
 def test_help_needs_no_package(command: Path, tmp_path: Path) -> None:
-    done = bare([str(command), "--help"], tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: ")
+    result = bare([str(command), "--help"], tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: ")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["build_from_onnx.py", "build.py"])
 def test_the_list_needs_no_package(command: str, tmp_path: Path) -> None:
-    done = bare([str(ROOT / "build" / command), "--list"], tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    first_words = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    result = bare([str(ROOT / "build" / command), "--list"], tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    first_words = [line.split()[0] for line in result.stdout.splitlines()[2:]]
     assert first_words == [target.name for target in TARGETS]
     assert list(tmp_path.iterdir()) == []
 

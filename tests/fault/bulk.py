@@ -82,9 +82,9 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     prompts = args.work / "prompts.txt"
     prompts.write_text("".join(f"sound {number}\n" for number in range(args.rows)))
-    line = [sys.executable, "-m", "sa3_trt", "--prompts-file", prompts, "--onnx-root", args.onnx_root, "--seed", 5]
-    line += ["--backend", "onnxruntime", "--precision", args.precision, "--seconds", args.seconds, "--quiet"]
-    spread = [str(word) for word in [*line, "--devices", "cpu,cpu", "--depth", 2, "--out-dir", args.work / "killed"]]
+    argv = [sys.executable, "-m", "sa3_trt", "--prompts-file", prompts, "--onnx-root", args.onnx_root, "--seed", 5]
+    argv += ["--backend", "onnxruntime", "--precision", args.precision, "--seconds", args.seconds, "--quiet"]
+    spread = [str(word) for word in [*argv, "--devices", "cpu,cpu", "--depth", 2, "--out-dir", args.work / "killed"]]
     draw, report = random.Random(18), {"runs": 0, "workers_killed": 0, "heads_killed": 0}
     code = 1
     while code != 0 and report["runs"] < MOST_RUNS:
@@ -93,7 +93,7 @@ def main() -> int:
         report["runs"] += 1
         report["workers_killed"] += workers
         report["heads_killed"] += heads
-    alone = [str(word) for word in [*line, "--shard", "1/1", "--out-dir", args.work / "alone"]]
+    alone = [str(word) for word in [*argv, "--shard", "1/1", "--out-dir", args.work / "alone"]]
     subprocess.run(alone, check=True, stdout=subprocess.DEVNULL)
     found, wanted = digests(args.work / "killed"), digests(args.work / "alone")
     figures: dict[str, Any] = {

@@ -309,12 +309,12 @@ def _flags(folder: Path) -> None:
     name, words = json.loads((folder / "words").read_text())
     module = importlib.import_module(name)
     try:
-        done = run(module.main, [*words, *COMMANDS[name]])
+        result = run(module.main, [*words, *COMMANDS[name]])
     except SystemExit as end:  # --help
         assert end.code == 0
         return
-    assert done.code in (0, 2), done
-    assert done.code == 0 or len(done.err.splitlines()) == 2, done
+    assert result.code in (0, 2), result
+    assert result.code == 0 or len(result.err.splitlines()) == 2, result
 
 
 def main() -> int:

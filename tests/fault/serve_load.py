@@ -74,10 +74,10 @@ def unequal(root: Path, precision: str, sounds: list[Any], work: Path) -> int:
         prompts, out = work / f"{number}.jsonl", work / str(number)
         lines = [{name: fields[name] for name in ("prompt", "seed", "seconds")} for fields, _ in rows]
         prompts.write_text("\n".join(map(json.dumps, lines)) + "\n")
-        line = [sys.executable, "-m", "sa3_trt", "--prompts-file", prompts, "--out-dir", out, "--steps", steps]
-        line += ["--cfg", cfg, "--format", kind, "--precision", precision, "--onnx-root", root, "--quiet"]
+        argv = [sys.executable, "-m", "sa3_trt", "--prompts-file", prompts, "--out-dir", out, "--steps", steps]
+        argv += ["--cfg", cfg, "--format", kind, "--precision", precision, "--onnx-root", root, "--quiet"]
         subprocess.run(
-            [str(word) for word in [*line, "--backend", "onnxruntime"]], check=True, stdout=subprocess.DEVNULL
+            [str(word) for word in [*argv, "--backend", "onnxruntime"]], check=True, stdout=subprocess.DEVNULL
         )
         made = sorted(out.iterdir())
         wrong += sum(path.read_bytes() != data for path, (_, data) in zip(made, rows, strict=True))

@@ -97,13 +97,13 @@ def test_kill_9_of_a_build_leaves_no_engine_and_the_rerun_one(tmp_path: Path) ->
     onnx.parent.mkdir(parents=True)
     onnx.write_bytes(graphs.contract("same-decoder"))
     models = tmp_path / "models"
-    line = [sys.executable, str(ROOT / "build" / "build_from_onnx.py"), target.name, "--backend", "tensorrt_rtx",
+    argv = [sys.executable, str(ROOT / "build" / "build_from_onnx.py"), target.name, "--backend", "tensorrt_rtx",
             "--arch", "sm_89", "--onnx-root", str(tmp_path / "root"), "--models-dir", str(models)]  # fmt: skip
-    kill_when(line, lambda: any(models.rglob(".*.lock")))
+    kill_when(argv, lambda: any(models.rglob(".*.lock")))
     assert torn(models, [{}]) == [] and not any(name.endswith(".rtx") for name in visible(models))
     assert any(models.rglob(".*.lock")), "the file of a killed holder stays, and nobody waits for it"
-    done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=100)
-    assert " built " in done.stdout
+    result = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=100)
+    assert " built " in result.stdout
     assert sorted(visible(models)) == [
         f"sm_89/same-s/dec_bf16.rtx{suffix}" for suffix in ("", ".check.npz", ".manifest.json")
     ]
@@ -157,17 +157,17 @@ def test_a_file_limit_stops_a_writer_in_two_lines(tiny_onnx: Path, tmp_path: Pat
     import build_dit_fp16mixed
 
     out = tmp_path / HALF.onnx[0]
-    line = ["--input", str(tiny_onnx / find_target("sa3-m-fp32").onnx[0]), "--onnx", str(out)]
+    argv = ["--input", str(tiny_onnx / find_target("sa3-m-fp32").onnx[0]), "--onnx", str(out)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'build'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, "-c", code, *line], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    result = subprocess.run([sys.executable, "-c", code, *argv], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert visible(tmp_path) == {}
-    assert run(build_dit_fp16mixed.main, line).code == 0
+    assert run(build_dit_fp16mixed.main, argv).code == 0
     whole = visible(tmp_path)
     for stamp in (0, 4_102_444_800):
         for path in tmp_path.rglob("*"):
             os.utime(path, (stamp, stamp))
-        assert run(build_dit_fp16mixed.main, line).out.strip().endswith("is current")
+        assert run(build_dit_fp16mixed.main, argv).out.strip().endswith("is current")
     assert visible(tmp_path) == whole
 
 
@@ -178,8 +178,8 @@ def test_locks_are_exclusive_and_leave_nothing(tmp_path: Path) -> None:
             "import fcntl, sys\nfile = open(sys.argv[1], 'ab')\n"
             "try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\nexcept BlockingIOError: sys.exit(7)\n"
         )
-        line = [sys.executable, "-c", code, str(locks.lock_path(place))]
-        assert subprocess.run(line, check=False).returncode == 7
+        argv = [sys.executable, "-c", code, str(locks.lock_path(place))]
+        assert subprocess.run(argv, check=False).returncode == 7
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ToolError, match="cannot lock"), locks.held(Path("/proc/x/.lock"), "x"):
         pass

@@ -28,10 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 def built(name: str, root: Path, models: Path, *words: str) -> tuple[Path, dict]:
     """One engine by this machine's TensorRT, and what the command printed of it."""
-    line = [name, "--backend", BACKENDS[0], "--onnx-root", root, "--models-dir", models, "--json", *words]
-    done = run(build_from_onnx.main, line)
-    assert done.code == 0, done.err
-    (one,) = json.loads(done.out)
+    argv = [name, "--backend", BACKENDS[0], "--onnx-root", root, "--models-dir", models, "--json", *words]
+    result = run(build_from_onnx.main, argv)
+    assert result.code == 0, result.err
+    (one,) = json.loads(result.out)
     return Path(one["path"]), one
 
 

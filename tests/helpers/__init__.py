@@ -1,1 +1,1 @@
-"""What several test files share: running commands, tiny models and their damage."""
+"""Test helpers used by several files: run commands, build tiny models, damage files."""

@@ -1,4 +1,4 @@
-"""Break a FP8 DiT in one chosen way that every tool still loads: what a wrong build would hand us."""
+"""Break a FP8 DiT in one chosen way that every tool still loads, as a faulty build would."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INPUTS = {spec.name for spec in CONTRACTS["dit"].inputs}
 
 @dataclass(frozen=True)
 class Quantised:
-    """One product: its node's name, and the initializers of its weight's codes, weight scales and activation scale."""
+    """A quantised MatMul or Gemm: node name, and the initializers of codes, weight scales and activation scale."""
 
     node: str
     weight: TensorProto
@@ -27,95 +27,101 @@ class Quantised:
 
 
 def scale_times_four(model: onnx.ModelProto, product: int = 0) -> None:
-    """The scales of one product's weight are four times what its codes were made with."""
+    """Multiply the scales of one weight by four without changing its codes."""
     scales = list(quantised(model))[product].weight_scales
     set_values(scales, numpy_helper.to_array(scales) * 4)
 
 
-def island_in_16_bits(model: onnx.ModelProto, which: str = "t") -> None:
-    """The angles of the Fourier features of `t` or of the duration are computed in fp16, from the input on."""
+def island_in_16_bits(model: onnx.ModelProto, input_name: str = "t") -> None:
+    """Compute the angles of the Fourier features of input `which` (`t` or the duration) in fp16."""
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     angles = dict.fromkeys(node.input[0] for node in graph.node if node.op_type == "Cos")
-    (angle,) = [name for name in angles if which in above(makers, name) and len(above(makers, name) & INPUTS) == 1]
+    (angle,) = [name for name in angles if input_name in above(makers, name) and len(above(makers, name) & INPUTS) == 1]
     island = [node for node in graph.node if above(makers, angle) & set(node.output) or angle in node.output]
-    numbers = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     for node in island:
         for index, name in enumerate(node.input):
-            if name in numbers:
-                half = numpy_helper.from_array(numpy_helper.to_array(numbers[name]).astype(np.float16), f"{name}_half")
+            if name in constants:
+                half = numpy_helper.from_array(
+                    numpy_helper.to_array(constants[name]).astype(np.float16), f"{name}_half"
+                )
                 graph.initializer.append(half)
-            if name in numbers or name == which:
+            if name in constants or name == input_name:
                 node.input[index] = f"{name}_half"
-    graph.node.insert(0, helper.make_node("Cast", [which], [f"{which}_half"], to=TensorProto.FLOAT16))
-    last = makers[angle]
-    last.output[0] = f"{angle}_half"
-    wide = helper.make_node("Cast", [f"{angle}_half"], [angle], to=TensorProto.FLOAT)
-    graph.node.insert(list(graph.node).index(last) + 1, wide)
+    graph.node.insert(0, helper.make_node("Cast", [input_name], [f"{input_name}_half"], to=TensorProto.FLOAT16))
+    angle_maker = makers[angle]
+    angle_maker.output[0] = f"{angle}_half"
+    widening = helper.make_node("Cast", [f"{angle}_half"], [angle], to=TensorProto.FLOAT)
+    graph.node.insert(list(graph.node).index(angle_maker) + 1, widening)
     del graph.value_info[:]
 
 
 def uncalibrated_scales(model: onnx.ModelProto) -> None:
-    """Every activation has the scale of an amax of 1, which nobody measured."""
+    """Set every activation scale to that of an amax of 1, which was not measured."""
     for product in quantised(model):
         set_values(product.activation_scale, np.asarray(1 / 448))
 
 
 def swapped_weights(model: onnx.ModelProto) -> None:
-    """The first two products whose weights are of one shape have each other's, scales and all."""
+    """Swap the weights and scales of the first two products whose weights have the same shape."""
     products = list(quantised(model))
-    one, other = next(
+    first_product, second_product = next(
         (first, second)
         for index, first in enumerate(products)
         for second in products[index + 1 :]
         if list(first.weight.dims) == list(second.weight.dims)
     )
-    for side in ("weight", "weight_scales"):
-        left, right = getattr(one, side), getattr(other, side)
+    for field in ("weight", "weight_scales"):
+        left, right = getattr(first_product, field), getattr(second_product, field)
         left.raw_data, right.raw_data = bytes(right.raw_data), bytes(left.raw_data)
 
 
-def break_graph(source: Path, out: Path, breaking: Callable[[onnx.ModelProto], None]) -> Path:
-    """A broken copy with a sidecar of its own."""
+def break_graph(source: Path, out: Path, damage: Callable[[onnx.ModelProto], None]) -> Path:
+    """Write a broken copy of `source` with its own sidecar; return its path."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    apart = out.parent / "whole"  # another test may have linked the sidecar, and onnx refuses one with two names
-    apart.mkdir()
+    copy_folder = (
+        out.parent / "whole"
+    )  # another test may have hard-linked the sidecar, and onnx refuses a file with two links
+    copy_folder.mkdir()
     for name in (source.name, f"{source.name}.data"):
-        shutil.copyfile(source.with_name(name), apart / name)
-    model = onnx.load(apart / source.name)
-    breaking(model)
+        shutil.copyfile(source.with_name(name), copy_folder / name)
+    model = onnx.load(copy_folder / source.name)
+    damage(model)
     onnx.save(model, out, save_as_external_data=True, location=f"{out.name}.data", size_threshold=1024)
     return out
 
 
 def quantised(model: onnx.ModelProto) -> Iterator[Quantised]:
-    """The products whose two sides come from DequantizeLinear, in the graph's order."""
+    """Yield the products whose two inputs come from DequantizeLinear, in the graph's order."""
     makers = {node.output[0]: node for node in model.graph.node}
-    numbers = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type not in ("MatMul", "Gemm"):
             continue
-        pair = [makers.get(name) for name in node.input[:2]]
-        if all(side is not None and side.op_type == "DequantizeLinear" for side in pair):
-            activation, weight = pair
+        producers = [makers.get(name) for name in node.input[:2]]
+        if all(side is not None and side.op_type == "DequantizeLinear" for side in producers):
+            activation, weight = producers
             yield Quantised(
-                node.name, numbers[weight.input[0]], numbers[weight.input[1]], numbers[activation.input[1]]
+                node.name, constants[weight.input[0]], constants[weight.input[1]], constants[activation.input[1]]
             )  # fmt: skip
 
 
 def set_values(tensor: TensorProto, values: np.ndarray) -> None:
-    """Other values of the same type and shape."""
-    kept = numpy_helper.to_array(tensor)
-    tensor.CopyFrom(numpy_helper.from_array(np.broadcast_to(values, kept.shape).astype(kept.dtype), tensor.name))
+    """Replace a tensor's values; type and shape stay."""
+    values_before = numpy_helper.to_array(tensor)
+    tensor.CopyFrom(
+        numpy_helper.from_array(np.broadcast_to(values, values_before.shape).astype(values_before.dtype), tensor.name)
+    )
 
 
 def above(makers: dict[str, onnx.NodeProto], name: str) -> set[str]:
-    """Everything that a value is made of, itself left out."""
-    found: set[str] = set()
+    """Return the names of all values that `name` is computed from, without itself."""
+    names: set[str] = set()
     queue = [name]
     while queue:
         node = makers.get(queue.pop())
-        new = set(node.input) - found - {""} if node is not None else set()
-        found |= new
-        queue += new
-    return found
+        unvisited = set(node.input) - names - {""} if node is not None else set()
+        names |= unvisited
+        queue += unvisited
+    return names

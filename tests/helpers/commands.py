@@ -1,4 +1,4 @@
-"""Run a command as its user does, in this process, and see everything that it printed."""
+"""Run a command in this process and capture everything that it prints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Done(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
+    """The result of a command: exit code, standard output, standard error."""
 
     code: int
     out: str
@@ -35,9 +35,9 @@ def run(main: Callable[[list[str]], int], argv: Sequence[object]) -> Done:
         return Done(code, _text(out), _text(err))
 
 
-def kill_when(line: Sequence[str], ready: Callable[[], bool], seconds: float = 180.0) -> None:
+def kill_when(argv: Sequence[str], ready: Callable[[], bool], seconds: float = 180.0) -> None:
     """Start a command in a process of its own and kill -9 it as soon as `ready` holds; it must not end before."""
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None and not ready():
         time.sleep(0.005)
@@ -45,18 +45,18 @@ def kill_when(line: Sequence[str], ready: Callable[[], bool], seconds: float = 1
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
 
 
-def two_lines(done: Done, *words: str) -> None:
-    """A user's mistake: exit 2, nothing on stdout, two lines on stderr; the first holds every one of `words`."""
-    assert (done.code, done.out) == (2, ""), done
-    lines = done.err.splitlines()
-    assert len(lines) == 2, done.err
-    assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), done.err
+def two_lines(result: Done, *words: str) -> None:
+    """Assert a user error: exit 2, empty stdout, two lines on stderr, the first of which contains all of `words`."""
+    assert (result.code, result.out) == (2, ""), result
+    lines = result.err.splitlines()
+    assert len(lines) == 2, result.err
+    assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), result.err
     for word in words:
         assert word in lines[0], f"{word!r} is not named: {lines[0]}"
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Everything under a folder, hidden files too, with a digest of each file: equal before and after = untouched."""
+    """Return a digest of every file under a folder, hidden ones too: equal listings mean an unchanged folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in folder.rglob("*")
@@ -65,7 +65,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _captured(name: str) -> Iterator[IO[str]]:
-    """One standard stream in a temporary file, for Python code and for code that writes to the descriptor."""
+    """Redirect one standard stream to a temporary file, for Python code and for code that writes to the descriptor."""
     file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # read after the block
     descriptor = {"stdout": 1, "stderr": 2}[name]
     kept_stream, kept = getattr(sys, name), os.dup(descriptor)

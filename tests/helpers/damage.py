@@ -1,4 +1,4 @@
-"""Spoil a good file in one chosen way: what a torn download, a wrong version or a hostile sender hands us."""
+"""Damage a valid file in one chosen way, as a torn download, a wrong version or a hostile sender would."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENCRYPTED = 1  # bit of a zip member's flags
 
 
 def copy_checkpoint(source: Path, folder: Path) -> Path:
-    """A checkpoint of our own to spoil."""
+    """Copy a checkpoint to `folder`, to be changed by the test."""
     shutil.copytree(source, folder)
     return folder
 
@@ -47,7 +47,7 @@ def edit_config(file: Path, path: str, value: Any = None, delete: bool = False) 
 
 
 def npy(array: np.ndarray, shape: tuple[int, ...] | None = None, version: tuple[int, int] = (1, 0)) -> bytes:
-    """The bytes of an .npy member whose header claims `shape`, whatever the data is."""
+    """Return the bytes of an .npy member whose header states `shape`, whether or not the data has it."""
     out = io.BytesIO()
     header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
     write = np.lib.format.write_array_header_1_0 if version == (1, 0) else np.lib.format.write_array_header_2_0
@@ -61,7 +61,7 @@ def write_members(
     sizes: Mapping[str, int] | None = None,
     flags: Mapping[str, int] | None = None,
 ) -> None:
-    """A zip archive of stored members; `sizes` and `flags` are what its directory claims instead of the truth."""
+    """Write a zip archive of stored members; `sizes` and `flags` replace the true values in its directory."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
             archive.writestr(f"{name}.npy", data)
@@ -72,14 +72,14 @@ def write_members(
 
 
 def promise_rows(path: Path, arrays: Arrays, rows: int) -> None:
-    """An archive whose headers and directory all promise `rows` rows, and which holds those of `arrays`."""
+    """Write an archive whose headers and directory state `rows` rows, but which holds only those of `arrays`."""
     members = {key: npy(value, (rows, *value.shape[1:])) for key, value in arrays.items()}
     sizes = {key: len(members[key]) - value.nbytes + value.nbytes // len(value) * rows for key, value in arrays.items()}
     write_members(path, members, sizes)
 
 
 def corrupt_deflate(path: Path, arrays: Arrays, key: str) -> None:
-    """A compressed archive in which one member's stream begins with a kind of block that deflate does not have."""
+    """Write a compressed archive in which one member's stream begins with a block type that deflate does not define."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in arrays.items():
             archive.writestr(f"{name}.npy", npy(value))
@@ -91,7 +91,7 @@ def corrupt_deflate(path: Path, arrays: Arrays, key: str) -> None:
 
 
 def write_gibberish_header(path: Path, arrays: Arrays, key: str) -> None:
-    """An archive with one member whose .npy header is a text that is no Python literal."""
+    """Write an archive with one member whose .npy header is not a Python literal."""
     text = b"{'descr': '<f4', (((\n"
     header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
     write_members(path, {name: header if name == key else npy(value) for name, value in arrays.items()})

@@ -1,4 +1,4 @@
-"""The smallest ONNX files that stand for an engine's graph where only names and digests matter."""
+"""Minimal ONNX files for tests in which only a graph's names and digests matter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": Tens
 
 
 def with_sidecar(location: str, name: str = "graph") -> bytes:
-    """A graph of one node with one weight in a sidecar of that name."""
+    """Return a graph of one node with one weight in a sidecar named `location`."""
     weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", "8")):
         weight.external_data.add(key=key, value=value)
@@ -24,9 +24,9 @@ def with_sidecar(location: str, name: str = "graph") -> bytes:
 
 
 def contract(kind: str, spoilt: bool = False, name: str = "graph") -> bytes:
-    """The least graph of a contract with one input: zeros of the output's shape, plus nothing of the input.
+    """Return a minimal graph with a contract's inputs and outputs: zeros of the output's shape.
 
-    `spoilt`: with a product of shapes that do not fit, which onnx takes and a builder refuses.
+    `spoilt` adds a MatMul of shapes that do not fit, which onnx accepts and an engine builder refuses.
     """
     (source,), (result,) = CONTRACTS[kind].inputs, CONTRACTS[kind].outputs
     weights = {
@@ -64,7 +64,7 @@ def contract(kind: str, spoilt: bool = False, name: str = "graph") -> bytes:
 
 
 def private_copy(path: Path, folder: Path) -> Path:
-    """A graph and its sidecar copied to `folder`: a build may have left links to the original, which onnx refuses."""
+    """Copy a graph and its sidecar to `folder`: a build may have hard-linked the original, which onnx refuses."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (path, path.with_name(f"{path.name}.data")):
         shutil.copyfile(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""A hub on this machine: the part of the hub's API that its client uses to read and to publish, and its misbehaviour.
+"""A local hub server: the part of the hub's API that its client uses to read and to publish, with injected failures.
 
 Large files are answered as the real hub does: a redirect to another host (here `localhost` beside `127.0.0.1`), with
 size and SHA-256 in the headers of the redirect.
@@ -27,7 +27,7 @@ Tree = dict[str, bytes]
 
 @dataclass
 class Answer:
-    """What is answered to a request instead of the truth."""
+    """An injected response to a request: status, error code, headers."""
 
     status: int
     code: str = ""
@@ -36,7 +36,7 @@ class Answer:
 
 @dataclass
 class LocalHub:
-    """Repositories (branch -> commit, commit -> files), what was asked, and what goes wrong.
+    """Repositories (branch -> commit, commit -> files), the log of requests, and the failures to inject.
 
     `refuse`: path, or "*" for all -> answer. `cut`: path -> after how many bytes each of the next connections ends.
     `spoil`: paths whose bytes arrive changed. `pause`: seconds before each answer. `token`: needed to write.
@@ -54,7 +54,7 @@ class LocalHub:
     token: str = ""
 
     def commit(self, repository: str, files: Mapping[str, bytes], branch: str = "main") -> str:
-        """Add files on top of a branch; the new commit."""
+        """Add files on top of a branch; return the new commit."""
         branches = self.branches.setdefault(repository, {})
         tree = {**self.commits.get(branches.get(branch, ""), {}), **files}
         oid = hashlib.sha1(repr((repository, branch, len(self.commits))).encode()).hexdigest()
@@ -66,12 +66,12 @@ class LocalHub:
         return (oid, self.commits[oid]) if oid in self.commits else None
 
     def reads(self) -> list[str]:
-        """The paths whose bytes were asked for, in order."""
+        """Return the paths whose bytes were requested, in order."""
         return [path for method, path, _ in self.asked if method == "GET"]
 
 
 def digest_of(path: str, data: bytes) -> str:
-    """The etag: SHA-256 of a large file, git's SHA-1 of a small one."""
+    """Return the etag: SHA-256 of a large file, git's SHA-1 of a small one."""
     if path.endswith(LARGE):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -79,7 +79,7 @@ def digest_of(path: str, data: bytes) -> str:
 
 @contextlib.contextmanager
 def serve(hub: LocalHub | None = None) -> Iterator[LocalHub]:
-    """Run a hub until the block ends; its address is `address`."""
+    """Run a hub, at `address`, until the block ends."""
     hub = hub or LocalHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -128,17 +128,17 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = self.hub.refuse.get(name) or self.hub.refuse.get("*")
         if refusal is None and repository not in self.hub.branches:
             refusal = Answer(401, NO_REPOSITORY)
-        found = None if refusal else self.hub.tree(repository, revision)
-        if refusal is None and found is None:
+        commit_and_files = None if refusal else self.hub.tree(repository, revision)
+        if refusal is None and commit_and_files is None:
             refusal = Answer(404, "RevisionNotFound")
-        if found is not None and name not in found[1]:
-            refusal = Answer(404, MISSING, {"X-Repo-Commit": found[0]})
-        if refusal is not None or found is None:
+        if commit_and_files is not None and name not in commit_and_files[1]:
+            refusal = Answer(404, MISSING, {"X-Repo-Commit": commit_and_files[0]})
+        if refusal is not None or commit_and_files is None:
             assert refusal is not None
             self._answer(refusal.status, b"", {"X-Error-Code": refusal.code, **refusal.headers})
             return
-        data = found[1][name]
-        headers = {"X-Repo-Commit": found[0]}
+        data = commit_and_files[1][name]
+        headers = {"X-Repo-Commit": commit_and_files[0]}
         if not name.endswith(LARGE):
             self._send_bytes(name, data, method, {**headers, "ETag": f'"{digest_of(name, data)}"'})
             return
@@ -180,10 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
         repository, _, revision = path.removeprefix("api/models/").partition("/revision/")
         if repository not in self.hub.branches:
             return 404, {"error": "Repository not found"}
-        found = self.hub.tree(repository, revision or "main")
-        if found is None:
+        commit_and_files = self.hub.tree(repository, revision or "main")
+        if commit_and_files is None:
             return 404, {"error": "no revision"}
-        return 200, {"id": repository, "sha": found[0], "siblings": [{"rfilename": name} for name in found[1]]}
+        return 200, {
+            "id": repository,
+            "sha": commit_and_files[0],
+            "siblings": [{"rfilename": name} for name in commit_and_files[1]],
+        }
 
     def do_PUT(self) -> None:
         path = unquote(urlsplit(self.path).path).lstrip("/")
@@ -284,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
 def client_at(address: str, cache: Any, token: str = "") -> Iterator[None]:
     """Point the real client of this process at a hub and a cache, as HF_ENDPOINT, HF_HOME and HF_TOKEN do at its start.
 
-    Its timeouts are shortened: a test of a server that hangs is not to wait for the defaults.
+    Its timeouts are shortened, so that a test of a hanging server does not wait for the defaults.
     """
     import pytest
     from huggingface_hub import constants

@@ -1,6 +1,6 @@
-"""The network as the native checkpoint means it, written from its own key names: what our loading is compared with.
+"""Reference implementation of the native network, written from the checkpoint's key names.
 
-Plain functions over the tensors of model.safetensors; nothing here comes from diffusers.
+Plain functions over the tensors of model.safetensors; independent of diffusers and of our loading code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rms(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def fourier(value: torch.Tensor) -> torch.Tensor:
-    """value (B,) in [0, 1] -> (B, 256): 128 frequencies from 0.5 to 10000, spaced by their logarithm."""
+    """Return Fourier features (B, 256) of value (B,) in [0, 1]: 128 frequencies from 0.5 to 10000, log-spaced."""
     ramp = torch.linspace(0.0, 1.0, 128)
     frequencies = torch.exp(ramp * (math.log(10000.0) - math.log(0.5)) + math.log(0.5))
     angles = value[:, None] * frequencies * 2.0 * math.pi
@@ -28,14 +28,14 @@ def fourier(value: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of the first 2 * len(inv_freq) channels. x (B, H, N, D)."""
+    """Return x (B, H, N, D) with its first 2 * len(inv_freq) channels rotated (rotary embedding)."""
     angles = torch.arange(x.shape[2]).float()[:, None] * inv_freq
     cos, sin = (torch.cat([f, f], dim=-1) for f in (angles.cos(), angles.sin()))
     width = cos.shape[-1]
-    turned, kept = x[..., :width], x[..., width:]
+    rotary, rest = x[..., :width], x[..., width:]
     half = width // 2
-    swapped = torch.cat([-turned[..., half:], turned[..., :half]], dim=-1)
-    return torch.cat([turned * cos + swapped * sin, kept], dim=-1)
+    swapped = torch.cat([-rotary[..., half:], rotary[..., :half]], dim=-1)
+    return torch.cat([rotary * cos + swapped * sin, rest], dim=-1)
 
 
 def heads(x: torch.Tensor, width: int = 64) -> torch.Tensor:
@@ -58,9 +58,9 @@ def gated(x: torch.Tensor, w: Weights, name: str, sinusoidal: bool = False) -> t
 
 
 def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond, valid=None) -> torch.Tensor:
-    """The DiT's velocity from the six inputs, every row of the text attended, padded rows learned.
+    """Return the DiT's velocity from the six inputs; all text rows are attended, padded ones are the learned padding.
 
-    `valid`: how many latent frames are attended, None for all; the velocity of the others means nothing then.
+    `valid` is the number of attended latent frames, None for all; the velocity of the other frames is undefined.
     """
     base = "conditioner.conditioners."
     number = fourier(seconds_total.clamp(0.0, 384.0) / 384.0)
@@ -85,13 +85,13 @@ def velocity(w: Weights, x, t, t5_hidden, t5_mask, seconds_total, local_add_cond
 
 
 def dit_layer(w: Weights, name: str, h, context, modulation, local_add_cond, memory: int, mask) -> torch.Tensor:
-    """Self-attention, cross-attention, local embedding, feed-forward; native eps 1e-5 outside, 1e-6 on q and k."""
+    """Return h after one layer: self- and cross-attention, local embedding, feed-forward (eps 1e-5; q, k 1e-6)."""
     parts = (w[f"{name}.to_scale_shift_gate"] + modulation)[:, None].chunk(6, dim=-1)
     scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = parts
     inv_freq = w[f"{DIT}transformer.rotary_pos_emb.inv_freq"]
 
-    def normed(value: torch.Tensor, which: str, kind: str) -> torch.Tensor:
-        return rms(heads(value), w[f"{name}.{kind}.{which}_norm.gamma"], 1e-6)
+    def normed(value: torch.Tensor, side: str, kind: str) -> torch.Tensor:
+        return rms(heads(value), w[f"{name}.{kind}.{side}_norm.gamma"], 1e-6)
 
     y = rms(h, w[f"{name}.pre_norm.gamma"], 1e-5) * (1 + scale_a) + shift_a
     q, k, v, q2, k2 = (y @ w[f"{name}.self_attn.to_qkv.weight"].T).chunk(5, dim=-1)
@@ -113,7 +113,7 @@ def dit_layer(w: Weights, name: str, h, context, modulation, local_add_cond, mem
 
 
 def decode(w: Weights, latent: torch.Tensor, sinusoidal: int) -> torch.Tensor:
-    """The SAME decoder with the dense window mask: samples (1, 2, L * 4096). `sinusoidal` as in the config."""
+    """Return samples (1, 2, L * 4096) of the SAME decoder with a dense window mask. `sinusoidal` as in the config."""
     name = f"{SAME}decoder.layers"
     h = (latent * w[f"{SAME}bottleneck.running_std"]).transpose(1, 2)
     h = h @ w[f"{name}.1.weight"].T + w[f"{name}.1.bias"]
@@ -133,10 +133,10 @@ def decode(w: Weights, latent: torch.Tensor, sinusoidal: int) -> torch.Tensor:
 
 
 def same_layer(w: Weights, name: str, h: torch.Tensor, mask: torch.Tensor, sinusoidal: bool) -> torch.Tensor:
-    """One layer: DyT norms, differential attention in the window, gated feed-forward."""
+    """Return h after one layer: DyT norms, differential attention in the window, gated feed-forward."""
 
-    def dyt(x: torch.Tensor, which: str) -> torch.Tensor:
-        return w[f"{which}.gamma"] * torch.tanh(w[f"{which}.alpha"] * x) + w[f"{which}.beta"]
+    def dyt(x: torch.Tensor, prefix: str) -> torch.Tensor:
+        return w[f"{prefix}.gamma"] * torch.tanh(w[f"{prefix}.alpha"] * x) + w[f"{prefix}.beta"]
 
     inv_freq = w[f"{name}.rope.inv_freq"]
     q, k, v, q2, k2 = (dyt(h, f"{name}.pre_norm") @ w[f"{name}.self_attn.to_qkv.weight"].T).chunk(5, dim=-1)

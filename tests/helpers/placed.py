@@ -1,4 +1,4 @@
-"""What was decided about each quantised product, by what it does: comparable between graphs of two exporters."""
+"""Scales and amax of each quantised product by its role in the network, so that graphs of two exporters compare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scales = tuple[float, np.ndarray]
 
 
 def clean(half: Path) -> ir.Model:
-    """The graph that the FP8 recipe works on."""
+    """Return the canonical graph that the FP8 recipe quantises."""
     model = graph_io.load(half)
     canonicalize.adopt(model)
     canonicalize.remix(model)
@@ -29,27 +29,29 @@ def clean(half: Path) -> ir.Model:
 
 
 def placed_scales(half: Path, fp8: Path) -> dict[Place, Scales]:
-    """Activation scale and weight scales (N,) of every quantised product, by its place."""
+    """Return the activation scale and weight scales (N,) of every quantised product by its role."""
     source = clean(half)
     selection = quantization_selection.select_products(source)
-    found = places(source, selection)
+    role_by_node = places(source, selection)
     nodes = {str(node.name): node for node in graph_io.load(fp8).graph}
     scales = {}
     for product in selection.quantized:
-        sides = [query.constant_of(side.inputs[1]) for side in quantizers.dequantizers(nodes[product.node]) if side]
-        scales[found[product.node]] = (float(sides[0].reshape(())), sides[1].astype(np.float64).copy())
+        constants = [
+            query.constant_of(operand.inputs[1]) for operand in quantizers.dequantizers(nodes[product.node]) if operand
+        ]
+        scales[role_by_node[product.node]] = (float(constants[0].reshape(())), constants[1].astype(np.float64).copy())
     return scales
 
 
 def placed_amax(path: Path, scratch: Path, calibration: Path) -> dict[Place, float]:
-    """The largest magnitude that enters every product of an fp32 or FP16-mixed graph, by its place."""
+    """Return the amax of every product's activation in an fp32 or FP16-mixed graph by its role."""
     model = graph_io.load(path)
     canonicalize.adopt(model)
-    adopted = scratch / f"{path.parent.name}-{path.name}"
-    graph_io.save(model, adopted)
-    model = graph_io.load(adopted)
+    canonical_path = scratch / f"{path.parent.name}-{path.name}"
+    graph_io.save(model, canonical_path)
+    model = graph_io.load(canonical_path)
     selection = quantization_selection.select_products(model)
-    largest = amax.measure_amax(adopted, selection, CalibrationSet.open(calibration)).max(axis=0)
-    by_name = dict(zip(selection.activations, largest.tolist(), strict=True))
-    found = places(model, selection)
-    return {found[product.node]: by_name[product.activation] for product in selection.quantized}
+    amax_by_index = amax.measure_amax(canonical_path, selection, CalibrationSet.open(calibration)).max(axis=0)
+    amax_by_activation = dict(zip(selection.activations, amax_by_index.tolist(), strict=True))
+    role_by_node = places(model, selection)
+    return {role_by_node[product.node]: amax_by_activation[product.activation] for product in selection.quantized}

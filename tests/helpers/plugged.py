@@ -1,4 +1,4 @@
-"""Small graphs that hold the window attention plug-in of the published autoencoders, and what it means."""
+"""Small graphs with the window attention plug-in of the published autoencoders, and its definition in NumPy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Nodes = list[onnx.NodeProto]
 
 
 def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """(B, N, H, D) of q, k, v (B, N, 2H, D): the definition, in float64, over the whole N x N of scores."""
+    """Return attention (B, N, H, D) of q, k, v (B, N, 2H, D) in float64, by definition over all N x N scores."""
     q, k, v = (np.asarray(part, np.float64).transpose(0, 2, 1, 3) for part in (q, k, v))
     scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])
     index = np.arange(q.shape[2])
@@ -29,7 +29,7 @@ def attention(
     path: Path, kind: str = "float32", shape: tuple[object, ...] = ("B", "N", 2 * HEADS, WIDTH), opset: int = 18,
     **attributes: object,
 ) -> Path:  # fmt: skip
-    """A graph of one plug-in: q, k, v -> out, one type, outputs as inputs say."""
+    """Write a graph of one plug-in, q, k, v -> out, all of type `kind`; return its path."""
     inputs = [helper.make_tensor_value_info(name, KINDS[kind], shape) for name in "qkv"]
     out = helper.make_tensor_value_info("out", KINDS[kind], [*shape[:2], None, shape[3]] if len(shape) == 4 else shape)
     node = helper.make_node("diff_attn_swa", list("qkv"), ["out"], name="swa", domain="samel", **attributes)
@@ -37,10 +37,10 @@ def attention(
 
 
 def autoencoder(path: Path, output: str = "pcm", ceiling: bool = False, typed: bool = True) -> Path:
-    """A SAME decoder of the contract, of two plug-ins and random weights, with a sidecar.
+    """Write a SAME decoder that meets the contract: two plug-ins, random weights, a sidecar. Return its path.
 
-    `output` is pcm or audio; `ceiling` adds the scalar input that some builds have; `typed` False states no type
-    inside, as the older exporter.
+    `output` is pcm or audio; `ceiling` adds the scalar input that some builds have; `typed` False omits the types
+    of inner values, as the older exporter does.
     """
     tensors = _weights()
     nodes = [
@@ -53,19 +53,19 @@ def autoencoder(path: Path, output: str = "pcm", ceiling: bool = False, typed: b
         helper.make_node("Reshape", ["sounds", "samples"], ["interleaved"]),
     ]
     inputs = [helper.make_tensor_value_info("latent", TensorProto.FLOAT, [1, 256, "L"])]
-    found = "interleaved"
+    samples_name = "interleaved"
     if ceiling:
         inputs.append(helper.make_tensor_value_info("limiter_ceiling", TensorProto.FLOAT, []))
         nodes.append(helper.make_node("Mul", ["limiter_ceiling", "down"], ["floor"]))
-        nodes.append(helper.make_node("Min", [found, "limiter_ceiling"], ["lowered"]))
+        nodes.append(helper.make_node("Min", [samples_name, "limiter_ceiling"], ["lowered"]))
         nodes.append(helper.make_node("Max", ["lowered", "floor"], ["limited"]))
-        found = "limited"
+        samples_name = "limited"
     if output == "pcm":
-        nodes.append(helper.make_node("Mul", [found, "full"], ["scaled"]))
+        nodes.append(helper.make_node("Mul", [samples_name, "full"], ["scaled"]))
         nodes.append(helper.make_node("Cast", ["scaled"], ["pcm"], to=TensorProto.INT32))
         out = helper.make_tensor_value_info("pcm", TensorProto.INT32, [1, None, 2])
     else:
-        nodes.append(helper.make_node("Transpose", [found], ["audio"], perm=[0, 2, 1]))
+        nodes.append(helper.make_node("Transpose", [samples_name], ["audio"], perm=[0, 2, 1]))
         out = helper.make_tensor_value_info("audio", TensorProto.FLOAT, [1, 2, None])
     info = [
         helper.make_tensor_value_info(f"{part}{layer}", TensorProto.FLOAT, [1, None, 2 * HEADS, WIDTH])

@@ -1,7 +1,7 @@
-"""The fp16 surgery that published FP16-mixed graphs went through, done to a graph of the older exporter.
+"""Convert a graph of the older exporter to FP16-mixed the way the published graphs were converted.
 
-Norm chains, rotary table and Fourier features stay fp32 behind casts of their own on every edge; the seconds / 384 path
-goes to 16 bits, which is the defect that a strongly typed engine keeps.
+Norm chains, rotary table and Fourier features stay fp32, with a Cast on every edge; the seconds / 384 path
+becomes fp16, which is the defect that a strongly typed engine keeps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOURIER = {"Mul", "Cos", "Sin", "Concat", "Unsqueeze"}  # the last one stands on
 def write_half(
     module: DitContract | PublishedDit, path: Path, scratch: Path, softmax: int = FLOAT, sidecar: str = "other.bin"
 ) -> Path:
-    """The FP16-mixed graph of the published style, batch fixed at 1; `softmax` is the type of that op."""
+    """Write the FP16-mixed graph of the published style, batch fixed at 1; `softmax` is the type of that op."""
     proto = published_style.traced(module, scratch)
     if isinstance(module, DitContract):
         published_style.count_positions_in_integers(proto)
@@ -35,7 +35,7 @@ def write_half(
 
 
 class Surgery:
-    """One conversion. Casts are appended at the end, behind their users."""
+    """One conversion to FP16-mixed. Casts are appended at the end of the node list, after their users."""
 
     def __init__(self, proto: onnx.ModelProto, softmax: int, fp32_duration: bool = False) -> None:
         self._graph, self._softmax, self._fp32_duration = proto.graph, softmax, fp32_duration
@@ -50,23 +50,23 @@ class Surgery:
             for name in node.input:
                 self._users.setdefault(name, []).append(node)
         self._appended: list[onnx.NodeProto] = []
-        self._levels = {"t"}  # the noise level on its way to its features
+        self._levels = {"t"}  # values computed from the noise level up to its Fourier features
         for node in proto.graph.node:
             if node.op_type in ("Cast", "Unsqueeze") and node.input[0] in self._levels:
                 self._levels.add(node.output[0])
 
     def run(self) -> None:
         rotations = self._rotations()
-        wanted = {}
+        type_by_output = {}
         for node in self._graph.node:
             if self._is_float(node) and node.op_type != "Constant":
-                wanted[node.output[0]] = FLOAT if node.output[0] in rotations else self._wanted(node)
-        self._converted_constants(wanted)
+                type_by_output[node.output[0]] = FLOAT if node.output[0] in rotations else self._wanted(node)
+        self._converted_constants(type_by_output)
         for node in self._graph.node:
             if node.op_type == "Constant":
                 continue
-            if node.output[0] in wanted:
-                kind = wanted[node.output[0]]
+            if node.output[0] in type_by_output:
+                kind = type_by_output[node.output[0]]
                 if node.op_type == "Cast":
                     node.attribute[0].i = kind
                     continue
@@ -76,12 +76,12 @@ class Surgery:
                     self._chain_in_front(node)
         for node in self._graph.node:
             if node.op_type not in ("Constant", "Cast"):
-                kind = wanted.get(node.output[0], FLOAT)
+                kind = type_by_output.get(node.output[0], FLOAT)
                 for index, name in enumerate(node.input):
                     if self._types.get(name) in (FLOAT, FLOAT16) and self._types[name] != kind:
                         node.input[index] = self._cast(name, kind)
-            elif node.op_type == "Cast" and node.output[0] in wanted:
-                self._types[node.output[0]] = wanted[node.output[0]]
+            elif node.op_type == "Cast" and node.output[0] in type_by_output:
+                self._types[node.output[0]] = type_by_output[node.output[0]]
         self._restore_output()
         self._graph.node.extend(self._appended)
 
@@ -98,28 +98,28 @@ class Surgery:
         return self._softmax if op == "Softmax" else FLOAT16
 
     def _rotations(self) -> set[str]:
-        """What the rotary table is made of after the Einsum, and the products and sums that rotate by it."""
+        """Return the values of the rotary table after the Einsum, and the products and sums that rotate by it."""
         tables = {n.output[0] for n in self._graph.node if n.op_type in ("Cos", "Sin") and "self_attn" in n.name}
         makers = {output: node for node in self._graph.node for output in node.output}
-        above, found = [makers[name].input[0] for name in tables], set(tables)
-        while above:
-            name = above.pop()
+        queue, rotary_values = [makers[name].input[0] for name in tables], set(tables)
+        while queue:
+            name = queue.pop()
             if name in makers and makers[name].op_type in ROTARY and self._types.get(name) == FLOAT:
-                found.add(name)
-                above += makers[name].input
+                rotary_values.add(name)
+                queue += makers[name].input
         products = {user.output[0] for name in tables for user in self._users[name]}
         products |= {user.output[0] for name in products for user in self._users[name] if user.op_type == "Mul"}
         sums = {user.output[0] for name in products for user in self._users[name] if user.op_type == "Add"}
-        return found | products | sums
+        return rotary_values | products | sums
 
     def _is_float(self, node: onnx.NodeProto) -> bool:
         return any(self._types.get(name) == FLOAT for name in node.output)
 
-    def _converted_constants(self, wanted: dict[str, int]) -> None:
-        """A number that only 16-bit nodes read becomes a 16-bit number, in its place and under its name."""
+    def _converted_constants(self, type_by_output: dict[str, int]) -> None:
+        """Convert to fp16, in place, each constant that only fp16 nodes read."""
         for name, kind in list(self._types.items()):
             users = [user for user in self._users.get(name, []) if user.op_type != "Constant"]
-            if kind != FLOAT or not users or any(wanted.get(user.output[0], FLOAT) == FLOAT for user in users):
+            if kind != FLOAT or not users or any(type_by_output.get(user.output[0], FLOAT) == FLOAT for user in users):
                 continue
             if name in self._initializers:
                 self._initializers[name].CopyFrom(_halved(self._initializers[name], name))

@@ -1,6 +1,6 @@
-"""A DiT written the way the model's own code writes it, around the weights of a native checkpoint, to be traced.
+"""A DiT written the way the model's own code is, with the weights of a native checkpoint, to be traced.
 
-Everything that our own export does otherwise is here a convention with a switch: the local embedding padded on the left
+Each difference from our export is a convention with a switch: the local embedding padded on the left
 by a computed amount, the halves of differential attention stacked on an axis of their own, rows of to_qkv in the native
 order, frequencies of the duration that hold 2 pi, a padding embedding that is viewed or expanded, casts everywhere.
 """
@@ -23,7 +23,7 @@ from sa3_build.export.model_config import load_geometry
 
 @dataclass(frozen=True)
 class Conventions:
-    """How a graph is written; the defaults are those of the published ones."""
+    """Conventions in which exported graphs differ; the defaults are those of the published graphs."""
 
     padding: str = "view"  # or "expand": Unsqueeze twice, then Expand
     two_pi: bool = True  # the frequencies of the duration hold 2 pi
@@ -39,7 +39,7 @@ OTHER = Conventions("expand", two_pi=False, gamma_first=False, mask="greater", f
 
 
 class Norm(nn.Module):
-    """RMS norm of Pow, ReduceMean, Add, Sqrt, a division and two products; fp32 by casts of its own where `wide`."""
+    """RMS norm of Pow, ReduceMean, Add, Sqrt, a division and two products; cast to fp32 if `wide`."""
 
     def __init__(self, norm: nn.Module, conventions: Conventions, wide: bool) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention with its rows in native order (q, k, v, q2, k2)."""
+    """Self- or cross-attention with weight rows in native order (q, k, v, q2, k2)."""
 
     def __init__(self, attention: nn.Module, conventions: Conventions) -> None:
         super().__init__()
         names = ("to_qkv", "to_q", "to_kv", "to_out")
-        for name in (one for one in names if hasattr(attention, one)):
+        for name in (name for name in names if hasattr(attention, name)):
             setattr(self, name, getattr(attention, name))
         self.q_norm, self.k_norm = (Norm(n, conventions, False) for n in (attention.q_norm, attention.k_norm))
         self._heads, self._halves = attention.heads, 2 if attention.use_differential else 1
@@ -73,8 +73,8 @@ class Attention(nn.Module):
             pairs = list(zip(q.unbind(dim=1), k.unbind(dim=1), strict=True))
         else:
             pairs = [self._prepared(q, k, value, rotary) for q, k in zip(queries, keys, strict=True)]
-        found = [functional.scaled_dot_product_attention(q, k, value, is_causal=False) for q, k in pairs]
-        out = found[0] if len(found) == 1 else found[0] - found[1]
+        attended = [functional.scaled_dot_product_attention(q, k, value, is_causal=False) for q, k in pairs]
+        out = attended[0] if len(attended) == 1 else attended[0] - attended[1]
         return self.to_out(out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1))
 
     def _parts(self, x: torch.Tensor, context: torch.Tensor | None) -> tuple[list, list, torch.Tensor]:
@@ -102,17 +102,17 @@ class Attention(nn.Module):
 
 
 def rotated(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """The first half of a head's channels rotated by the last angles there are, the rest as it is."""
+    """Return x with the first half of each head's channels rotated by the last angles, the rest unchanged."""
     angles, wide = angles.to(torch.float32), x.to(torch.float32)
     angles = angles[-wide.shape[-2] :, :]
-    turned, rest = wide[..., : angles.shape[-1]], wide[..., angles.shape[-1] :]
-    first, second = turned.unflatten(-1, (2, -1)).unbind(dim=-2)
-    turned = turned * angles.cos() * 1 + torch.cat((-second, first), dim=-1) * angles.sin() * 1
-    return torch.cat((turned.to(x.dtype), rest.to(x.dtype)), dim=-1)
+    rotary, rest = wide[..., : angles.shape[-1]], wide[..., angles.shape[-1] :]
+    first, second = rotary.unflatten(-1, (2, -1)).unbind(dim=-2)
+    rotary = rotary * angles.cos() * 1 + torch.cat((-second, first), dim=-1) * angles.sin() * 1
+    return torch.cat((rotary.to(x.dtype), rest.to(x.dtype)), dim=-1)
 
 
 class Duration(nn.Module):
-    """The duration token: clamp, share of the longest, Fourier features, a Linear."""
+    """The duration token: clamp, division by the longest duration, Fourier features, a Linear."""
 
     def __init__(self, embedder: nn.Module, conventions: Conventions) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Duration(nn.Module):
 
 
 class Features(nn.Module):
-    """Fourier features of the noise level, with the casts of the model's own."""
+    """Fourier features of the noise level, with the casts of the native code."""
 
     def __init__(self, features: nn.Module) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Features(nn.Module):
 
 
 class PublishedDit(nn.Module):
-    """The six-input DiT: velocity (B, 256, L), with the conditioner's tail inside."""
+    """The six-input DiT with the end of the conditioner inside; returns velocity (B, 256, L)."""
 
     def __init__(self, folder: Path, conventions: Conventions = PUBLISHED) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class PublishedDit(nn.Module):
     def velocity(
         self, x: torch.Tensor, t: torch.Tensor, tokens: torch.Tensor, seconds: torch.Tensor, local: torch.Tensor
     ) -> torch.Tensor:
-        """The network behind its cross tokens (B, 257, 768): zeros are its null branch."""
+        """Return the velocity for cross-attention tokens (B, 257, 768); zeros give the unconditional branch."""
         dit = self.dit
         context, shared = dit.to_cond_embed(tokens), dit.to_global_embed(seconds)
         local = local.transpose(1, 2)
@@ -196,12 +196,12 @@ class PublishedDit(nn.Module):
         return dit.postprocess_conv(x) + x
 
     def _text(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        told = mask.unsqueeze(-1).to(torch.bool) if self.conventions.mask == "bool" else mask.unsqueeze(-1) > 0.5
+        is_text = mask.unsqueeze(-1).to(torch.bool) if self.conventions.mask == "bool" else mask.unsqueeze(-1) > 0.5
         if self.conventions.padding == "view":
             padding = self.padding.view(1, 1, -1).to(hidden.dtype)
         else:
             padding = self.padding.unsqueeze(0).unsqueeze(0).expand_as(hidden)
-        return torch.where(told, hidden, padding)
+        return torch.where(is_text, hidden, padding)
 
     def _block(
         self, block: nn.Module, x: torch.Tensor, context: torch.Tensor, shared: torch.Tensor, local: torch.Tensor,
@@ -216,14 +216,14 @@ class PublishedDit(nn.Module):
         return block.ff(inner) * torch.sigmoid(1 - parts[5]) + x
 
     def _placed(self, local: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The local embedding at the latent's places, zeros at those of the memory tokens."""
+        """Return the local embedding at the latent's positions and zeros at those of the memory tokens."""
         if self.conventions.left_pad:
             return functional.pad(local, (0, 0, x.shape[-2] - local.shape[-2], 0), value=0.0)
         return torch.cat([torch.zeros_like(x[:, : self.dit.memory_tokens.shape[0]]), local], dim=1)
 
 
 def plain_checkpoint(folder: Path, out: Path) -> Path:
-    """A copy of a native checkpoint without differential attention, as the small DiTs are: the first halves alone."""
+    """Copy a native checkpoint without differential attention, like the small DiTs; only the first halves are kept."""
     config = json.loads((folder / "model_config.json").read_text())
     config["model"]["diffusion"]["config"]["attn_kwargs"]["differential"] = False
     out.mkdir(parents=True, exist_ok=True)

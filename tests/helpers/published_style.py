@@ -1,6 +1,6 @@
-"""Make DiT graphs of the published style for real: the older exporter, its names and habits, at opset 17.
+"""Export DiT graphs in the published style: the older exporter with its names and node patterns, at opset 17.
 
-`write_single` gives the fp32 graph; published_half.py makes the fp16 one of it.
+`write_single` writes the fp32 graph; published_half.py converts it to FP16-mixed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLACES = {"duration.": "seconds_total.embedder.embedding.", "dit.prompt_padding_
 
 
 def legacy_module(folder: Path) -> DitContract:
-    """The torch DiT of a native checkpoint, fp32."""
+    """Return the torch DiT of a native checkpoint, fp32."""
     geometry = load_geometry(folder / "model_config.json")
     stored = load_modules.NativeWeights(folder / "model.safetensors")
     dit = load_modules.load_dit(stored, geometry.dit)
@@ -35,15 +35,15 @@ def legacy_module(folder: Path) -> DitContract:
 def traced(
     module: torch.nn.Module, scratch: Path, batch: int | None = 1, opset: int = OPSET, length: str | None = "L"
 ) -> onnx.ModelProto:
-    """The module through PyTorch's older exporter, with published names; `batch` None gives a dynamic batch axis.
+    """Return the module exported by PyTorch's older exporter, with published names; `batch` None: dynamic batch axis.
 
     `length` is the name of the length axis; None leaves the naming of dynamic axes to the exporter.
     """
     contract = CONTRACTS["dit"]
     specs = (*contract.inputs, *contract.outputs)
     free = ("L",) if batch else ("B", "L")
-    by_name = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in free} for spec in specs}
-    axes = {name: _named(found, length) for name, found in by_name.items() if found}
+    dims_by_name = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in free} for spec in specs}
+    axes = {name: _named(dims, length) for name, dims in dims_by_name.items() if dims}
     path = scratch / "traced.onnx"
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,14 +59,14 @@ def traced(
 
 
 def _named(axes: dict[int, str], length: str | None) -> dict[int, str] | list[int]:
-    """Dynamic axes as the exporter takes them: by name, or by number alone."""
+    """Return dynamic axes as the exporter takes them: by name, or by number alone."""
     if length is None:
         return list(axes)
     return {axis: length if name == "L" else name for axis, name in axes.items()}
 
 
 def name_as_published(proto: onnx.ModelProto) -> None:
-    """`dit.transformer.layers.N....weight` and `/transformer/layers.N/...`, the native names."""
+    """Rename weights and nodes to native names: `dit.transformer.layers.N....weight`, `/transformer/layers.N/...`."""
     for tensor in proto.graph.initializer:
         rename(proto, tensor.name, published_name(tensor.name))
     for node in proto.graph.node:
@@ -74,9 +74,9 @@ def name_as_published(proto: onnx.ModelProto) -> None:
 
 
 def published_name(name: str) -> str:
-    for ours, theirs in PLACES.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
+    for prefix, published in PLACES.items():
+        if name.startswith(prefix):
+            return published + name.removeprefix(prefix)
     if not name.startswith("dit."):
         return name
     return "dit." + load_modules.native_dit_key(name.removeprefix("dit.")).removeprefix(load_modules.DIT_PREFIX)
@@ -93,7 +93,7 @@ def rename(proto: onnx.ModelProto, old: str, new: str) -> None:
 
 
 def count_positions_in_integers(proto: onnx.ModelProto) -> None:
-    """The published rotary table: Range over integers, Cast, Div by a scale of one, Einsum."""
+    """Rewrite the rotary table as published: Range over integers, Cast, Div by a scale of one, Einsum."""
     (counter,) = [node for node in proto.graph.node if node.op_type == "Range"]
     numbers = [numpy_helper.from_array(np.int64(value), f"/rotary/{value}") for value in (0, 1)]
     proto.graph.initializer.extend([*numbers, numpy_helper.from_array(np.float32(1), "/rotary/scale")])
@@ -109,7 +109,7 @@ def count_positions_in_integers(proto: onnx.ModelProto) -> None:
 
 
 def append_redundant_casts(proto: onnx.ModelProto, every: int = 9) -> None:
-    """In front of every n-th sum two casts that change nothing, appended behind all of their users."""
+    """Insert two casts that change nothing before every n-th Add, appended after all of their users."""
     sums = [node for node in proto.graph.node if node.op_type == "Add" and "norm" in node.name]
     for index, node in enumerate(sums[::every]):
         source = node.input[0]
@@ -120,7 +120,7 @@ def append_redundant_casts(proto: onnx.ModelProto, every: int = 9) -> None:
 
 
 def disorder(proto: onnx.ModelProto, every: int = 11) -> None:
-    """Move about a tenth of the nodes to the end, behind their users."""
+    """Move about a tenth of the nodes to the end of the list, after their users."""
     nodes = list(proto.graph.node)
     moved = nodes[5::every]
     kept = [node for index, node in enumerate(nodes) if index < 5 or (index - 5) % every]
@@ -129,7 +129,7 @@ def disorder(proto: onnx.ModelProto, every: int = 11) -> None:
 
 
 def write(proto: onnx.ModelProto, path: Path, sidecar: str = SIDECAR) -> Path:
-    """Save with a sidecar of any name; small tensors inline."""
+    """Save a graph with a sidecar named `sidecar`, small tensors inline; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(
         proto, path, save_as_external_data=True, all_tensors_to_one_file=True, location=sidecar, size_threshold=INLINE
@@ -138,7 +138,7 @@ def write(proto: onnx.ModelProto, path: Path, sidecar: str = SIDECAR) -> Path:
 
 
 def write_single(module: DitContract, path: Path, scratch: Path, batch: int | None = 1) -> Path:
-    """The fp32 graph of the published style."""
+    """Write the fp32 graph of the published style; return its path."""
     proto = traced(module, scratch, batch)
     count_positions_in_integers(proto)
     append_redundant_casts(proto)

@@ -1,4 +1,4 @@
-"""A server on tiny models in a process of its own, and the command line that makes the same sounds."""
+"""Run a server on tiny models in a subprocess, and the equivalent command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMETHEUS = re.compile(r"^(\w+)(?:\{([^}]*)\})? (\S+)$", re.MULTILINE)
 
 
 class Service:
-    """A running server: its address, a client, its process and what it has said."""
+    """A running server: address, client, process and the lines that it has printed."""
 
     def __init__(self, process: subprocess.Popen[str], address: str, lines: list[str], token: str | None) -> None:
         self.process, self.address, self.lines = process, address, lines
@@ -40,9 +40,9 @@ class Service:
         return self.client.post("/v1/audio/generate", json=fields)
 
     def metric(self, name: str, labels: str = "") -> float:
-        """A figure of /metrics, 0 where there is none yet."""
-        found = {(m[1], m[2] or ""): float(m[3]) for m in PROMETHEUS.finditer(self.client.get("/metrics").text)}
-        return found.get((name, labels), 0.0)
+        """Return a value of /metrics, 0 if it does not exist yet."""
+        value_by_name = {(m[1], m[2] or ""): float(m[3]) for m in PROMETHEUS.finditer(self.client.get("/metrics").text)}
+        return value_by_name.get((name, labels), 0.0)
 
     def until_metric(self, name: str, value: float) -> None:
         deadline = time.monotonic() + 60
@@ -51,15 +51,15 @@ class Service:
             time.sleep(0.02)
 
     def stop(self) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM; return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(END_SECONDS)
 
 
 @contextlib.contextmanager
 def serving(root: Path, *more: object, token: str | None = None) -> Iterator[Service]:
-    """A server that is ready; it is ended with the block if it has not ended."""
-    line = [
+    """Start a server, wait until it is ready, and end it with the block if it still runs."""
+    argv = [
         sys.executable,
         "-m",
         "sa3_serve.command",
@@ -70,9 +70,9 @@ def serving(root: Path, *more: object, token: str | None = None) -> Iterator[Ser
         "--precision",
         "fp32",
     ]
-    line += ["--precision", "fp32", "--port", 0, *more]
+    argv += ["--precision", "fp32", "--port", 0, *more]
     process = subprocess.Popen(
-        [str(word) for word in line], stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"}
+        [str(word) for word in argv], stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"}
     )
     lines: list[str] = []
     listening = threading.Event()
@@ -103,13 +103,13 @@ def serving(root: Path, *more: object, token: str | None = None) -> Iterator[Ser
 
 
 def samples(data: bytes) -> np.ndarray:
-    """16-bit samples (n, 2) of a sound."""
-    found, _ = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
-    return np.asarray(found)
+    """Return the 16-bit samples (n, 2) of a sound file's bytes."""
+    pcm, _ = soundfile.read(io.BytesIO(data), dtype="int16", always_2d=True)
+    return np.asarray(pcm)
 
 
 def comment(data: bytes) -> dict[str, Any]:
-    """What a sound says of how it was made."""
+    """Return the generation settings stored in a sound file's comment."""
     with soundfile.SoundFile(io.BytesIO(data)) as sound:
-        found: dict[str, Any] = json.loads(sound.comment)
-        return found
+        settings: dict[str, Any] = json.loads(sound.comment)
+        return settings

@@ -25,9 +25,9 @@ def report(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", SECRET)
-        done = run(gpu_report.main, ["--tiny", "--onnx-root", tiny_fp8, "--out", out])
-    assert done.code == 0, done.err
-    assert done.out.startswith("PASSED: ") and str(out / "report.md") in done.out
+        result = run(gpu_report.main, ["--tiny", "--onnx-root", tiny_fp8, "--out", out])
+    assert result.code == 0, result.err
+    assert result.out.startswith("PASSED: ") and str(out / "report.md") in result.out
     return out
 
 
@@ -89,8 +89,8 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_report(tmp_path: Path) -> N
 def test_a_report_on_graphs_that_are_not_there_runs_to_its_end(tmp_path: Path) -> None:
     root = tmp_path / "empty"
     root.mkdir()
-    done = run(gpu_report.main, ["--tiny", "--onnx-root", root, "--out", tmp_path / "out", "--minutes", 2])
-    assert done.code == 3 and "error: FAILED: " in done.err and "Traceback" not in done.err
+    result = run(gpu_report.main, ["--tiny", "--onnx-root", root, "--out", tmp_path / "out", "--minutes", 2])
+    assert result.code == 3 and "error: FAILED: " in result.err and "Traceback" not in result.err
     document = json.loads((tmp_path / "out" / "report.json").read_text())
     failed = {part["name"]: part["why"] for part in document["parts"] if part["status"] == "failed"}
     assert "onnxruntime, check rows" in failed and "error: " in failed["onnxruntime, check rows"]

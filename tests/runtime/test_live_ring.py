@@ -1,4 +1,4 @@
-"""A ring that takes requests while it runs: the same sounds, places that fall free, windows, a full queue, an end."""
+"""Continuous batching with requests that arrive while it runs: same sounds, free slots, a full queue, an end."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ENDLESS = replace(BASE, steps=1000, seed=5)
 
 @pytest.fixture(scope="module")
 def generator(tiny_onnx: Path) -> Iterator[Generator]:
-    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as found:
-        yield found
+    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as loaded:
+        yield loaded
 
 
 @pytest.fixture
@@ -63,9 +63,9 @@ def test_requests_of_any_kind_that_come_at_any_time_get_the_sound_they_get_alone
     first[1].result(60)
     futures = [*first, *(ring.submit(row) for row in rows[2:])]
     for row, future in zip(rows, futures, strict=True):
-        found, alone = future.result(60), generator.generate(row)
-        assert torch.equal(found.latents, alone.latents) and torch.equal(found.audio, alone.audio)
-        assert {"text", "sample", "decode"} <= found.timings.keys()
+        result, expected = future.result(60), generator.generate(row)
+        assert torch.equal(result.latents, expected.latents) and torch.equal(result.audio, expected.audio)
+        assert {"text", "sample", "decode"} <= result.timings.keys()
 
 
 def test_a_request_enters_at_the_next_step_of_a_ring_that_runs(ring: LiveRing) -> None:
@@ -90,14 +90,14 @@ def test_a_place_is_free_one_step_after_its_request_is_cancelled(ring: LiveRing)
 
 
 def test_a_full_queue_is_refused_with_the_time_to_wait(ring: LiveRing) -> None:
-    held = [ring.submit(replace(ENDLESS, seed=seed)) for seed in range(3)]
+    futures = [ring.submit(replace(ENDLESS, seed=seed)) for seed in range(3)]
     until(lambda: ring.occupancy.ring == 3)
     with pytest.raises(QueueFullError, match="8 requests wait") as refused:
         for _ in range(8 + 3):  # two are made ready besides, one is on its way there
-            held.append(ring.submit(ENDLESS))
+            futures.append(ring.submit(ENDLESS))
             time.sleep(0.05)
     assert refused.value.retry_seconds >= 1
-    for future in held:
+    for future in futures:
         future.cancel()
     until(lambda: ring.occupancy.waiting == ring.occupancy.ring == 0)
     assert ring.submit(BASE).result(60).audio.abs().max() > 0.01

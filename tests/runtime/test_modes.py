@@ -1,4 +1,4 @@
-"""Every mode through ONNX Runtime against a plain loop in torch over the checkpoint, on the same noise."""
+"""Every mode through ONNX Runtime compared with a loop in torch over the checkpoint, on the same noise."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ PUBLISHED = [1.0, 0.9250, 0.8409, 0.7459, 0.6378, 0.5138, 0.3699, 0.2010, 0.0]  
 BASE = Request("slow piano, 70 BPM", SECONDS, steps=3, seed=11)
 
 
-# Every mode runs on each of these; what a backend's fp32 latents may be off by.
+# Every mode runs on each backend; the value is the tolerance of its fp32 latents.
 BACKENDS = {"onnxruntime": 5e-5}
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def generator(request: pytest.FixtureRequest, tiny_onnx: Path) -> Iterator[Generator]:
-    with Generator.load(precision="fp32", backend=request.param, onnx_root=tiny_onnx) as found:
-        yield found
+    with Generator.load(precision="fp32", backend=request.param, onnx_root=tiny_onnx) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten seconds of a decaying chord with noise."""
+    """Write ten seconds of a decaying chord with noise."""
     path = tmp_path_factory.mktemp("sound") / "chord.wav"
     time = np.arange(10 * RATE) / RATE
     chord = sum(np.sin(2 * np.pi * hertz * time) for hertz in (220, 277, 330)) * np.exp(-(time % 1.0)) / 4
@@ -50,7 +50,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Plain:
-    """The model's own generation in torch, written out: build/FACTS.md, Generation."""
+    """The native generation as a loop in torch: build/FACTS.md, Generation."""
 
     def __init__(self, folder: Path) -> None:
         config, weights = folder / "model_config.json", folder / "model.safetensors"
@@ -59,7 +59,7 @@ class Plain:
         self.autoencoder = load_modules.load_autoencoder(load_modules.NativeWeights(weights), geometry.autoencoder)
 
     def encode(self, request: Request, frames: int) -> torch.Tensor:
-        """Silence after the sound, diffusers' own encoder."""
+        """Return the latents of the input sound, padded with silence, by diffusers' encoder."""
         samples, _ = soundfile.read(request.init_audio, dtype="float32")
         samples = samples[round(request.init_start * RATE) :][: frames * 4096]
         padded = torch.zeros(1, 2, frames * 4096)
@@ -81,8 +81,8 @@ class Plain:
         if request.schedule_order == "scale-then-warp":
             levels = torch.sigmoid(8.2 * torch.linspace(level, 0, request.steps + 1) - 2)
             levels[0], levels[-1] = level, 0.0
-        told = self.model.conditioning(request.prompt, request.seconds, frames)
-        init, keep, local = None, torch.zeros(1, 1, frames), told.local_add_cond
+        cond = self.model.conditioning(request.prompt, request.seconds, frames)
+        init, keep, local = None, torch.zeros(1, 1, frames), cond.local_add_cond
         if request.init_audio is not None:
             init = self.encode(request, drawn)[..., :frames]
         if request.inpaint:
@@ -91,17 +91,17 @@ class Plain:
                 samples[int(start * RATE) : None if end == math.inf else int(end * RATE)] = 0
             keep = samples[::4096].reshape(1, 1, frames)
             local = torch.cat([keep, init * keep], dim=1)
-        null, mask = torch.zeros_like(told.t5_hidden), torch.zeros_like(told.t5_mask)  # together: the null row
+        null, mask = torch.zeros_like(cond.t5_hidden), torch.zeros_like(cond.t5_mask)  # together: the null row
         if request.negative_prompt is not None:
-            other = self.model.conditioning(request.negative_prompt, request.seconds, frames)
-            null, mask = torch.where(other.t5_mask[..., None] > 0, other.t5_hidden, 0.0), torch.ones_like(mask)
+            negative = self.model.conditioning(request.negative_prompt, request.seconds, frames)
+            null, mask = torch.where(negative.t5_mask[..., None] > 0, negative.t5_hidden, 0.0), torch.ones_like(mask)
         torch.manual_seed(request.seed)
         x = torch.randn(1, 256, drawn)[..., :frames]
         if request.init_noise_level is not None:
             x = init * (1 - level) + x * level
         for now, after in itertools.pairwise(levels):
-            rest = (told.seconds_total, local)
-            clean = x - now * self.model.module(x, now[None], told.t5_hidden, told.t5_mask, *rest)
+            rest = (cond.seconds_total, local)
+            clean = x - now * self.model.module(x, now[None], cond.t5_hidden, cond.t5_mask, *rest)
             if request.cfg != 1:
                 away = clean - (x - now * self.model.module(x, now[None], null, mask, *rest))
                 unit = clean / clean.norm()
@@ -154,7 +154,7 @@ def requested(name: str, sound: Path) -> Request:
 
 @pytest.fixture(scope="module")
 def made(generator: Generator, sound: Path) -> Callable[[str], Result]:
-    """What a mode gives, generated once."""
+    """Return a function that generates the result of a mode once."""
     return functools.cache(lambda name: generator.generate(requested(name, sound)))
 
 
@@ -162,27 +162,27 @@ def made(generator: Generator, sound: Path) -> Callable[[str], Result]:
 def test_latents_are_those_of_a_plain_loop(
     generator: Generator, made: Callable[[str], Result], plain: Plain, sound: Path, name: str
 ) -> None:
-    """The table of mode x backend."""
+    """Every mode on every backend."""
     request = requested(name, sound)
-    found, wanted = made(name), plain.latents(request)
-    assert found.latents.shape == wanted.shape == (1, 256, request.valid_frames)
+    result, expected = made(name), plain.latents(request)
+    assert result.latents.shape == expected.shape == (1, 256, request.valid_frames)
     tolerance = BACKENDS[generator.engines.plan.backends["dit"]]
-    assert float((found.latents - wanted).abs().max()) <= tolerance
-    assert found.audio.shape == (int(request.seconds * RATE), 2) and found.audio.dtype == torch.float32
-    assert bool(torch.isfinite(found.audio).all()) and float(found.audio.abs().max()) > 0.01
+    assert float((result.latents - expected).abs().max()) <= tolerance
+    assert result.audio.shape == (int(request.seconds * RATE), 2) and result.audio.dtype == torch.float32
+    assert bool(torch.isfinite(result.audio).all()) and float(result.audio.abs().max()) > 0.01
 
 
 def test_every_setting_changes_the_sound(made: Callable[[str], Result]) -> None:
-    """Equality with the loop says nothing if a setting is ignored by both."""
-    found = {name: made(name).latents for name in MODES}
-    for first, second in itertools.combinations(found, 2):
-        if found[first].shape == found[second].shape:
-            assert float((found[first] - found[second]).abs().max()) > 1e-3, (first, second)
+    """Equality with the loop proves nothing for a setting that both ignore."""
+    latents_by_mode = {name: made(name).latents for name in MODES}
+    for first, second in itertools.combinations(latents_by_mode, 2):
+        if latents_by_mode[first].shape == latents_by_mode[second].shape:
+            assert float((latents_by_mode[first] - latents_by_mode[second]).abs().max()) > 1e-3, (first, second)
 
 
 @pytest.mark.parametrize("settings", [{}, GUIDED, {"inpaint": HALF}], ids=["text", "guided", "in-painting"])
 def test_a_row_does_not_depend_on_its_neighbours(generator: Generator, sound: Path, settings: dict) -> None:
-    """Rows of other prompts, seeds, lengths and negative prompts, against the same rows alone."""
+    """Rows of different prompts, seeds, lengths and negative prompts equal the same rows alone."""
     first = replace(BASE, init_audio=sound if "inpaint" in settings else None, **settings)
     rows = [first, replace(first, prompt="techno", seed=5), replace(first, seconds=2.0), replace(first, seconds=1.51)]
     if "cfg" in settings:
@@ -200,24 +200,24 @@ def test_the_kept_region_is_kept_and_the_rest_is_not_seen(
     generator: Generator, plain: Plain, sound: Path, tmp_path: Path
 ) -> None:
     request = replace(BASE, seconds=3.0, steps=2, init_audio=sound, inpaint=((0.5, 2.5),), paste_kept=True)
-    found = generator.generate(request).latents
+    latents = generator.generate(request).latents
     init = plain.encode(request, request.frames)
     kept = torch.zeros(request.valid_frames, dtype=torch.bool)
     kept[:33] = True
     kept[6:27] = False  # 0.5 s lies in frame 5, 2.5 s in frame 26, 3 s in frame 32
     init = init[..., : request.valid_frames]
-    assert torch.allclose(found[..., kept], init[..., kept], atol=1e-5)
-    assert float((found[..., ~kept] - init[..., ~kept]).abs().mean()) > 0.1
+    assert torch.allclose(latents[..., kept], init[..., kept], atol=1e-5)
+    assert float((latents[..., ~kept] - init[..., ~kept]).abs().mean()) > 0.1
     # Sound well inside the range plays no part, sound outside does, with nothing pasted either.
     samples, _ = soundfile.read(sound)
     free = replace(request, paste_kept=False)
-    here = generator.generate(free).latents
+    unchanged_latents = generator.generate(free).latents
     for second, same in ((1.5, True), (2.7, False)):
         changed = samples.copy()
         changed[int(second * RATE) : int((second + 0.2) * RATE)] = 0.5
         soundfile.write(tmp_path / "changed.wav", changed, RATE, subtype="FLOAT")
-        other = generator.generate(replace(free, init_audio=tmp_path / "changed.wav")).latents
-        assert torch.equal(other, here) == same
+        changed_latents = generator.generate(replace(free, init_audio=tmp_path / "changed.wav")).latents
+        assert torch.equal(changed_latents, unchanged_latents) == same
 
 
 def test_the_published_schedule_has_its_published_levels() -> None:
@@ -242,7 +242,7 @@ def test_guidance_of_one_is_none_and_the_parallel_part_is_parallel() -> None:
 
 
 def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> None:
-    """Tensors that live on after a generation, in bytes; and the process, which also sees what no collector does."""
+    """Neither the bytes of live tensors nor the resident memory of the process grow with the generations."""
     request = replace(requested("audio to audio", sound), seconds=5.0, steps=1)
 
     def held() -> int:
@@ -264,8 +264,8 @@ def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> Non
 
 
 def test_a_closed_generator_says_so(tiny_onnx: Path) -> None:
-    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as one:
-        assert one.clips
+    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as loaded:
+        assert loaded.clips
     with pytest.raises(RuntimeError, match="closed"):
-        one.generate(BASE)
-    one.close()
+        loaded.generate(BASE)
+    loaded.close()

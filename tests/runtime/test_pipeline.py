@@ -1,4 +1,4 @@
-"""The command sa3_trt on a tiny real model: the model's own generation, one sound a seed, the length asked for."""
+"""The command sa3_trt on a tiny model: native generation, one sound per seed, the requested length."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ BASE = ["--prompt", PROMPT, "--backend", "onnxruntime", "--quiet"]
 
 
 def generate(root: Path, out: Path, *more: str) -> dict:
-    line = [*BASE, "--onnx-root", str(root), "--out", str(out), "--json", *more]
-    code, printed, errors = run(sa3_trt.main, line)
+    argv = [*BASE, "--onnx-root", str(root), "--out", str(out), "--json", *more]
+    code, printed, errors = run(sa3_trt.main, argv)
     assert code == 0, errors
     return json.loads(printed)
 
@@ -33,17 +33,17 @@ def generate(root: Path, out: Path, *more: str) -> dict:
 def test_latents_are_the_models_own(
     tiny_checkpoint: Path, tiny_onnx: Path, tmp_path: Path, seconds, frames, valid
 ) -> None:
-    """fp32 engines against the checkpoint in torch, prompt to latents."""
+    """fp32 engines give the latents of the checkpoint in torch."""
     saved = tmp_path / "l.npz"
     more = ["--seconds", seconds, "--seed", "11", "--precision", "fp32", "--save-latents", str(saved)]
     (row,) = generate(tiny_onnx, tmp_path / "x.wav", *more)["rows"]
     assert (row["frames"], row["valid_frames"]) == (frames, valid)
     model = CheckpointModel(tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors", "cpu")
-    wanted = model.generate(PROMPT, float(seconds), 8, 11).numpy()
-    with np.load(saved, allow_pickle=False) as found:
-        assert found["latents"].shape == (1, 256, valid)
-        assert np.abs(found["latents"] - wanted).max() <= 5e-5
-        assert np.array_equal(found["sigmas"], schedule.sigmas(8).numpy())
+    expected = model.generate(PROMPT, float(seconds), 8, 11).numpy()
+    with np.load(saved, allow_pickle=False) as archive:
+        assert archive["latents"].shape == (1, 256, valid)
+        assert np.abs(archive["latents"] - expected).max() <= 5e-5
+        assert np.array_equal(archive["sigmas"], schedule.sigmas(8).numpy())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16mixed", "fp8"])
@@ -67,7 +67,7 @@ def test_one_seed_gives_the_same_latents_in_two_processes(tiny_fp8: Path, tmp_pa
     latents = []
     for name in ("a", "b"):
         saved = tmp_path / f"{name}.npz"
-        line = [
+        argv = [
             sys.executable,
             "-m",
             "sa3_trt",
@@ -79,8 +79,8 @@ def test_one_seed_gives_the_same_latents_in_two_processes(tiny_fp8: Path, tmp_pa
             "--seed",
             "9",
         ]
-        line += ["--seconds", "2", "--steps", "3", "--out", str(tmp_path / f"{name}.wav"), "--save-latents", str(saved)]
-        subprocess.run(line, check=True, capture_output=True)
+        argv += ["--seconds", "2", "--steps", "3", "--out", str(tmp_path / f"{name}.wav"), "--save-latents", str(saved)]
+        subprocess.run(argv, check=True, capture_output=True)
         latents.append(np.load(saved)["latents"])
     assert np.array_equal(*latents)
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
@@ -105,7 +105,7 @@ def test_another_seed_prompt_or_length_gives_another_sound(tiny_onnx: Path, tmp_
 
 
 def test_a_batch_equals_its_rows(tiny_fp8: Path) -> None:
-    """B 3 at once against one at a time, through the same engine."""
+    """A batch of 3 equals three single rows through the same engine."""
     from sa3_build.export import torch_to_onnx
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
     from sa3_trt_core.targets import dit_target

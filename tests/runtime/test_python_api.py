@@ -1,4 +1,4 @@
-"""The Python interface: results that save themselves, sounds as tensors, errors that name the argument, progress."""
+"""The Python interface: saving results, sounds as tensors, errors that name the argument, progress."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ NOISE = torch.from_numpy(np.random.default_rng(1).normal(0, 0.1, (2, 44_100)).as
 
 @pytest.fixture(scope="module")
 def generator(tiny_onnx: Path) -> Iterator[Generator]:
-    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as found:
-        yield found
+    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,10 @@ def test_peaks_of_a_saved_result_are_scaled_down(result: Result, tmp_path: Path)
     ("a.flac", {"bits": "32f"}, "FLAC"),
 ])  # fmt: skip
 def test_what_cannot_be_saved_is_a_value_error_and_writes_nothing(
-    result: Result, tmp_path: Path, name: str, how: dict, word: str
+    result: Result, tmp_path: Path, name: str, options: dict, word: str
 ) -> None:
     with pytest.raises(ValueError, match=word) as caught:
-        result.save(tmp_path / name, **how)
+        result.save(tmp_path / name, **options)
     assert isinstance(caught.value, ToolError) and list(tmp_path.iterdir()) == []
 
 
@@ -106,13 +106,13 @@ def test_a_wrong_argument_is_a_value_error_that_names_it(name: str) -> None:
     assert isinstance(caught.value, ToolError) and "--" not in caught.value.message + caught.value.hint
 
 
-@pytest.mark.parametrize("given", [
+@pytest.mark.parametrize("init_audio", [
     5, (NOISE,), (NOISE[None], 44_100), (NOISE[:, :0], 44_100), (torch.zeros(3, 100), 44_100), (NOISE, 0),
     (NOISE, 44_100.0), (NOISE.numpy(), 44_100),
 ])  # fmt: skip
-def test_what_is_no_sound_is_refused(given: object) -> None:
+def test_what_is_no_sound_is_refused(init_audio: object) -> None:
     with pytest.raises(ValueError, match="`init_audio`"):
-        replace(BASE, init_audio=given, init_noise_level=0.5)
+        replace(BASE, init_audio=init_audio, init_noise_level=0.5)
 
 
 def test_a_start_beyond_the_end_and_samples_that_are_not_finite_are_refused(generator: Generator) -> None:
@@ -124,11 +124,13 @@ def test_a_start_beyond_the_end_and_samples_that_are_not_finite_are_refused(gene
 
 
 def test_progress_counts_every_stage_to_the_total(generator: Generator) -> None:
-    seen: list[tuple[str, int, int]] = []
+    stages_seen: list[tuple[str, int, int]] = []
     requests = [replace(BASE, seed=seed) for seed in range(3)]
-    sounds = generator.generate_batch(requests, batch=2, on_stage=lambda *step: seen.append(step))
-    assert [(index, total) for _, index, total in seen] == [(place, len(seen)) for place in range(1, len(seen) + 1)]
-    assert [stage for stage, _, _ in seen].count("decoded") == 3 and seen[0][0] == "text"
+    sounds = generator.generate_batch(requests, batch=2, on_stage=lambda *step: stages_seen.append(step))
+    assert [(index, total) for _, index, total in stages_seen] == [
+        (number, len(stages_seen)) for number in range(1, len(stages_seen) + 1)
+    ]
+    assert [stage for stage, _, _ in stages_seen].count("decoded") == 3 and stages_seen[0][0] == "text"
     for request, sound in zip(requests, sounds, strict=True):
         assert torch.allclose(sound.audio, generator.generate(request).audio, atol=1e-4)
 
@@ -143,6 +145,6 @@ def test_the_command_line_adds_the_dashes() -> None:
     assert as_flags("`init_noise_level` and `inpaint`: `cfg=3`, `a b`") == (
         "--init-noise-level and --inpaint-range: --cfg 3, `a b`"
     )
-    done = run(sa3_trt.main, ["--prompt", "x", "--apg", "0.5"])
-    two_lines(done, "--apg does nothing")
-    assert "--cfg 3" in done.err and "`" not in done.err
+    result = run(sa3_trt.main, ["--prompt", "x", "--apg", "0.5"])
+    two_lines(result, "--apg does nothing")
+    assert "--cfg 3" in result.err and "`" not in result.err

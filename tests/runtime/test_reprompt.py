@@ -1,4 +1,4 @@
-"""Holds the calibration prompts to the deployed form, to their variety and to the standard library."""
+"""Calibration prompts have the deployed form and enough variety; the module imports only the standard library."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CAPTION = re.compile(
 
 def test_there_are_enough_examples_and_all_differ() -> None:
     assert len(MUSIC_EXAMPLES) >= 52  # the reference calibration used 47
-    for seen in (
+    for entries in (
         [example.request.lower() for example in MUSIC_EXAMPLES],
         [(example.genre, example.instruments, example.rhythm) for example in MUSIC_EXAMPLES],
         calibration_prompts(),
     ):
-        assert len(set(seen)) == len(seen)
+        assert len(set(entries)) == len(entries)
 
 
 @pytest.mark.parametrize("example", MUSIC_EXAMPLES, ids=lambda example: example.genre)
@@ -125,7 +125,7 @@ def test_the_module_needs_only_the_standard_library() -> None:
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "print(sorted(loaded - set(sys.stdlib_module_names) - {'__main__'}))\n"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-S", "-I", "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, [str(len(MUSIC_EXAMPLES)), "[]"]), done.stderr
+    assert (result.returncode, result.stdout.split("\n")[:2]) == (0, [str(len(MUSIC_EXAMPLES)), "[]"]), result.stderr

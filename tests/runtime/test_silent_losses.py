@@ -1,4 +1,4 @@
-"""Losses that do not stop a run are said in one line: a prompt that is cut, a GPU that is not used; memory in two."""
+"""Warnings in one line: a prompt that is cut, a GPU that is not used. Out of memory: an error in two lines."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def warned(tokenizer: Tokenizer, prompt: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tokenizer.encode([prompt])
-    return [str(one.message) for one in caught if issubclass(one.category, ToolWarning)]
+    return [str(warning.message) for warning in caught if issubclass(warning.category, ToolWarning)]
 
 
 def test_a_prompt_that_is_cut_is_quoted_where(tokenizer: Tokenizer) -> None:
@@ -64,14 +64,14 @@ def test_a_prompt_that_fits_to_the_last_token_is_not_warned_of(tokenizer: Tokeni
 
 def test_the_command_says_it_once_and_quiet_does_not_hide_it(tiny_onnx: Path, tmp_path: Path) -> None:
     prompt = "slow piano and strings, " * 200
-    line = [*SHORT, "--prompt", prompt, "--prompt", prompt, "--onnx-root", tiny_onnx, "--out-dir", tmp_path]
-    done = run(sa3_trt.main, line)
-    assert done.code == 0 and done.err.count("warning: ") == done.err.count("\n") == 1, done.err
+    argv = [*SHORT, "--prompt", prompt, "--prompt", prompt, "--onnx-root", tiny_onnx, "--out-dir", tmp_path]
+    result = run(sa3_trt.main, argv)
+    assert result.code == 0 and result.err.count("warning: ") == result.err.count("\n") == 1, result.err
 
 
 @pytest.fixture
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The driver answers as on a machine with a GPU; the packages here are those for a CPU."""
+    """Make the driver report a GPU; the installed packages are those for a CPU."""
     monkeypatch.setattr(gpu, "current_arch", lambda: "sm_90")
     yield
 
@@ -82,17 +82,17 @@ def test_a_gpu_that_is_not_used_is_said_once_with_the_reason(tiny_onnx: Path) ->
         warnings.simplefilter("always")
         with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as generator:
             assert set(generator.engines.devices.values()) == {"cpu"}
-    (message,) = [str(one.message) for one in caught if issubclass(one.category, ToolWarning)]
+    (message,) = [str(warning.message) for warning in caught if issubclass(warning.category, ToolWarning)]
     assert message.startswith("text, dit, decoder on the CPU") and "onnxruntime-gpu" in message
 
 
 def test_the_device_of_each_stage_is_shown(tiny_onnx: Path, tmp_path: Path) -> None:
-    line = [*SHORT, "--prompt", "x", "--onnx-root", tiny_onnx, "--out", tmp_path / "a.wav"]
-    table = run(sa3_trt.main, line)
+    argv = [*SHORT, "--prompt", "x", "--onnx-root", tiny_onnx, "--out", tmp_path / "a.wav"]
+    table = run(sa3_trt.main, argv)
     assert table.err == "" and {"text", "sample", "decode"} <= {
         row.split()[0] for row in table.out.splitlines() if row.split()[2:3] == ["cpu"]
     }
-    assert '"dit": "cpu"' in run(sa3_trt.main, [*line, "--json"]).out
+    assert '"dit": "cpu"' in run(sa3_trt.main, [*argv, "--json"]).out
 
 
 def test_guidance_of_a_dit_without_the_null_rule_is_said(
@@ -105,8 +105,8 @@ def test_guidance_of_a_dit_without_the_null_rule_is_said(
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 generator.generate(Request("x", 0.3, 1, cfg=3.0, negative_prompt=negative) if negative else request)
-        found = [str(one.message) for one in caught if issubclass(one.category, ToolWarning)]
-        assert len(found) == expected and all("null row" in message for message in found)
+        messages = [str(warning.message) for warning in caught if issubclass(warning.category, ToolWarning)]
+        assert len(messages) == expected and all("null row" in message for message in messages)
 
 
 def torch_refuses() -> None:
@@ -129,9 +129,9 @@ MEMORY = [
 
 @pytest.mark.parametrize(("words", "size"), MEMORY)
 def test_what_libraries_say_when_memory_ends(words: str, size: str) -> None:
-    found = memory_error(RuntimeError(words))
-    assert found is not None and "memory ended" in found.message and size in found.message
-    assert "shorter length" in found.hint
+    error = memory_error(RuntimeError(words))
+    assert error is not None and "memory ended" in error.message and size in error.message
+    assert "shorter length" in error.hint
     assert memory_error(RuntimeError("shapes do not match: memory layout")) is None
 
 

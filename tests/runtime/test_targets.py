@@ -1,4 +1,4 @@
-"""Holds the table of engines: names, groups, refusals, and that it is the only one."""
+"""The table of targets: names, groups, refusals; no other file names an engine."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ USUAL = [
 FP32 = ["sa3-m-fp32", "sa3-sm-music-fp32", "sa3-sm-sfx-fp32", "same-l-decoder-fp32", "same-s-decoder-fp32"]
 
 
-def names(found: list[targets.Target]) -> list[str]:
-    return [target.name for target in found]
+def names(listed: list[targets.Target]) -> list[str]:
+    return [target.name for target in listed]
 
 
 def test_names_and_groups() -> None:
@@ -94,7 +94,7 @@ def test_a_dit_without_fp8_is_refused_in_words(dit: str) -> None:
 
 
 def test_what_is_published_is_known_by_its_place() -> None:
-    """Every publishable target at its own place under a root; a file in a folder of another name is the first one."""
+    """Every publishable target is recognised by its path under a root; in any other folder it is the first one."""
     publishable = [target for target in targets.TARGETS if target.publishable]
     assert [target.precision for target in publishable] == ["fp8"] * len(publishable) and publishable
     for target in publishable:
@@ -142,5 +142,5 @@ def test_no_other_file_names_an_engine() -> None:
     pattern = re.compile(rf"\b({'|'.join(sorted(stems))})\.(trt|rtx)\b")
     sources = [file for folder in ("build", "scripts", "interface") for file in (ROOT / folder).rglob("*.py")]
     assert any(file.name == "targets.py" for file in sources)
-    found = [str(file) for file in sources if file.name != "targets.py" and pattern.search(file.read_text("utf-8"))]
-    assert found == []
+    offenders = [str(file) for file in sources if file.name != "targets.py" and pattern.search(file.read_text("utf-8"))]
+    assert offenders == []

@@ -1,4 +1,4 @@
-"""Holds our tokenizer to transformers' AutoTokenizer of the same folder."""
+"""Our tokenizer compared with transformers' AutoTokenizer of the same folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
 def make_folder(folder: Path, template: str, config: dict[str, object], padding: str | None = None) -> Path:
-    """A byte-level BPE tokenizer of a few hundred tokens, in the two files of the contract."""
+    """Write a byte-level BPE tokenizer of a few hundred tokens in the two files of the contract."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -60,12 +60,12 @@ def test_ids_and_mask_equal_transformers(
 ) -> None:
     folder = make_folder(tmp_path, template, config, padding)
     reference = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    wanted = reference(PROMPTS, padding="max_length", truncation=True, max_length=256, return_tensors="pt")
+    expected = reference(PROMPTS, padding="max_length", truncation=True, max_length=256, return_tensors="pt")
     ids, mask = Tokenizer(folder / "tokenizer.json").encode(PROMPTS)
     assert ids.dtype == mask.dtype == torch.int64
     assert ids.shape == mask.shape == (len(PROMPTS), 256)
-    assert torch.equal(ids, wanted["input_ids"])
-    assert torch.equal(mask, wanted["attention_mask"])
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"])
     assert mask[4].sum() == 256  # the long prompt is cut, not refused
 
 
@@ -75,10 +75,10 @@ def test_a_gemma_folder_without_sides_pads_left(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GemmaTokenizer"}))
     reference = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    wanted = reference(["ab"], padding="max_length", truncation=True, max_length=256, return_tensors="pt")
+    expected = reference(["ab"], padding="max_length", truncation=True, max_length=256, return_tensors="pt")
     ids, mask = Tokenizer(tmp_path / "tokenizer.json").encode(["ab"])
-    assert torch.equal(ids, wanted["input_ids"])
-    assert torch.equal(mask, wanted["attention_mask"])
+    assert torch.equal(ids, expected["input_ids"])
+    assert torch.equal(mask, expected["attention_mask"])
     assert ids[0, -3:].tolist() == [2, 4, 5]
 
 

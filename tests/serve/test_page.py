@@ -76,8 +76,8 @@ def by_command(tab: Any, root: Path, folder: Path) -> np.ndarray:
     assert words[0] == "sa3_trt"
     place = words.index("--out") + 1
     words[place] = str(folder / words[place])
-    done = run(sa3_trt.main, [*words[1:], "--onnx-root", root, "--backend", "onnxruntime", "--quiet"])
-    assert done.code == 0, done.err
+    result = run(sa3_trt.main, [*words[1:], "--onnx-root", root, "--backend", "onnxruntime", "--quiet"])
+    assert result.code == 0, result.err
     return samples(Path(words[place]).read_bytes())
 
 

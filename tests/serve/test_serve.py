@@ -59,8 +59,8 @@ def by_command(root: Path, out: Path, fields: dict[str, Any], init_audio: Path |
             line += [f"--{names.get(name, name).replace('_', '-')}", value]
     if init_audio is not None:
         line += ["--init-audio", init_audio]
-    done = run(sa3_trt.main, line)
-    assert done.code == 0, done.err
+    result = run(sa3_trt.main, line)
+    assert result.code == 0, result.err
     return out.read_bytes()
 
 
@@ -241,21 +241,21 @@ def test_mistakes_of_the_command_are_two_lines(tiny_onnx: Path, tmp_path: Path) 
 
     short = tmp_path / "token"
     short.write_text("short")
-    line = ["--onnx-root", tiny_onnx, "--backend", "onnxruntime", "--precision", "fp32", "--port", 0]
-    two_lines(run(command.main, [*line, "--token-file", short]), "holds no token")
-    two_lines(run(command.main, [*line, "--token-file", tmp_path / "none"]), "cannot read --token-file")
+    argv = ["--onnx-root", tiny_onnx, "--backend", "onnxruntime", "--precision", "fp32", "--port", 0]
+    two_lines(run(command.main, [*argv, "--token-file", short]), "holds no token")
+    two_lines(run(command.main, [*argv, "--token-file", tmp_path / "none"]), "cannot read --token-file")
     two_lines(run(command.main, ["--onnx-root", tmp_path, "--backend", "onnxruntime"]))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        taken_line = [*line[:-1], taken.getsockname()[1]]
+        taken_line = [*argv[:-1], taken.getsockname()[1]]
         two_lines(run(command.main, taken_line), "cannot listen on 127.0.0.1")
 
 
 def test_help_needs_no_package() -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-S", "-m", "sa3_serve.command", "--help"], capture_output=True, text=True, check=False,
         cwd=Path(sa3_trt.__file__).parent,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: sa3_serve")
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith("usage: sa3_serve")
 
 
 def test_a_request_for_other_adapters_is_refused_with_those_that_run(service: Service) -> None:

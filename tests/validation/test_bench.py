@@ -23,7 +23,7 @@ PAIR = ["--engines", "fp16mixed@onnxruntime", "fp8@onnxruntime", "--lengths", "1
 
 
 def test_a_step_is_measured(tmp_path: Path) -> None:
-    line = [
+    argv = [
         "make_demo_checkpoint.py",
         "--random",
         "--out",
@@ -33,7 +33,7 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
         "--depth",
         "1",
     ]
-    one = bench_producer.measure("checkpoint", line, tmp_path)
+    one = bench_producer.measure("checkpoint", argv, tmp_path)
     weights = tmp_path / "checkpoint" / "model.safetensors"
     assert one.made > weights.stat().st_size > 1_000_000
     assert one.peak_memory > 100_000_000  # torch alone is more
@@ -56,15 +56,15 @@ def test_the_chain_is_made_of_commands_that_parse(tmp_path: Path, ptq: str) -> N
 
 
 def test_engines_are_compared_by_their_files(tiny_fp8: Path, tmp_path: Path) -> None:
-    done = run(bench_dit.main, [*PAIR, "2", "--onnx-root", tiny_fp8, "--out", tmp_path])
-    assert done.code == 0, done.err
+    result = run(bench_dit.main, [*PAIR, "2", "--onnx-root", tiny_fp8, "--out", tmp_path])
+    assert result.code == 0, result.err
     record = json.loads((tmp_path / "bench.json").read_text())
     half, fp8, half_rows, fp8_rows = record["timings"]
     assert [one["contestant"] for one in record["timings"][:2]] == PAIR[1:3] and record["judged"] == [PAIR[2]]
     assert half["cosine"] == pytest.approx(1.0, abs=1e-9) and 0.99 < fp8["cosine"] < 0.999999
     assert half_rows["rows"] == 2 and half_rows["batch_cosine"] is None and fp8_rows["batch_cosine"] > 0.999
-    assert "against fp16mixed@onnxruntime" in done.out and "of the floor" not in done.out
-    assert done.out.strip() == (tmp_path / "bench.md").read_text().strip()
+    assert "against fp16mixed@onnxruntime" in result.out and "of the floor" not in result.out
+    assert result.out.strip() == (tmp_path / "bench.md").read_text().strip()
 
 
 def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp_path: Path) -> None:
@@ -73,8 +73,8 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
     broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), onnx_of(root, "sa3-m-fp8"), broken_fp8.swapped_weights)
     for beside in (".manifest.json", ".check.npz"):  # with them it is known to be another file
         Path(f"{onnx_of(root, 'sa3-m-fp8')}{beside}").unlink()
-    done = run(bench_dit.main, [*PAIR, "--onnx-root", root, "--out", tmp_path / "out"])
-    assert done.code == 3 and "fp8@onnxruntime, 1 x 12: cosine" in done.err
+    result = run(bench_dit.main, [*PAIR, "--onnx-root", root, "--out", tmp_path / "out"])
+    assert result.code == 3 and "fp8@onnxruntime, 1 x 12: cosine" in result.err
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
     ],
 )
 def test_engines_that_cannot_be_compared(tiny_fp8: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    line = ["--engines", *words, "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "models", "--out", tmp_path]
-    two_lines(run(bench_dit.main, line), said)
+    argv = ["--engines", *words, "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "models", "--out", tmp_path]
+    two_lines(run(bench_dit.main, argv), said)
     assert listing(tmp_path) == {}
 
 
 def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
-    line = ["--backend", "onnxruntime", "--onnx-root", tiny_fp8, "--seconds", "1", "--repeats", "1", "--json"]
-    done = run(bench_start.main, line)
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
+    argv = ["--backend", "onnxruntime", "--onnx-root", tiny_fp8, "--seconds", "1", "--repeats", "1", "--json"]
+    result = run(bench_start.main, argv)
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
     for kind in (bench_start.COLD, bench_start.WARM):
         *parts, whole = found["seconds"][kind].values()
         assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
@@ -106,12 +106,12 @@ def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
 
 
 def test_a_start_that_fails_is_named(tmp_path: Path) -> None:
-    done = run(bench_start.main, ["--backend", "onnxruntime", "--onnx-root", tmp_path, "--repeats", "1"])
-    assert done.code == 2 and "sa3_trt ended with 2" in done.err and "--steps 1" in done.err
+    result = run(bench_start.main, ["--backend", "onnxruntime", "--onnx-root", tmp_path, "--repeats", "1"])
+    assert result.code == 2 and "sa3_trt ended with 2" in result.err and "--steps 1" in result.err
 
 
 def test_whole_generations_are_timed_beside_diffusers(tmp_path: Path) -> None:
-    line = [
+    argv = [
         "--tiny",
         "--seconds",
         1,
@@ -124,10 +124,10 @@ def test_whole_generations_are_timed_beside_diffusers(tmp_path: Path) -> None:
         "--out",
         tmp_path,
     ]
-    done = run(bench_generate.main, [*line, "--out", tmp_path])
-    assert done.code == 0, done.err
+    result = run(bench_generate.main, [*argv, "--out", tmp_path])
+    assert result.code == 0, result.err
     record = json.loads((tmp_path / "generate.json").read_text())
     assert [one["contestant"] for one in record["timings"]] == ["fp16mixed", "diffusers fp16 eager"]
     assert all(one["ms"] > 0 and min(one["stages"].values()) > 0 for one in record["timings"])
     assert record["notes"]["fp16mixed: decoder against diffusers fp32"] > 50.0
-    assert "published: TensorRT, H100" in done.out and (tmp_path / "generate.png").stat().st_size > 1000
+    assert "published: TensorRT, H100" in result.out and (tmp_path / "generate.png").stat().st_size > 1000

@@ -164,12 +164,12 @@ def test_an_embedder_gives_its_own_vector(tmp_path: Path) -> None:
 def test_the_command_runs_every_comparison_and_goes_on_from_what_it_kept(tiny_fp8: Path, tmp_path: Path) -> None:
     embedder = embedder_file(tmp_path / "embedder.onnx")
     published = onnx_of(tiny_fp8, "sa3-m-fp8")  # any FP8 graph: what it must be caught for is tried at full length
-    line = [
+    argv = [
         "--onnx-root", tiny_fp8, "--out", tmp_path / "out", *SHORT, "--two-sample", 4, "--published", published,
         "--embedder", "onnx", embedder, "--html",
     ]  # fmt: skip
-    done = run(validate_fp8.main, line)
-    assert done.code in (0, 3), done.err
+    result = run(validate_fp8.main, argv)
+    assert result.code in (0, 3), result.err
     report = json.loads((tmp_path / "out" / "report.json").read_text())["two_sample"]
     names = ["control", "independent", "same_noise", "inpainted", "scaled", "published"]
     assert list(report["comparisons"]) == names and "judged" not in report
@@ -180,13 +180,13 @@ def test_the_command_runs_every_comparison_and_goes_on_from_what_it_kept(tiny_fp
     assert (report["sounds"], report["prompts"]) == (4, 4) and report["features"]["sound"] > 60
     inpainted, published_too = (report["comparisons"][name]["frechet"] for name in ("inpainted", "published"))
     assert inpainted == pytest.approx(published_too), "the same graph on the same noise gives the same sounds"
-    for text in (done.out, (tmp_path / "out" / "report.md").read_text()):
+    for text in (result.out, (tmp_path / "out" / "report.md").read_text()):
         assert "Two samples" in text and "No gate judges fewer than 200 sounds" in text
     page = (tmp_path / "out" / "listen.html").read_text()
     assert "broken on purpose" in page and "Of 100 such pairs" in page
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "two_sample").iterdir()}
     assert len(kept) == 7
-    again = run(validate_fp8.main, line)
+    again = run(validate_fp8.main, argv)
     assert json.loads((tmp_path / "out" / "report.json").read_text())["two_sample"] == report, again.err
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "two_sample").iterdir()} == kept
 

@@ -36,20 +36,20 @@ def report_of(out: Path) -> dict:
 def good(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole validation of the good FP8 file, page included."""
     out = tmp_path_factory.mktemp("validation") / "good"
-    done = validate(tiny_fp8, out, "--html")
-    assert done.code == 0, done.err
+    result = validate(tiny_fp8, out, "--html")
+    assert result.code == 0, result.err
     return out
 
 
-def failing(done: Done) -> list[str]:
+def failing(result: Done) -> list[str]:
     """The figures of the gates that failed, from what the command printed."""
-    assert done.code == 3, (done.out, done.err)
-    return [line.split("FAILS: ")[1].split(" is ")[0] for line in done.err.splitlines() if "FAILS: " in line]
+    assert result.code == 3, (result.out, result.err)
+    return [line.split("FAILS: ")[1].split(" is ")[0] for line in result.err.splitlines() if "FAILS: " in line]
 
 
 def test_fp16mixed_against_itself_passes_with_exact_equality(tiny_fp8: Path, tmp_path: Path) -> None:
-    done = validate(tiny_fp8, tmp_path, "--reference", "fp16mixed", "--candidate", "fp16mixed")
-    assert done.code == 0 and "Every bit is the reference's own." in done.out
+    result = validate(tiny_fp8, tmp_path, "--reference", "fp16mixed", "--candidate", "fp16mixed")
+    assert result.code == 0 and "Every bit is the reference's own." in result.out
     report = report_of(tmp_path)
     assert report["identical"] is True
     for kind in ("text", "inpaint", "guided"):
@@ -87,11 +87,11 @@ def test_a_broken_fp8_file_is_caught_by_a_gate(
     tiny_fp8: Path, tmp_path: Path, breaking: Callable[[onnx.ModelProto], None], gate: str
 ) -> None:
     broken = broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), tmp_path / "dit_fp8.onnx", breaking)
-    done = validate(tiny_fp8, tmp_path / "out", "--candidate", broken, "--extra", 0, "--no-audio")
-    assert gate in failing(done)
-    assert gate in done.err.splitlines()[0] or any(gate in line for line in done.err.splitlines())
+    result = validate(tiny_fp8, tmp_path / "out", "--candidate", broken, "--extra", 0, "--no-audio")
+    assert gate in failing(result)
+    assert gate in result.err.splitlines()[0] or any(gate in line for line in result.err.splitlines())
     report = report_of(tmp_path / "out")
-    assert [one["figure"] for one in report["gates"] if not one["passed"]] == failing(done)
+    assert [one["figure"] for one in report["gates"] if not one["passed"]] == failing(result)
 
 
 def test_the_report_has_its_documented_parts(good: Path) -> None:
@@ -125,9 +125,9 @@ def test_controls_stand_beside_the_candidate_and_are_nearer(good: Path) -> None:
 
 
 def test_a_calibration_set_gives_starts_and_rows(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    line = ["--onnx-root", tiny_fp8, "--out", tmp_path, "--backend", "onnxruntime", "--calib", tiny_calib]
-    done = run(validate_fp8.main, [*line, "--prompts", 1, "--rows", 8, "--steps", 2, "--extra", 0, "--no-audio"])
-    assert done.code == 0, done.err
+    argv = ["--onnx-root", tiny_fp8, "--out", tmp_path, "--backend", "onnxruntime", "--calib", tiny_calib]
+    result = run(validate_fp8.main, [*argv, "--prompts", 1, "--rows", 8, "--steps", 2, "--extra", 0, "--no-audio"])
+    assert result.code == 0, result.err
     report = report_of(tmp_path)
     assert report["single_step"]["by_kind"]["text"]["rows"] == 8 + 2 and report["audio"] == {}
     assert report["cases"][0]["name"] == "row 0, text" and "BPM" in report["cases"][0]["prompt"]
@@ -137,9 +137,9 @@ def test_a_gate_file_of_ones_own_decides(tiny_fp8: Path, tmp_path: Path) -> None
     strict = tmp_path / "gates.toml"
     figure = "single_step.by_kind.text.denoised.cosine.mean"
     strict.write_text(f'format = 1\n[[gate]]\nfigure = "{figure}"\nat_least = 1\nwhy = "strict"\n')
-    done = validate(tiny_fp8, tmp_path / "out", "--gate", strict, "--extra", 0, "--no-audio")
-    assert failing(done) == [figure] and "(strict)" in done.err
-    assert done.err.splitlines()[-2].startswith("error: fp8 FAILS: ")
+    result = validate(tiny_fp8, tmp_path / "out", "--gate", strict, "--extra", 0, "--no-audio")
+    assert failing(result) == [figure] and "(strict)" in result.err
+    assert result.err.splitlines()[-2].startswith("error: fp8 FAILS: ")
     assert (tmp_path / "out" / "report.json").is_file()
 
 
@@ -163,11 +163,11 @@ def test_the_producer_validates_what_it_has_built(tiny_fp8: Path, tiny_calib: Pa
     import build_dit_fp8
 
     root = shutil.copytree(tiny_fp8, tmp_path / "root")
-    line = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
-    done = run(build_dit_fp8.main, [*line, "--parity-rows", 8, "--validate"])
-    assert done.code == 0 and "is current" in done.out, done.err
+    argv = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
+    result = run(build_dit_fp8.main, [*argv, "--parity-rows", 8, "--validate"])
+    assert result.code == 0 and "is current" in result.out, result.err
     folder = root / "sa3-m" / "dit_fp8.onnx.validation"
-    assert f"validated: {folder}" in done.out and (folder / "listen.html").is_file()
+    assert f"validated: {folder}" in result.out and (folder / "listen.html").is_file()
     assert report_of(folder)["settings"]["calib"] == str(tiny_calib)
 
 
@@ -175,8 +175,8 @@ def test_the_consumer_validates_only_dits(tiny_fp8: Path, tmp_path: Path) -> Non
     import build_from_onnx
 
     pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
-    line = ["--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "m"]
-    two_lines(run(build_from_onnx.main, ["t5gemma", *line, "--validate"]), "--validate is for DiTs")
+    argv = ["--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "m"]
+    two_lines(run(build_from_onnx.main, ["t5gemma", *argv, "--validate"]), "--validate is for DiTs")
     assert listing(tmp_path) == {}
 
 

@@ -28,13 +28,13 @@ SETTINGS = ("--prompts", "2", "--duration", "0.5", "--steps", "4", "--cover", "t
 
 
 def command(checkpoint: Path, out: Path, *more: str) -> list[str]:
-    line = [
+    argv = [
         "--model-config",
         str(checkpoint / "model_config.json"),
         "--checkpoint",
         str(checkpoint / "model.safetensors"),
     ]
-    return [*line, "--out", str(out), *more]
+    return [*argv, "--out", str(out), *more]
 
 
 def test_the_file_is_a_plain_npz_of_the_contract(tiny_calib: Path) -> None:

@@ -41,8 +41,8 @@ def covering(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """4 prompts of 2 steps at 2 durations: every kind at the first, text and in-painting at the second."""
     path = tmp_path_factory.mktemp("kinds") / "sa3-m.calib.npz"
     config, weights = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
-    line = ["--model-config", config, "--checkpoint", weights, "--out", path, "--prompts", 4, "--steps", STEPS]
-    made(make_calib.main, [*line, "--duration", *SECONDS])
+    argv = ["--model-config", config, "--checkpoint", weights, "--out", path, "--prompts", 4, "--steps", STEPS]
+    made(make_calib.main, [*argv, "--duration", *SECONDS])
     return path
 
 
@@ -240,10 +240,10 @@ def test_a_bad_value_names_its_row(covering: Path, tmp_path: Path) -> None:
 def built(tiny_onnx: Path, covering: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     """The report of an FP8 build by ModelOpt on the ragged set, and what the command printed."""
     out = tmp_path_factory.mktemp("kinds") / "dit_fp8.onnx"
-    line = ["--input", onnx_of(tiny_onnx, "sa3-m"), "--calib", covering, "--onnx", out, "--ptq", "modelopt"]
-    done = run(build_dit_fp8.main, line)
-    assert done.code == 0, done.err
-    return json.loads(report_path(out).read_text()), done.out
+    argv = ["--input", onnx_of(tiny_onnx, "sa3-m"), "--calib", covering, "--onnx", out, "--ptq", "modelopt"]
+    result = run(build_dit_fp8.main, argv)
+    assert result.code == 0, result.err
+    return json.loads(report_path(out).read_text()), result.out
 
 
 def test_every_row_sets_the_scales(built: tuple[dict, str], tiny_onnx: Path, covering: Path) -> None:

@@ -115,12 +115,12 @@ def test_a_graph_with_a_newer_manifest_makes_its_engine_stale(root: Path, tmp_pa
 
 
 def test_missing_builds_all_but_opt_in_and_goes_on(root: Path, tmp_path: Path) -> None:
-    done = run(build.main, ["--missing", *RTX, "--models-dir", tmp_path, "--onnx-root", root])
-    assert done.code == 2
-    rows = {line.split()[0]: line for line in done.out.splitlines()[2:]}
+    result = run(build.main, ["--missing", *RTX, "--models-dir", tmp_path, "--onnx-root", root])
+    assert result.code == 2
+    rows = {line.split()[0]: line for line in result.out.splitlines()[2:]}
     assert rows.keys() == {target.name for target in TARGETS if not target.opt_in}
     assert " built " in rows[DECODER.name] and " failed " in rows["t5gemma"]
-    assert "11 of 13 engines failed" in done.err
+    assert "11 of 13 engines failed" in result.err
 
 
 def test_the_menu_builds_what_is_chosen(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,9 +23,9 @@ NAMES = ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder")
 @pytest.fixture(scope="module")
 def engines(tiny_fp8: Path, tmp_path_factory) -> tuple[Path, list[dict]]:
     models = tmp_path_factory.mktemp("models")
-    line = [*NAMES, *RTX, "--arch", "sm_89,sm_120", "--json"]
+    argv = [*NAMES, *RTX, "--arch", "sm_89,sm_120", "--json"]
     code, printed, errors = run(
-        build_from_onnx.main, [*line, "--onnx-root", str(tiny_fp8), "--models-dir", str(models)]
+        build_from_onnx.main, [*argv, "--onnx-root", str(tiny_fp8), "--models-dir", str(models)]
     )
     assert code == 0, errors
     return models, json.loads(printed)
@@ -60,27 +60,27 @@ def test_what_is_current_is_kept_and_what_changed_is_built(
     engines: tuple[Path, list[dict]], tiny_fp8, tmp_path
 ) -> None:
     models, _ = engines
-    line = ["same-l-decoder", *RTX, "--arch", "sm_89", "--models-dir", str(models), "--json"]
-    assert json.loads(run(build_from_onnx.main, [*line, "--onnx-root", str(tiny_fp8)])[1])[0]["reused"]
+    argv = ["same-l-decoder", *RTX, "--arch", "sm_89", "--models-dir", str(models), "--json"]
+    assert json.loads(run(build_from_onnx.main, [*argv, "--onnx-root", str(tiny_fp8)])[1])[0]["reused"]
     other = tmp_path / "root"
     shutil.copytree(tiny_fp8 / "same-l", other / "same-l")
     path = other / find_target("same-l-decoder").onnx[0]
     model = onnx.load(path, load_external_data=False)
     model.graph.name = "another"
     path.write_bytes(model.SerializeToString())
-    assert not json.loads(run(build_from_onnx.main, [*line, "--onnx-root", str(other)])[1])[0]["reused"]
+    assert not json.loads(run(build_from_onnx.main, [*argv, "--onnx-root", str(other)])[1])[0]["reused"]
 
 
 def test_sm_80_is_refused_for_fp8_in_words_and_served_otherwise(tiny_fp8: Path, tmp_path: Path) -> None:
-    line = ["sa3-m-fp8", *RTX, "--arch", "sm_80", "--onnx-root", str(tiny_fp8), "--models-dir", str(tmp_path)]
-    code, _, errors = run(build_from_onnx.main, line)
+    argv = ["sa3-m-fp8", *RTX, "--arch", "sm_80", "--onnx-root", str(tiny_fp8), "--models-dir", str(tmp_path)]
+    code, _, errors = run(build_from_onnx.main, argv)
     assert code == 2
     assert errors.splitlines() == [
         "error: sa3-m-fp8 needs FP8 tensor cores and sm_80 has none (they begin with sm_89)",
         "  hint: build the FP16-mixed engine instead: sa3-m",
     ]
     assert list(tmp_path.iterdir()) == []
-    assert run(build_from_onnx.main, ["sa3-m", *line[1:]])[0] == 0
+    assert run(build_from_onnx.main, ["sa3-m", *argv[1:]])[0] == 0
 
 
 @pytest.mark.parametrize("damage", ["garbage", "another graph", "no sidecar"])
@@ -96,8 +96,8 @@ def test_a_file_that_is_no_such_graph_is_refused(tiny_fp8: Path, tmp_path: Path,
     else:
         shutil.copy(tiny_fp8 / find_target("sa3-m").onnx[0], path)
     models = tmp_path / "models"
-    line = ["sa3-m", *RTX, "--arch", "sm_89", "--onnx-root", str(tmp_path / "root"), "--models-dir", str(models)]
-    code, _, errors = run(build_from_onnx.main, line)
+    argv = ["sa3-m", *RTX, "--arch", "sm_89", "--onnx-root", str(tmp_path / "root"), "--models-dir", str(models)]
+    code, _, errors = run(build_from_onnx.main, argv)
     assert code == 2
     assert len([text for text in errors.splitlines() if not text.startswith("engines:")]) == 2
     assert not models.exists()

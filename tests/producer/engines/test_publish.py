@@ -55,18 +55,18 @@ def local(tmp_path: Path) -> Iterator[LocalHub]:
 
 
 def sent(onnx: Path, *words: str, code: int = 0) -> tuple[dict, str]:
-    done = run(publish.main, ["--onnx", onnx, "--send", "--json", *words])
-    assert done.code == code, done.err
-    assert TOKEN not in done.out + done.err
-    return (json.loads(done.out) if code == 0 else {}), done.err
+    result = run(publish.main, ["--onnx", onnx, "--send", "--json", *words])
+    assert result.code == code, result.err
+    assert TOKEN not in result.out + result.err
+    return (json.loads(result.out) if code == 0 else {}), result.err
 
 
 def test_without_send_nothing_leaves_the_machine(local: LocalHub, tmp_path: Path) -> None:
     onnx = finished(tmp_path / "sa3-m")
     before = listing(tmp_path)
-    done = run(publish.main, ["--onnx", onnx])
-    assert done.code == 0 and "nothing was sent" in done.out
-    assert all(name in done.out for name in NAMES)
+    result = run(publish.main, ["--onnx", onnx])
+    assert result.code == 0 and "nothing was sent" in result.out
+    assert all(name in result.out for name in NAMES)
     assert local.asked == [] and listing(tmp_path) == before
 
 

@@ -162,11 +162,11 @@ def root(tiny_fp8: Path, adapted: Adapted, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("root")
     shutil.copytree(tiny_fp8, folder / "onnx")
     half, fp8 = (folder / "onnx" / "sa3-m" / f"dit_{name}.onnx" for name in ("fp16mixed", "fp8"))
-    done = run(merge_lora.main, ["--input", half, "--lora", f"{adapted('dora-rows', 0)}:0.8", "--fp8-base", fp8])
-    assert done.code == 0, done.err
-    line = ["sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", folder / "onnx"]
-    done = run(build_from_onnx.main, [*line, "--models-dir", folder / "models"])
-    assert done.code == 0, done.err
+    result = run(merge_lora.main, ["--input", half, "--lora", f"{adapted('dora-rows', 0)}:0.8", "--fp8-base", fp8])
+    assert result.code == 0, result.err
+    argv = ["sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", folder / "onnx"]
+    result = run(build_from_onnx.main, [*argv, "--models-dir", folder / "models"])
+    assert result.code == 0, result.err
     return folder
 
 
@@ -256,7 +256,7 @@ def test_the_command_makes_the_same_sound_of_a_merged_graph_and_of_a_merge_at_lo
 ) -> None:
     import soundfile
 
-    line = ["--prompt", "x", "--seconds", 1, "--seed", 3, "--precision", "fp16mixed", "--onnx-root", root / "onnx",
+    argv = ["--prompt", "x", "--seconds", 1, "--seed", 3, "--precision", "fp16mixed", "--onnx-root", root / "onnx",
             "--models-dir", root / "models"]  # fmt: skip
     sounds = {}
     for name, more in {
@@ -264,15 +264,15 @@ def test_the_command_makes_the_same_sound_of_a_merged_graph_and_of_a_merge_at_lo
         "torch": ["--backend", "torch", "--lora", f"{adapted('dora-rows', 0)}:0.8"],
         "graph": ["--backend", "onnxruntime", "--lora", f"{adapted('dora-rows', 0)}:0.8"],
     }.items():
-        done = run(
-            sa3_trt.main, [*line, *more, "--out", tmp_path / f"{name}.wav", "--save-latents", tmp_path / "l.npz"]
+        result = run(
+            sa3_trt.main, [*argv, *more, "--out", tmp_path / f"{name}.wav", "--save-latents", tmp_path / "l.npz"]
         )
-        assert done.code == 0, done.err
-        assert ("LoRA dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in done.err) == (name != "plain")
+        assert result.code == 0, result.err
+        assert ("LoRA dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in result.err) == (name != "plain")
         sounds[name] = np.load(tmp_path / "l.npz")["latents"]
     off = np.linalg.norm(sounds["torch"] - sounds["graph"]) / np.linalg.norm(sounds["graph"])
     assert off < 0.02 < np.linalg.norm(sounds["plain"] - sounds["graph"]) / np.linalg.norm(sounds["graph"])
-    again = run(sa3_trt.main, [*line[6:], "--again", tmp_path / "graph.wav", "--backend", "onnxruntime",
+    again = run(sa3_trt.main, [*argv[6:], "--again", tmp_path / "graph.wav", "--backend", "onnxruntime",
                                "--out", tmp_path / "again.wav"])  # fmt: skip
     assert again.code == 0, again.err
     assert np.array_equal(soundfile.read(tmp_path / "again.wav")[0], soundfile.read(tmp_path / "graph.wav")[0])
@@ -282,13 +282,13 @@ def test_a_missing_merged_graph_is_refused_with_the_command_that_makes_it(
     root: Path, adapted: Adapted, tmp_path: Path
 ) -> None:
     before = listing(root)
-    line = ["--prompt", "x", "--seconds", 1, "--precision", "fp8", "--onnx-root", root / "onnx", "--models-dir",
+    argv = ["--prompt", "x", "--seconds", 1, "--precision", "fp8", "--onnx-root", root / "onnx", "--models-dir",
             tmp_path, "--out", tmp_path / "x.wav", "--lora", f"{adapted('lora', 5)}:0.7"]  # fmt: skip
-    done = run(sa3_trt.main, [*line, "--backend", "onnxruntime"])
-    two_lines(done, "sa3-m-fp8.lora-")
-    hint = done.err.splitlines()[1]
+    result = run(sa3_trt.main, [*argv, "--backend", "onnxruntime"])
+    two_lines(result, "sa3-m-fp8.lora-")
+    hint = result.err.splitlines()[1]
     assert "merge_lora.py --input" in hint and f"{adapted('lora', 5)}:0.7" in hint and "--fp8-base" in hint
-    two_lines(run(sa3_trt.main, [*line, "--backend", "torch"]), "no engine")
+    two_lines(run(sa3_trt.main, [*argv, "--backend", "torch"]), "no engine")
     assert listing(root) == before
 
 
@@ -313,9 +313,9 @@ def test_a_merge_that_would_be_wrong_is_refused_and_writes_nothing(
         requantize(folder / "dit_fp8.onnx", folder / "dit_fp16mixed.onnx", other, folder / more[1], SvdBases())
     before = listing(folder)
     words = [str(folder / value) if value.endswith(".onnx") else value for value in more]
-    line = ["--input", folder / "dit_fp16mixed.onnx", "--lora", adapted("lora", 0), *words]
-    done = run(merge_lora.main, [*line, *(["--onnx", folder / "new.onnx"] if "--onnx" not in more else [])])
-    assert done.code == 2 and word in done.err, done
+    argv = ["--input", folder / "dit_fp16mixed.onnx", "--lora", adapted("lora", 0), *words]
+    result = run(merge_lora.main, [*argv, *(["--onnx", folder / "new.onnx"] if "--onnx" not in more else [])])
+    assert result.code == 2 and word in result.err, result
     left = {name for name in listing(folder) if name not in before}
     assert not [name for name in left if name.startswith("dit_fp8.lora")], left
 
@@ -328,10 +328,10 @@ def test_calibration_rows_are_those_of_the_adapted_model(
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
 
     config, stored = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
-    line = ["--model-config", config, "--checkpoint", stored, "--prompts", 2, "--duration", 0.5, "--steps", 4,
+    argv = ["--model-config", config, "--checkpoint", stored, "--prompts", 2, "--duration", 0.5, "--steps", 4,
             "--cover", "text", "--lora", f"{adapted('dora-rows', 0)}:0.8", "--out", tmp_path / "a.npz"]  # fmt: skip
-    done = run(make_calib.main, line)
-    assert done.code == 0, done.err
+    result = run(make_calib.main, argv)
+    assert result.code == 0, result.err
     rows, plain = (list(CalibrationSet.open(path)) for path in (tmp_path / "a.npz", tiny_calib))
     with_adapter, without = tensors(rows[1]), tensors(plain[1])
     assert torch.equal(tensors(rows[0])["x"], tensors(plain[0])["x"])  # the same noise
@@ -343,12 +343,12 @@ def test_calibration_rows_are_those_of_the_adapted_model(
 def test_validation_compares_both_precisions_with_the_adapter(root: Path, adapted: Adapted, tmp_path: Path) -> None:
     import validate_fp8
 
-    line = ["--backend", "onnxruntime", "--onnx-root", root / "onnx", "--models-dir", root / "models", "--prompts", 1,
+    argv = ["--backend", "onnxruntime", "--onnx-root", root / "onnx", "--models-dir", root / "models", "--prompts", 1,
             "--seconds", 1, "--extra", 0, "--no-audio", "--out", tmp_path]  # fmt: skip
-    done = run(validate_fp8.main, [*line, "--lora", f"{adapted('dora-rows', 0)}:0.8"])
-    assert done.code in (0, 3), done.err
+    result = run(validate_fp8.main, [*argv, "--lora", f"{adapted('dora-rows', 0)}:0.8"])
+    assert result.code in (0, 3), result.err
     about = json.loads((tmp_path / "report.json").read_text())
     text = json.dumps(about)
     assert "dit_fp16mixed.lora-" in text and "dit_fp8.lora-" in text
     assert "dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in text
-    two_lines(run(validate_fp8.main, [*line, "--lora", f"{adapted('dora-rows', 0)}:0.7"]), "sa3-m.lora-")
+    two_lines(run(validate_fp8.main, [*argv, "--lora", f"{adapted('dora-rows', 0)}:0.7"]), "sa3-m.lora-")

@@ -207,8 +207,8 @@ def test_published_graphs_run_any_number_of_rows(published: dict[str, Path], tin
     """fp32 -> FP16-mixed and FP16-mixed -> FP8: three rows in one run are the same rows one by one."""
     half, fp8 = tmp_path / "dit_fp16mixed.onnx", tmp_path / "dit_fp8.onnx"
     made(build_dit_fp16mixed.main, ["--input", published["single"], "--onnx", half])
-    line = ["--input", published["half"], "--calib", tiny_calib, "--onnx", fp8, "--ptq", "direct"]
-    made(build_dit_fp8.main, [*line, "--parity-rows", 4])
+    argv = ["--input", published["half"], "--calib", tiny_calib, "--onnx", fp8, "--ptq", "direct"]
+    made(build_dit_fp8.main, [*argv, "--parity-rows", 4])
     assert {batch_of(path) == {"1"} for path in published.values()} == {True}
     for path, most in ((half, 2e-3), (fp8, 2e-2)):  # in FP8 the last bit of an fp16 sum can move a code
         assert batch_of(path) == {"B"}
@@ -277,9 +277,9 @@ def test_a_graph_that_mixes_rows_is_refused_and_nothing_written(
     source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
     before = listing(tmp_path)
     if which == "single":
-        done = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "out.onnx"])
+        result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "out.onnx"])
     else:
-        done = run(build_dit_fp8.main, ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "out.onnx"])
-    two_lines(done, str(source), "its batch axis cannot be freed", "node /theirs/Slice (Slice)")
-    assert "--no-free-batch" in done.err
+        result = run(build_dit_fp8.main, ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "out.onnx"])
+    two_lines(result, str(source), "its batch axis cannot be freed", "node /theirs/Slice (Slice)")
+    assert "--no-free-batch" in result.err
     assert listing(tmp_path) == before

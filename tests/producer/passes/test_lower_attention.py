@@ -108,28 +108,28 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_lowered_file_runs_in_onnxruntime_and_is_kept(published: Path, tmp_path: Path) -> None:
     path = onnx_of(tmp_path, "same-l-decoder")
-    line = ["--input", published / PUBLISHED, "--onnx", path]
-    done = run(lower_attention.main, line)
-    assert (done.code, done.out) == (0, f"{path}: 2 window attentions lowered\n"), done.err
+    argv = ["--input", published / PUBLISHED, "--onnx", path]
+    result = run(lower_attention.main, argv)
+    assert (result.code, result.out) == (0, f"{path}: 2 window attentions lowered\n"), result.err
     assert manifest.verify_manifest(path, deep=True) is None
     before = listing(tmp_path)
-    again = run(lower_attention.main, line)
+    again = run(lower_attention.main, argv)
     assert (again.code, again.out) == (0, f"{path} is current\n") and listing(tmp_path) == before
     with OnnxRuntimeEngine(path) as engine:
         latents = torch.randn(1, 256, 200, generator=torch.Generator().manual_seed(0)) / 8
         whole, windows = decode(engine, latents), decode(engine, latents, 64)
     assert float((whole - windows).abs().max()) <= 2 / 32767 and float(whole.abs().max()) > 0.01
     two_lines(run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "x.onnx"]), "no plug-in")
-    two_lines(run(lower_attention.main, [*line[:2], "--onnx", line[1]]), "is the graph that is read")
+    two_lines(run(lower_attention.main, [*argv[:2], "--onnx", argv[1]]), "is the graph that is read")
 
 
 def test_the_published_file_is_compiled_as_it_is(published: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
-    line = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--json", "--models-dir", tmp_path]
+    argv = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--json", "--models-dir", tmp_path]
     before = listing(published)
-    done = run(build_from_onnx.main, [*line, "--onnx-root", published])
-    assert done.code == 0, done.err
-    (built,) = json.loads(done.out)
+    result = run(build_from_onnx.main, [*argv, "--onnx-root", published])
+    assert result.code == 0, result.err
+    (built,) = json.loads(result.out)
     assert built["bytes"] > 100_000 and listing(published) == before
     record = manifest.read_manifest(Path(built["path"]))
     assert record is not None and record.gates["attention lowered"] is True
@@ -147,8 +147,8 @@ def test_a_plug_in_that_is_not_known_is_refused_still(tmp_path: Path, change: st
     else:
         swa.attribute[0].i = 3
     onnx.save(proto, path)
-    line = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tmp_path / "root"]
-    two_lines(run(build_from_onnx.main, [*line, "--models-dir", tmp_path / "models"]), words)
+    argv = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tmp_path / "root"]
+    two_lines(run(build_from_onnx.main, [*argv, "--models-dir", tmp_path / "models"]), words)
     assert not (tmp_path / "models").exists()
 
 
@@ -161,17 +161,17 @@ def test_every_flavour_of_decoder_makes_sound(tiny_onnx: Path, tmp_path: Path, o
     shutil.copytree(tiny_onnx, root, ignore=shutil.ignore_patterns("dec_*", "enc_*"))
     assert run(lower_attention.main, ["--input", source, "--onnx", onnx_of(root, "same-l-decoder")]).code == 0
     out = tmp_path / "x.wav"
-    line = ["--prompt", "x", "--onnx-root", root, "--backend", "onnxruntime", "--seconds", 1, "--steps", 1, "--seed", 1]
-    done = run(sa3_trt.main, [*line, "--quiet", "--out", out, "--bits", "32f", "--peak", "normalize"])
-    assert done.code == 0, done.err
+    argv = ["--prompt", "x", "--onnx-root", root, "--backend", "onnxruntime", "--seconds", 1, "--steps", 1, "--seed", 1]
+    result = run(sa3_trt.main, [*argv, "--quiet", "--out", out, "--bits", "32f", "--peak", "normalize"])
+    assert result.code == 0, result.err
     samples, _ = soundfile.read(out)
     assert samples.shape == (44_100, 2) and np.abs(samples).max() == pytest.approx(1.0, abs=1e-4)
-    limited = run(sa3_trt.main, [*line, "--quiet", "--out", out, "--peak", "limit"])
+    limited = run(sa3_trt.main, [*argv, "--quiet", "--out", out, "--peak", "limit"])
     with OnnxRuntimeEngine(onnx_of(root, "same-l-decoder")) as engine:
         assert ("limiter_ceiling" in engine.input_names) == ceiling
         assert limited.code == (2 if is_clipped(engine) else 0)
         assert is_clipped(engine) == (output == "pcm" and not ceiling)
     if output == "audio":
         pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
-        line = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tmp_path / "published"]
-        assert run(build_from_onnx.main, [*line, "--models-dir", tmp_path / "models"]).code == 0
+        argv = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tmp_path / "published"]
+        assert run(build_from_onnx.main, [*argv, "--models-dir", tmp_path / "models"]).code == 0

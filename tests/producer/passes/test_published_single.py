@@ -45,8 +45,8 @@ def half(published: Path) -> Path:
 @pytest.fixture(scope="module", params=["direct", "modelopt"])
 def quantised(request: pytest.FixtureRequest, half: Path, tiny_calib: Path) -> Path:
     path = half.parents[1] / request.param / "dit_fp8.onnx"
-    line = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", request.param, "--parity-rows", 8]
-    made(build_dit_fp8.main, line)
+    argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", request.param, "--parity-rows", 8]
+    made(build_dit_fp8.main, argv)
     return path
 
 

@@ -158,8 +158,8 @@ def test_rows_of_the_parity_are_not_fitted_on_where_there_are_others(tmp_path: P
 
 def test_the_build_is_nearer_than_with_the_nearest_codes(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     out = tmp_path / "dit_fp8.onnx"
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
-    assert run(build_dit_fp8.main, [*line, "--ptq", "direct", "--rounding", "nearest"])[0] == 0
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
+    assert run(build_dit_fp8.main, [*argv, "--ptq", "direct", "--rounding", "nearest"])[0] == 0
     chosen, nearest = (json.loads(report_path(path).read_text()) for path in (tiny_fp8 / FP8, out))
     assert nearest["settings"]["rounding"] == "nearest" and "rounding" not in nearest["stages"]
     assert chosen["stages"]["rounding"]["rows also in the parity"] == chosen["stages"]["rounding"]["rows"] == 8
@@ -212,8 +212,8 @@ def test_flags_that_are_at_odds_answer_in_two_lines(
     tiny_fp8: Path, tiny_calib: Path, tmp_path: Path, flags: list[str], named: str
 ) -> None:
     out = tmp_path / "x" / "dit_fp8.onnx"
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--rounding", "gptq"]
-    code, _, errors = run(build_dit_fp8.main, [*line, *flags])
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--rounding", "gptq"]
+    code, _, errors = run(build_dit_fp8.main, [*argv, *flags])
     assert code == 2 and len(errors.strip().splitlines()) == 2 and named in errors
     assert not out.parent.exists()
 

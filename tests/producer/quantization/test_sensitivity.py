@@ -40,8 +40,8 @@ MADE = ("dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.frontier.png")
 
 
 def command(root: Path, calib: Path, out: Path, *more: object) -> list[str]:
-    line = ["--input", root / HALF, "--calib", calib, "--onnx", out, "--parity-rows", 8, *more]
-    return [str(word) for word in line]
+    argv = ["--input", root / HALF, "--calib", calib, "--onnx", out, "--parity-rows", 8, *more]
+    return [str(word) for word in argv]
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,8 @@ def target(all_in_fp8: dict) -> float:
 def searched(tiny_onnx: Path, tiny_calib: Path, target: float, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A build for the target by our own inserter."""
     out = tmp_path_factory.mktemp("searched") / "dit_fp8.onnx"
-    done = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", target, "--ptq", "direct"))
-    assert done.code == 0, done.err
+    result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", target, "--ptq", "direct"))
+    assert result.code == 0, result.err
     return out
 
 
@@ -169,11 +169,11 @@ def test_a_killed_search_is_not_repeated_and_gives_the_same_bytes(
     searched: Path, tiny_onnx: Path, tiny_calib: Path, target: float, tmp_path: Path
 ) -> None:
     out = tmp_path / "dit_fp8.onnx"
-    line = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), *command(tiny_onnx, tiny_calib, out)]
-    line += ["--target-cosine", str(target), "--ptq", "direct"]
+    argv = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), *command(tiny_onnx, tiny_calib, out)]
+    argv += ["--target-cosine", str(target), "--ptq", "direct"]
     stages = tmp_path / ".dit_fp8.partial" / "stages.json"
-    kill_when(line, lambda: stages.exists() and "sensitivity" in json.loads(stages.read_text())["done"])
-    again = subprocess.run(line, capture_output=True, text=True, check=True)
+    kill_when(argv, lambda: stages.exists() and "sensitivity" in json.loads(stages.read_text())["done"])
+    again = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "sensitivity" not in again.stderr and "parity" in again.stderr
     assert [out.with_name(name).read_bytes() for name in MADE] == [
         searched.with_name(name).read_bytes() for name in MADE
@@ -184,8 +184,8 @@ def test_modelopt_honours_what_is_kept(
     searched: Path, tiny_onnx: Path, tiny_calib: Path, target: float, tmp_path: Path
 ) -> None:
     out = tmp_path / "dit_fp8.onnx"
-    done = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", target))
-    assert done.code == 0 and "ModelOpt" in done.err
+    result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", target))
+    assert result.code == 0 and "ModelOpt" in result.err
     theirs, ours = (json.loads(report_path(path).read_text())["stages"] for path in (out, searched))
     assert theirs["sensitivity"]["kept"] == ours["sensitivity"]["kept"]
     assert theirs["parity"]["parity"] == ours["parity"]["parity"]
@@ -196,10 +196,10 @@ def test_a_target_out_of_reach_is_refused_with_the_frontier(
 ) -> None:
     out = tmp_path / "dit_fp8.onnx"
     line = command(tiny_onnx, tiny_calib, out, "--ptq", "direct", "--target-cosine", target, "--max-fp16-products", 0)
-    done = run(build_dit_fp8.main, line)
-    assert done.code == 3
-    assert "is not reached with 0 products in 16 bits; nothing was written" in done.err
-    table = done.err[done.err.index(pareto.HEADER[0]) :].splitlines()
+    result = run(build_dit_fp8.main, line)
+    assert result.code == 3
+    assert "is not reached with 0 products in 16 bits; nothing was written" in result.err
+    table = result.err[result.err.index(pareto.HEADER[0]) :].splitlines()
     assert [row.split()[0] for row in table[2:]] == ["0"]
     assert not [name for name in listing(tmp_path) if name.startswith("dit_fp8")]
 
@@ -208,8 +208,8 @@ def test_a_target_that_holds_already_keeps_nothing(
     tiny_onnx: Path, tiny_calib: Path, tiny_fp8: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "dit_fp8.onnx"
-    done = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", 0.9, "--ptq", "direct"))
-    assert done.code == 0, done.err
+    result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", 0.9, "--ptq", "direct"))
+    assert result.code == 0, result.err
     assert json.loads(report_path(out).read_text())["stages"]["sensitivity"]["kept"] == []
     assert out.with_name(MADE[1]).stat().st_size == (tiny_fp8 / FP8).with_name(MADE[1]).stat().st_size
 
@@ -233,8 +233,8 @@ def test_the_report_holds_every_setting(all_in_fp8: dict, report: dict, target: 
 def test_the_published_choices_are_made_and_proved(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path) -> None:
     """Every product of tokens, the local embedding too; one scale a weight; amax / 36; a dead input at the floor."""
     out = tmp_path / "dit_fp8.onnx"
-    done = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--recipe", "reference"))
-    assert done.code == 0, done.err
+    result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--recipe", "reference"))
+    assert result.code == 0, result.err
     stages = json.loads(report_path(out).read_text())["stages"]
     assert all(claim["holds"] for claim in stages["scales"]["proof"])
     assert stages["quantize"] | {"seconds": 0} == {

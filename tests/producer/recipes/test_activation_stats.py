@@ -192,9 +192,9 @@ def test_an_outlier_channel_is_seen_beside_the_model_without(
     enlarge(altered, "text out", 200.0, channel=7)
     beside = ["--beside-input", altered / HALF, "--beside-calib", tiny_calib]
     line = arguments(tiny_onnx, tiny_calib, *beside, "--markdown", "--by", "kind", "--rows", 4)
-    done = run(activation_stats.main, line)
-    assert done.code == 0, done.err
-    first, second, _, header, _, *rows = done.out.splitlines()
+    result = run(activation_stats.main, line)
+    assert result.code == 0, result.err
+    first, second, _, header, _, *rows = result.out.splitlines()
     assert first.startswith(f"- A: {tiny_onnx / HALF}, 4 rows") and second.startswith(f"- B: {altered / HALF}, 4 rows")
     assert cells(header) == ["input of", *(f"{figure} {side}" for figure in FIGURES for side in "AB")]
     by_kind = {cells(row)[0]: [float(cell) for cell in cells(row)[1:]] for row in rows}
@@ -218,9 +218,9 @@ def test_a_group_that_one_model_lacks_is_a_dash(tiny_onnx: Path, tiny_calib: Pat
 def test_an_overflow_is_named(altered: Path, tiny_calib: Path) -> None:
     enlarge(altered, "text in", 60000.0, channel=slice(None))
     before = listing(altered)
-    done = run(activation_stats.main, arguments(altered, tiny_calib))
-    assert (done.code, done.out) == (2, "")
-    *progress, error, hint = done.err.splitlines()
+    result = run(activation_stats.main, arguments(altered, tiny_calib))
+    assert (result.code, result.out) == (2, "")
+    *progress, error, hint = result.err.splitlines()
     assert all(line.startswith("activation ") for line in progress), progress
     assert error.startswith(f"error: {altered / HALF}: activation ") and "does not fit fp16 at sigma 1:" in error
     assert hint.startswith("  hint: ")

@@ -116,11 +116,11 @@ def test_the_report_holds_generations_beside_perturbed_ones(report: dict) -> Non
 
 
 def test_generations_are_asked_for_by_number(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--ptq", "direct", "--parity-rows", "1"]
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--ptq", "direct", "--parity-rows", "1"]
     found = []
     for count in (0, 1):
         out = tmp_path / str(count) / "dit_fp8.onnx"
-        code, printed, _ = run(build_dit_fp8.main, [*line, "--onnx", str(out), "--rollouts", str(count)])
+        code, printed, _ = run(build_dit_fp8.main, [*argv, "--onnx", str(out), "--rollouts", str(count)])
         assert code == 0 and ("generation 0 (text): cosine 0.9" in printed) == bool(count)
         found.append(json.loads(report_path(out).read_text())["stages"].get("rollouts"))
     assert found[0] is None and len(found[1]["controls"]) == 1
@@ -128,7 +128,7 @@ def test_generations_are_asked_for_by_number(tiny_fp8: Path, tiny_calib: Path, t
 
 def test_a_gate_that_says_no_leaves_nothing(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     out = tmp_path / "x" / "dit_fp8.onnx"
-    line = [
+    argv = [
         "--input",
         str(tiny_fp8 / HALF),
         "--calib",
@@ -138,7 +138,7 @@ def test_a_gate_that_says_no_leaves_nothing(tiny_fp8: Path, tiny_calib: Path, tm
         "--min-cosine",
         "0.9999999",
     ]
-    code, _, errors = run(build_dit_fp8.main, [*line, "--parity-rows", "4"])
+    code, _, errors = run(build_dit_fp8.main, [*argv, "--parity-rows", "4"])
     assert code == 3
     assert "is under 1" in errors or "is under 0.9999999" in errors
     assert not out.exists() and not manifest.manifest_path(out).exists()
@@ -147,9 +147,9 @@ def test_a_gate_that_says_no_leaves_nothing(tiny_fp8: Path, tiny_calib: Path, tm
 
 def test_a_current_artefact_is_kept_and_a_changed_one_is_not(tiny_fp8: Path, tiny_calib: Path) -> None:
     out = tiny_fp8 / FP8
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
     before = out.stat().st_mtime_ns
-    code, printed, _ = run(build_dit_fp8.main, line)
+    code, printed, _ = run(build_dit_fp8.main, argv)
     assert (code, out.stat().st_mtime_ns) == (0, before)
     assert "is current" in printed
     made = manifest.read_manifest(out)
@@ -159,12 +159,12 @@ def test_a_current_artefact_is_kept_and_a_changed_one_is_not(tiny_fp8: Path, tin
 def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     """kill -9 once ModelOpt is done: the next run does not calibrate with it again."""
     out = tmp_path / "dit_fp8.onnx"
-    line = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), "--input", str(tiny_fp8 / HALF)]
-    line += ["--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
+    argv = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), "--input", str(tiny_fp8 / HALF)]
+    argv += ["--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
     stages = tmp_path / ".dit_fp8.partial" / "stages.json"
-    kill_when(line, lambda: stages.exists() and "quantize" in json.loads(stages.read_text())["done"])
+    kill_when(argv, lambda: stages.exists() and "quantize" in json.loads(stages.read_text())["done"])
     assert not out.exists()
-    again = subprocess.run(line, capture_output=True, text=True, check=True)
+    again = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "ModelOpt max calibration" not in again.stderr and "parity" in again.stderr
     assert not stages.parent.exists()
     for name in (out.name, f"{out.name}.data"):
@@ -174,8 +174,8 @@ def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_ca
 def test_a_folder_with_onnx_in_its_name_is_fine(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     """ModelOpt replaces ".onnx" everywhere in a path, folders included."""
     out = tmp_path / "my.onnx.files" / "dit_fp8.onnx"
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "1"]
-    assert run(build_dit_fp8.main, line)[0] == 0
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "1"]
+    assert run(build_dit_fp8.main, argv)[0] == 0
     assert sorted(path.name for path in out.parent.iterdir()) == [
         "dit_fp8.onnx",
         "dit_fp8.onnx.check.npz",
@@ -252,8 +252,8 @@ DAMAGE: list[tuple[str, Callable[[ir.Model, ir.Node], None], str]] = [
 def nearest(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same build with every weight at its nearest code."""
     out = tmp_path_factory.mktemp("nearest") / "dit_fp8.onnx"
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
-    assert run(build_dit_fp8.main, [*line, "--rounding", "nearest", "--parity-rows", "8"])[0] == 0
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
+    assert run(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", "8"])[0] == 0
     return out
 
 
@@ -273,8 +273,8 @@ def test_the_proof_sees_damage(
 def at_run_time(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory) -> Path:
     """The same build with its weights stored as fp16 and quantised when they are read."""
     out = tmp_path_factory.mktemp("fp16weights") / "dit_fp8.onnx"
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--weights", "fp16"]
-    assert run(build_dit_fp8.main, [*line, "--parity-rows", "8"])[0] == 0
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--weights", "fp16"]
+    assert run(build_dit_fp8.main, [*argv, "--parity-rows", "8"])[0] == 0
     return out
 
 
@@ -308,8 +308,8 @@ def amax_of(result: ir.Model, selection: quantization_selection.Selection) -> np
 def test_our_own_inserter_agrees_with_modelopt(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     """The same places, the same scales, the same bytes of weights, and the same velocity."""
     out = tmp_path / "dit_fp8.onnx"
-    line = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
-    code, _, errors = run(build_dit_fp8.main, [*line, "--parity-rows", "4"])
+    argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
+    code, _, errors = run(build_dit_fp8.main, [*argv, "--parity-rows", "4"])
     assert code == 0 and "ModelOpt" not in errors
     found = []
     for path in (tiny_fp8 / FP8, out):

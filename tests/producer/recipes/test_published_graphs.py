@@ -192,15 +192,15 @@ def test_a_published_half_becomes_fp8_with_every_default(
 ) -> None:
     """Baked, stacked and padded although it was mixed already; what was done is printed and in the report."""
     path = tmp_path / "dit_fp8.onnx"
-    line = ["--input", surgeon, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
-    done = run(build_dit_fp8.main, [*line, "--rounding", "nearest", "--parity-rows", 8])
-    assert done.code == 0, done.err
+    argv = ["--input", surgeon, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
+    result = run(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
+    assert result.code == 0, result.err
     report = json.loads(report_path(path).read_text())["stages"]
     counts = {one["name"]: one for one in report["clean"]["passes"]}
     assert counts["bake-rope"]["baked"] == 4 * DEPTH and counts["stack-attention"]["stacked"] == 2 * DEPTH
     assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == counts["free-batch"]["freed"] == 1
     for name in ("free-batch", "lift-to-fp32", "null-row", "bake-rope", "stack-attention", "pad-k"):
-        assert f"{name}: " in done.out
+        assert f"{name}: " in result.out
     assert len(report["scales"]["proof"]) == 6 and all(claim["holds"] for claim in report["scales"]["proof"])
     assert gates_of(path)["null row"] is True
     module = PublishedDit(tiny_checkpoint)
@@ -239,8 +239,8 @@ def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
     plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
     half = published_half.write_half(PublishedDit(plain), tmp_path / "in" / "dit_fp16.onnx", tmp_path)
     path = tmp_path / "dit_fp8.onnx"
-    line = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
-    made(build_dit_fp8.main, [*line, "--rounding", "nearest", "--parity-rows", 8])
+    argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
+    made(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
     report = json.loads(report_path(path).read_text())["stages"]
     assert report["quantize"]["quantised products"] == 7 * DEPTH + 2 and report["parity"]["worst"] >= 0.998
     assert all(claim["holds"] for claim in report["scales"]["proof"])
@@ -282,14 +282,14 @@ def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_
     proto = onnx.load(singles["published"])
     spoil(proto)
     source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
-    done = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "half.onnx"])
-    two_lines(done, str(source), what)
-    assert cure in done.err
+    result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "half.onnx"])
+    two_lines(result, str(source), what)
+    assert cure in result.err
     assert not (tmp_path / "half.onnx").exists()
 
 
 def test_what_is_mixed_already_is_sent_on(surgeon: Path, tmp_path: Path) -> None:
-    line = ["--input", surgeon, "--onnx", tmp_path / "half.onnx"]
-    done = run(build_dit_fp16mixed.main, line)
-    two_lines(done, str(surgeon), "it is FP16-mixed already")
-    assert "give it to build/build_dit_fp8.py as it is" in done.err
+    argv = ["--input", surgeon, "--onnx", tmp_path / "half.onnx"]
+    result = run(build_dit_fp16mixed.main, argv)
+    two_lines(result, str(surgeon), "it is FP16-mixed already")
+    assert "give it to build/build_dit_fp8.py as it is" in result.err

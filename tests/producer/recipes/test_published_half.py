@@ -51,8 +51,8 @@ def half(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory
 @pytest.fixture(scope="module")
 def quantised(half: Path, tiny_calib: Path) -> Path:
     path = half.parent / "out" / "sa3-m" / "dit_fp8.onnx"
-    line = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--parity-rows", 8]
-    made(build_dit_fp8.main, line)
+    argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--parity-rows", 8]
+    made(build_dit_fp8.main, argv)
     return path
 
 
@@ -163,8 +163,8 @@ def test_parity_is_measured_against_what_was_put_right(half: Path, tiny_calib: P
         rows = {key: stored[key] for key in stored.files}
     rows["seconds_total"] = np.full_like(rows["seconds_total"], 183.25)
     np.savez(tmp_path / "long.npz", **rows)
-    line = ["--input", half, "--calib", tmp_path / "long.npz", "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
-    made(build_dit_fp8.main, [*line, "--parity-rows", 4])
+    argv = ["--input", half, "--calib", tmp_path / "long.npz", "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
+    made(build_dit_fp8.main, [*argv, "--parity-rows", 4])
     parity = json.loads(report_path(tmp_path / "dit_fp8.onnx").read_text())["stages"]["parity"]
     with OnnxRuntimeEngine(half) as first, OnnxRuntimeEngine(tmp_path / "dit_fp8.onnx") as second:
         chosen = [{key: value[:1] for key, value in rows.items()}]
@@ -187,10 +187,10 @@ def test_tensorrt_rtx_compiles_it(quantised: Path, tmp_path: Path) -> None:
     (root / dit_target("medium", "fp8").onnx[0]).parent.mkdir(parents=True)
     for file in graph_io.files_of(quantised):
         shutil.copy(file, (root / dit_target("medium", "fp8").onnx[0]).parent)
-    line = ["sa3-m-fp8", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", root, "--models-dir", tmp_path]
-    done = run(build_from_onnx.main, [*line, "--json"])
-    assert done.code == 0, done.err
-    assert json.loads(done.out)[0]["bytes"] > 100_000
+    argv = ["sa3-m-fp8", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", root, "--models-dir", tmp_path]
+    result = run(build_from_onnx.main, [*argv, "--json"])
+    assert result.code == 0, result.err
+    assert json.loads(result.out)[0]["bytes"] > 100_000
 
 
 def node_named(proto: onnx.ModelProto, *words: str) -> onnx.NodeProto:
@@ -249,8 +249,8 @@ def test_what_is_not_recognised_is_refused_by_name(
     damage(proto)
     source = published_style.write(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
     before = listing(tmp_path)
-    line = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
-    two_lines(run(build_dit_fp8.main, line), str(source), *words)
+    argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
+    two_lines(run(build_dit_fp8.main, argv), str(source), *words)
     assert listing(tmp_path) == before
 
 
@@ -266,8 +266,8 @@ def test_the_fp32_entrance_refuses_it_too(
     damage(proto)
     source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
     before = listing(tmp_path)
-    line = ["--input", source, "--onnx", tmp_path / "dit_fp16mixed.onnx"]
-    two_lines(run(build_dit_fp16mixed.main, line), str(source), *words)
+    argv = ["--input", source, "--onnx", tmp_path / "dit_fp16mixed.onnx"]
+    two_lines(run(build_dit_fp16mixed.main, argv), str(source), *words)
     assert listing(tmp_path) == before
 
 
@@ -276,5 +276,5 @@ def test_a_rounded_rotary_table_is_refused(half: Path, tiny_calib: Path, tmp_pat
     proto = onnx.load(half)
     round_the_rotary_table(proto)
     source = published_style.write(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
-    line = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
-    two_lines(run(build_dit_fp8.main, line), "rotary_pos_emb.inv_freq", "rounded to 16 bits")
+    argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
+    two_lines(run(build_dit_fp8.main, argv), "rotary_pos_emb.inv_freq", "rounded to 16 bits")

@@ -57,9 +57,9 @@ def test_modelopt_is_taken_only_where_its_memory_is(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    line = ["--input", tiny_fp8 / HALF, "--calib", tiny_calib, "--onnx", tmp_path / "new" / "dit_fp8.onnx"]
-    done = run(build_dit_fp8.main, [*line, "--dry-run", "--ptq", "direct", "--work-dir", tmp_path / "work"])
-    assert done.code == 0 and listing(tmp_path) == {}
+    argv = ["--input", tiny_fp8 / HALF, "--calib", tiny_calib, "--onnx", tmp_path / "new" / "dit_fp8.onnx"]
+    result = run(build_dit_fp8.main, [*argv, "--dry-run", "--ptq", "direct", "--work-dir", tmp_path / "work"])
+    assert result.code == 0 and listing(tmp_path) == {}
     for words in (
         "clean",
         "quantized.onnx",
@@ -69,7 +69,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tiny_fp8: Path, tiny_ca
         str(tmp_path / "work"),
         "nothing was",
     ):
-        assert words in done.out, done.out
+        assert words in result.out, result.out
     current = ["--input", tiny_fp8 / HALF, "--calib", tiny_calib, "--onnx", tiny_fp8 / FP8, "--parity-rows", 8]
     assert "nothing would be done" in run(build_dit_fp8.main, [*current, "--dry-run"]).out
 
@@ -97,11 +97,11 @@ def test_intermediates_are_kept_where_they_were_asked_for(tiny_fp8: Path, tiny_c
     work.mkdir()
     (work / "mine.txt").write_text("mine")
     out = tmp_path / "out" / "dit_fp8.onnx"
-    line = ["--input", tiny_fp8 / HALF, "--calib", tiny_calib, "--onnx", out, "--parity-rows", 8, "--ptq", "direct"]
-    done = run(build_dit_fp8.main, [*line, "--work-dir", work, "--keep-intermediates"])
-    assert done.code == 0 and (work / "mine.txt").read_text() == "mine", done.err
+    argv = ["--input", tiny_fp8 / HALF, "--calib", tiny_calib, "--onnx", out, "--parity-rows", 8, "--ptq", "direct"]
+    result = run(build_dit_fp8.main, [*argv, "--work-dir", work, "--keep-intermediates"])
+    assert result.code == 0 and (work / "mine.txt").read_text() == "mine", result.err
     kept = work / ".dit_fp8.partial"
-    assert str(kept) in done.out
+    assert str(kept) in result.out
     assert {"clean.onnx", "quantized.onnx", "amax.npy", "stages.json"} <= {path.name for path in kept.iterdir()}
     sidecar = (tiny_fp8 / HALF).with_name(f"{Path(HALF).name}.data")
     shared = list(kept.glob("shared-*.data"))
@@ -109,7 +109,7 @@ def test_intermediates_are_kept_where_they_were_asked_for(tiny_fp8: Path, tiny_c
     ours = sum(path.stat().st_size for path in kept.iterdir() if path.is_file() and path.stat().st_nlink == 1)
     assert ours < sidecar.stat().st_size / 2
     first = {path.name: path.read_bytes() for path in out.parent.iterdir() if path.suffix in (".onnx", ".data")}
-    again = run(build_dit_fp8.main, [*line, "--work-dir", tmp_path / "other", "--force"])
+    again = run(build_dit_fp8.main, [*argv, "--work-dir", tmp_path / "other", "--force"])
     assert again.code == 0 and not (tmp_path / "other" / ".dit_fp8.partial").exists()
     assert first == {path.name: path.read_bytes() for path in out.parent.iterdir() if path.suffix in (".onnx", ".data")}
 
@@ -134,7 +134,7 @@ def test_a_linked_graph_is_the_graph(tiny_onnx: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library has no malloc_trim")
 def test_a_stage_gives_back_what_it_freed(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", FRAGMENTS, str(tmp_path / "work")]
+    argv = [sys.executable, "-c", FRAGMENTS, str(tmp_path / "work")]
     env = {**os.environ, "PYTHONPATH": str(Path(requirements_check.__file__).parents[2])}
-    done = subprocess.run(line, check=True, capture_output=True, text=True, env=env)
-    assert int(done.stdout) > 150_000_000  # of 200 MB that were freed
+    result = subprocess.run(argv, check=True, capture_output=True, text=True, env=env)
+    assert int(result.stdout) > 150_000_000  # of 200 MB that were freed

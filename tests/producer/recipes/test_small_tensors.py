@@ -23,9 +23,9 @@ def test_fp8_is_made_of_it(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path, th
     whole = onnx.load(private_copy(onnx_of(tiny_onnx, "sa3-m"), tmp_path / "own"))
     onnx.save(whole, source, save_as_external_data=True, location="w.data", size_threshold=threshold)
     shutil.copy(source.with_name("w.data"), tmp_path / "kept")
-    line = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
-    done = run(build_dit_fp8.main, [*line, "--rounding", "nearest", "--parity-rows", 4, "--rollouts", 0])
-    assert done.code == 0, done.err
+    argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
+    result = run(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 4, "--rollouts", 0])
+    assert result.code == 0, result.err
     assert source.with_name("w.data").read_bytes() == (tmp_path / "kept").read_bytes()
     with OnnxRuntimeEngine(tmp_path / "dit_fp8.onnx") as engine:
         assert engine.output_names == ("velocity",)

@@ -50,9 +50,9 @@ def document_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def compared(tiny_fp8: Path, tiny_calib: Path, document_path: Path) -> Done:
     """One prompt through the tiny FP16-mixed DiT, itself again, and the FP8 DiT."""
-    line = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8]
+    argv = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8]
     return run(
-        compare_rollouts.main, [*line, "--calib", tiny_calib, "--prompts", 1, "--rows", 4, "--json", document_path]
+        compare_rollouts.main, [*argv, "--calib", tiny_calib, "--prompts", 1, "--rows", 4, "--json", document_path]
     )
 
 
@@ -74,9 +74,9 @@ def test_the_start_alone_is_soon_replaced_by_noise(
 ) -> None:
     every_step = json.loads(document_path.read_text())["controls"][0]
     out = tmp_path / "start.json"
-    line = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / HALF, "--calib", tiny_calib, "--json", out]
-    done = run(compare_rollouts.main, [*line, "--prompts", 1, "--rows", 1, "--perturb", "start"])
-    assert done.code == 0, done.err
+    argv = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / HALF, "--calib", tiny_calib, "--json", out]
+    result = run(compare_rollouts.main, [*argv, "--prompts", 1, "--rows", 1, "--perturb", "start"])
+    assert result.code == 0, result.err
     start = json.loads(out.read_text())["controls"][0]
     assert start[3] < 1 - 1e-12 and 1 - min(start) < (1 - every_step[3]) / 10
 
@@ -96,13 +96,13 @@ def test_a_set_without_a_start_is_refused(tiny_fp8: Path, tiny_calib: Path, tmp_
     writer = CalibrationWriter(path, 1, 70, {})
     writer.append({key: np.array(value) for key, value in list(CalibrationSet.open(tiny_calib))[1].items()})
     writer.finish()
-    line = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8, "--calib", path]
-    two_lines(run(compare_rollouts.main, line), "late.npz has no row of sigma 1")
+    argv = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8, "--calib", path]
+    two_lines(run(compare_rollouts.main, argv), "late.npz has no row of sigma 1")
 
 
 def test_a_candidate_that_is_no_dit_is_refused(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     other = tmp_path / "text.onnx"
     shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx", other)
     shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx.data", tmp_path / "encoder.onnx.data")
-    line = ["--reference", tiny_fp8 / HALF, "--candidate", other, "--calib", tiny_calib]
-    two_lines(run(compare_rollouts.main, line), "is not a dit graph")
+    argv = ["--reference", tiny_fp8 / HALF, "--candidate", other, "--calib", tiny_calib]
+    two_lines(run(compare_rollouts.main, argv), "is not a dit graph")

@@ -1,4 +1,4 @@
-"""One artefact, one maker: kept when current, made under its lock, its manifest last."""
+"""Building one artefact: kept when current, built under its lock, manifest written last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INPUTS, SETTINGS = {"a": "0" * 64}, {"size": 1}
 
 
 def make(path: Path, text: str, settings: dict[str, int] = SETTINGS, **options: object) -> str | None:
-    """The reason for which `text` was written to `path`, or None when what is there was kept."""
+    """Return the reason for which `text` was written to `path`, or None if the existing file was kept."""
     with build(path, "note", INPUTS, settings, **options) as draft:
         if draft is None:
             return None
@@ -59,7 +59,7 @@ def test_a_maker_that_fails_leaves_the_old_artefact_current_and_no_lock(tmp_path
 
 
 def test_a_retired_artefact_is_made_again(tmp_path: Path) -> None:
-    """As a kill leaves it between the first replaced file and the manifest."""
+    """The state after a kill between the first replaced file and the manifest."""
     path = tmp_path / "note.txt"
     make(path, "one")
     with pytest.raises(KeyboardInterrupt), build(path, "note", INPUTS, SETTINGS, force=True) as draft:

@@ -1,4 +1,4 @@
-"""Check rows as files: what is written is what is read, small, the same everywhere, and a damaged file is refused."""
+"""Check-row files: they read back as written, are small and reproducible, and a damaged one is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIGEST = "0" * 64
 
 
 def some_checks(kind: str = "dit") -> CheckSet:
-    """Rows as a full-size graph of that kind would have them, with random answers: nothing about them compresses."""
+    """Return check rows of a full-size graph of that kind with random outputs, which do not compress."""
     random = np.random.RandomState(0)
     rows = check_rows.planned_rows(kind)
     sizes = [row.batch * shapes.LATENT_CHANNELS * row.frames for row in rows]
@@ -35,12 +35,21 @@ def some_checks(kind: str = "dit") -> CheckSet:
 def test_what_is_written_is_read_and_is_under_two_megabytes(kind: str, tmp_path: Path) -> None:
     checks, path = some_checks(kind), tmp_path / "x.check.npz"
     check_rows.write(path, checks)
-    found = check_rows.read(path)
-    assert (found.kind, found.floor, found.graph, found.response) == (kind, 1e-3, (DIGEST,), checks.response)
-    for one, other in zip(found.rows, checks.rows, strict=True):
-        assert replace(one, sigma=(), seconds=()) == replace(other, sigma=(), seconds=())
-        assert np.allclose(one.sigma, other.sigma, rtol=1e-7) and np.allclose(one.seconds, other.seconds, rtol=1e-7)
-    assert all(np.array_equal(one, other) for one, other in zip(found.expected, checks.expected, strict=True))
+    checks_read = check_rows.read(path)
+    assert (checks_read.kind, checks_read.floor, checks_read.graph, checks_read.response) == (
+        kind,
+        1e-3,
+        (DIGEST,),
+        checks.response,
+    )
+    for row, expected in zip(checks_read.rows, checks.rows, strict=True):
+        assert replace(row, sigma=(), seconds=()) == replace(expected, sigma=(), seconds=())
+        assert np.allclose(row.sigma, expected.sigma, rtol=1e-7) and np.allclose(
+            row.seconds, expected.seconds, rtol=1e-7
+        )
+    assert all(
+        np.array_equal(row, expected) for row, expected in zip(checks_read.expected, checks.expected, strict=True)
+    )
     assert path.stat().st_size < 2_000_000
 
 
@@ -80,8 +89,8 @@ def test_a_probe_is_two_rows_that_are_one_to_16_bits_and_two_to_32() -> None:
 
 
 def members(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as held:
-        return {name: held[name] for name in held}
+    with np.load(path) as archive:
+        return {name: archive[name] for name in archive}
 
 
 def changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
@@ -103,7 +112,7 @@ def without(name: str) -> Callable[[Path], None]:
 
 
 def bomb(path: Path) -> None:
-    """A few kB that unpack to 64 MB."""
+    """Write a few kB that unpack to 64 MB."""
     inner = io.BytesIO()
     np.save(inner, np.zeros(1 << 24, np.float32))
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -132,10 +141,10 @@ def bomb(path: Path) -> None:
         pytest.param(changed("floor", lambda a: a * np.inf), "contradict each other", id="everything allowed"),
     ],
 )
-def test_a_damaged_file_is_refused(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(damage: Callable[[Path], None], words: str, tmp_path: Path) -> None:
     path = tmp_path / "x.check.npz"
     check_rows.write(path, some_checks())
     damage(path)
-    with pytest.raises(ToolError, match=said) as refused:
+    with pytest.raises(ToolError, match=words) as refused:
         check_rows.read(path)
     assert str(path) in refused.value.message and refused.value.exit_code == 2

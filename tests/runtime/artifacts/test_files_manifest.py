@@ -1,4 +1,4 @@
-"""Holds atomic writes, the check of a destination, and manifests that tell whole artefacts from torn ones."""
+"""Atomic writes, the check of a destination, and manifests, which detect incomplete artefacts."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def test_a_killed_run_leaves_the_old_file(tmp_path: Path) -> None:
         "with atomic_path(Path(sys.argv[1])) as temporary:\n"
         "    temporary.write_bytes(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(target)], check=False, env=_environment())
-    assert done.returncode == -signal.SIGKILL
+    result = subprocess.run([sys.executable, "-c", code, str(target)], check=False, env=_environment())
+    assert result.returncode == -signal.SIGKILL
     assert target.read_bytes() == b"old"
 
 
@@ -102,13 +102,13 @@ def artefact_in(folder: Path) -> Path:
 def test_a_manifest_comes_back_as_written(tmp_path: Path) -> None:
     artefact = artefact_in(tmp_path)
     assert manifest.manifest_path(artefact).name == "dit.onnx.manifest.json"
-    found = manifest.read_manifest(artefact)
-    assert found is not None
-    assert found.kind == "dit"
-    assert found.files["dit.onnx.data"] == manifest.FileRecord(hashlib.sha256(b"weights").hexdigest(), 7)
-    assert found.settings["arches"] == ["sm_89", "sm_120"]
-    assert found.gates == {"cosine": 0.99999}
-    assert found.tools["torch"]
+    record = manifest.read_manifest(artefact)
+    assert record is not None
+    assert record.kind == "dit"
+    assert record.files["dit.onnx.data"] == manifest.FileRecord(hashlib.sha256(b"weights").hexdigest(), 7)
+    assert record.settings["arches"] == ["sm_89", "sm_120"]
+    assert record.gates == {"cosine": 0.99999}
+    assert record.tools["torch"]
     assert manifest.verify_manifest(artefact, deep=True) is None
     assert manifest.read_manifest(tmp_path / "absent") is None
 
@@ -175,10 +175,10 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, change) -> None:  # type
 def test_files_of_another_folder_do_not_go_into_a_manifest(tmp_path: Path) -> None:
     artefact = artefact_in(tmp_path)
     (tmp_path / "sub").mkdir()
-    other = tmp_path / "sub" / "x"
-    other.write_bytes(b"")
+    file_elsewhere = tmp_path / "sub" / "x"
+    file_elsewhere.write_bytes(b"")
     with pytest.raises(ValueError, match="is not in the folder"):
-        manifest.write_manifest(artefact, "dit", [artefact, other], {}, {})
+        manifest.write_manifest(artefact, "dit", [artefact, file_elsewhere], {}, {})
 
 
 def _environment() -> dict[str, str]:

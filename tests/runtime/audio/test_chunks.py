@@ -1,4 +1,4 @@
-"""Encoding and decoding in windows: every frame from exactly one, equal to one piece, in no more memory than one."""
+"""Encoding and decoding in windows: each frame from exactly one window, output equal to a single call's."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ REACH = find_dit("medium").reach or 0
 @given(st.integers(1, MAX_FRAMES), st.one_of(st.just(0), st.integers(LEAST_CHUNK, MAX_FRAMES)))
 @settings(deadline=None)
 def test_every_frame_comes_from_exactly_one_window(frames: int, size: int) -> None:
-    found = chunks(frames, size)
-    assert [frame for part in found for frame in range(part.first, part.last)] == list(range(frames))
-    for part in found:
-        assert part.stop - part.start == (min(size, frames) if size else frames)
-        assert 0 <= part.start <= part.first < part.last <= part.stop <= frames
-        assert part.start == 0 or part.first - part.start >= CONTEXT
-        assert part.stop == frames or part.stop - part.last >= CONTEXT
+    windows = chunks(frames, size)
+    assert [frame for window in windows for frame in range(window.first, window.last)] == list(range(frames))
+    for window in windows:
+        assert window.stop - window.start == (min(size, frames) if size else frames)
+        assert 0 <= window.start <= window.first < window.last <= window.stop <= frames
+        assert window.start == 0 or window.first - window.start >= CONTEXT
+        assert window.stop == frames or window.stop - window.last >= CONTEXT
 
 
 class Blurring:
-    """An autoencoder that sums what lies up to `REACH` frames away, in whole numbers; keeps the lengths given."""
+    """An autoencoder that sums integers up to `REACH` frames away and records the lengths of its inputs."""
 
     input_names, output_names = ("latent",), ("audio",)
 
@@ -94,17 +94,19 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generations_in_windows_are_those_in_one_piece(tiny_onnx: Path, sound: Path) -> None:
-    """Long sounds take windows by themselves, an encoder's too; --chunk-frames 0 is one piece."""
+    """Long sounds use windows by default, for the encoder too; --chunk-frames 0 turns windows off."""
     request = Request("piano", 43.0, steps=1, seed=1, init_audio=sound, init_noise_level=0.5)
     assert request.frames > LONGEST_SHOT >= replace(request, seconds=41.0).frames
-    found = {}
+    result_by_size = {}
     for size in (None, 0):
         with Generator.load(
             precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx, chunk_frames=size
         ) as generator:
-            found[size] = generator.generate(request)
-    assert found[None].audio.shape == (43 * 44_100, 2)
-    assert float((found[None].latents - found[0].latents).abs().max()) <= 1e-4
-    assert float((found[None].audio - found[0].audio).norm() / found[0].audio.norm()) <= 1e-3
-    assert not torch.equal(found[None].latents, found[0].latents)  # windows of the encoder round otherwise
-    assert not torch.equal(found[None].audio, found[0].audio)
+            result_by_size[size] = generator.generate(request)
+    assert result_by_size[None].audio.shape == (43 * 44_100, 2)
+    assert float((result_by_size[None].latents - result_by_size[0].latents).abs().max()) <= 1e-4
+    assert float((result_by_size[None].audio - result_by_size[0].audio).norm() / result_by_size[0].audio.norm()) <= 1e-3
+    assert not torch.equal(
+        result_by_size[None].latents, result_by_size[0].latents
+    )  # windows of the encoder round otherwise
+    assert not torch.equal(result_by_size[None].audio, result_by_size[0].audio)

@@ -1,4 +1,4 @@
-"""The lossy formats: what is written is the sound, at any length, with its metadata."""
+"""The lossy formats: sound of any length is written with its metadata."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_a_lossy_file_holds_the_sound_and_says_how_it_was_made(
     info = soundfile.info(tmp_path / name)
     assert (info.subtype, info.samplerate, info.channels) == (codec, rate, 2)
     assert info.frames == pytest.approx(seconds * rate, abs=0.05 * rate)
-    found, _ = soundfile.read(tmp_path / name)
+    decoded, _ = soundfile.read(tmp_path / name)
     for channel, hertz in enumerate((440, 660)):
-        spectrum = np.abs(np.fft.rfft(found[rate : 2 * rate, channel]))
-        assert int(spectrum.argmax()) == hertz and found[:, channel].std() == pytest.approx(0.4 / 2**0.5, rel=0.05)
+        spectrum = np.abs(np.fft.rfft(decoded[rate : 2 * rate, channel]))
+        assert int(spectrum.argmax()) == hertz and decoded[:, channel].std() == pytest.approx(0.4 / 2**0.5, rel=0.05)
     assert audio_io.read_metadata(tmp_path / name) == ABOUT
 
 

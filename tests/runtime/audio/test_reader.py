@@ -1,4 +1,4 @@
-"""Sounds that headers describe badly, that codecs cannot seek in, and that are not what they seem."""
+"""Sound files with wrong headers, in codecs that cannot seek, and with values outside full scale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TONE = (0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)).astype(np.float3
 
 
 def quietly(path: Path, start: float = 0.0, samples: int = RATE) -> np.ndarray:
-    """What is read, and nothing is warned of."""
+    """Read audio (2, samples) and fail on any warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", ToolWarning)
         reader.check_input(path, start)
@@ -26,7 +26,7 @@ def quietly(path: Path, start: float = 0.0, samples: int = RATE) -> np.ndarray:
 
 
 def without_length(path: Path) -> Path:
-    """A FLAC as an encoder leaves it that writes into a pipe: its header says 0 samples, which means unknown."""
+    """Write a FLAC as an encoder does that writes into a pipe: its header says 0 samples, which means unknown."""
     data = bytearray(path.read_bytes())
     data[8 + 13] &= 0xF0
     data[8 + 14 : 8 + 18] = bytes(4)
@@ -80,8 +80,8 @@ def test_a_sound_that_is_cut_short_says_so(tmp_path: Path, name: str) -> None:
         return
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.warns(ToolWarning, match=r"cut short: its header says 4\.\d\d s, and [12]\.\d\d s"):
-        found = reader.read_audio(path, 0.0, 4 * RATE).numpy()
-    assert found[:, RATE].any() and not found[:, 3 * RATE :].any()
+        audio = reader.read_audio(path, 0.0, 4 * RATE).numpy()
+    assert audio[:, RATE].any() and not audio[:, 3 * RATE :].any()
     with pytest.raises(ToolError, match="although its header says"):
         reader.check_input(path, 3.5)
 
@@ -92,8 +92,8 @@ def test_integers_in_a_float_file_are_scaled_with_a_warning(tmp_path: Path, subt
     quiet_then_loud = np.concatenate([TONE * 1e-4, TONE])
     soundfile.write(path, quiet_then_loud * scale, RATE, subtype=subtype)
     with pytest.warns(ToolWarning, match="times full scale"):
-        found = reader.read_audio(path, 0.0, RATE).numpy()  # the quiet half: the loud one decides
-    assert np.abs(found[0] - TONE * 1e-4).max() < 1e-6
+        audio = reader.read_audio(path, 0.0, RATE).numpy()  # the quiet half: the loud one decides
+    assert np.abs(audio[0] - TONE * 1e-4).max() < 1e-6
 
 
 def test_what_is_a_little_over_full_scale_is_kept_and_what_is_no_sound_is_refused(tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ def test_what_is_a_little_over_full_scale_is_kept_and_what_is_no_sound_is_refuse
 @pytest.mark.parametrize("rate", [8000, RATE, 192_000])
 def test_sounds_of_a_few_samples(tmp_path: Path, length: int, rate: int) -> None:
     soundfile.write(tmp_path / "a.wav", np.full(length, 0.5), rate)
-    found = quietly(tmp_path / "a.wav", 0.0, 4096)
-    assert found.shape == (2, 4096) and np.isfinite(found).all() and not found[:, 100:].any()
+    audio = quietly(tmp_path / "a.wav", 0.0, 4096)
+    assert audio.shape == (2, 4096) and np.isfinite(audio).all() and not audio[:, 100:].any()
 
 
 def test_what_is_no_sound_file_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A sound says how it was made, and is made again from that alone."""
+"""--again regenerates a sound from the settings that its file stores."""
 
 from __future__ import annotations
 
@@ -28,55 +28,55 @@ MODES = {
 
 
 @pytest.fixture
-def place(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """A working folder with a sound, and the flags that are not of a sound but of the machine."""
+def machine_flags(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Change to a folder with a sound; return the flags that depend on the machine, not on the sound."""
     soundfile.write(tmp_path / "tone.wav", 0.4 * np.sin(np.arange(44_100) / 20), 44_100)
     monkeypatch.chdir(tmp_path)
     return ["--onnx-root", tiny_onnx, "--backend", "onnxruntime"]
 
 
-def made(place: list[object], *words: object) -> Done:
-    done = run(sa3_trt.main, [*words, *place, "--quiet"])
-    assert done.code == 0, done.err
-    return done
+def made(machine_flags: list[object], *words: object) -> Done:
+    result = run(sa3_trt.main, [*words, *machine_flags, "--quiet"])
+    assert result.code == 0, result.err
+    return result
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_the_same_sound_comes_of_its_metadata_alone(place: list[object], name: str) -> None:
+def test_the_same_sound_comes_of_its_metadata_alone(machine_flags: list[object], name: str) -> None:
     first = ["--prompt", "warm pads", "--seconds", 0.7, "--seed", 3, "--precision", "fp32", "--out", name]
-    made(place, *first, *([] if "--steps" in MODES[name] else ["--steps", 2]), *MODES[name])
+    made(machine_flags, *first, *([] if "--steps" in MODES[name] else ["--steps", 2]), *MODES[name])
     Path("elsewhere").mkdir()
-    made(place, "--again", name, "--out-dir", "elsewhere")
+    made(machine_flags, "--again", name, "--out-dir", "elsewhere")
     (again,) = Path("elsewhere").iterdir()
     assert again.suffix == Path(name).suffix
     assert np.array_equal(soundfile.read(again)[0], soundfile.read(name)[0])
     assert audio_io.read_metadata(again) == audio_io.read_metadata(Path(name))
 
 
-def test_flags_that_are_given_have_the_last_word(place: list[object]) -> None:
-    made(place, "--prompt", "warm pads", "--seconds", 0.7, "--seed", 3, "--steps", 2, "--out", "a.flac",
+def test_flags_that_are_given_have_the_last_word(machine_flags: list[object]) -> None:
+    made(machine_flags, "--prompt", "warm pads", "--seconds", 0.7, "--seed", 3, "--steps", 2, "--out", "a.flac",
          "--init-audio", "tone.wav", "--inpaint-range", "0.1,0.3", "--precision", "fp32")  # fmt: skip
-    line = ["--again", "a.flac", "--dry-run", "--json", *place]
-    (row,) = json.loads(run(sa3_trt.main, line).out)["rows"]
+    argv = ["--again", "a.flac", "--dry-run", "--json", *machine_flags]
+    (row,) = json.loads(run(sa3_trt.main, argv).out)["rows"]
     assert (row["prompt"], row["seed"], row["seconds"], row["steps"]) == ("warm pads", 3, 0.7, 2)
-    (row,) = json.loads(run(sa3_trt.main, [*line, "--seed", "4", "--prompt", "bells", "--steps", "5"]).out)["rows"]
+    (row,) = json.loads(run(sa3_trt.main, [*argv, "--seed", "4", "--prompt", "bells", "--steps", "5"]).out)["rows"]
     assert (row["prompt"], row["seed"], row["seconds"], row["steps"]) == ("bells", 4, 0.7, 5)
-    rows = json.loads(run(sa3_trt.main, [*line, "--count", "3"]).out)["rows"]
+    rows = json.loads(run(sa3_trt.main, [*argv, "--count", "3"]).out)["rows"]
     assert [row["seed"] for row in rows] == [3, 4, 5]
 
 
-def test_another_format_leaves_away_the_resolution_that_it_has_not(place: list[object]) -> None:
-    made(place, "--prompt", "a", "--seconds", 0.3, "--seed", 3, "--steps", 1, "--bits", "32f", "--out", "a.wav")
+def test_another_format_leaves_away_the_resolution_that_it_has_not(machine_flags: list[object]) -> None:
+    made(machine_flags, "--prompt", "a", "--seconds", 0.3, "--seed", 3, "--steps", 1, "--bits", "32f", "--out", "a.wav")
     for name in ("b.flac", "b.mp3", "b.wav"):
-        made(place, "--again", "a.wav", "--out", name)
+        made(machine_flags, "--again", "a.wav", "--out", name)
     subtypes = [soundfile.info(name).subtype for name in ("b.flac", "b.mp3", "b.wav")]
     assert subtypes == ["PCM_16", "MPEG_LAYER_III", "FLOAT"]
 
 
-def test_the_original_is_not_overwritten(place: list[object]) -> None:
-    made(place, "--prompt", "a", "--seconds", 0.3, "--seed", 3, "--steps", 1, "--precision", "fp32")
+def test_the_original_is_not_overwritten(machine_flags: list[object]) -> None:
+    made(machine_flags, "--prompt", "a", "--seconds", 0.3, "--seed", 3, "--steps", 1, "--precision", "fp32")
     before = Path("output/a_3.wav").read_bytes()
-    made(place, "--again", "output/a_3.wav", "--steps", 2)
+    made(machine_flags, "--again", "output/a_3.wav", "--steps", 2)
     assert Path("output/a_3.wav").read_bytes() == before and Path("output/a_3_again.wav").is_file()
 
 
@@ -90,13 +90,13 @@ def test_the_original_is_not_overwritten(place: list[object]) -> None:
     ({"prompt": "x", "dit": "--out=stolen.wav"}, "invalid choice"),
     ({"prompt": "x" * 3000}, "were cut"),
 ])  # fmt: skip
-def test_a_file_that_cannot_be_made_again_says_why(place: list[object], about: dict | None, words: str) -> None:
+def test_a_file_that_cannot_be_made_again_says_why(machine_flags: list[object], about: dict | None, words: str) -> None:
     if about is None:
         soundfile.write("a.wav", np.zeros(10), 44_100)
     else:
         audio_io.write_audio(Path("a.wav"), torch.zeros(10, 2), "16", about)
-    two_lines(run(sa3_trt.main, ["--again", "a.wav", *place]), words)
-    two_lines(run(sa3_trt.main, ["--again", "absent.wav", *place]), "absent.wav")
+    two_lines(run(sa3_trt.main, ["--again", "a.wav", *machine_flags]), words)
+    two_lines(run(sa3_trt.main, ["--again", "absent.wav", *machine_flags]), "absent.wav")
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

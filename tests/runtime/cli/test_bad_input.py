@@ -1,4 +1,4 @@
-"""Holds every command to its promise on bad input: exit 2, two lines that name the thing, and nothing written."""
+"""Bad input to every command: exit 2, two lines that name the cause, and nothing written."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SOUND = "sa3_trt --prompt x --quiet --backend onnxruntime"
 
 
 @pytest.fixture
-def place(
+def paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tiny_onnx: Path, tiny_calib: Path
 ) -> dict[str, Path]:
-    """Names for the command lines below; the working directory is empty but for `empty/` and the file `a_file`."""
+    """Return the paths named in the command lines below; the working directory holds only `empty/` and `a_file`."""
     for name in ("SA3_ONNX_DIR", "SA3_MODELS_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -35,18 +35,18 @@ def place(
     return {"ck": tiny_checkpoint, "root": tiny_onnx, "calib": tiny_calib}
 
 
-def refused(line: str, place: dict[str, Path], *words: str) -> str:
-    """Run a command line; hold it to two lines naming `words` and to leaving the working directory alone."""
-    command, *arguments = line.format(**place).split()
+def refused(line: str, paths: dict[str, Path], *words: str) -> str:
+    """Run a command line; assert two lines that name `words` and an unchanged working directory."""
+    command, *arguments = line.format(**paths).split()
     before = kept(Path.cwd())
-    done = run(importlib.import_module(command).main, arguments)
-    two_lines(done, *words)
+    result = run(importlib.import_module(command).main, arguments)
+    two_lines(result, *words)
     assert kept(Path.cwd()) == before
-    return done.err
+    return result.err
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """A folder's files but for what whole engines answered to their check rows, which stays whatever comes next."""
+    """Return a folder's listing without the records of passed check rows, which a later failure does not remove."""
     return {name: digest for name, digest in listing(folder).items() if not name.endswith(".checked.json")}
 
 
@@ -76,8 +76,8 @@ def kept(folder: Path) -> dict[str, str]:
         (f"{SOUND} --onnx-root {{root}} --precision fp8 --out out/x.wav", FP8),
     ],
 )
-def test_a_missing_file_is_named(place: dict[str, Path], line: str, named: str) -> None:
-    refused(line, place, named)
+def test_a_missing_file_is_named(paths: dict[str, Path], line: str, named: str) -> None:
+    refused(line, paths, named)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1e9", "nan", "inf", "abc"])
@@ -89,8 +89,8 @@ def test_a_missing_file_is_named(place: dict[str, Path], line: str, named: str) 
         ("demo --out out --seconds", "--seconds"),
     ],
 )
-def test_an_impossible_length_is_named(place: dict[str, Path], line: str, flag: str, value: str) -> None:
-    refused(f"{line} {value}", place, flag, value)
+def test_an_impossible_length_is_named(paths: dict[str, Path], line: str, flag: str, value: str) -> None:
+    refused(f"{line} {value}", paths, flag, value)
 
 
 UNWRITABLE_FILES = [
@@ -104,10 +104,10 @@ UNWRITABLE_FILES = [
 
 @pytest.mark.parametrize(("line", "suffix"), UNWRITABLE_FILES)
 @pytest.mark.parametrize("out", ["folder", "pipe", "a_file/x", "/proc/x"])
-def test_an_unwritable_file_is_named(place: dict[str, Path], line: str, suffix: str, out: str) -> None:
+def test_an_unwritable_file_is_named(paths: dict[str, Path], line: str, suffix: str, out: str) -> None:
     Path(f"folder{suffix}").mkdir()
     os.mkfifo(f"pipe{suffix}")
-    refused(f"{line} {out}{suffix}", place, f"{out}{suffix}")
+    refused(f"{line} {out}{suffix}", paths, f"{out}{suffix}")
 
 
 @pytest.mark.parametrize(
@@ -120,37 +120,37 @@ def test_an_unwritable_file_is_named(place: dict[str, Path], line: str, suffix: 
     ],
 )
 @pytest.mark.parametrize("out", ["a_file", "a_file/x", "/proc/x"])
-def test_an_unwritable_folder_is_named(place: dict[str, Path], line: str, out: str) -> None:
-    refused(f"{line} {out}", place, out)
+def test_an_unwritable_folder_is_named(paths: dict[str, Path], line: str, out: str) -> None:
+    refused(f"{line} {out}", paths, out)
 
 
-def test_a_folder_of_somebody_else_is_not_replaced(place: dict[str, Path]) -> None:
+def test_a_folder_of_somebody_else_is_not_replaced(paths: dict[str, Path]) -> None:
     Path("mine").mkdir()
     Path("mine/.notes").write_text("keep")
-    refused("make_demo_checkpoint --random --width 128 --depth 1 --out mine", place, "mine")
+    refused("make_demo_checkpoint --random --width 128 --depth 1 --out mine", paths, "mine")
 
 
 @pytest.mark.parametrize("name", ["sa3-m-fp9", "", "ALL", "../sa3-m"])
-def test_an_unknown_target_lists_the_good_ones(place: dict[str, Path], name: str) -> None:
+def test_an_unknown_target_lists_the_good_ones(paths: dict[str, Path], name: str) -> None:
     before = listing(Path.cwd())
     build_from_onnx = importlib.import_module("build_from_onnx")
-    done = run(build_from_onnx.main, [name, *RTX.split(), "--arch", "sm_89", "--models-dir", "out"])
-    two_lines(done, repr(name))
-    assert all(target.name in done.err for target in TARGETS)
+    result = run(build_from_onnx.main, [name, *RTX.split(), "--arch", "sm_89", "--models-dir", "out"])
+    two_lines(result, repr(name))
+    assert all(target.name in result.err for target in TARGETS)
     assert listing(Path.cwd()) == before
 
 
-def test_an_unknown_dit_lists_the_good_ones(place: dict[str, Path]) -> None:
-    told = refused(f"{SOUND} --dit large --onnx-root {{root}} --out out/x.wav", place, "large")
-    assert all(dit in told for dit in DITS)
+def test_an_unknown_dit_lists_the_good_ones(paths: dict[str, Path]) -> None:
+    message = refused(f"{SOUND} --dit large --onnx-root {{root}} --out out/x.wav", paths, "large")
+    assert all(dit in message for dit in DITS)
 
 
-def test_an_fp8_engine_for_an_old_gpu_is_refused_before_its_graph_is_looked_for(place: dict[str, Path]) -> None:
+def test_an_fp8_engine_for_an_old_gpu_is_refused_before_its_graph_is_looked_for(paths: dict[str, Path]) -> None:
     line = f"build_from_onnx sa3-m-fp8 {RTX} --models-dir out --onnx-root empty --arch"
-    told = refused(f"{line} sm_80", place, "sa3-m-fp8", "sm_80", "FP8")
-    assert "sa3-m\n" in told  # the engine to build instead
-    refused(f"{line} sm_89,sm_80", place, "sm_80")
-    refused(f"{line} sm_89", place, FP8)  # only a good architecture gets as far as the graph
+    message = refused(f"{line} sm_80", paths, "sa3-m-fp8", "sm_80", "FP8")
+    assert "sa3-m\n" in message  # the engine to build instead
+    refused(f"{line} sm_89,sm_80", paths, "sm_80")
+    refused(f"{line} sm_89", paths, FP8)  # only a good architecture gets as far as the graph
 
 
 @pytest.mark.parametrize(
@@ -162,18 +162,18 @@ def test_an_fp8_engine_for_an_old_gpu_is_refused_before_its_graph_is_looked_for(
         "build --list --models-dir out",
     ],
 )
-def test_an_unknown_architecture_lists_the_good_ones(place: dict[str, Path], line: str) -> None:
-    told = refused(f"{line} --arch sm_89,nonsense", place, "'nonsense'")
-    assert "sm_89" in told and "sm_120" in told
+def test_an_unknown_architecture_lists_the_good_ones(paths: dict[str, Path], line: str) -> None:
+    message = refused(f"{line} --arch sm_89,nonsense", paths, "'nonsense'")
+    assert "sm_89" in message and "sm_120" in message
 
 
 def test_fp8_for_a_dit_that_has_none_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    """Without site-packages nothing can be loaded: no torch, no ONNX Runtime, no hub client."""
+    """Run without site-packages: torch, ONNX Runtime and the hub client cannot be imported."""
     script = [sys.executable, "-S", str(ROOT / "scripts" / "sa3_trt.py"), "--prompt", "x", "--out", "x.wav"]
-    done = subprocess.run([*script, "--precision", "fp8", "--dit", "sm-music"], check=False, **piped(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[0] == "error: the DiT sm-music has no fp8 engine (it has fp16mixed, fp32)"
-    assert len(done.stderr.splitlines()) == 2
+    result = subprocess.run([*script, "--precision", "fp8", "--dit", "sm-music"], check=False, **piped(tmp_path))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[0] == "error: the DiT sm-music has no fp8 engine (it has fp16mixed, fp32)"
+    assert len(result.stderr.splitlines()) == 2
     assert listing(tmp_path) == {}
 
 
@@ -185,13 +185,13 @@ def test_fp8_for_a_dit_that_has_none_is_refused_before_anything_is_loaded(tmp_pa
     ],
 )
 def test_a_file_that_the_hub_cannot_give_is_named(tmp_path: Path, line: list[str]) -> None:
-    """In a process of its own: the hub's client reads its switches when it is imported."""
+    """Run in a subprocess: the hub's client reads its variables when it is imported."""
     cache, here = tmp_path / "cache", tmp_path / "here"
     here.mkdir()
     command = [sys.executable, str(ROOT / line[0]), *line[1:]]
-    done = subprocess.run(command, check=False, **piped(here, HF_HUB_OFFLINE="1", HF_HOME=str(cache)))
-    assert (done.returncode, done.stdout) == (2, "")
-    first, second = done.stderr.splitlines()
+    result = subprocess.run(command, check=False, **piped(here, HF_HUB_OFFLINE="1", HF_HOME=str(cache)))
+    assert (result.returncode, result.stdout) == (2, "")
+    first, second = result.stderr.splitlines()
     assert first.startswith("error: ") and FP8 in first and "HF_HUB_OFFLINE" in first
     assert second.startswith("  hint: ") and "--onnx-root" in second
     assert listing(here) == {}
@@ -205,21 +205,21 @@ def test_a_file_that_the_hub_cannot_give_is_named(tmp_path: Path, line: list[str
         "build_dit_fp8 --input {root}/{graph} --calib {calib} --onnx out/fp8.onnx",
     ],
 )
-def test_a_graph_that_is_no_dit_is_named(place: dict[str, Path], line: str, graph: str) -> None:
-    refused(line, {**place, "graph": Path(graph)}, graph, "is not a dit graph")
+def test_a_graph_that_is_no_dit_is_named(paths: dict[str, Path], line: str, graph: str) -> None:
+    refused(line, {**paths, "graph": Path(graph)}, graph, "is not a dit graph")
 
 
 @pytest.mark.parametrize("name", [DIT, FP8])
-def test_a_dit_of_another_precision_is_not_quantised(place: dict[str, Path], tiny_fp8: Path, name: str) -> None:
-    """An fp32 DiT would give FP8 products in an fp32 trunk; one in FP8 already has nothing left to quantise."""
-    place["other"] = tiny_fp8 / name
-    refused("build_dit_fp8 --input {other} --calib {calib} --onnx out/new.onnx --parity-rows 1", place, name)
+def test_a_dit_of_another_precision_is_not_quantised(paths: dict[str, Path], tiny_fp8: Path, name: str) -> None:
+    """An fp32 DiT would give FP8 products among fp32 layers; an FP8 one has no product left to quantise."""
+    paths["other"] = tiny_fp8 / name
+    refused("build_dit_fp8 --input {other} --calib {calib} --onnx out/new.onnx --parity-rows 1", paths, name)
 
 
 @pytest.mark.parametrize("name", [HALF, FP8])
-def test_a_dit_of_another_precision_is_not_converted(place: dict[str, Path], tiny_fp8: Path, name: str) -> None:
-    place["other"] = tiny_fp8 / name
-    refused("build_dit_fp16mixed --input {other} --onnx out/new.onnx", place, name)
+def test_a_dit_of_another_precision_is_not_converted(paths: dict[str, Path], tiny_fp8: Path, name: str) -> None:
+    paths["other"] = tiny_fp8 / name
+    refused("build_dit_fp16mixed --input {other} --onnx out/new.onnx", paths, name)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "nothing", "half", "no sidecar", "half a sidecar"])
@@ -232,7 +232,7 @@ def test_a_dit_of_another_precision_is_not_converted(place: dict[str, Path], tin
         f"{SOUND} --onnx-root copy --seconds 0.5 --steps 1 --out out/x.wav",
     ],
 )
-def test_a_damaged_graph_is_named(place: dict[str, Path], tiny_onnx: Path, line: str, damage: str) -> None:
+def test_a_damaged_graph_is_named(paths: dict[str, Path], tiny_onnx: Path, line: str, damage: str) -> None:
     shutil.copytree(tiny_onnx, "copy")
     name = DIT if DIT in line.split()[2] else HALF
     graph = Path("copy") / name
@@ -244,7 +244,7 @@ def test_a_damaged_graph_is_named(place: dict[str, Path], tiny_onnx: Path, line:
         sidecar.unlink()
     else:
         os.truncate(sidecar, sidecar.stat().st_size // 2)
-    refused(line, place, graph.name)
+    refused(line, paths, graph.name)
 
 
 @pytest.mark.parametrize(
@@ -254,28 +254,28 @@ def test_a_damaged_graph_is_named(place: dict[str, Path], tiny_onnx: Path, line:
         f"{SOUND} --onnx-root copy --seconds 0.5 --steps 1 --out out/x.wav",
     ],
 )
-def test_another_graph_under_the_dits_name_is_named(place: dict[str, Path], tiny_onnx: Path, line: str) -> None:
+def test_another_graph_under_the_dits_name_is_named(paths: dict[str, Path], tiny_onnx: Path, line: str) -> None:
     shutil.copytree(tiny_onnx, "copy")
     for suffix in ("", ".data"):
         shutil.copyfile(f"copy/{TEXT}{suffix}", f"copy/{HALF}{suffix}")
     shutil.copyfile(f"copy/{TEXT}.data", f"copy/{Path(HALF).parent}/{Path(TEXT).name}.data")
     for beside in (".manifest.json", ".check.npz"):  # with them the file is known to be another: exit 3
         Path(f"copy/{HALF}{beside}").unlink()
-    refused(line, place, HALF)
+    refused(line, paths, HALF)
 
 
-def test_an_empty_prompt_is_allowed(place: dict[str, Path]) -> None:
+def test_an_empty_prompt_is_allowed(paths: dict[str, Path]) -> None:
     import sa3_trt
 
-    line = ["--prompt", "", "--onnx-root", place["root"], "--backend", "onnxruntime", "--seconds", 0.5, "--steps", 1]
-    done = run(sa3_trt.main, [*line, "--seed", 1, "--out", "sound/x.wav"])
-    assert done.code == 0, done.err
+    argv = ["--prompt", "", "--onnx-root", paths["root"], "--backend", "onnxruntime", "--seconds", 0.5, "--steps", 1]
+    result = run(sa3_trt.main, [*argv, "--seed", 1, "--out", "sound/x.wav"])
+    assert result.code == 0, result.err
     info = soundfile.info("sound/x.wav")
     assert (info.frames, info.samplerate, info.channels, info.subtype) == (22_050, 44_100, 2, "PCM_16")
     assert os.listdir("sound") == ["x.wav"]
 
 
 def piped(folder: Path, **variables: str) -> dict[str, object]:
-    """How a command runs in a process of its own: in `folder`, without this machine's settings."""
+    """Return subprocess options that run a command in `folder` without this machine's settings."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SA3_", "HF_"))}
     return {"cwd": folder, "env": {**env, **variables}, "capture_output": True, "text": True}

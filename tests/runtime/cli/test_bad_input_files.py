@@ -1,4 +1,4 @@
-"""Holds the producing commands to naming what is wrong inside a checkpoint or a calibration set, writing nothing."""
+"""Faults inside a checkpoint or a calibration set: the producing commands name them and write nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ DECODER_FAULTS = [
 
 @pytest.fixture
 def spoilt(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint of this test's own; the commands write beside it."""
+    """Return a copy of the checkpoint for this test to damage; the commands write beside it."""
     return damage.copy_checkpoint(tiny_checkpoint, tmp_path / "checkpoint")
 
 
@@ -57,26 +57,26 @@ def spoil(file: Path, edit: str, key: str) -> None:
 
 
 def calibrate_refuses(folder: Path, *words: str) -> None:
-    """make_calib on a spoilt checkpoint; a good one would be captured in seconds."""
+    """Assert that make_calib refuses a damaged checkpoint; a valid one would be captured in seconds."""
     import make_calib
 
     config, weights = folder / "model_config.json", folder / "model.safetensors"
-    line = ["--model-config", config, "--checkpoint", weights, "--out", folder.parent / "out" / "c.calib.npz"]
-    unchanged(make_calib.main, [*line, "--prompts", 1, "--duration", 0.5, "--steps", 1], folder.parent, *words)
+    argv = ["--model-config", config, "--checkpoint", weights, "--out", folder.parent / "out" / "c.calib.npz"]
+    unchanged(make_calib.main, [*argv, "--prompts", 1, "--duration", 0.5, "--steps", 1], folder.parent, *words)
 
 
 def export_refuses(folder: Path, *words: str, only: str | None = None) -> None:
-    """export_onnx on a spoilt checkpoint, of one part or of all."""
+    """Assert that export_onnx refuses a damaged checkpoint, for one part or all."""
     import export_onnx
 
-    line = ["--model-dir", folder, "--onnx-root", folder.parent / "out", *(["--only", only] if only else [])]
-    unchanged(export_onnx.main, line, folder.parent, *words)
+    argv = ["--model-dir", folder, "--onnx-root", folder.parent / "out", *(["--only", only] if only else [])]
+    unchanged(export_onnx.main, argv, folder.parent, *words)
 
 
 def unchanged(main: Callable[[list[str]], int], line: list[object], folder: Path, *words: str) -> None:
     before = listing(folder)
-    done = run(main, line)
-    two_lines(done, *words)
+    result = run(main, line)
+    two_lines(result, *words)
     assert listing(folder) == before
 
 
@@ -176,7 +176,7 @@ def test_a_wrong_value_is_named_by_its_path(spoilt: Path, path: str, value: obje
 
 
 def changed(key: str, index: tuple[int, ...], value: float) -> Callable[[Path, damage.Arrays], None]:
-    """One number of one member set to `value`."""
+    """Return a writer that sets one number of one member to `value`."""
 
     def write(path: Path, arrays: damage.Arrays) -> None:
         arrays[key][index] = value
@@ -186,7 +186,7 @@ def changed(key: str, index: tuple[int, ...], value: float) -> Callable[[Path, d
 
 
 def replaced(key: str, make: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path, damage.Arrays], None]:
-    """One member put through `make`; None leaves it out."""
+    """Return a writer that replaces one member by `make(member)`; None removes it."""
 
     def write(path: Path, arrays: damage.Arrays) -> None:
         new = make(arrays.pop(key))
@@ -195,13 +195,13 @@ def replaced(key: str, make: Callable[[np.ndarray], np.ndarray | None]) -> Calla
     return write
 
 
-def with_members(**how: object) -> Callable[[Path, damage.Arrays], None]:
-    """An archive written by hand: `header` = (member, shape), `bits` = (member, flags)."""
+def with_members(**faults: object) -> Callable[[Path, damage.Arrays], None]:
+    """Return a writer of an archive with a false `header` = (member, shape) or `bits` = (member, flags)."""
 
     def write(path: Path, arrays: damage.Arrays) -> None:
-        name, shape = how.get("header", ("", None))  # type: ignore[misc]
+        name, shape = faults.get("header", ("", None))  # type: ignore[misc]
         members = {key: damage.npy(value, shape if key == name else None) for key, value in arrays.items()}
-        damage.write_members(path, members, flags=dict([how["bits"]]) if "bits" in how else None)  # type: ignore[list-item]
+        damage.write_members(path, members, flags=dict([faults["bits"]]) if "bits" in faults else None)  # type: ignore[list-item]
 
     return write
 
@@ -254,12 +254,12 @@ def test_a_bad_calibration_set_is_named(tiny_onnx: Path, tiny_calib: Path, tmp_p
     bad = tmp_path / "bad.npz"
     with np.load(tiny_calib) as good:
         write(bad, dict(good))
-    line = ["--input", tiny_onnx / find_target("sa3-m").onnx[0], "--calib", bad, "--onnx", tmp_path / "out" / "x.onnx"]
-    unchanged(build_dit_fp8.main, line, tmp_path, str(bad), *words)
+    argv = ["--input", tiny_onnx / find_target("sa3-m").onnx[0], "--calib", bad, "--onnx", tmp_path / "out" / "x.onnx"]
+    unchanged(build_dit_fp8.main, argv, tmp_path, str(bad), *words)
 
 
 def test_the_unspoilt_set_is_taken(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """What the faults above are cut from is good when it is written the same way: each fault is the only one."""
+    """The undamaged set, written the same way, is valid: each fault above is the only one in its file."""
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
 
     shutil.copyfile(tiny_calib, tmp_path / "copy.npz")

@@ -1,4 +1,4 @@
-"""The command sa3_trt in every mode on a tiny real model: files of every kind, what is in them, what is printed."""
+"""The command sa3_trt in every mode on a tiny model: files of every format, their contents, the output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.fixture()
 def base(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """A working folder with a mono sound of another rate, and the flags that all runs share."""
+    """Change to a folder with a mono sound of another rate; return the flags that all runs share."""
     soundfile.write(tmp_path / "tone.ogg", 0.4 * np.sin(np.arange(48_000) / 20), 48_000)
     monkeypatch.chdir(tmp_path)
     return ["--onnx-root", tiny_onnx, "--backend", "onnxruntime", "--seconds", 1.2, "--steps", 2, "--seed", 3, "--json"]
@@ -36,16 +36,16 @@ def base(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
 @pytest.mark.parametrize("mode", CASES)
 def test_every_mode_writes_what_is_asked_for(base: list[object], tiny_onnx: Path, mode: str) -> None:
     flags, name, bits, subtype = CASES[mode]
-    done = run(
+    result = run(
         sa3_trt.main, ["--prompt", "warm pads", *base, *flags, "--out", name, "--bits", bits, "--peak", "normalize"]
     )
-    assert done.code == 0, done.err
-    assert "generate: " in done.err and "100%" in done.err
-    document = json.loads(done.out)
+    assert result.code == 0, result.err
+    assert "generate: " in result.err and "100%" in result.err
+    document = json.loads(result.out)
     stages = [stage for stage in ENGINES if stage != "encode" or mode != "text"]
-    assert {stage: found[0] for stage, found in document["engines"].items()} == {s: ENGINES[s] for s in stages}
-    timed = ["load", "text", *(["encode"] if mode != "text" else []), "sample", "decode", "write"]
-    assert list(document["timings"]) == timed and document["memory"] == {}
+    assert {stage: engine[0] for stage, engine in document["engines"].items()} == {s: ENGINES[s] for s in stages}
+    stages_timed = ["load", "text", *(["encode"] if mode != "text" else []), "sample", "decode", "write"]
+    assert list(document["timings"]) == stages_timed and document["memory"] == {}
     (row,) = document["rows"]
     assert (row["mode"], row["seed"], row["samples"], row["frames"]) == (mode, 3, 52_920, 78)
     samples, rate = soundfile.read(name)
@@ -61,10 +61,10 @@ def test_every_mode_writes_what_is_asked_for(base: list[object], tiny_onnx: Path
 
 def test_a_file_of_prompts_in_batches(base: list[object]) -> None:
     Path("rows.jsonl").write_text('{"prompt": "one"}\ntwo\n{"prompt": "three", "seconds": 4, "seed": 50}\n')
-    line = ["--prompts-file", "rows.jsonl", *base, "--quiet", "--batch", 2, "--out-dir", "d", "--format", "flac"]
-    done = run(sa3_trt.main, line)
-    assert (done.code, done.err) == (0, "")
-    outs = [row["out"] for row in json.loads(done.out)["rows"]]
+    argv = ["--prompts-file", "rows.jsonl", *base, "--quiet", "--batch", 2, "--out-dir", "d", "--format", "flac"]
+    result = run(sa3_trt.main, argv)
+    assert (result.code, result.err) == (0, "")
+    outs = [row["out"] for row in json.loads(result.out)["rows"]]
     assert outs == ["d/001_one_3.flac", "d/002_two_4.flac", "d/003_three_50.flac"]
     assert [soundfile.info(out).frames for out in outs] == [52_920, 52_920, 176_400]
     titles = []
@@ -72,7 +72,7 @@ def test_a_file_of_prompts_in_batches(base: list[object]) -> None:
         with soundfile.SoundFile(out) as sound:
             titles.append(sound.title)
     assert titles == ["one", "two", "three"]
-    # A row alone is the same sound: its name says all that it depends on.
+    # A row alone gives the same sound: the file name holds all that it depends on.
     alone = run(sa3_trt.main, ["--prompt", "two", *base, "--quiet", "--seed", 4, "--out", "two.flac"])
     assert alone.code == 0, alone.err
     first, second = (soundfile.read(name, dtype="int16")[0].astype(int) for name in (outs[1], "two.flac"))

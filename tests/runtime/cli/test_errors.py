@@ -1,4 +1,4 @@
-"""Holds a user's mistakes to two lines and exit 2, and the command to its light start."""
+"""User errors exit with 2 and two lines; the command starts without heavy imports."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def test_the_plan_is_shown_without_a_file(folder: Path, capsys: pytest.CaptureFi
 
 def test_help_needs_no_package() -> None:
     command = [sys.executable, "-S", str(SCRIPTS / "sa3_trt.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
-    assert "--save-latents" in done.stdout
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert "--save-latents" in result.stdout
 
 
 def test_wav_is_16_bit_and_atomic(tmp_path: Path) -> None:

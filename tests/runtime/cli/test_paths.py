@@ -1,4 +1,4 @@
-"""Paths that the system refuses to look at, in every path flag of every command: two lines, never a traceback."""
+"""Paths that the system rejects, in every path flag of every command: two lines, no traceback."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def path_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def line_with(parser: argparse.ArgumentParser, flags: dict[str, str]) -> list[str]:
-    """A command line with these flags, and something for whatever else is required."""
-    line = []
+    """Return a command line with these flags and a placeholder for every other required one."""
+    argv = []
     for action in parser._actions:
         name = action.option_strings[-1] if action.option_strings else ""
         if name in flags:
-            line += [name, flags[name]]
+            argv += [name, flags[name]]
         elif name and action.required:
             choices = [str(choice) for choice in action.choices or ()]
-            line += [name, choices[0] if choices else "absent.safetensors" if action.type is Path else "1"]
+            argv += [name, choices[0] if choices else "absent.safetensors" if action.type is Path else "1"]
         elif name == "--arch":
-            line += [name, "sm_89"]
+            argv += [name, "sm_89"]
         elif not name and action.nargs not in ("*", "?"):
-            line.append("sa3-m")
-    return [*line, *(["--prompt", "x"] if parser.prog == "sa3_trt" else [])]
+            argv.append("sa3-m")
+    return [*argv, *(["--prompt", "x"] if parser.prog == "sa3_trt" else [])]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -64,11 +64,11 @@ def test_names_that_are_too_long(name: str, tmp_path: Path, monkeypatch: pytest.
     parser = parser_of(module)
     flags = [action.option_strings[-1] for action in path_flags(parser)]
     tried = [{flag: bad} for flag in flags for bad in (LONG, FAR)] + [{flag: LONG for flag in flags}]
-    for given in tried[-1:] if name == "bench_start" else tried:  # it starts a process each time
-        done = run(module.main, line_with(parser, given))
-        assert done.code == 2, (given, done)
-        lines = done.err.splitlines()
-        assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), (given, done.err)
+    for flag_values in tried[-1:] if name == "bench_start" else tried:  # it starts a process each time
+        result = run(module.main, line_with(parser, flag_values))
+        assert result.code == 2, (flag_values, result)
+        lines = result.err.splitlines()
+        assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), (flag_values, result.err)
         assert len(lines) == 2 or name == "bench_start"  # which shows what its child said, too
     assert listing(tmp_path) == {}
 
@@ -87,10 +87,10 @@ def test_a_folder_that_is_closed_to_this_user(tmp_path: Path) -> None:
     if subprocess.run([*as_nobody, "-c", ""], capture_output=True, check=False).returncode:
         pytest.skip("this machine gives no user namespaces")
     for script, *words in lines:
-        done = subprocess.run(
+        result = subprocess.run(
             [*as_nobody, ROOT / script, *words], cwd=tmp_path, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 2 and done.stdout == "", done
-        assert len(done.stderr.splitlines()) == 2 and done.stderr.startswith("error: "), done.stderr
+        assert result.returncode == 2 and result.stdout == "", result
+        assert len(result.stderr.splitlines()) == 2 and result.stderr.startswith("error: "), result.stderr
     closed.chmod(0o700)
     assert list(closed.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What is asked for: contradictions in two lines with nothing written, batches, names, prompts files."""
+"""Requests: contradictions exit with two lines and write nothing; batches, file names, prompts files."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ BAD = [
 
 @pytest.fixture()
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with sounds and prompts files, good and bad."""
+    """Change to a folder with sounds and prompts files, valid and invalid; return it."""
     soundfile.write(tmp_path / "tone.wav", np.zeros((44_100, 2)), 44_100)
     soundfile.write(tmp_path / "four.wav", np.zeros((44_100, 4)), 44_100)
     (tmp_path / "noise.wav").write_bytes(bytes(range(128, 256)) * 9)
@@ -107,9 +107,9 @@ def test_a_contradiction_is_two_lines_and_nothing_is_written(
 
 
 def planned(*line: object) -> list[dict]:
-    done = run(sa3_trt.main, [*line, "--dry-run", "--json", "--backend", "onnxruntime"])
-    assert done.code == 0, done.err
-    return json.loads(done.out)["rows"]
+    result = run(sa3_trt.main, [*line, "--dry-run", "--json", "--backend", "onnxruntime"])
+    assert result.code == 0, result.err
+    return json.loads(result.out)["rows"]
 
 
 def test_rows_get_their_own_seeds_and_predictable_names(folder: Path) -> None:
@@ -129,8 +129,8 @@ def test_a_line_may_be_an_object_of_its_own_settings(folder: Path) -> None:
     assert prompts.read_prompts(Path("rows.jsonl")) == [
         prompts.Row("a", 3, 12, "n"), prompts.Row("b"), prompts.Row("plain")
     ]  # fmt: skip
-    found = planned("--prompts-file", "rows.jsonl", "--seed", 20, "--seconds", 5, "--cfg", 2)
-    assert [(row["seed"], row["seconds"]) for row in found] == [(3, 12), (21, 5), (22, 5)]
+    planned_rows = planned("--prompts-file", "rows.jsonl", "--seed", 20, "--seconds", 5, "--cfg", 2)
+    assert [(row["seed"], row["seconds"]) for row in planned_rows] == [(3, 12), (21, 5), (22, 5)]
 
 
 def test_the_modes_are_told_apart(folder: Path) -> None:
@@ -157,7 +157,7 @@ def test_the_published_runtimes_length_rule() -> None:
     ],
 )
 def test_the_keep_mask_is_the_models_own(seconds: float, ranges: list[tuple[float, float]], kept: list[int]) -> None:
-    """Frames kept in the model's own generation; nothing is kept after the end, the padding included."""
+    """Frames that the native package keeps; none is kept after the end, padding included."""
     frames = shapes.latent_frames(seconds)
     mask = inpainting.keep_mask(seconds, frames, ranges)
     assert mask.shape == (1, 1, frames) and mask[0, 0].nonzero()[:, 0].tolist() == list(kept)
@@ -179,12 +179,12 @@ def test_a_frame_is_kept_where_its_first_sample_is(seconds: float, shares: list[
 @settings(max_examples=40, deadline=None)
 def test_batches_hold_every_row_once_and_equal_lengths_only(lengths: list[float], batch: int) -> None:
     requests = [Request("x", seconds, seed=index) for index, seconds in enumerate(lengths)]
-    found = list(batches(requests, batch))
-    assert sorted(row for rows in found for row in rows) == list(range(len(requests)))
-    assert all(len(rows) <= batch and len({requests[row].batch_key for row in rows}) == 1 for rows in found)
-    full = {requests[rows[0]].batch_key for rows in found if len(rows) < batch}
-    assert len(full) == sum(len(rows) < batch for rows in found)  # at most one rest a length
-    assert [rows[0] for rows in found] == sorted(rows[0] for rows in found)
+    row_groups = list(batches(requests, batch))
+    assert sorted(row for rows in row_groups for row in rows) == list(range(len(requests)))
+    assert all(len(rows) <= batch and len({requests[row].batch_key for row in rows}) == 1 for rows in row_groups)
+    full = {requests[rows[0]].batch_key for rows in row_groups if len(rows) < batch}
+    assert len(full) == sum(len(rows) < batch for rows in row_groups)  # at most one rest a length
+    assert [rows[0] for rows in row_groups] == sorted(rows[0] for rows in row_groups)
 
 
 @pytest.mark.parametrize("bad", [{"seconds": float("nan")}, {"steps": 0}, {"seed": -1}, {"cfg": -1.0}, {"apg": 0.5}])
@@ -196,18 +196,18 @@ def test_the_python_door_refuses_the_same(bad: dict) -> None:
 def test_importing_the_library_is_cheap() -> None:
     code = "import sys, sa3_trt_core; print(sorted({'torch', 'numpy', 'soundfile'} & set(sys.modules)))"
     code += "; from sa3_trt_core import Generator, Request, Result; print('torch' in sys.modules, Request('x').steps)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "False 8"]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[]", "False 8"]
 
 
 def test_a_terminal_is_asked_for_the_prompt(folder: Path) -> None:
-    ours, theirs = pty.openpty()
-    line = [sys.executable, "-m", "sa3_trt", "--dry-run", "--json", "--seed", "1", "--backend", "onnxruntime"]
-    process = subprocess.Popen(line, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
-    os.write(ours, b"warm pads\n")
+    terminal, command_end = pty.openpty()
+    argv = [sys.executable, "-m", "sa3_trt", "--dry-run", "--json", "--seed", "1", "--backend", "onnxruntime"]
+    process = subprocess.Popen(argv, stdin=command_end, stdout=subprocess.PIPE, stderr=command_end)
+    os.write(terminal, b"warm pads\n")
     out, _ = process.communicate(timeout=120)
-    os.close(theirs)
-    asked = os.read(ours, 1000).decode()
-    os.close(ours)
-    assert process.returncode == 0 and "Prompt: " in asked
+    os.close(command_end)
+    printed = os.read(terminal, 1000).decode()
+    os.close(terminal)
+    assert process.returncode == 0 and "Prompt: " in printed
     assert json.loads(out)["rows"][0]["prompt"] == "warm pads"

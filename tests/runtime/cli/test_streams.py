@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or that nobody reads: the sound is written all the same."""
+"""Standard streams that are closed, full or unread: the sound is still written."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ def shell(line: list[str], tail: str, folder: Path, **environment: str) -> subpr
 
 @pytest.mark.parametrize(("tail", "code"), TAILS)
 def test_the_sound_is_written(tiny_onnx: Path, tmp_path: Path, tail: str, code: int) -> None:
-    done = shell([*COMMAND, *SHORT, "--prompt", "x", "--onnx-root", str(tiny_onnx), "--out", "a.wav"], tail, tmp_path)
-    assert done.returncode == code and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done
+    result = shell([*COMMAND, *SHORT, "--prompt", "x", "--onnx-root", str(tiny_onnx), "--out", "a.wav"], tail, tmp_path)
+    assert (
+        result.returncode == code and "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+    ), result
     assert soundfile.info(tmp_path / "a.wav").frames == 13_230
-    assert code == 0 or ("error: the disk takes no more" in done.stderr and "hint: " in done.stderr)
+    assert code == 0 or ("error: the disk takes no more" in result.stderr and "hint: " in result.stderr)
 
 
 @pytest.mark.parametrize("tail", ["<&-", "</dev/null", "<&- >&-"])
 def test_a_prompt_that_cannot_be_asked_for_is_two_lines(tmp_path: Path, tail: str) -> None:
-    done = shell([*COMMAND, "--dry-run"], tail, tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done
-    assert "no prompt is given" in done.stderr and "--prompt" in done.stderr
+    result = shell([*COMMAND, "--dry-run"], tail, tmp_path)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 2, result
+    assert "no prompt is given" in result.stderr and "--prompt" in result.stderr
 
 
 def test_the_menu_lists_where_nobody_can_answer(tmp_path: Path) -> None:
-    done = shell([sys.executable, str(ROOT / "build/build.py"), "--models-dir", "m"], "<&-", tmp_path)
-    assert done.returncode == 0 and "t5gemma" in done.stdout and done.stderr == ""
+    result = shell([sys.executable, str(ROOT / "build/build.py"), "--models-dir", "m"], "<&-", tmp_path)
+    assert result.returncode == 0 and "t5gemma" in result.stdout and result.stderr == ""
 
 
 def test_a_file_opened_later_does_not_become_a_closed_stream(tmp_path: Path) -> None:
-    """With descriptor 1 closed, the next open() gets it; what a library prints must not land in that file."""
+    """With descriptor 1 closed, the next open() gets it; library output must not go into that file."""
     code = (
         "import os, sys; from sa3_trt_core.cli.arguments import run_command\n"
         "def main():\n"
@@ -58,22 +60,22 @@ def test_a_file_opened_later_does_not_become_a_closed_stream(tmp_path: Path) -> 
         "    return 0\n"
         "sys.exit(run_command(main))"
     )
-    done = shell([sys.executable, "-c", code], "<&- >&- 2>&-", tmp_path)
-    assert done.returncode == 0 and (tmp_path / "made.txt").read_text() == "mine"
+    result = shell([sys.executable, "-c", code], "<&- >&- 2>&-", tmp_path)
+    assert result.returncode == 0 and (tmp_path / "made.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_names_outside_the_encoding_of_a_stream(tmp_path: Path, encoding: str) -> None:
-    line = [*COMMAND, "--prompt", "x", "--seed", "1", "--dry-run", "--out", "klavier-ü-音-\udce9.wav"]
-    done = shell([os.fsencode(word) for word in line], "", tmp_path, PYTHONIOENCODING=encoding)  # type: ignore[misc]
-    assert done.returncode == 0 and done.stderr == "", done
-    assert "klavier-" in done.stdout and r"\udce9.wav" in done.stdout
-    shown = json.loads(shell([*map(os.fsencode, line), "--json"], "", tmp_path, PYTHONIOENCODING=encoding).stdout)
-    assert shown["rows"][0]["out"] == "klavier-ü-音-\udce9.wav"
+    argv = [*COMMAND, "--prompt", "x", "--seed", "1", "--dry-run", "--out", "klavier-ü-音-\udce9.wav"]
+    result = shell([os.fsencode(word) for word in argv], "", tmp_path, PYTHONIOENCODING=encoding)  # type: ignore[misc]
+    assert result.returncode == 0 and result.stderr == "", result
+    assert "klavier-" in result.stdout and r"\udce9.wav" in result.stdout
+    plan = json.loads(shell([*map(os.fsencode, argv), "--json"], "", tmp_path, PYTHONIOENCODING=encoding).stdout)
+    assert plan["rows"][0]["out"] == "klavier-ü-音-\udce9.wav"
 
 
 def test_a_slow_reader_is_waited_for() -> None:
-    """A pipe that is set not to block, as Node.js leaves it, takes 64 kB at a time."""
+    """A non-blocking pipe, as Node.js opens one, accepts 64 kB at a time."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     data = bytes(range(256)) * 2000

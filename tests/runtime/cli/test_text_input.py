@@ -1,4 +1,4 @@
-"""Text as people's editors, shells and programs leave it: marks, separators, halves of characters, endless numbers."""
+"""Text as editors and shells write it: byte-order marks, separators, lone surrogates, very long numbers."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, data: bytes, words
 
 @pytest.mark.parametrize("flag", ["--prompt", "--negative-prompt"])
 def test_bytes_of_another_encoding_are_refused_before_anything_is_loaded(flag: str) -> None:
-    line = ["--prompt", "x", "--cfg", "3", "--backend", "onnxruntime", flag, "caf\udce9"]
-    two_lines(run(sa3_trt.main, line), "no Unicode", "caf\\udce9")
+    argv = ["--prompt", "x", "--cfg", "3", "--backend", "onnxruntime", flag, "caf\udce9"]
+    two_lines(run(sa3_trt.main, argv), "no Unicode", "caf\\udce9")
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "-" + "9" * 400, "9" * 5000, "1e400", "0." + "0" * 5000 + "1", "٣" * 5000])
@@ -99,23 +99,23 @@ def test_the_python_door_refuses_them_too(bad: dict) -> None:
     (["--seed", "9" * 400], "outside -1 to"), (["--chunk-frames", "9" * 400], "outside 0 to"),
 ])  # fmt: skip
 def test_endless_numbers_on_the_command_line(line: list[str], words: str) -> None:
-    done = run(sa3_trt.main, ["--prompt", "x", "--backend", "onnxruntime", "--dry-run", *line])
-    two_lines(done, words)
+    result = run(sa3_trt.main, ["--prompt", "x", "--backend", "onnxruntime", "--dry-run", *line])
+    two_lines(result, words)
 
 
 def test_a_value_that_begins_with_a_dash_is_explained() -> None:
-    line = ["--prompt", "x", "--cfg", "3", "--dry-run", "--backend", "onnxruntime"]
+    argv = ["--prompt", "x", "--cfg", "3", "--dry-run", "--backend", "onnxruntime"]
     for flag in ("--negative-prompt", "--prompt", "--out", "--prompts-file"):
-        done = run(sa3_trt.main, [*line, flag, "-drums"])
-        two_lines(done, flag)
-        assert f"{flag}=-" in done.err
-    done = run(sa3_trt.main, [*line, "--negative-prompt=-drums"])
-    assert done.code == 0, done.err
+        result = run(sa3_trt.main, [*argv, flag, "-drums"])
+        two_lines(result, flag)
+        assert f"{flag}=-" in result.err
+    result = run(sa3_trt.main, [*argv, "--negative-prompt=-drums"])
+    assert result.code == 0, result.err
 
 
 def test_minus_one_is_a_random_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = ["--prompt", "x", "--dry-run", "--json", "--backend", "onnxruntime", "--seed", "-1"]
-    seeds = {json.loads(run(sa3_trt.main, line).out)["rows"][0]["seed"] for _ in range(3)}
+    argv = ["--prompt", "x", "--dry-run", "--json", "--backend", "onnxruntime", "--seed", "-1"]
+    seeds = {json.loads(run(sa3_trt.main, argv).out)["rows"][0]["seed"] for _ in range(3)}
     assert len(seeds) == 3 and all(seed >= 0 for seed in seeds)
 
 
@@ -138,8 +138,8 @@ def test_rows_of_one_run_never_share_a_file(tmp_path: Path) -> None:
     (tmp_path / "rows").write_text(
         '{"prompt": "a", "seed": 1}\n{"prompt": "a", "seed": 1}\n{"prompt": "A", "seed": 1}\n'
     )
-    line = ["--dry-run", "--json", "--backend", "onnxruntime", "--prompts-file", str(tmp_path / "rows"), "--count", "2"]
-    rows = json.loads(run(sa3_trt.main, line).out)["rows"]
+    argv = ["--dry-run", "--json", "--backend", "onnxruntime", "--prompts-file", str(tmp_path / "rows"), "--count", "2"]
+    rows = json.loads(run(sa3_trt.main, argv).out)["rows"]
     assert len({row["out"] for row in rows}) == len(rows) == 6
     assert [row["seed"] for row in rows] == [1, 2] * 3
 
@@ -160,5 +160,5 @@ def test_a_prompt_typed_in_another_encoding(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("sa3_trt_core.cli.job.sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.chdir(tmp_path)
-    done = run(sa3_trt.main, ["--dry-run", "--backend", "onnxruntime"])
-    assert done.code == 2 and "Traceback" not in done.err
+    result = run(sa3_trt.main, ["--dry-run", "--backend", "onnxruntime"])
+    assert result.code == 2 and "Traceback" not in result.err

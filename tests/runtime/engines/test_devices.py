@@ -1,4 +1,4 @@
-"""One model at a time, one device of several, and several at once with a worker that is killed."""
+"""Models loaded one at a time, the choice of a device, and several devices with a worker that is killed."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def test_one_model_at_a_time_gives_the_same_sounds(tiny_onnx: Path, sound: Path)
     rows.append(replace(BASE, prompt="techno", seed=4))
     settings = {"precision": "fp32", "backend": "onnxruntime", "onnx_root": tiny_onnx}
     with Generator.load(**settings) as generator:
-        wanted = dict(generator.generate_many(rows, batch=2))
+        expected = dict(generator.generate_many(rows, batch=2))
         assert set(generator.engines.open_stages) == {"text", "encode", "dit", "decoder"}
     opened: list[str] = []
     with Generator.load(**settings, free_models=True, on_engine=lambda *step: opened.append(step[0])) as generator:
-        seen = []
+        open_stages = []
 
         def look(stage: str, index: int, total: int) -> None:
-            seen.append(generator.engines.open_stages)
+            open_stages.append(generator.engines.open_stages)
 
         for _ in range(2):  # it can be called again
-            found = dict(generator.generate_many(rows, 2, look))
+            results = dict(generator.generate_many(rows, 2, look))
             assert generator.engines.open_stages == ()
         with pytest.raises(ToolError, match="all models at once"):
             next(generator.generate_ring(rows, 2))
-    assert opened == [] and len(seen) == 2 * count_stages(rows, 2)
-    order = [stages for place, stages in enumerate(seen) if place == 0 or stages != seen[place - 1]]
+    assert opened == [] and len(open_stages) == 2 * count_stages(rows, 2)
+    order = [stages for step, stages in enumerate(open_stages) if step == 0 or stages != open_stages[step - 1]]
     assert order == 2 * [("text",), ("encode",), ("dit",), ("decoder",)]
-    for index, result in wanted.items():
-        assert torch.equal(found[index].latents, result.latents) and torch.equal(found[index].audio, result.audio)
-    assert found[0].timings["load"] > 0
+    for index, result in expected.items():
+        assert torch.equal(results[index].latents, result.latents) and torch.equal(results[index].audio, result.audio)
+    assert results[0].timings["load"] > 0
 
 
 def test_a_device_is_chosen_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:

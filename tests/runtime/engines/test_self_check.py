@@ -1,4 +1,4 @@
-"""Every engine answers the check rows of its graph before its first use, and a wrong one is refused."""
+"""Every engine is run on the check rows of its graph before its first use; a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Breaking = Callable[[onnx.ModelProto], None]
 
 
 def exponent_flipped(model: onnx.ModelProto) -> None:
-    """One exponent bit of the scale of one channel of one weight."""
+    """Flip one exponent bit of the scale of one channel of one weight."""
     scales = list(quantised(model))[1].weight_scales
     values = numpy_helper.to_array(scales).copy()
     bits = values.view(np.uint16 if values.dtype == np.float16 else np.uint32)
@@ -43,7 +43,7 @@ def exponent_flipped(model: onnx.ModelProto) -> None:
 
 
 def row_zeroed(model: onnx.ModelProto) -> None:
-    """One row of one weight."""
+    """Set one row of one weight to zero."""
     weight = list(quantised(model))[1].weight
     codes = np.frombuffer(weight.raw_data, np.uint8).reshape(list(weight.dims)).copy()
     codes[0] = 0
@@ -51,7 +51,7 @@ def row_zeroed(model: onnx.ModelProto) -> None:
 
 
 def not_a_number(model: onnx.ModelProto) -> None:
-    """The scale of one channel of one weight."""
+    """Set the scale of one channel of one weight to NaN."""
     scales = list(quantised(model))[1].weight_scales
     values = numpy_helper.to_array(scales).copy()
     values.ravel()[0] = np.nan
@@ -71,13 +71,13 @@ SUBTLE: dict[str, Breaking] = {"an exponent bit of a scale": exponent_flipped, "
 
 @pytest.fixture
 def root(tiny_fp8: Path, tmp_path: Path) -> Path:
-    """A copy of the ONNX root that may be broken; what was answered is not copied."""
+    """Return a copy of the ONNX root that a test may break; records of passed check rows are not copied."""
     return shutil.copytree(tiny_fp8, tmp_path / "root", ignore=shutil.ignore_patterns("*.checked.json"))
 
 
 @pytest.fixture(scope="module")
 def torch_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of engines with the FP8 DiT packed for PyTorch. Read only."""
+    """Return a folder of engines with the FP8 DiT packed for PyTorch. Read only."""
     models = tmp_path_factory.mktemp("models")
     pack_engine(onnx_of(tiny_fp8, FP8.name), FP8, "cpu", engine_of(models))
     return models
@@ -99,7 +99,7 @@ def refusal(source: ModelSource, backend: str = "onnxruntime") -> GateError:
 
 
 def broken(root: Path, breaking: Breaking, tmp_path: Path) -> Path:
-    """The FP8 graph of a root, broken where it lies; manifest and check rows stay those of the good one."""
+    """Break the FP8 graph of a root in place; manifest and check rows stay those of the valid graph."""
     graph = onnx_of(root, FP8.name)
     made = broken_fp8.break_graph(graph, tmp_path / "broken" / graph.name, breaking)
     for name in (graph.name, f"{graph.name}.data"):
@@ -114,23 +114,23 @@ def test_every_graph_of_the_producer_brings_check_rows_in_its_manifest(tiny_fp8:
         assert record is not None and check_path(graph).name in record.files, name
         checks = check_rows.read(check_path(graph))
         assert checks.kind == find_target(name).kind and check_path(graph).stat().st_size < 2_000_000
-        names = [graph.name, *(other for other in record.files if other == f"{graph.name}.data")]
-        assert sorted(record.files[one].sha256 for one in names) == list(checks.graph)
+        names = [graph.name, *(file_name for file_name in record.files if file_name == f"{graph.name}.data")]
+        assert sorted(record.files[file_name].sha256 for file_name in names) == list(checks.graph)
 
 
 @pytest.mark.parametrize("name", ["sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder", "same-l-encoder"])
 def test_a_good_graph_passes_and_its_answer_is_kept(name: str, root: Path) -> None:
     target, source = find_target(name), ModelSource(root)
     first = engines.check_engine(target, "onnxruntime", source)
-    assert len(first) == len(check_rows.planned_rows(target.kind)) and max(one.apart for one in first) <= 1.0
+    assert len(first) == len(check_rows.planned_rows(target.kind)) and max(outcome.apart for outcome in first) <= 1.0
     graph = onnx_of(root, name)
-    place = self_check.Place.of(engines.BACKENDS["onnxruntime"])
+    device = self_check.Place.of(engines.BACKENDS["onnxruntime"])
     with engines.BACKENDS["onnxruntime"].open(graph, target, "x", None) as engine:
-        assert self_check.require_correct(engine, graph, place, "x") == []
-        later = self_check.Place(place.card, place.driver, "onnxruntime 99")
+        assert self_check.require_correct(engine, graph, device, "x") == []
+        later = self_check.Place(device.card, device.driver, "onnxruntime 99")
         assert len(self_check.require_correct(engine, graph, later, "x")) == len(first)
     kept = json.loads(graph.with_name(f"{graph.name}.checked.json").read_text())
-    assert [one["key"]["library"] for one in kept["answers"]] == [place.library, "onnxruntime 99"]
+    assert [outcome["key"]["library"] for outcome in kept["answers"]] == [device.library, "onnxruntime 99"]
 
 
 def test_a_graph_without_check_rows_runs(root: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_graph_without_check_rows_runs(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_graph_is_refused_by_its_answers(case: str, root: Path, tmp_path: Path) -> None:
-    """As if a wrong build had named itself: digests of rows are those of the broken file, and there is no manifest."""
+    """The check rows state the broken file's digests, as a faulty build would write them; there is no manifest."""
     rows = shutil.copyfile(check_path(onnx_of(root, FP8.name)), tmp_path / "good.check.npz")
     graph = broken(root, WRONG[case], tmp_path)
     manifest.manifest_path(graph).unlink()
@@ -161,7 +161,7 @@ def test_a_graph_whose_bytes_have_changed_is_refused(case: str, root: Path, tmp_
     graph = broken(root, {**WRONG, **SUBTLE}[case], tmp_path)
     error = refusal(ModelSource(root))
     assert "is not what was checked when it was made" in error.message and "build_dit_fp8.py" in error.hint
-    manifest.manifest_path(graph).unlink()  # without one the check rows name the graph that they are of
+    manifest.manifest_path(graph).unlink()  # without a manifest the check rows identify their graph
     assert "answers of other bytes" in refusal(ModelSource(root)).message
 
 
@@ -182,20 +182,22 @@ def test_damaged_check_rows_are_a_mistake_and_not_a_pass(root: Path) -> None:
 
 def test_the_command_leaves_with_3_and_says_what_to_do(root: Path, tmp_path: Path) -> None:
     broken(root, broken_fp8.scale_times_four, tmp_path)
-    line = ["--prompt", "bells", "--seconds", 0.5, "--precision", "fp8", "--backend", "onnxruntime"]
-    done = run(sa3_trt.main, [*line, "--onnx-root", root, "--out", tmp_path / "a.wav"])
-    assert done.code == 3 and "Traceback" not in done.err and not (tmp_path / "a.wav").exists()
-    assert "is not what was checked" in done.err and "hint: make it again: python build/build_dit_fp8.py" in done.err
+    argv = ["--prompt", "bells", "--seconds", 0.5, "--precision", "fp8", "--backend", "onnxruntime"]
+    result = run(sa3_trt.main, [*argv, "--onnx-root", root, "--out", tmp_path / "a.wav"])
+    assert result.code == 3 and "Traceback" not in result.err and not (tmp_path / "a.wav").exists()
+    assert (
+        "is not what was checked" in result.err and "hint: make it again: python build/build_dit_fp8.py" in result.err
+    )
 
 
 def test_a_torch_engine_answers_the_rows_of_its_graph(tiny_fp8: Path, torch_models: Path) -> None:
     engine = engine_of(torch_models)
-    graph_rows, engine_rows = (check_path(at).read_bytes() for at in (onnx_of(tiny_fp8, FP8.name), engine))
+    graph_rows, engine_rows = (check_path(artefact).read_bytes() for artefact in (onnx_of(tiny_fp8, FP8.name), engine))
     assert graph_rows == engine_rows
     record = manifest.read_manifest(engine)
     assert record is not None and check_path(engine).name in record.files
-    found = engines.check_engine(FP8, "torch", ModelSource(None, torch_models))
-    assert len(found) == 8 and 0.0 < max(one.apart for one in found) <= 1.0
+    outcomes = engines.check_engine(FP8, "torch", ModelSource(None, torch_models))
+    assert len(outcomes) == 8 and 0.0 < max(outcome.apart for outcome in outcomes) <= 1.0
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -213,16 +215,16 @@ def test_a_torch_engine_of_a_wrong_graph_is_refused(case: str, tiny_fp8: Path, r
     if case != "an island in fp16: t":  # the packed DiT makes its own Fourier features, in fp32: it is right
         checks = check_rows.read(check_path(onnx_of(tiny_fp8, FP8.name)))
         with engines.BACKENDS["torch"].open(engine_of(models), FP8, "x", None) as engine:
-            assert [one.failure for one in self_check.outcomes(checks, engine.run) if one.failure]
+            assert [outcome.failure for outcome in self_check.outcomes(checks, engine.run) if outcome.failure]
 
 
 def changed_in_place(engine: Path, change: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
-    """Other values in a packed DiT, its size and its manifest the same."""
+    """Change values of a packed DiT; its size and its manifest stay the same."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    with safe_open(str(engine), "pt") as held:
-        metadata, tensors = held.metadata(), {name: held.get_tensor(name).clone() for name in held.keys()}  # noqa: SIM118
+    with safe_open(str(engine), "pt") as packed:
+        metadata, tensors = packed.metadata(), {name: packed.get_tensor(name).clone() for name in packed.keys()}  # noqa: SIM118
     change(tensors)
     size = engine.stat().st_size
     save_file(tensors, str(engine), metadata)
@@ -261,16 +263,16 @@ def test_a_truncated_torch_engine_is_refused(torch_models: Path, tmp_path: Path)
 def test_a_swapped_torch_engine_is_refused(
     tiny_fp8: Path, root: Path, torch_models: Path, tmp_path: Path
 ) -> None:  # fmt: skip
-    """The engine of another graph under this one's name: with its own manifest and rows, or the file alone."""
+    """Another graph's engine under this one's name: with its own manifest and rows, or the file alone."""
     graph = broken(root, broken_fp8.swapped_weights, tmp_path)
     manifest.manifest_path(graph).unlink()
     write_check_rows(graph, "dit", "fp8")
-    other = tmp_path / "other"
-    pack_engine(graph, FP8, "cpu", engine_of(other))
-    opened(ModelSource(root, other), "torch")  # right for its own graph
-    assert "another graph" in refusal(ModelSource(tiny_fp8, other), "torch").message
+    other_models = tmp_path / "other"
+    pack_engine(graph, FP8, "cpu", engine_of(other_models))
+    opened(ModelSource(root, other_models), "torch")  # right for its own graph
+    assert "another graph" in refusal(ModelSource(tiny_fp8, other_models), "torch").message
     models = shutil.copytree(torch_models, tmp_path / "models")
-    shutil.copyfile(engine_of(other), engine_of(models))
+    shutil.copyfile(engine_of(other_models), engine_of(models))
     refusal(ModelSource(None, models), "torch")
 
 

@@ -1,4 +1,4 @@
-"""What a TensorRT engine is refused for before a GPU is needed, with engines of the real RTX builder."""
+"""Reasons to refuse a TensorRT engine that need no GPU, with engines of the real RTX builder."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ CORE = Path(sa3_trt.__file__).parent / "sa3_trt_core"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An ONNX root with a small decoder that has a manifest, and the engine made of it."""
+    """Return an ONNX root with a small decoder that has a manifest, and the engine built from it."""
     import lower_attention
 
     folder = tmp_path_factory.mktemp("built")
     source = autoencoder(folder / "published" / "dec.onnx")
     graph = onnx_of(folder / "onnx", "same-l-decoder")
     assert run(lower_attention.main, ["--input", source, "--onnx", graph]).code == 0
-    line = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--json"]
-    done = run(build_from_onnx.main, [*line, "--onnx-root", folder / "onnx", "--models-dir", folder / "models"])
-    assert done.code == 0, done.err
-    return folder / "onnx", Path(json.loads(done.out)[0]["path"])
+    argv = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--json"]
+    result = run(build_from_onnx.main, [*argv, "--onnx-root", folder / "onnx", "--models-dir", folder / "models"])
+    assert result.code == 0, result.err
+    return folder / "onnx", Path(json.loads(result.out)[0]["path"])
 
 
 def refused(
@@ -100,8 +100,8 @@ def test_without_a_gpu_the_command_says_so(
         pytest.skip("there is a GPU here")
     root, path = built
     monkeypatch.chdir(tmp_path)
-    line = ["--prompt", "x", "--backend", "tensorrt_rtx", "--onnx-root", tiny_onnx, "--models-dir", path.parents[2]]
-    two_lines(run(sa3_trt.main, [*line, "--quiet"]), "tensorrt_rtx needs an NVIDIA GPU")
+    argv = ["--prompt", "x", "--backend", "tensorrt_rtx", "--onnx-root", tiny_onnx, "--models-dir", path.parents[2]]
+    two_lines(run(sa3_trt.main, [*argv, "--quiet"]), "tensorrt_rtx needs an NVIDIA GPU")
     assert listing(tmp_path) == {}
     with pytest.raises(ToolError, match="needs an NVIDIA GPU"):
         open_engine(find_target("same-l-decoder"), "tensorrt_rtx", ModelSource(root, path.parents[2]), path)
@@ -153,22 +153,22 @@ def test_what_lies_inside_is_taken() -> None:
 
 
 def test_the_rtx_package_has_every_call_that_is_made() -> None:
-    """The stubs that types are checked with are the other package's."""
+    """Type checks use the other package's stubs, so they cannot detect a missing call."""
     classes = {"_context": rtx.IExecutionContext, "context": rtx.IExecutionContext, "engine": rtx.ICudaEngine,
                "runtime": rtx.Runtime, "_trt": rtx, "module": rtx}  # fmt: skip
-    seen = set()
+    attributes = set()
     for name in ("tensorrt_context.py", "tensorrt.py"):
         for node in ast.walk(ast.parse((CORE / "engines" / name).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
                 owner = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
                 if owner in classes:
-                    seen.add(node.attr)
+                    attributes.add(node.attr)
                     assert hasattr(classes[owner], node.attr), f"{owner}.{node.attr}"
-    assert seen >= {"execute_async_v3", "set_input_shape", "set_tensor_address", "deserialize_cuda_engine"}
+    assert attributes >= {"execute_async_v3", "set_input_shape", "set_tensor_address", "deserialize_cuda_engine"}
 
 
 def test_engines_that_load_beside_one_that_fails_are_closed(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Two graphs of three that cannot be loaded: the first in order is told, whichever was looked at first."""
+    """Two graphs of three cannot be loaded: the error names the first in order, whichever was loaded first."""
     root = tmp_path / "onnx"
     shutil.copytree(tiny_onnx, root)
     for name in ("same-l-decoder", "t5gemma"):

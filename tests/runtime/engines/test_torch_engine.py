@@ -1,4 +1,4 @@
-"""The PyTorch engine: packed from ONNX by structure, the same answer as ONNX Runtime on the same file."""
+"""The PyTorch engine: packed from ONNX by structure, same output as ONNX Runtime on the same file."""
 
 from __future__ import annotations
 
@@ -39,24 +39,33 @@ def packed(models: Path, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The torch engines of every stage and both precisions, by the command. Read only."""
+    """Return the torch engines of every stage and both precisions, built by the command. Read only."""
     models = tmp_path_factory.mktemp("tiny") / "models"
-    line = [*STAGES, "sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
-    made(build_from_onnx.main, [*line, "--models-dir", models])
+    argv = [*STAGES, "sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
+    made(build_from_onnx.main, [*argv, "--models-dir", models])
     return models
 
 
 def test_the_menu_shows_torch_engines_beside_the_others(tiny_models: Path) -> None:
-    line = ["--list", "--json", "--arch", "cpu", "--models-dir", tiny_models]
-    shown = {one["name"]: one for one in json.loads(run(build.main, line).out)}
-    assert shown["sa3-m-fp8"]["engines"]["torch"]["state"] == "current" and shown["sa3-m-fp8"]["state"] != "current"
-    alone = {one["name"]: one["state"] for one in json.loads(run(build.main, [*line, "--backend", "torch"]).out)}
-    assert (alone["sa3-m-fp8"], alone["sa3-sm-sfx"], alone["t5gemma"]) == ("current", "missing", "current")
-    assert re.search(r"^sa3-m .* missing; torch current +[\d.]+ [kM]B$", run(build.main, line[:1] + line[2:]).out, re.M)
+    argv = ["--list", "--json", "--arch", "cpu", "--models-dir", tiny_models]
+    target_by_name = {target["name"]: target for target in json.loads(run(build.main, argv).out)}
+    assert (
+        target_by_name["sa3-m-fp8"]["engines"]["torch"]["state"] == "current"
+        and target_by_name["sa3-m-fp8"]["state"] != "current"
+    )
+    state_by_name = {
+        target["name"]: target["state"] for target in json.loads(run(build.main, [*argv, "--backend", "torch"]).out)
+    }
+    assert (state_by_name["sa3-m-fp8"], state_by_name["sa3-sm-sfx"], state_by_name["t5gemma"]) == (
+        "current",
+        "missing",
+        "current",
+    )
+    assert re.search(r"^sa3-m .* missing; torch current +[\d.]+ [kM]B$", run(build.main, argv[:1] + argv[2:]).out, re.M)
 
 
 def inputs_at(sigma: float, seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
-    """A row of text, one of in-painting, and one null row."""
+    """Return DiT inputs of a text row, an in-painting row and an unconditional row."""
     generator = torch.Generator().manual_seed(seed)
     hidden = 0.3 * torch.randn(rows, 256, 768, generator=generator)
     mask = (torch.arange(256) < 30).float().repeat(rows, 1)
@@ -73,14 +82,14 @@ def inputs_at(sigma: float, seed: int = 0, rows: int = 3) -> dict[str, Tensor]:
 
 
 def worst_cosine(engine: TorchEngine, reference: OnnxRuntimeEngine) -> float:
-    """Of the denoised latents, over the sampler's noise levels and the rows."""
+    """Return the lowest cosine of the denoised latents over the sampler's noise levels and the rows."""
     worst = 1.0
     for index, sigma in enumerate(schedule.sigmas(8)[:-1]):
-        given = inputs_at(float(sigma), seed=index)
-        clean = [
-            (given["x"] - sigma * one.run(given)["velocity"]).double().flatten(1) for one in (engine, reference)
+        inputs = inputs_at(float(sigma), seed=index)
+        denoised = [
+            (inputs["x"] - sigma * model.run(inputs)["velocity"]).double().flatten(1) for model in (engine, reference)
         ]  # fmt: skip
-        worst = min(worst, float(functional.cosine_similarity(clean[0], clean[1]).min()))
+        worst = min(worst, float(functional.cosine_similarity(denoised[0], denoised[1]).min()))
     return worst
 
 
@@ -102,17 +111,17 @@ def test_graphs_of_other_shapes_are_packed_too(tiny_onnx: Path, tmp_path: Path, 
     root = tmp_path / "onnx"
     half = onnx_of(root, "sa3-m")
     made(build_dit_fp16mixed.main, ["--input", onnx_of(tiny_onnx, "sa3-m-fp32"), "--onnx", half, *switches])
-    line = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
-    made(build_from_onnx.main, line)
+    argv = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    made(build_from_onnx.main, argv)
     with TorchEngine(packed(tmp_path / "models", "sa3-m"), "again") as engine, OnnxRuntimeEngine(half) as reference:
         assert worst_cosine(engine, reference) > ALIKE["sa3-m"]
 
 
 def test_a_row_that_is_told_something_else_is_worked_out_again_and_its_neighbours_stay(tiny_models: Path) -> None:
-    first, other = inputs_at(0.9), inputs_at(0.9, seed=7)
+    first, other_inputs = inputs_at(0.9), inputs_at(0.9, seed=7)
     for name in ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond"):
         changed = {key: value.clone() for key, value in first.items()}
-        changed[name][1] = 1.0 - changed[name][1] if name == "t5_mask" else other[name][1] + 0.5
+        changed[name][1] = 1.0 - changed[name][1] if name == "t5_mask" else other_inputs[name][1] + 0.5
         with TorchEngine(packed(tiny_models, "sa3-m"), "again") as engine:
             before = engine.run(first)["velocity"]
             after = engine.run(changed)["velocity"]
@@ -124,21 +133,21 @@ def test_a_row_that_is_told_something_else_is_worked_out_again_and_its_neighbour
 
 
 def test_a_row_written_in_place_is_noticed(tiny_models: Path) -> None:
-    given = inputs_at(0.5)
+    inputs = inputs_at(0.5)
     with TorchEngine(packed(tiny_models, "sa3-m"), "again") as engine:
-        before = engine.run(given)["velocity"]
-        given["seconds_total"][0] = 5.0
-        given["t5_hidden"][0] *= -1.0
-        after = engine.run(given)["velocity"]
+        before = engine.run(inputs)["velocity"]
+        inputs["seconds_total"][0] = 5.0
+        inputs["t5_hidden"][0] *= -1.0
+        after = engine.run(inputs)["velocity"]
     assert not torch.equal(after[0], before[0]) and torch.equal(after[1:], before[1:])
 
 
 def test_rows_do_not_depend_on_their_neighbours(tiny_models: Path) -> None:
-    given = inputs_at(0.7)
+    inputs = inputs_at(0.7)
     with TorchEngine(packed(tiny_models, "sa3-m-fp8"), "again") as engine:
-        together = engine.run(given)["velocity"]
+        together = engine.run(inputs)["velocity"]
         for row in range(3):
-            alone = engine.run({name: value[row : row + 1] for name, value in given.items()})["velocity"]
+            alone = engine.run({name: value[row : row + 1] for name, value in inputs.items()})["velocity"]
             assert torch.allclose(together[row], alone[0], atol=1e-5)
 
 
@@ -173,21 +182,21 @@ def test_every_mode_sounds_as_through_onnx_runtime(
 def test_what_is_current_is_kept_and_a_changed_graph_is_packed_again(tiny_fp8: Path, tmp_path: Path) -> None:
     root = tmp_path / "onnx"
     shutil.copytree(tiny_fp8, root)
-    line = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    argv = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
     states = []
     for _ in range(2):
-        states += json.loads(run(build_from_onnx.main, [*line, "--json"]).out)
+        states += json.loads(run(build_from_onnx.main, [*argv, "--json"]).out)
     model = onnx.load(onnx_of(root, "sa3-m"), load_external_data=False)
     model.doc_string = "another"
     onnx_of(root, "sa3-m").write_bytes(model.SerializeToString())
     check_path(onnx_of(root, "sa3-m")).unlink()  # the answers of the other graph
-    states += json.loads(run(build_from_onnx.main, [*line, "--json"]).out)
+    states += json.loads(run(build_from_onnx.main, [*argv, "--json"]).out)
     assert [state["state"] for state in states] == ["built", "current", "built"]
 
 
 @pytest.mark.parametrize(("name", "said"), [("sa3-m", "worst denoised cosine"), ("sa3-m-fp8", "times as far away")])
 def test_a_graph_that_computes_something_else_is_a_failed_gate(
-    tiny_fp8: Path, tmp_path: Path, name: str, said: str
+    tiny_fp8: Path, tmp_path: Path, name: str, reason: str
 ) -> None:
     root = tmp_path / "onnx"
     shutil.copytree(tiny_fp8, root)
@@ -196,9 +205,9 @@ def test_a_graph_that_computes_something_else_is_a_failed_gate(
     gate = [node for node in model.graph.node if node.op_type == "Sigmoid"][-1]
     gate.op_type = "Tanh"
     path.write_bytes(model.SerializeToString())
-    line = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
-    done = run(build_from_onnx.main, line)
-    assert done.code == 3 and said in done.err
+    argv = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    result = run(build_from_onnx.main, argv)
+    assert result.code == 3 and reason in result.err
     assert not packed(tmp_path / "models", name).exists()
 
 
@@ -213,10 +222,10 @@ def test_a_graph_that_computes_something_else_is_a_failed_gate(
     ],
 )
 def test_what_it_cannot_build_is_said_in_two_lines(
-    tiny_fp8: Path, tmp_path: Path, argv: list[object], said: str
+    tiny_fp8: Path, tmp_path: Path, argv: list[object], reason: str
 ) -> None:
-    done = run(build_from_onnx.main, [*argv, "--backend", "torch", "--onnx-root", tiny_fp8, "--models-dir", tmp_path])
-    assert done.code == 2 and said in done.err and len(done.err.strip().splitlines()) == 2
+    result = run(build_from_onnx.main, [*argv, "--backend", "torch", "--onnx-root", tiny_fp8, "--models-dir", tmp_path])
+    assert result.code == 2 and reason in result.err and len(result.err.strip().splitlines()) == 2
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
@@ -228,30 +237,30 @@ def test_a_graph_of_another_precision_is_refused(tiny_fp8: Path, tmp_path: Path)
         shutil.copy(source, target)
     model = onnx.load(onnx_of(root, "sa3-m-fp8"), load_external_data=False)
     assert model.graph.node
-    line = ["sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "m"]
-    done = run(build_from_onnx.main, line)
-    assert done.code == 2 and "is a DiT in fp16mixed, not fp8" in done.err
+    argv = ["sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "m"]
+    result = run(build_from_onnx.main, argv)
+    assert result.code == 2 and "is a DiT in fp16mixed, not fp8" in result.err
 
 
 def test_a_torn_engine_and_a_missing_one_say_how_to_build_it(tiny_fp8: Path, tiny_models: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_models, tmp_path / "models")
     engine = packed(tmp_path / "models", "sa3-m")
-    line = ["--prompt", "x", "--seconds", 1, "--quiet", "--backend", "torch", "--onnx-root", tiny_fp8]
-    line += ["--models-dir", tmp_path / "models", "--out", tmp_path / "a.wav"]
+    argv = ["--prompt", "x", "--seconds", 1, "--quiet", "--backend", "torch", "--onnx-root", tiny_fp8]
+    argv += ["--models-dir", tmp_path / "models", "--out", tmp_path / "a.wav"]
     engine.write_bytes(engine.read_bytes()[:-100])
-    torn = run(sa3_trt.main, line)
+    torn = run(sa3_trt.main, argv)
     engine.unlink()
-    missing = run(sa3_trt.main, line)
-    for done in (torn, missing):
-        assert done.code == 2 and "build_from_onnx.py sa3-m --backend torch" in done.err
-        assert len(done.err.strip().splitlines()) == 2
+    missing = run(sa3_trt.main, argv)
+    for result in (torn, missing):
+        assert result.code == 2 and "build_from_onnx.py sa3-m --backend torch" in result.err
+        assert len(result.err.strip().splitlines()) == 2
     assert not (tmp_path / "a.wav").exists()
 
 
 def test_the_benchmark_compares_with_diffusers_on_the_same_weights(tmp_path: Path) -> None:
-    line = ["--tiny", "--lengths", 12, "--batches", "--peers", "eager", "--repeats", 1, "--out", tmp_path]
-    made(bench_dit.main, line)
+    argv = ["--tiny", "--lengths", 12, "--batches", "--peers", "eager", "--repeats", 1, "--out", tmp_path]
+    made(bench_dit.main, argv)
     record = json.loads((tmp_path / "bench.json").read_text())
-    cosines = {one["contestant"]: one["cosine"] for one in record["timings"]}
+    cosines = {timing["contestant"]: timing["cosine"] for timing in record["timings"]}
     assert cosines["fp16mixed"] > 0.99999 and 0.999 < cosines["fp8"] < cosines["fp16mixed"]
     assert "diffusers fp16" in (tmp_path / "bench.md").read_text() and (tmp_path / "bench.png").stat().st_size > 1000

@@ -1,4 +1,4 @@
-"""The PyTorch engines of text encoder and autoencoder: the same answers as ONNX Runtime on the same file."""
+"""The PyTorch engines of text encoder and autoencoder: same output as ONNX Runtime on the same file."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def packed(models: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The three engines, by the command. Read only."""
+    """Return the three engines, built by the command. Read only."""
     folder = tmp_path_factory.mktemp("stages") / "models"
-    line = [*NAMES, "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_onnx, "--models-dir", folder]
-    made(build_from_onnx.main, line)
+    argv = [*NAMES, "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_onnx, "--models-dir", folder]
+    made(build_from_onnx.main, argv)
     return folder
 
 
@@ -51,9 +51,9 @@ def latents(rows: int = 1, frames: int = FRAMES) -> Tensor:
     return torch.randn(rows, 256, frames, generator=torch.Generator().manual_seed(rows))
 
 
-def decibels(found: Tensor, wanted: Tensor) -> float:
-    error = (found.double() - wanted.double()).square().sum()
-    return float(10 * torch.log10(wanted.double().square().sum() / error))
+def decibels(samples: Tensor, reference: Tensor) -> float:
+    error = (samples.double() - reference.double()).square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / error))
 
 
 def test_the_decoder_gives_the_graphs_samples(tiny_onnx: Path, models: Path) -> None:
@@ -61,19 +61,19 @@ def test_the_decoder_gives_the_graphs_samples(tiny_onnx: Path, models: Path) -> 
         TorchDecoder(packed(models, "same-l-decoder"), "again") as engine,
         OnnxRuntimeEngine(onnx_of(tiny_onnx, "same-l-decoder-fp32")) as reference,
     ):
-        given = {"latent": latents()}
-        wanted = reference.run(given)["pcm"]
-        found = engine.run(given)["pcm"]
-        assert found.dtype == torch.int16 and found.shape == wanted.shape
-        assert decibels(found, wanted) > 55.0
+        inputs = {"latent": latents()}
+        expected = reference.run(inputs)["pcm"]
+        pcm = engine.run(inputs)["pcm"]
+        assert pcm.dtype == torch.int16 and pcm.shape == expected.shape
+        assert decibels(pcm, expected) > 55.0
 
 
 def test_rows_decode_as_they_do_alone(models: Path) -> None:
     together = latents(rows=3)
     with TorchDecoder(packed(models, "same-l-decoder"), "again") as engine:
-        found = engine.run({"latent": together})["pcm"]
+        pcm = engine.run({"latent": together})["pcm"]
         for row in range(3):
-            assert torch.equal(engine.run({"latent": together[row : row + 1]})["pcm"][0], found[row])
+            assert torch.equal(engine.run({"latent": together[row : row + 1]})["pcm"][0], pcm[row])
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 200, 17 * FRAMES])
@@ -86,8 +86,8 @@ def test_the_samples_do_not_depend_on_the_pieces(models: Path, tokens: int) -> N
 def test_fp8_products_stay_near_and_are_not_the_16_bit_ones(models: Path) -> None:
     half = Packed.load(packed(models, "same-l-decoder"), CPU)
     fp8 = Packed(*quantized(half.sizes, half.tensors))
-    wanted, found = (Same(one, ReferenceOps(half.rates)).samples(latents()) for one in (half, fp8))
-    assert 25.0 < decibels(found, wanted) < 45.0
+    fp16_samples, fp8_samples = (Same(weights, ReferenceOps(half.rates)).samples(latents()) for weights in (half, fp8))
+    assert 25.0 < decibels(fp8_samples, fp16_samples) < 45.0
 
 
 def test_a_scale_of_each_row_makes_its_largest_value_the_largest_code() -> None:
@@ -102,22 +102,22 @@ def test_the_encoder_gives_the_graphs_latents(tiny_onnx: Path, models: Path) -> 
         TorchEncoder(packed(models, "same-l-encoder"), "again") as engine,
         OnnxRuntimeEngine(onnx_of(tiny_onnx, "same-l-encoder")) as reference,
     ):
-        wanted = reference.run({"audio": audio})["latent"]
-        found = engine.run({"audio": audio})["latent"]
-    assert found.shape == wanted.shape and decibels(found, wanted) > 50.0
+        expected = reference.run({"audio": audio})["latent"]
+        encoded = engine.run({"audio": audio})["latent"]
+    assert encoded.shape == expected.shape and decibels(encoded, expected) > 50.0
 
 
 @pytest.mark.parametrize("used", [1, 40, 256])
 def test_the_text_encoder_gives_the_graphs_features(tiny_onnx: Path, models: Path, used: int) -> None:
     ids = torch.randint(0, 300, (2, 256), generator=torch.Generator().manual_seed(used))
     mask = (torch.arange(256) < used).long().expand(2, -1).contiguous()
-    given = {"input_ids": ids, "attention_mask": mask}
+    inputs = {"input_ids": ids, "attention_mask": mask}
     with (
         TorchTextEncoder(packed(models, "t5gemma"), "again") as engine,
         OnnxRuntimeEngine(onnx_of(tiny_onnx, "t5gemma")) as reference,
     ):
-        wanted, found = (one.run(given)["hidden_states"] for one in (reference, engine))
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        expected, features = (model.run(inputs)["hidden_states"] for model in (reference, engine))
+    assert float((features - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_a_token_that_the_encoder_does_not_know_is_the_users_mistake(models: Path) -> None:
@@ -130,13 +130,15 @@ def test_published_decoders_are_lowered_and_packed(tiny_onnx: Path, models: Path
     root = tmp_path / "onnx"
     target = onnx_of(root, "same-l-decoder")
     assert plugged_same.plug_in(onnx_of(tiny_onnx, "same-l-decoder-fp32"), target) > 0
-    line = ["same-l-decoder", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path]
-    made(build_from_onnx.main, line)
-    ours = Packed.load(packed(models, "same-l-decoder"), CPU)
-    theirs = Packed.load(packed(tmp_path, "same-l-decoder"), CPU)
-    assert ours.sizes == theirs.sizes
-    found, wanted = (Same(half, ReferenceOps(half.rates)).samples(latents()) for half in (theirs, ours))
-    assert decibels(found, wanted) > 55.0
+    argv = ["same-l-decoder", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path]
+    made(build_from_onnx.main, argv)
+    exported = Packed.load(packed(models, "same-l-decoder"), CPU)
+    published = Packed.load(packed(tmp_path, "same-l-decoder"), CPU)
+    assert exported.sizes == published.sizes
+    samples, expected = (
+        Same(weights, ReferenceOps(weights.rates)).samples(latents()) for weights in (published, exported)
+    )
+    assert decibels(samples, expected) > 55.0
 
 
 @pytest.mark.parametrize("name", ["t5gemma", "same-l-decoder", "same-l-encoder"])
@@ -150,9 +152,9 @@ def test_a_graph_that_computes_something_else_is_a_failed_gate(tiny_onnx: Path, 
     del last.attribute[:]
     last.attribute.extend(axes)
     path.write_bytes(model.SerializeToString())
-    line = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
-    done = run(build_from_onnx.main, line)
-    assert done.code == 3 and "is not" in done.err and not packed(tmp_path / "models", name).exists()
+    argv = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    result = run(build_from_onnx.main, argv)
+    assert result.code == 3 and "is not" in result.err and not packed(tmp_path / "models", name).exists()
 
 
 @pytest.mark.parametrize("name", ["t5gemma", "same-l-decoder"])
@@ -164,8 +166,8 @@ def test_a_graph_without_its_structure_is_said_in_two_lines(tiny_onnx: Path, tmp
     for node in model.graph.node:
         node.op_type = "Sigmoid" if node.op_type == "Tanh" else node.op_type
     path.write_bytes(model.SerializeToString())
-    line = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
-    two_lines(run(build_from_onnx.main, line), "")
+    argv = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
+    two_lines(run(build_from_onnx.main, argv), "")
 
 
 def test_a_torn_decoder_says_how_to_build_it(tiny_onnx: Path, models: Path, tmp_path: Path) -> None:
@@ -184,22 +186,32 @@ def test_a_rotary_pair_lies_half_a_head_apart() -> None:
 
 
 def test_uploaded_noise_is_the_samplers_to_the_bit() -> None:
-    ours, theirs = uploaded_noise([3, 9], 4, 24, 17, "cpu"), row_noise([3, 9], 4, 24, 17)
+    uploaded, drawn = uploaded_noise([3, 9], 4, 24, 17, "cpu"), row_noise([3, 9], 4, 24, 17)
     for _ in range(3):
-        assert torch.equal(next(ours), next(theirs))
+        assert torch.equal(next(uploaded), next(drawn))
 
 
 def test_the_command_names_the_engines_that_it_runs(tiny_onnx: Path, models: Path, tmp_path: Path) -> None:
-    line = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_onnx, "--models-dir", tmp_path / "m"]
+    argv = [
+        "sa3-m",
+        "--backend",
+        "torch",
+        "--arch",
+        "cpu",
+        "--onnx-root",
+        tiny_onnx,
+        "--models-dir",
+        tmp_path / "m",
+    ]
     shutil.copytree(models, tmp_path / "m")
-    made(build_from_onnx.main, line)
-    argv = ["--prompt", "x", "--seconds", 1, "--steps", 1, "--json", "--quiet", "--backend", "torch"]
-    argv += ["--onnx-root", tiny_onnx, "--models-dir", tmp_path / "m", "--out", tmp_path / "a.wav"]
+    made(build_from_onnx.main, argv)
+    sound_argv = ["--prompt", "x", "--seconds", 1, "--steps", 1, "--json", "--quiet", "--backend", "torch"]
+    sound_argv += ["--onnx-root", tiny_onnx, "--models-dir", tmp_path / "m", "--out", tmp_path / "a.wav"]
     backends = []
     for engine in (None, packed(tmp_path / "m", "same-l-decoder")):
         if engine is not None:
             engine.unlink()
-        done = run(sa3_trt.main, argv)
-        assert done.code == 0, done.err
-        backends.append({stage: backend for stage, (_, backend) in json.loads(done.out)["engines"].items()})
+        result = run(sa3_trt.main, sound_argv)
+        assert result.code == 0, result.err
+        backends.append({stage: backend for stage, (_, backend) in json.loads(result.out)["engines"].items()})
     assert set(backends[0].values()) == {"torch"} and backends[1]["decoder"] == "onnxruntime"

@@ -1,4 +1,4 @@
-"""What keeps the hub's client from asking at all, and caches on disks without links; each in a process of its own."""
+"""Settings that stop the hub's client before a request, and caches on disks without links; each in a subprocess."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CODE = (
 )
 
 
-def asked(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The DiT asked of the hub, by a client that reads its variables as it starts."""
+def request_dit(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Request the DiT from the hub in a subprocess; the client reads its variables when it starts."""
     env = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     env |= {"HF_HOME": str(cache), "HF_ENDPOINT": "https://127.0.0.1:9", **environment}
     return subprocess.run(
@@ -47,11 +47,11 @@ def asked(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_what_is_wrong_is_named_with_its_cure(
     tmp_path: Path, environment: dict[str, str], words: tuple[str, ...]
 ) -> None:
-    done = asked(tmp_path, **environment)
-    lines = done.stderr.splitlines()
-    assert (done.returncode, done.stdout, len(lines)) == (2, "", 2), done
+    result = request_dit(tmp_path, **environment)
+    lines = result.stderr.splitlines()
+    assert (result.returncode, result.stdout, len(lines)) == (2, "", 2), result
     assert lines[0].startswith("error: ") and lines[1].startswith("  hint: ")
-    assert all(word in done.stderr for word in words) and "secret" not in done.stderr, done.stderr
+    assert all(word in result.stderr for word in words) and "secret" not in result.stderr, result.stderr
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def hub() -> Iterator[LocalHub]:
 def test_a_cache_without_links_works_and_holds_each_file_once(tmp_path: Path, hub: LocalHub) -> None:
     settings = {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_SYMLINKS": "1", "HF_HUB_DISABLE_XET": "1"}
     for _ in range(2):
-        done = asked(tmp_path, **settings)
-        assert done.returncode == 0, done.stderr
+        result = request_dit(tmp_path, **settings)
+        assert result.returncode == 0, result.stderr
         hub.refuse = {"*": hub_server.Answer(500)}  # the second time nothing is asked for
         settings["HF_HUB_OFFLINE"] = "1"
-    graph = Path(done.stdout.strip())
+    graph = Path(result.stdout.strip())
     assert graph.with_name("dit_fp16.onnx.data").read_bytes() == WEIGHTS
-    held = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == len(WEIGHTS)]
-    assert len(held) == 1 and not any(path.is_symlink() for path in tmp_path.rglob("*"))
+    copies = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == len(WEIGHTS)]
+    assert len(copies) == 1 and not any(path.is_symlink() for path in tmp_path.rglob("*"))

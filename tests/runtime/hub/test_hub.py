@@ -1,4 +1,4 @@
-"""Finding files on a hub: the real client against a hub on this machine that also misbehaves."""
+"""Finding files on a hub: the real client against a local hub with injected failures."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ WEIGHTS = bytes(range(256)) * 4000
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[LocalHub]:
-    """A hub that has the FP8 DiT with its sidecar of another name, and a client with an empty cache."""
+    """Run a hub that has the FP8 DiT with a sidecar of another name, and a client with an empty cache."""
     with hub_server.serve() as server:
         server.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp8lin.onnx.data"), SIDECAR: WEIGHTS})
         with hub_server.client_at(server.address, tmp_path / "cache", token="hf_secret"):
             yield server
 
 
-def refused(words: str, hint: str, **how) -> ToolError:  # type: ignore[no-untyped-def]
+def refused(words: str, hint: str, **source) -> ToolError:  # type: ignore[no-untyped-def]
     with pytest.raises(ToolError, match=words) as caught:
-        resolve.resolve_onnx(FP8, ModelSource(**how))
+        resolve.resolve_onnx(FP8, ModelSource(**source))
     assert hint in caught.value.lines()
     assert len(caught.value.lines().splitlines()) == 2
     return caught.value
@@ -47,18 +47,18 @@ def test_graph_and_sidecar_arrive_and_are_kept(local: LocalHub) -> None:
     assert path.name == "dit_fp8.onnx"
     assert (path.parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
     assert download.expected_sha256(path.parent / "dit_fp8lin.onnx.data") == hashlib.sha256(WEIGHTS).hexdigest()
-    asked = len(local.asked)
+    requests_before = len(local.asked)
     assert (
         resolve.resolve_onnx(FP8, ModelSource()) == path
         and resolve.resolve_onnx(FP8, ModelSource(offline=True)) == path
     )
-    assert len(local.asked) == asked, "what is in the cache is not asked for again"
+    assert len(local.asked) == requests_before, "what is in the cache is not asked for again"
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_storage(local: LocalHub) -> None:
     resolve.resolve_onnx(FP8, ModelSource())
-    shown = {path.startswith("cdn/"): headers.get("authorization") for _, path, headers in local.asked}
-    assert shown == {False: "Bearer hf_secret", True: None}
+    token_by_host = {path.startswith("cdn/"): headers.get("authorization") for _, path, headers in local.asked}
+    assert token_by_host == {False: "Bearer hf_secret", True: None}
 
 
 def test_a_given_folder_is_the_only_place(local: LocalHub, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_branch_moves_only_when_it_is_asked_to(local: LocalHub) -> None:
 
 
 def test_a_sidecar_is_of_its_graphs_commit(local: LocalHub) -> None:
-    """The branch moves after the graph has come and before its sidecar is asked for."""
+    """The branch moves after the graph has arrived and before its sidecar is requested."""
     local.refuse[SIDECAR] = Answer(503)
     refused("answered 503", "later")
     local.refuse.clear()
@@ -186,21 +186,21 @@ def test_a_full_disk_is_told_before_anything_is_read(local: LocalHub) -> None:
 
 
 def test_two_processes_at_once_read_the_bytes_once(local: LocalHub) -> None:
-    found: list[Path] = []
+    graph_paths: list[Path] = []
     local.pause = 0.05
     threads = [
-        threading.Thread(target=lambda: found.append(resolve.resolve_onnx(FP8, ModelSource()))) for _ in range(2)
+        threading.Thread(target=lambda: graph_paths.append(resolve.resolve_onnx(FP8, ModelSource()))) for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 2 and found[0] == found[1]
+    assert len(graph_paths) == 2 and graph_paths[0] == graph_paths[1]
     assert len([path for path in local.reads() if path.startswith("cdn/")]) == 2  # graph and sidecar, each once
 
 
 def test_the_environment_is_honoured(local: LocalHub, tmp_path: Path) -> None:
-    """In a process of its own, as a user sets it."""
+    """Run in a subprocess with the variables that a user sets."""
     code = (
         "from sa3_trt_core import targets, errors\n"
         "from sa3_trt_core.hub import resolve\n"
@@ -210,6 +210,6 @@ def test_the_environment_is_honoured(local: LocalHub, tmp_path: Path) -> None:
     )
     env = {**os.environ, "HF_ENDPOINT": local.address, "HF_HOME": str(tmp_path / "home")}
     for off, words in (("1", "HF_HUB_OFFLINE"), ("0", str(tmp_path / "home"))):
-        line = [sys.executable, "-c", code]
-        done = subprocess.run(line, env={**env, "HF_HUB_OFFLINE": off}, capture_output=True, text=True, check=True)
-        assert words in done.stdout.splitlines()[0]
+        argv = [sys.executable, "-c", code]
+        result = subprocess.run(argv, env={**env, "HF_HUB_OFFLINE": off}, capture_output=True, text=True, check=True)
+        assert words in result.stdout.splitlines()[0]

@@ -1,4 +1,4 @@
-"""Holds the reader of sidecar names against onnx itself, and the search for files against local folders."""
+"""The reader of sidecar names compared with onnx, and the search for files in local folders."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_every_place_that_can_name_a_sidecar_is_read(tmp_path: Path) -> None:
         constant=external("d", "constant.bin"),
         branch=external("e", "branch.bin"),
     )
-    found = resolve.external_data_names(save(tmp_path / "m.onnx", proto))
-    assert sorted(found) == ["branch.bin", "constant.bin", "dit_fp8lin.onnx.data", "sub/more.bin"]
+    sidecar_names = resolve.external_data_names(save(tmp_path / "m.onnx", proto))
+    assert sorted(sidecar_names) == ["branch.bin", "constant.bin", "dit_fp8lin.onnx.data", "sub/more.bin"]
 
 
 def test_a_graph_with_its_weights_inside_has_no_sidecar(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_the_local_folder_is_searched_by_every_name(tmp_path: Path) -> None:
         resolve.local_onnx(tmp_path, target)
     (older.parent / "w.data").write_bytes(b"\0" * 8)
     assert resolve.local_onnx(tmp_path, target) == older
-    ours = save(tmp_path / target.onnx[0], model())
-    assert resolve.resolve_onnx(target, ModelSource(tmp_path)) == ours
+    newer = save(tmp_path / target.onnx[0], model())
+    assert resolve.resolve_onnx(target, ModelSource(tmp_path)) == newer
 
 
 def _size(value: int) -> bytes:

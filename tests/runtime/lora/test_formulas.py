@@ -1,4 +1,4 @@
-"""Merged weights against the trainer's formulas in NumPy, for every kind, strength and order."""
+"""Merged weights compared with the trainer's formulas in NumPy, for every kind, strength and order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRENGTHS = (-1.0, 0.0, 0.3, 1.0, 2.0)
 
 @pytest.fixture(scope="module")
 def base() -> dict[str, np.ndarray]:
-    """Base weights of some layers, their singular values well apart."""
+    """Return base weights of some layers, with well separated singular values."""
     generator = np.random.default_rng(7)
     weights = {}
     for layer, (out, into) in adapters.SOME.items():
@@ -35,12 +35,12 @@ def files(base: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory)
     }
 
 
-def difference(loras: LoraSet, base: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
-    """The largest difference of any merged weight, as a share of the largest weight of its layer."""
+def difference(loras: LoraSet, base: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Return the largest difference of any merged weight relative to the largest weight of its layer."""
     worst = 0.0
     for layer, weight in base.items():
-        made = loras.merged(layer, torch.from_numpy(weight), SvdBases()).numpy()
-        worst = max(worst, float(np.abs(made - wanted[layer]).max() / np.abs(weight).max()))
+        merged = loras.merged(layer, torch.from_numpy(weight), SvdBases()).numpy()
+        worst = max(worst, float(np.abs(merged - expected[layer]).max() / np.abs(weight).max()))
     return worst
 
 
@@ -51,10 +51,10 @@ def test_every_kind_at_every_strength_is_the_trainers_formula(
     for strength in STRENGTHS:
         loras = LoraSet.read([LoraSpec(files[kind], strength)])
         loras.require_fits(adapters.SOME, "the test")
-        wanted = {layer: adapters.merged(files[kind], layer, weight, strength) for layer, weight in base.items()}
+        expected = {layer: adapters.merged(files[kind], layer, weight, strength) for layer, weight in base.items()}
         # Two fp32 decompositions of one matrix differ in the last places.
-        assert difference(loras, base, wanted) < (4e-5 if kind.endswith("-xs") else 2e-6), strength
-        moved = max(float(np.abs(wanted[layer] - base[layer]).max()) for layer in base)
+        assert difference(loras, base, expected) < (4e-5 if kind.endswith("-xs") else 2e-6), strength
+        moved = max(float(np.abs(expected[layer] - base[layer]).max()) for layer in base)
         assert (moved > 1e-3) == (strength != 0)
 
 
@@ -64,11 +64,11 @@ def test_a_faded_adapter_is_the_line_between_the_base_and_its_full_strength(
 ) -> None:
     for strength in (-1.0, 1e-4, 0.4, 2.0):
         loras = LoraSet.read([LoraSpec(files[kind], strength)], LoraOptions(rule="fade"))
-        whole = {layer: adapters.merged(files[kind], layer, weight, 1.0) for layer, weight in base.items()}
-        wanted = {layer: base[layer] + strength * (whole[layer] - base[layer]) for layer in base}
-        assert difference(loras, base, wanted) < 4e-5
+        full_strength = {layer: adapters.merged(files[kind], layer, weight, 1.0) for layer, weight in base.items()}
+        expected = {layer: base[layer] + strength * (full_strength[layer] - base[layer]) for layer in base}
+        assert difference(loras, base, expected) < 4e-5
     native = LoraSet.read([LoraSpec(files[kind], 0.4)])
-    assert difference(native, base, wanted) > 1e-3
+    assert difference(native, base, expected) > 1e-3
 
 
 @pytest.mark.parametrize("pair", (("lora", "dora-rows"), ("bora-xs", "dora-cols"), ("dora-rows-xs", "lora-xs")))
@@ -94,10 +94,10 @@ def test_a_layer_that_only_the_second_adapter_has_is_changed_too(
     few = {adapters.QKV: adapters.SOME[adapters.QKV]}
     first = adapters.write_native(tmp_path / "few.safetensors", "lora", few, seed=50, norms=base)
     specs = [LoraSpec(first), LoraSpec(files["dora-rows"])]
-    wanted = {}
+    expected = {}
     for layer, weight in base.items():
-        wanted[layer] = adapters.merged(files["dora-rows"], layer, adapters.merged(first, layer, weight, 1.0), 1.0)
-    assert difference(LoraSet.read(specs), base, wanted) < 1e-5
+        expected[layer] = adapters.merged(files["dora-rows"], layer, adapters.merged(first, layer, weight, 1.0), 1.0)
+    assert difference(LoraSet.read(specs), base, expected) < 1e-5
 
 
 def test_the_duration_embedder_is_left_out_only_when_asked(files: dict[str, Path], base: dict[str, np.ndarray]) -> None:
@@ -114,12 +114,12 @@ def test_the_digest_follows_files_strengths_and_order_alone(files: dict[str, Pat
     def digest(*specs: tuple[str, float], **options: str) -> str:
         return LoraSet.read([LoraSpec(files[kind], s) for kind, s in specs], LoraOptions(**options)).digest  # type: ignore[arg-type]
 
-    one = digest(("lora", 1.0), ("bora", 0.5))
-    assert one == digest(("lora", 1.0), ("bora", 0.5))
-    others = {digest(("bora", 0.5), ("lora", 1.0)), digest(("lora", 1.0), ("bora", 0.6)), digest(("lora", 1.0)),
+    reference = digest(("lora", 1.0), ("bora", 0.5))
+    assert reference == digest(("lora", 1.0), ("bora", 0.5))
+    changed = {digest(("bora", 0.5), ("lora", 1.0)), digest(("lora", 1.0), ("bora", 0.6)), digest(("lora", 1.0)),
               digest(("lora", 1.0), ("bora", 0.5), rule="fade"),
               digest(("lora", 1.0), ("bora", 0.5), stacking="summed")}  # fmt: skip
-    assert len(others | {one}) == 6
+    assert len(changed | {reference}) == 6
     assert digest(("lora", 1.0), rule="fade") == digest(("lora", 1.0))  # the rules are one where there is no magnitude
     copy = tmp_path / "renamed.safetensors"
     copy.write_bytes(files["lora"].read_bytes())

@@ -1,4 +1,4 @@
-"""Files of every naming scheme are read alike; what cannot be used is refused in two lines, what is unused is named."""
+"""Adapter files of every naming scheme are read; unusable ones are refused in two lines, unused tensors are named."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_names_of_other_programs_mean_the_native_layer(tmp_path: Path, prefix: s
 
 def test_alpha_comes_from_the_tensor_the_metadata_or_the_peft_folder(tmp_path: Path) -> None:
     into, out = factors()
-    at = "diffusion_model.transformer.layers.0.ff.ff.2"
-    pair = {f"{at}.lora_A.weight": into, f"{at}.lora_B.weight": out}
-    adapters.write_tensors(tmp_path / "comfy.safetensors", pair | {f"{at}.alpha": np.array(1.5, np.float32)})
+    prefix = "diffusion_model.transformer.layers.0.ff.ff.2"
+    pair = {f"{prefix}.lora_A.weight": into, f"{prefix}.lora_B.weight": out}
+    adapters.write_tensors(tmp_path / "comfy.safetensors", pair | {f"{prefix}.alpha": np.array(1.5, np.float32)})
     np.testing.assert_allclose(change_of(tmp_path / "comfy.safetensors"), 0.5 * out @ into, rtol=1e-4, atol=1e-5)
 
     def peft(name: str, **config: object) -> Path:
@@ -69,13 +69,13 @@ def test_alpha_comes_from_the_tensor_the_metadata_or_the_peft_folder(tmp_path: P
         keys = {f"base_model.model.transformer.layers.0.ff.ff.2.{key.rpartition('ff.2.')[2]}": value
                 for key, value in pair.items()}  # fmt: skip
         adapters.write_tensors(tmp_path / name / "adapter_model.safetensors", keys)
-        stated = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **config}
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps(stated))
+        settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, **config}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
         return tmp_path / name
 
     np.testing.assert_allclose(change_of(peft("plain")), 2.0 * out @ into, rtol=1e-4, atol=1e-5)
-    wanted = 6 / np.sqrt(3) * out @ into
-    np.testing.assert_allclose(change_of(peft("rslora", use_rslora=True)), wanted, rtol=1e-4, atol=1e-4)
+    expected = 6 / np.sqrt(3) * out @ into
+    np.testing.assert_allclose(change_of(peft("rslora", use_rslora=True)), expected, rtol=1e-4, atol=1e-4)
     pattern = peft("pattern", r=8, rank_pattern={"ff.ff.2": 3}, alpha_pattern={r"ff\.\d": 12})
     np.testing.assert_allclose(change_of(pattern), 4.0 * out @ into, rtol=1e-4, atol=1e-4)
     digests = {LoraSet.read([LoraSpec(tmp_path / name)]).digest for name in ("plain", "rslora", "pattern")}
@@ -89,11 +89,11 @@ def test_rows_of_diffusers_names_are_put_in_native_order(tmp_path: Path) -> None
     width = adapters.SOME[adapters.QKV][1]
     into, out = factors(out=5 * width, into=width)
     q, q2, k, k2, v = np.split(out, 5)
-    at = "transformer.transformer_blocks.0.self_attn.to_qkv"
+    prefix = "transformer.transformer_blocks.0.self_attn.to_qkv"
     path = tmp_path / "diffusers.safetensors"
-    adapters.write_tensors(path, {f"{at}.lora_A.weight": into, f"{at}.lora_B.weight": out})
-    wanted = np.concatenate([q, k, v, q2, k2]) @ into
-    np.testing.assert_allclose(change_of(path, adapters.QKV), wanted, rtol=1e-4, atol=1e-4)
+    adapters.write_tensors(path, {f"{prefix}.lora_A.weight": into, f"{prefix}.lora_B.weight": out})
+    expected = np.concatenate([q, k, v, q2, k2]) @ into
+    np.testing.assert_allclose(change_of(path, adapters.QKV), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_older_name_dora_means_columns_only_for_magnitudes_of_one_row(tmp_path: Path) -> None:
@@ -109,36 +109,36 @@ def test_the_older_name_dora_means_columns_only_for_magnitudes_of_one_row(tmp_pa
 def test_parts_without_effect_are_named(tmp_path: Path) -> None:
     path = adapters.write_native(tmp_path / "a.safetensors", "lora", {LAYER: (OUT, INTO)})
     tensors, metadata = adapters.read_tensors(path)
-    at = f"{LAYER}.parametrizations.weight.0."
-    adapters.write_tensors(path, tensors | {f"{at}magnitude": np.ones(OUT, np.float32)}, metadata)
+    prefix = f"{LAYER}.parametrizations.weight.0."
+    adapters.write_tensors(path, tensors | {f"{prefix}magnitude": np.ones(OUT, np.float32)}, metadata)
     assert any("magnitude" in note for note in read_adapter(path).notes)
     adapters.write_tensors(
         path, {key: value * 0 if "lora_B" in key else value for key, value in tensors.items()}, metadata
     )
     assert any("changes nothing" in note for note in read_adapter(path).notes)
-    adapters.write_tensors(path, tensors | {f"{at}baked_vnorm_row": np.ones(OUT, np.float32)}, metadata)
+    adapters.write_tensors(path, tensors | {f"{prefix}baked_vnorm_row": np.ones(OUT, np.float32)}, metadata)
     assert any("baked" in note for note in read_adapter(path).notes)
-    other = {"text_encoder.layers.0.mlp.lora_A.weight": np.ones((3, 4), np.float32), **tensors}
-    adapters.write_tensors(path, other, metadata)
+    with_text_encoder = {"text_encoder.layers.0.mlp.lora_A.weight": np.ones((3, 4), np.float32), **tensors}
+    adapters.write_tensors(path, with_text_encoder, metadata)
     assert any("text_encoder" in note for note in read_adapter(path, partial=True).notes)
 
 
-def damaged(folder: Path, what: str) -> Path:
-    """One file of a kind that must be refused."""
+def damaged(folder: Path, fault: str) -> Path:
+    """Write a file with the fault `fault`, which must be refused."""
     path = adapters.write_native(folder / "a.safetensors", "dora-rows", {LAYER: (OUT, INTO), adapters.QKV: (640, 128)})
     tensors, metadata = adapters.read_tensors(path)
-    at, qkv = (f"{name}.parametrizations.weight.0." for name in (LAYER, adapters.QKV))
-    match what:
+    prefix, qkv = (f"{name}.parametrizations.weight.0." for name in (LAYER, adapters.QKV))
+    match fault:
         case "unknown layer":
             tensors["text_model.encoder.layers.0.fc1.lora_A.weight"] = np.ones((4, 8), np.float32)
         case "lokr":
             tensors["diffusion_model.transformer.layers.0.ff.ff.2.lokr_w1"] = np.ones((4, 4), np.float32)
         case "missing factor":
-            del tensors[f"{at}lora_B"]
+            del tensors[f"{prefix}lora_B"]
         case "mixed ranks":
-            tensors[f"{at}lora_A"], tensors[f"{at}lora_B"] = factors(rank=2)
+            tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"] = factors(rank=2)
         case "factors apart":
-            tensors[f"{at}lora_B"] = factors(rank=2)[1]
+            tensors[f"{prefix}lora_B"] = factors(rank=2)[1]
         case "not finite":
             tensors[f"{qkv}lora_A"][0, 0] = np.nan
         case "two adapters":
@@ -152,16 +152,16 @@ def damaged(folder: Path, what: str) -> Path:
         case "no adapter":
             tensors = {"model.model.to_cond_embed.0.weight": np.ones((4, 8), np.float32)}
     adapters.write_tensors(path, tensors, metadata)
-    if what == "cut short":
+    if fault == "cut short":
         path.write_bytes(path.read_bytes()[:-10])
-    if what == "pickle":
+    if fault == "pickle":
         path = folder / "a.ckpt"
         torch.save({"state_dict": {}, "lora_config": {}}, path)
-    if what == "empty":
+    if fault == "empty":
         path.write_bytes(b"")
-    if what == "html":
+    if fault == "html":
         path.write_bytes(b"<!doctype html><html>404</html>")
-    if what == "lfs":
+    if fault == "lfs":
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     return path
 
@@ -176,8 +176,8 @@ def damaged(folder: Path, what: str) -> Path:
         ("lfs", "LFS"),
     ],
 )  # fmt: skip
-def test_a_file_that_cannot_be_used_is_refused_in_two_lines(tmp_path: Path, what: str, word: str) -> None:
-    two_lines(run(sa3_lora.main, ["info", damaged(tmp_path, what)]), word)
+def test_a_file_that_cannot_be_used_is_refused_in_two_lines(tmp_path: Path, fault: str, word: str) -> None:
+    two_lines(run(sa3_lora.main, ["info", damaged(tmp_path, fault)]), word)
 
 
 def test_an_adapter_of_another_width_or_depth_names_what_fits_and_what_does_not(tmp_path: Path) -> None:
@@ -213,13 +213,13 @@ def test_info_says_kind_rank_layers_words_and_the_change(tiny_checkpoint: Path, 
     base = adapters.native_weights(weights)
     path = adapters.write_native(tmp_path / "song.safetensors", "dora-rows", shapes, norms=base)
     (tmp_path / "song.trigger.txt").write_text("tape hiss\n")
-    done = run(sa3_lora.main, ["info", path, "--weights", weights, "--json"])
-    document = json.loads(done.out)
+    result = run(sa3_lora.main, ["info", path, "--weights", weights, "--json"])
+    document = json.loads(result.out)
     assert (document["kind"], document["ranks"], document["alpha"]) == ("dora-rows", [4], 6.0)
     assert document["trigger_words"] == ["tape hiss"] and document["layers"] == 2
     for layer in shapes:
-        wanted = np.linalg.norm(adapters.merged(path, layer, base[layer], 1.0) - base[layer]) / np.linalg.norm(
+        expected = np.linalg.norm(adapters.merged(path, layer, base[layer], 1.0) - base[layer]) / np.linalg.norm(
             base[layer]
         )
-        assert document["changes"][layer] == pytest.approx(wanted, rel=1e-4)
+        assert document["changes"][layer] == pytest.approx(expected, rel=1e-4)
     assert "tape hiss" in run(sa3_lora.main, ["info", path]).out

@@ -1,4 +1,4 @@
-"""Whole generations against figures of the model's own package: final latents, lengths and valid frames.
+"""Generations compared with figures of the native package: final latents, lengths and valid frames.
 
 `native_generation.json` was made by that package (stable_audio_3 at commit 636f906 of its public repository) from the
 checkpoint of the fixture tiny_checkpoint: CPU, fp32, its text encoder too, attention over the valid frames as flash
@@ -33,7 +33,7 @@ def generator(tiny_onnx: Path) -> Iterator[Generator]:
 
 @pytest.fixture(scope="module")
 def tone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sound that the figures of in-painting and audio to audio start from."""
+    """Write the input sound of the figures of in-painting and audio-to-audio."""
     time = np.arange(44_100 * 14) / 44_100
     left = np.sin(2 * np.pi * 220 * time) * np.exp(-(time % 0.5) * 4)
     right = np.sin(2 * np.pi * 331 * time) * np.exp(-(time % 0.7) * 3)
@@ -60,14 +60,14 @@ def test_final_latents_are_those_of_the_models_own_package(generator: Generator,
     figures, request = FIGURES[name], requested(name, tone)
     result = generator.generate(request)
     assert (request.frames, request.valid_frames) == (figures["frames"], figures["valid"])
-    found, norm = picked(result, figures["valid"])
+    latents, norm = picked(result, figures["valid"])
     expected = torch.tensor(figures["latents"])
-    assert float((found - expected).norm() / expected.norm()) < TOLERANCE
+    assert float((latents - expected).norm() / expected.norm()) < TOLERANCE
     assert norm == pytest.approx(figures["norm"], rel=TOLERANCE)
 
 
 def test_batches_and_rings_of_other_lengths_give_them_too(generator: Generator, tone: Path) -> None:
-    """Rows of equal and of different valid lengths together: 5 s has 118 of 120 frames, 5.127 s all 120."""
+    """Batch rows of equal and of different valid lengths: 5 s has 118 of 120 frames, 5.127 s all 120."""
     names = ["text, 5 s", "no text", "text, 5.127 s", "in-painting", "in-painting, two ranges"]
     requests = [requested(name, tone) for name in names]
     together = dict(generator.generate_many(requests, batch=4))
@@ -75,13 +75,13 @@ def test_batches_and_rings_of_other_lengths_give_them_too(generator: Generator, 
     for index, name in enumerate(names):
         expected = torch.tensor(FIGURES[name]["latents"])
         for result in (together[index], ring[index]):
-            found, _ = picked(result, FIGURES[name]["valid"])
-            assert float((found - expected).norm() / expected.norm()) < TOLERANCE, name
+            latents, _ = picked(result, FIGURES[name]["valid"])
+            assert float((latents - expected).norm() / expected.norm()) < TOLERANCE, name
 
 
 def test_every_rule_makes_a_difference_that_the_figures_would_show(generator: Generator, tone: Path) -> None:
-    """Each setting at its neighbour's value is further from the figures than ten tolerances."""
-    others = {
+    """A changed setting gives latents further from the figures than ten tolerances."""
+    changes = {
         "text, 5 s": {"duration_padding": 6.05},
         "in-painting": {"inpaint": ((1.1, 2.5),)},
         "in-painting, to the end": {"inpaint": ((2.1, 5.127),)},
@@ -89,8 +89,8 @@ def test_every_rule_makes_a_difference_that_the_figures_would_show(generator: Ge
         "audio to audio": {"schedule_order": "warp-then-scale"},
         "in-painting from a noise level": {"init_noise_level": None},
     }
-    for name, change in others.items():
+    for name, change in changes.items():
         result = generator.generate(replace(requested(name, tone), **change))
-        found, _ = picked(result, min(FIGURES[name]["valid"], result.latents.shape[-1]))
+        latents, _ = picked(result, min(FIGURES[name]["valid"], result.latents.shape[-1]))
         expected = torch.tensor(FIGURES[name]["latents"])
-        assert float((found - expected).norm() / expected.norm()) > 10 * TOLERANCE, name
+        assert float((latents - expected).norm() / expected.norm()) > 10 * TOLERANCE, name

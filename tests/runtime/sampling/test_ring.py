@@ -1,4 +1,4 @@
-"""The ring: rows at different steps in one forward, each the sound that it is alone."""
+"""Continuous batching: rows at different steps in one forward give the same sounds as alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BASE = Request("slow piano, 70 BPM", 1.5, steps=3, seed=11)
 
 
 class Wave:
-    """A velocity that depends on x, sigma and the conditioning of its own row; keeps the noise levels it was given."""
+    """A velocity that depends on x, sigma and the conditioning of its row; records the noise levels."""
 
     def __init__(self) -> None:
         self.levels: list[list[float]] = []
@@ -46,7 +46,7 @@ class Wave:
     def close(self) -> None: ...
 
 
-def told(number: int) -> Conditioning:
+def conditioning(number: int) -> Conditioning:
     return Conditioning(
         torch.full((1, 256, 768), 0.1 * number),
         torch.ones(1, 256),
@@ -55,8 +55,8 @@ def told(number: int) -> Conditioning:
     )
 
 
-def led(number: int, cfg: float) -> Guidance | None:
-    return None if cfg == 1 else Guidance(null_conditioning(told(number)), cfg, apg=0.5)
+def guidance_of(number: int, cfg: float) -> Guidance | None:
+    return None if cfg == 1 else Guidance(null_conditioning(conditioning(number)), cfg, apg=0.5)
 
 
 @given(
@@ -65,40 +65,40 @@ def led(number: int, cfg: float) -> Guidance | None:
 )
 @settings(max_examples=30, deadline=None)
 def test_every_row_takes_the_path_that_it_takes_alone(kinds: list[tuple[int, float, bool]], depth: int) -> None:
-    """Rows of any steps, guided or not, with something pasted back or not: equal to the bit."""
+    """Rows of any number of steps, with or without guidance and pasted frames, are bit-identical."""
     kept = (torch.ones(1, CHANNELS, FRAMES), (torch.arange(FRAMES) < 2).float().expand(1, 1, FRAMES))
 
     def row(number: int) -> RingRow:
         steps, cfg, pasted = kinds[number]
         path = Trajectory(row_noise([number], CHANNELS, FRAMES), sigmas(steps), kept=kept if pasted else None)
-        return RingRow(path, told(number), led(number, cfg), Meter())
+        return RingRow(path, conditioning(number), guidance_of(number, cfg), Meter())
 
-    engine, asked, seen = Wave(), [], []
+    engine, rows_made, steps_seen = Wave(), [], []
 
     def rows() -> Iterator[tuple[int, RingRow]]:
         for number in range(len(kinds)):
-            asked.append(number)
-            assert len(asked) - len(found) <= depth  # a row is made when its place is free, no earlier
+            rows_made.append(number)
+            assert len(rows_made) - len(latents_by_row) <= depth  # a row is made when its place is free, no earlier
             yield number, row(number)
 
-    found: dict[int, torch.Tensor] = {}
-    for number, latents in ring(engine, rows(), depth, seen.append):
-        found[number] = latents
-    assert sorted(found) == list(range(len(kinds)))
-    assert len(seen) == sum(steps for steps, _, _ in kinds)
+    latents_by_row: dict[int, torch.Tensor] = {}
+    for number, latents in ring(engine, rows(), depth, steps_seen.append):
+        latents_by_row[number] = latents
+    assert sorted(latents_by_row) == list(range(len(kinds)))
+    assert len(steps_seen) == sum(steps for steps, _, _ in kinds)
     assert max(map(len, engine.levels)) <= 2 * depth
     for number, (steps, cfg, pasted) in enumerate(kinds):
-        guidance = led(number, cfg)
+        guidance = guidance_of(number, cfg)
         alone = Wave() if guidance is None else GuidedVelocity(Wave(), guidance)
         noise = row_noise([number], CHANNELS, FRAMES)
-        wanted = ping_pong(alone, noise, sigmas(steps), told(number), kept=kept if pasted else None)
-        assert torch.equal(found[number], wanted)
+        expected = ping_pong(alone, noise, sigmas(steps), conditioning(number), kept=kept if pasted else None)
+        assert torch.equal(latents_by_row[number], expected)
 
 
 def test_rows_stand_at_different_steps_and_places_are_refilled() -> None:
     engine = Wave()
     rows = (
-        (number, RingRow(Trajectory(row_noise([number], 4, 6), sigmas(4)), told(number), None, Meter()))
+        (number, RingRow(Trajectory(row_noise([number], 4, 6), sigmas(4)), conditioning(number), None, Meter()))
         for number in range(6)
     )
     order = [number for number, _ in ring(engine, rows, 4)]
@@ -109,8 +109,8 @@ def test_rows_stand_at_different_steps_and_places_are_refilled() -> None:
 
 @pytest.fixture(scope="module")
 def generator(tiny_onnx: Path) -> Iterator[Generator]:
-    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as found:
-        yield found
+    with Generator.load(precision="fp32", backend="onnxruntime", onnx_root=tiny_onnx) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixed(sound: Path) -> list[Request]:
-    """Every mode, other numbers of steps, and a length of its own in the middle."""
+    """Return requests of every mode with different numbers of steps, one of another length in the middle."""
     inpaint = replace(BASE, seed=2, init_audio=sound, inpaint=((0.5, 1.0),), steps=2)
     return [
         BASE,
@@ -142,13 +142,13 @@ def alone(generator: Generator) -> object:
     return functools.cache(generator.generate)
 
 
-def agree(found: dict[int, Result], requests: list[Request], alone) -> None:  # type: ignore[no-untyped-def]
-    assert sorted(found) == list(range(len(requests)))
+def agree(results: dict[int, Result], requests: list[Request], alone) -> None:  # type: ignore[no-untyped-def]
+    assert sorted(results) == list(range(len(requests)))
     for index, request in enumerate(requests):
-        wanted = alone(request)
-        assert float((found[index].latents - wanted.latents).abs().max()) <= 1e-5
-        assert float((found[index].audio - wanted.audio).abs().max()) <= 1e-4
-        assert torch.equal(found[index].sigmas, wanted.sigmas)
+        expected = alone(request)
+        assert float((results[index].latents - expected.latents).abs().max()) <= 1e-5
+        assert float((results[index].audio - expected.audio).abs().max()) <= 1e-4
+        assert torch.equal(results[index].sigmas, expected.sigmas)
 
 
 @pytest.mark.parametrize("depth", range(1, 9))
@@ -184,7 +184,7 @@ def test_lengths_are_grouped() -> None:
 
 @pytest.fixture()
 def one_row(tiny_onnx: Path, tmp_path: Path) -> Path:
-    """An ONNX root whose DiT is fixed at one row, as the published ones are."""
+    """Return an ONNX root whose DiT has a fixed batch of one, as the published ones have."""
     root = tmp_path / "one row"
     shutil.copytree(tiny_onnx, root)
     path = onnx_of(root, "sa3-m")
@@ -199,31 +199,36 @@ def one_row(tiny_onnx: Path, tmp_path: Path) -> Path:
 
 def test_an_engine_of_fewer_rows_says_its_limit(one_row: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
-    line = ["--prompt", "a", "--prompt", "b", "--onnx-root", one_row, "--backend", "onnxruntime", "--seconds", 1]
+    argv = ["--prompt", "a", "--prompt", "b", "--onnx-root", one_row, "--backend", "onnxruntime", "--seconds", 1]
     for answers in one_row.rglob("*.checked.json"):
         answers.unlink()
     before = listing(tmp_path)
-    done = run(sa3_trt.main, [*line, "--quiet", "--steps", 1, "--depth", 2, "--out-dir", "d"])
-    two_lines(done, "ring of 2", "takes 1 rows a forward")
-    assert "--depth 1 to 1" in done.err
-    assert {name: one for name, one in listing(tmp_path).items() if not name.endswith(".checked.json")} == before
-    with Generator.load(backend="onnxruntime", onnx_root=one_row) as found, pytest.raises(ToolError, match="1 rows"):
-        next(found.generate_ring([replace(BASE, cfg=2.0)], 1))
+    result = run(sa3_trt.main, [*argv, "--quiet", "--steps", 1, "--depth", 2, "--out-dir", "d"])
+    two_lines(result, "ring of 2", "takes 1 rows a forward")
+    assert "--depth 1 to 1" in result.err
+    assert {name: digest for name, digest in listing(tmp_path).items() if not name.endswith(".checked.json")} == before
+    with (
+        Generator.load(backend="onnxruntime", onnx_root=one_row) as generator,
+        pytest.raises(ToolError, match="1 rows"),
+    ):
+        next(generator.generate_ring([replace(BASE, cfg=2.0)], 1))
 
 
 def test_the_command_in_a_ring_writes_what_it_writes_serially(tiny_onnx: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\nthree\n")
-    line = ["--prompts-file", prompts, "--onnx-root", tiny_onnx, "--backend", "onnxruntime", "--precision", "fp32"]
-    line += ["--seconds", 1, "--steps", 2, "--seed", 3, "--bits", "32f"]
-    done = run(sa3_trt.main, [*line, "--depth", 2, "--out-dir", tmp_path / "ring", "--json"])
-    assert done.code == 0, done.err
-    assert "generate: 12/12 stages 100%" in done.err
-    document = json.loads(done.out)
+    argv = ["--prompts-file", prompts, "--onnx-root", tiny_onnx, "--backend", "onnxruntime", "--precision", "fp32"]
+    argv += ["--seconds", 1, "--steps", 2, "--seed", 3, "--bits", "32f"]
+    result = run(sa3_trt.main, [*argv, "--depth", 2, "--out-dir", tmp_path / "ring", "--json"])
+    assert result.code == 0, result.err
+    assert "generate: 12/12 stages 100%" in result.err
+    document = json.loads(result.out)
     assert document["generations_per_second"] > 0
     assert [Path(row["out"]).name for row in document["rows"]] == ["001_one_3.wav", "002_two_4.wav", "003_three_5.wav"]
-    done = run(sa3_trt.main, [*line, "--out-dir", tmp_path / "serial", "--quiet"])
-    assert done.code == 0 and "generations a second" in done.out, done.err
+    result = run(sa3_trt.main, [*argv, "--out-dir", tmp_path / "serial", "--quiet"])
+    assert result.code == 0 and "generations a second" in result.out, result.err
     for path in (tmp_path / "serial").iterdir():
-        found, wanted = (soundfile.read(tmp_path / folder / path.name)[0] for folder in ("ring", "serial"))
-        assert np.abs(found - wanted).max() <= 1e-4 and np.abs(wanted).max() > 0.01
+        ring_samples, serial_samples = (
+            soundfile.read(tmp_path / folder / path.name)[0] for folder in ("ring", "serial")
+        )
+        assert np.abs(ring_samples - serial_samples).max() <= 1e-4 and np.abs(serial_samples).max() > 0.01

@@ -1,4 +1,4 @@
-"""Holds the sampler to the model's own order of noise and update, and the engines to row-by-row running."""
+"""The sampler uses the native order of noise and update; engines run a batch row by row if they must."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def conditioning(batch: int, frames: int = FRAMES) -> Conditioning:
 
 
 class Towards:
-    """The exact velocity of a point: v = (x - clean) / sigma, so that x - sigma v is the point at every sigma."""
+    """The exact velocity of one clean latent: v = (x - clean) / sigma, so that x - sigma v = clean at every sigma."""
 
     def __init__(self, clean: torch.Tensor) -> None:
         self.clean = clean
@@ -55,8 +55,8 @@ def test_an_exact_velocity_recovers_the_clean_latent(steps: int, batch: int, sig
     clean = torch.randn(batch, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(1))
     engine = Towards(clean)
     levels = sigmas(steps, sigma_max)
-    found = ping_pong(engine, row_noise(range(batch), CHANNELS, FRAMES), levels, conditioning(batch))
-    torch.testing.assert_close(found, clean, atol=1e-5, rtol=0)
+    latents = ping_pong(engine, row_noise(range(batch), CHANNELS, FRAMES), levels, conditioning(batch))
+    torch.testing.assert_close(latents, clean, atol=1e-5, rtol=0)
     assert [t.tolist() for _, t in engine.seen] == [[s] * batch for s in levels[:-1].tolist()]
 
 
@@ -78,8 +78,8 @@ def test_the_update_and_the_noise_order_are_the_models_own() -> None:
 
     noise = row_noise([seed], CHANNELS, FRAMES)
     called: list[tuple[int, float]] = []
-    found = ping_pong(Wave(), noise, levels, conditioning(1), lambda step, sigma: called.append((step, sigma)))
-    assert torch.equal(found, x)
+    latents = ping_pong(Wave(), noise, levels, conditioning(1), lambda step, sigma: called.append((step, sigma)))
+    assert torch.equal(latents, x)
     assert torch.equal(next(noise), left_over)  # the last step's noise is drawn too
     assert called == list(enumerate(levels[:-1].tolist()))
 
@@ -117,7 +117,7 @@ def test_a_velocity_that_is_not_finite_names_its_sigma(bad: float) -> None:
 
 @pytest.mark.parametrize("depth", [None, 1, 2])
 def test_a_real_engine_that_overflows_names_the_sigma_too(tmp_path: Path, depth: int | None) -> None:
-    """log(t - 0.99) is no number from the third step on; in step and in a ring."""
+    """log(t - 0.99) is NaN from the third step on, in a batch and in a ring."""
     path = tiny_dit(tmp_path / "dit.onnx", "B")
     proto = onnx.load(path)
     proto.graph.initializer.append(helper.make_tensor("low", TensorProto.FLOAT, [], [0.99]))
@@ -125,12 +125,12 @@ def test_a_real_engine_that_overflows_names_the_sigma_too(tmp_path: Path, depth:
     proto.graph.node.insert(2, helper.make_node("Sub", ["t3", "low"], ["above"]))
     proto.graph.node.insert(3, helper.make_node("Log", ["above"], ["logged"]))
     onnx.save(proto, path)
-    noise, told = row_noise([0], 256, FRAMES), random_conditioning(1)
+    noise, conditioning = row_noise([0], 256, FRAMES), random_conditioning(1)
     with DiTVelocity(OnnxRuntimeEngine(path)) as engine, pytest.raises(ToolError, match=r"at sigma 0\.9845 \(step 3\)"):
         if depth is None:
-            ping_pong(engine, noise, sigmas(8), told)
+            ping_pong(engine, noise, sigmas(8), conditioning)
         else:
-            row = RingRow(Trajectory(noise, sigmas(8)), told, None, Meter())
+            row = RingRow(Trajectory(noise, sigmas(8)), conditioning, None, Meter())
             list(ring(engine, iter([(0, row)]), depth))
 
 
@@ -139,7 +139,7 @@ def test_denoised() -> None:
 
 
 def tiny_dit(path: Path, batch: int | str) -> Path:
-    """An ONNX DiT of the contract: velocity = x * t + mean(text) + seconds + mask channel, different in every row."""
+    """Write a DiT that meets the contract: velocity = x * t + mean(text) + seconds + mask channel, row by row."""
     shapes = {
         "x": [batch, 256, "L"], "t": [batch], "t5_hidden": [batch, 256, 768], "t5_mask": [batch, 256],
         "seconds_total": [batch], "local_add_cond": [batch, 257, "L"],
@@ -177,10 +177,10 @@ def test_a_graph_fixed_at_one_row_serves_a_batch(tmp_path: Path, fixed: int | st
     cond = random_conditioning(3)
     x, t = torch.randn(3, 256, FRAMES), torch.tensor([0.1, 0.5, 0.9])
     with DiTVelocity(OnnxRuntimeEngine(tiny_dit(tmp_path / "dit.onnx", fixed))) as engine:
-        found = engine.velocity(x, t, cond)
+        velocity = engine.velocity(x, t, cond)
     text = cond.t5_hidden.mean(dim=(1, 2))
-    wanted = x * t[:, None, None] + (text + cond.seconds_total + 1)[:, None, None]
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    expected = x * t[:, None, None] + (text + cond.seconds_total + 1)[:, None, None]
+    torch.testing.assert_close(velocity, expected, atol=1e-4, rtol=0)
 
 
 def test_wrong_inputs_name_the_right_ones(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_graph_that_gives_no_velocity_is_two_lines() -> None:
 
 
 class Decoder:
-    """A decoder whose sample value is its frame's index, in either flavour; keeps what it was given."""
+    """A decoder whose sample value is its frame's index, for either kind of output; records its inputs."""
 
     def __init__(self, flavour: str, input_names: tuple[str, ...] = ("latent",)) -> None:
         self.flavour, self.input_names, self.output_names = flavour, input_names, (flavour,)
@@ -248,7 +248,7 @@ class Decoder:
 
 
 class Nothing(Decoder):
-    """A graph that takes anything and gives another kind's output."""
+    """A graph that accepts any input and returns the output of another kind."""
 
     def __init__(self) -> None:
         super().__init__("pcm")

@@ -1,4 +1,4 @@
-"""Holds the length rules, the sigma list and the profiles to the published figures."""
+"""Length rules, sigmas and profiles compared with the published figures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_schedules_fall_from_sigma_max_to_zero(steps: int, sigma_max: float) -> 
 
 
 def test_the_other_order_of_warp_and_scale_is_that_of_the_models_main_branch() -> None:
-    """Levels of the model's own generation, which rise after the first; both orders are one at sigma_max 1."""
+    """Levels of the native package, which rise after the first; both orders agree at sigma_max 1."""
     levels = sigmas(8, 0.7, "scale-then-warp").tolist()
     published = [0.7, 0.9535803, 0.9092903, 0.8302641, 0.7047457, 0.5380513, 0.3623913, 0.2171250, 0.0]
     assert levels == pytest.approx(published, abs=1e-6)
@@ -97,7 +97,7 @@ def test_dit_profile() -> None:
 
 def test_codec_and_text_profiles() -> None:
     decoder, encoder, text = CONTRACTS["same-decoder"], CONTRACTS["same-encoder"], CONTRACTS["t5gemma"]
-    assert [decoder.shapes(decoder.inputs[0], which) for which in ("min", "opt", "max")] == [
+    assert [decoder.shapes(decoder.inputs[0], bound) for bound in ("min", "opt", "max")] == [
         (1, 256, 32),
         (1, 256, 1292),
         (1, 256, 4096),
