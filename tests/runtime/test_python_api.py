@@ -58,7 +58,7 @@ def test_peaks_of_a_saved_result_are_scaled_down(result: Result, tmp_path: Path)
     assert np.abs(read - (loud.audio / 4).numpy()).max() < 1e-6
 
 
-@pytest.mark.parametrize(("name", "how", "word"), [
+@pytest.mark.parametrize(("name", "options", "word"), [
     ("a.txt", {}, "`path`"), ("a.wav", {"bits": 8}, "`bits`"), ("a.wav", {"peak": "louder"}, "`peak`"),
     ("a.flac", {"bits": "32f"}, "FLAC"),
 ])  # fmt: skip

@@ -120,7 +120,7 @@ def bomb(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "words"),
     [
         pytest.param(lambda path: path.write_bytes(path.read_bytes()[:-400]), "no .npz file", id="truncated"),
         pytest.param(lambda path: path.write_bytes(b"x" * 1000), "no .npz file", id="no archive"),

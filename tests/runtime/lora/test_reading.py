@@ -167,7 +167,7 @@ def damaged(folder: Path, fault: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("what", "word"),
+    ("fault", "word"),
     [
         ("unknown layer", "text_model"), ("lokr", "lokr_w1"), ("missing factor", "lora_B"), ("mixed ranks", "rank 2"),
         ("factors apart", LAYER), ("not finite", "finite"), ("two adapters", "more than one"),
