@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3_gpu_report.scrub import Scrubber
+from sa3_trt_core.number_formats import finite
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -40,13 +42,14 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part; `why` in one line where it did not pass."""
+    """What became of a part; `why` in one line where it did not pass, `cut_off` where its limit ended it."""
 
     part: Part
     status: str
     seconds: float = 0.0
     why: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
+    cut_off: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
@@ -72,6 +75,8 @@ def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float)
         else:
             print(f"{part.name} ...", file=sys.stderr, flush=True)
             outcome = _run(part, out, scrub, min(part.limit, left))
+            if outcome.cut_off and left < part.limit:
+                outcome.status, outcome.why = SKIPPED, f"{minutes:g} minutes are over"
         done[part.name] = outcome
         print(f"{part.name}: {outcome.status} {outcome.why}".rstrip(), file=sys.stderr, flush=True)
     return list(done.values())
@@ -83,27 +88,32 @@ def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> Outcome:
     log = out / "logs" / f"{part.name.replace(' ', '_').replace(',', '')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(
-        part.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            text, _ = process.communicate(timeout=limit)
-            why = "" if process.returncode == 0 else f"exit code {process.returncode}: {_last(text)}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            text, _ = process.communicate()
-            why = f"not done after {limit:.0f} s"
+    # Into a file, not a pipe: a process that left the group would hold a pipe open and keep the report waiting.
+    with tempfile.TemporaryFile() as output:
+        with subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                code = None
+        output.seek(0)
+        text = output.read().decode("utf-8", "replace")
+    why = "" if code == 0 else f"exit code {code}: {_last(text)}"
+    if code is None:
+        why = f"not done after {limit:.0f} s"
     text = scrub("\n".join(text.splitlines()[-LOG_LINES:]) + "\n")
     log.write_text(text, "utf-8")
     figures: dict[str, Any] = {}
     if part.figures is not None:
         try:
-            figures = part.figures()
+            figures = finite(part.figures())
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             why = why or f"its result cannot be read: {error}"
     seconds = time.monotonic() - started
-    return Outcome(part, FAILED if why else PASSED, seconds, scrub(why), figures)
+    return Outcome(part, FAILED if why else PASSED, seconds, scrub(why), figures, cut_off=code is None)
 
 
 def _last(text: str) -> str:

@@ -14,6 +14,7 @@ from sa3_trt_core import engines, targets
 
 BUILD, CHECK, GATES, SPEED = "build", "check rows", "gates", "speed"
 COLUMNS = (BUILD, CHECK, GATES, SPEED)
+OTHERS = (targets.TEXT_ENCODER, "same-l-decoder")  # built and checked where the backend runs them
 GENERATE = ROOT / "scripts" / "bench_generate.py"
 TINY = ("--random", "--width", "128", "--depth", "1")
 
@@ -101,7 +102,7 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
     where = ("--onnx-root", wanted.root, "--models-dir", wanted.models)
     dits = ("sa3-m", "sa3-m-fp8")
     compiles = backend in engines.BUILT and engines.BUILT[backend].runs == engines.EVERYTHING
-    names = (*dits, "t5gemma", "same-l-decoder") if compiles else dits
+    names = (*dits, *(name for name in OTHERS if _runs(backend, name)))
     built = f"{backend}, build"
     parts, needed = [], graphs
     if backend in engines.BUILT:
@@ -136,11 +137,16 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
 
 
 def _generate(wanted: Wanted, gpu: str | None) -> Part:
+    out = wanted.work / "bench_generate"
     line = _script(
-        "scripts", "bench_generate.py", "--out", wanted.work / "bench_generate", "--seconds", 3, 30, "--precisions",
-        "fp8", "fp16mixed", "--peers", "--repeats", 5, "--untuned",
+        "scripts", "bench_generate.py", "--out", out, "--seconds", 3, 30, "--precisions", "fp8", "fp16mixed", "--peers",
+        "--repeats", 5, "--untuned",
     )  # fmt: skip
-    return Part("bench_generate", line, 180, skip=gpu)
+    return Part("bench_generate", line, 180, figures=partial(_generated, out), skip=gpu)
+
+
+def _runs(backend: str, name: str) -> bool:
+    return engines.BACKENDS[backend].supports(targets.find_target(name))
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -166,3 +172,8 @@ def _speed(folder: Path) -> dict[str, Any]:
     timings = read_json(folder / "bench.json")["timings"]
     return {"bench": [{"engine": one["contestant"], "frames": one["frames"], "rows": one["rows"], "ms": one["ms"]}
                       for one in timings]}  # fmt: skip
+
+
+def _generated(folder: Path) -> dict[str, Any]:
+    timings = read_json(folder / "generate.json")["timings"]
+    return {f"{one['contestant']}, {one['seconds']:g} s: ms": one["ms"] for one in timings}

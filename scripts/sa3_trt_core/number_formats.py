@@ -1,4 +1,18 @@
-"""Limits of the number formats that graphs, packed weights and kernels share."""
+"""Limits of the number formats that graphs, packed weights and kernels share, and numbers as JSON has them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
 
 E4M3_MAX = 448.0  # the largest finite value of float8_e4m3fn; it has no infinity, so larger ones must be clamped
 FP16_MAX = 65504.0
+
+
+def finite(value: Any) -> Any:
+    """Return a document of dicts and lists with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

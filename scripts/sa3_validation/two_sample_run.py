@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core import engines, targets
 from sa3_trt_core.hub import resolve
+from sa3_trt_core.number_formats import finite
 from sa3_trt_core.text import Tokenizer
 from sa3_validation.cases import Case, Wanted, text_cases
 from sa3_validation.embedding import Embedder
@@ -61,12 +61,3 @@ class TwoSampleRun:
     def _open(self, source: Source) -> GraphEngine:
         target, backend, path = source
         return engines.open_engine(target, backend, self.place.source, path)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that are not finite, as JSON wants it."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

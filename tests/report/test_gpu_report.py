@@ -46,7 +46,7 @@ def test_the_first_line_is_the_verdict_and_every_part_is_there(report: Path) -> 
 
 def test_figures_come_from_what_the_parts_measured(report: Path) -> None:
     parts = {part["name"]: part["figures"] for part in json.loads((report / "report.json").read_text())["parts"]}
-    assert parts["torch, check rows"]["engines"] == 2 and 0 < parts["torch, check rows"]["worst of the limit"] <= 1
+    assert parts["torch, check rows"]["engines"] == 4 and 0 < parts["torch, check rows"]["worst of the limit"] <= 1
     assert parts["torch, gates"]["failed"] == 0 and 0.9 < parts["torch, gates"]["worst denoised cosine"] < 1
 
 
@@ -86,6 +86,20 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_report(tmp_path: Path) -> N
     assert document["verdict"] == "FAILED: wrong, hangs (1 parts passed, 1 could not be run here)"
 
 
+def test_what_a_part_leaves_running_and_what_is_no_number_keep_no_report_waiting(tmp_path: Path) -> None:
+    left = "import subprocess; subprocess.Popen(['sleep', '12'], start_new_session=True); print('done')"
+    part = Part("leaves", (sys.executable, "-c", left), 10, figures=lambda: {"worst": float("inf"), "of": [1.0]})
+    (found,) = run_parts([part], tmp_path, Scrubber({}), 5)
+    assert found.status == "passed" and found.figures == {"worst": None, "of": [1.0]}
+    assert (tmp_path / "logs" / "leaves.txt").read_text() == "done\n"
+
+
+def test_a_part_that_the_whole_limit_ends_is_left_out_and_does_not_fail(tmp_path: Path) -> None:
+    part = Part("long", (sys.executable, "-c", "import time; time.sleep(60)"), 50)
+    (found,) = run_parts([part], tmp_path, Scrubber({}), 0.02)
+    assert (found.status, found.why) == ("skipped", "0.02 minutes are over")
+
+
 def test_a_report_on_graphs_that_are_not_there_runs_to_its_end(tmp_path: Path) -> None:
     root = tmp_path / "empty"
     root.mkdir()
@@ -118,7 +132,7 @@ def test_a_cell_is_what_a_part_measured_and_empty_where_none_was_run(report: Pat
     header = ["backend", "card", "library, driver", "build", "check rows", "gates", "speed"]
     assert dict(zip(header, rows["tensorrt"], strict=True))["gates"] == "" and rows["tensorrt"][1:] == [""] * 6
     torch = dict(zip(header, rows["torch"], strict=True))
-    assert torch["build"] == "yes" and torch["check rows"].startswith("2 engines") and "cosine" in torch["gates"]
+    assert torch["build"] == "yes" and torch["check rows"].startswith("4 engines") and "cosine" in torch["gates"]
 
 
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
