@@ -1,4 +1,4 @@
-"""Calibration capture: what is written is what the model was fed; it streams, resumes and repeats to the byte."""
+"""Calibration capture: rows are the model's inputs; capture streams, resumes and is reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_summary_says_what_was_captured(tiny_checkpoint: Path, tiny_calib: P
 
 
 def test_a_killed_capture_resumes_and_gives_the_same_bytes(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Rows of every kind and two lengths; the killed run goes on at the prompt that it was in."""
+    """Rows of every kind and two lengths; the killed run resumes at the prompt it was working on."""
     out, whole = tmp_path / "a.calib.npz", tmp_path / "b.calib.npz"
 
     def line(target: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A calibration set that covers deployment: what its rows are, its ragged file, and what the FP8 recipe tells of it."""
+"""A calibration set that covers deployment: its rows, its ragged file, and the FP8 recipe's report on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Tensor = torch.Tensor
 
 @pytest.fixture(scope="module")
 def covering(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4 prompts of 2 steps at 2 durations: every kind at the first, text and in-painting at the second."""
+    """Write 4 prompts of 2 steps at 2 durations: every kind at the first, text and in-painting at the second."""
     path = tmp_path_factory.mktemp("kinds") / "sa3-m.calib.npz"
     config, weights = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
     argv = ["--model-config", config, "--checkpoint", weights, "--out", path, "--prompts", 4, "--steps", STEPS]
@@ -62,14 +62,14 @@ def velocity(model: CheckpointModel, row: dict[str, Tensor]) -> Tensor:
 
 
 def noises(seed: int, frames: int, count: int) -> list[Tensor]:
-    """The first draws of a seed; the padded frames are drawn and cut away."""
+    """Return the first draws of a seed; the padded frames are drawn and cut off."""
     generator = torch.Generator().manual_seed(seed)
     drawn = DRAWN[FRAMES.index(frames)]
     return [torch.randn(1, 256, drawn, generator=generator)[..., :frames] for _ in range(count)]
 
 
 def finished(model: CheckpointModel, rows: list[dict[str, Tensor]], prompt: int) -> Tensor:
-    """The latents that the text rows of a prompt end in: the last step's noise is multiplied by 0."""
+    """Return the final latents of a prompt's text rows: the last step's noise is multiplied by 0."""
     last = rows[4 * prompt + STEPS - 1]
     return last["x"] - last["t"] * velocity(model, last)
 
@@ -136,7 +136,7 @@ def test_in_painting_keeps_the_latents_just_made(
 
 
 def test_audio_starts_between_its_latents_and_noise(model: CheckpointModel, rows: list[dict[str, Tensor]]) -> None:
-    """Prompt 1's latents, 0.9 of the way to noise, go on to prompt 0's text; levels are warped, then scaled."""
+    """Prompt 1's latents, mixed with noise at 0.9, start prompt 0's rows; levels are warped, then scaled."""
     start, after = rows[6:8]
     assert [float(row["t"]) for row in (start, after)] == pytest.approx([0.9, 0.9 * float(schedule.sigmas(2)[1])])
     first, second = noises(SEED + 1 + EXTRA, FRAMES[0], 2)
@@ -148,14 +148,14 @@ def test_audio_starts_between_its_latents_and_noise(model: CheckpointModel, rows
 
 
 def test_null_rows_are_those_of_a_guided_generation(model: CheckpointModel, rows: list[dict[str, Tensor]]) -> None:
-    """No text, and x as velocity = null + 3 (text - null) leads to it."""
+    """The rows have no text, and x follows from velocity = null + 3 (text - null)."""
     start, after = rows[10:12]
     assert not start["t5_hidden"].any() and not start["t5_mask"].any()
     assert float(start["seconds_total"]) == SECONDS[0] and not start["local_add_cond"].any()
     first, second = noises(SEED + 2 + EXTRA, FRAMES[0], 2)
     assert torch.equal(start["x"], first)
-    told = {**start, "t5_hidden": rows[8]["t5_hidden"], "t5_mask": rows[8]["t5_mask"]}
-    without, with_text = velocity(model, start), velocity(model, told)
+    with_prompt = {**start, "t5_hidden": rows[8]["t5_hidden"], "t5_mask": rows[8]["t5_mask"]}
+    without, with_text = velocity(model, start), velocity(model, with_prompt)
     denoised = start["x"] - start["t"] * (without + 3.0 * (with_text - without))
     assert torch.allclose(after["x"], (1 - after["t"]) * denoised + after["t"] * second, atol=1e-4)
     assert not torch.allclose(without, with_text, atol=1e-4)
@@ -238,7 +238,7 @@ def test_a_bad_value_names_its_row(covering: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def built(tiny_onnx: Path, covering: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
-    """The report of an FP8 build by ModelOpt on the ragged set, and what the command printed."""
+    """Return the report and the output of an FP8 build by ModelOpt on the ragged set."""
     out = tmp_path_factory.mktemp("kinds") / "dit_fp8.onnx"
     argv = ["--input", onnx_of(tiny_onnx, "sa3-m"), "--calib", covering, "--onnx", out, "--ptq", "modelopt"]
     result = run(build_dit_fp8.main, argv)
@@ -247,7 +247,7 @@ def built(tiny_onnx: Path, covering: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_row_sets_the_scales(built: tuple[dict, str], tiny_onnx: Path, covering: Path) -> None:
-    """ModelOpt takes rows of two lengths, and its scales and ours agree."""
+    """ModelOpt calibrates on rows of two lengths, and its scales and ours agree."""
     stages = built[0]["stages"]
     assert stages["amax"]["rows"] == 16 and stages["scales"]["agreement with ModelOpt"] < 0.01
     for entry in stages["amax"]["amax"]:
@@ -266,7 +266,7 @@ def test_parity_is_told_by_kind(built: tuple[dict, str]) -> None:
 
 
 def test_shares_are_told_by_product_and_sigma(built: tuple[dict, str]) -> None:
-    """With every row calibrated nothing saturates; each activation quantised has its share at each sigma."""
+    """With every row calibrated nothing saturates; each quantised activation has shares at each sigma."""
     stages = built[0]["stages"]
     assert [e["activation"] for e in stages["shares"]["shares"]] == [e["activation"] for e in stages["amax"]["amax"]]
     for entry, amax in zip(stages["shares"]["shares"], stages["amax"]["amax"], strict=True):
@@ -282,36 +282,36 @@ def test_shares_are_those_of_the_tensors(tiny_onnx: Path, covering: Path) -> Non
     values: dict[tuple[str, str], list[np.ndarray]] = {}
     with OnnxRuntimeEngine(source, graph_io.observed(source, watched)) as engine:
         for row in few:
-            found = engine.run(tensors(row))
+            outputs = engine.run(tensors(row))
             for output, name in watched.items():
-                flat = np.abs(found[output].float().numpy().reshape(-1))
+                flat = np.abs(outputs[output].float().numpy().reshape(-1))
                 values.setdefault((name, f"{float(row['t'][0]):.6g}"), []).append(flat)
     scales = {name: float(np.median(np.concatenate(values[name, "1"]))) / 40 for name in names}
     for entry in activation_ranges.measure_shares(source, scales, few):
-        for sigma, at in entry["by sigma"].items():
+        for sigma, shares in entry["by sigma"].items():
             x = np.concatenate(values.pop((entry["activation"], sigma))) / entry["scale"]
-            assert at["saturated"] == pytest.approx((x > 448).mean(), abs=2e-4)
-            assert at["subnormal"] == pytest.approx(((x > 0) & (x < 2.0**-6)).mean(), abs=2e-4)
+            assert shares["saturated"] == pytest.approx((x > 448).mean(), abs=2e-4)
+            assert shares["subnormal"] == pytest.approx(((x > 0) & (x < 2.0**-6)).mean(), abs=2e-4)
     assert not values
     tight = activation_ranges.measure_shares(source, {name: scale / 20 for name, scale in scales.items()}, few)
-    assert all(at["saturated"] > 0.3 for entry in tight for at in entry["by sigma"].values())
+    assert all(shares["saturated"] > 0.3 for entry in tight for shares in entry["by sigma"].values())
 
 
 def test_parity_rows_hold_every_kind_and_sigma(covering: Path) -> None:
     calibration = CalibrationSet.open(covering)
-    whole = set(zip(calibration.kinds(), calibration.sigmas(), strict=True))
+    all_pairs = set(zip(calibration.kinds(), calibration.sigmas(), strict=True))
     for limit in (1, 8, 100):
         chosen = representative(calibration, limit)
-        assert set(zip(chosen.kinds(), chosen.sigmas(), strict=True)) == whole
+        assert set(zip(chosen.kinds(), chosen.sigmas(), strict=True)) == all_pairs
         assert chosen.rows == (16 if limit == 100 else 8)
         assert chosen.lengths() == [calibration.lengths()[index] for index in sorted(chosen.indices)]
     kinds, sigmas = ["text"] * 40 + ["null"] * 8, [1.0, 0.5] * 24
-    found = Counter(kinds[index] for index in parity_selection(sigmas, 16, kinds))
-    assert found == {"text": 8, "null": 8}
+    count_by_kind = Counter(kinds[index] for index in parity_selection(sigmas, 16, kinds))
+    assert count_by_kind == {"text": 8, "null": 8}
 
 
 def test_generations_start_from_kinds_in_turn(covering: Path) -> None:
-    """Audio to audio starts under sigma 1; of the others one each comes before a second of any."""
+    """Audio to audio starts below sigma 1; among the others each kind comes once before any comes twice."""
     calibration = CalibrationSet.open(covering)
     kinds, sigmas = calibration.kinds(), calibration.sigmas()
     starts = rollouts.varied_starts(calibration, 3)

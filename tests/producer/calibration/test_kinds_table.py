@@ -1,4 +1,4 @@
-"""The table of calibration kinds: whoever adds a record gets its rows, its help and its line in the documentation."""
+"""The table of calibration kinds: each record adds rows, a help line and a line in the documentation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ def test_every_kind_takes_its_turn_and_varies_what_its_record_says() -> None:
         turns[extra.kind].append(extra)
     assert list(turns) == [kind.name for kind in TURNS]
     for kind in TURNS:
-        made = turns[kind.name]
-        assert [one.spans for one in made] == [kind.spans[turn % len(kind.spans)] for turn in range(4)]
-        assert [one.sigma_max for one in made] == [kind.sigma_max[turn % len(kind.sigma_max)] for turn in range(4)]
-        assert [one.cfg for one in made] == [kind.cfg[turn % len(kind.cfg)] for turn in range(4)]
-        assert [one.seconds for one in made] == [54.0, 10.0, 120.0, 54.0]
+        planned = turns[kind.name]
+        assert [generation.spans for generation in planned] == [kind.spans[turn % len(kind.spans)] for turn in range(4)]
+        assert [generation.sigma_max for generation in planned] == [
+            kind.sigma_max[turn % len(kind.sigma_max)] for turn in range(4)
+        ]
+        assert [generation.cfg for generation in planned] == [kind.cfg[turn % len(kind.cfg)] for turn in range(4)]
+        assert [generation.seconds for generation in planned] == [54.0, 10.0, 120.0, 54.0]
 
 
 def test_no_kind_is_the_text_again() -> None:
-    """A record that varies nothing would give rows that the prompts' own texts give already."""
+    """A record that varies nothing would repeat the rows of the prompts' own texts."""
     for kind in TURNS:
         assert any(len(values) > 1 for values in (kind.spans, kind.sigma_max, kind.cfg)), kind.name
     assert TABLE[0].spans == ((),) and TABLE[0].sigma_max == TABLE[0].cfg == (1.0,)

@@ -1,4 +1,4 @@
-"""Many engines in one run, by the real TensorRT-RTX builder: what fails, what is kept and why, states, locks, menu."""
+"""Many engines in one run, by the real TensorRT-RTX builder: failures, reuse and its reasons, states, locks, menu."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DECODER, ENCODER = find_target("same-s-decoder"), find_target("same-s-encoder")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ONNX root with a good graph, one that the builder refuses, and one that is torn."""
+    """Return an ONNX root with a valid graph, one that the builder refuses, and one that is cut short."""
     folder = tmp_path_factory.mktemp("root")
     for target in (DECODER, ENCODER):
         (folder / target.onnx[0]).parent.mkdir(exist_ok=True)
@@ -49,32 +49,32 @@ def states(models: Path, *words: object) -> dict[str, dict]:
 
 
 def test_one_that_fails_does_not_stop_the_others(root: Path, tmp_path: Path) -> None:
-    where = ["--onnx-root", root, "--models-dir", tmp_path]
-    code, made, errors = built("t5gemma", ENCODER.name, DECODER.name, "sa3-m", *where)
+    folders = ["--onnx-root", root, "--models-dir", tmp_path]
+    code, reports, errors = built("t5gemma", ENCODER.name, DECODER.name, "sa3-m", *folders)
     assert code == 2
-    assert [one["state"] for one in made] == ["failed", "failed", "built", "failed"]
-    assert made[2]["why"] == "missing" and made[3]["error"].startswith("no sa3-m/dit_fp16mixed.onnx")
+    assert [report["state"] for report in reports] == ["failed", "failed", "built", "failed"]
+    assert reports[2]["why"] == "missing" and reports[3]["error"].startswith("no sa3-m/dit_fp16mixed.onnx")
     assert "error: 3 of 4 engines failed: t5gemma sm_89, same-s-encoder sm_89, sa3-m sm_89" in errors
     for name in ("t5gemma", "same-s-encoder", "sa3-m"):
         assert f"{name} sm_89: error: " in errors
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
         "dec_bf16.rtx", "dec_bf16.rtx.check.npz", "dec_bf16.rtx.manifest.json"
     }  # fmt: skip
-    again = built(DECODER.name, *where)[1][0]
+    again = built(DECODER.name, *folders)[1][0]
     assert (again["state"], again["why"]) == ("current", "made of the same graph with the same settings")
 
 
 def test_a_reason_is_given_for_each_build(root: Path, tmp_path: Path) -> None:
-    own, models = tmp_path / "root", tmp_path / "models"
-    shutil.copytree(root / "same-s", own / "same-s")
-    where = [DECODER.name, "--onnx-root", own, "--models-dir", models]
-    assert built(*where)[1][0]["why"] == "missing"
-    assert built(*where, "--force")[1][0]["why"] == "--force: current"
-    (own / DECODER.onnx[0]).write_bytes(graphs.contract("same-decoder", name="newer"))
-    assert built(*where)[1][0]["why"] == "input dec_bf16.onnx has changed"
+    onnx_root, models = tmp_path / "root", tmp_path / "models"
+    shutil.copytree(root / "same-s", onnx_root / "same-s")
+    argv = [DECODER.name, "--onnx-root", onnx_root, "--models-dir", models]
+    assert built(*argv)[1][0]["why"] == "missing"
+    assert built(*argv, "--force")[1][0]["why"] == "--force: current"
+    (onnx_root / DECODER.onnx[0]).write_bytes(graphs.contract("same-decoder", name="newer"))
+    assert built(*argv)[1][0]["why"] == "input dec_bf16.onnx has changed"
     engine = BACKENDS["tensorrt_rtx"].engine_path(models, "sm_89", DECODER)
     engine.write_bytes(engine.read_bytes()[:-1])
-    assert "its manifest says" in built(*where)[1][0]["why"]
+    assert "its manifest says" in built(*argv)[1][0]["why"]
     assert manifest.verify_manifest(engine, deep=True) is None
 
 
@@ -82,16 +82,16 @@ def test_states_and_sizes(root: Path, tmp_path: Path) -> None:
     assert {entry["state"] for entry in states(tmp_path).values()} == {"missing"}
     built(DECODER.name, "--onnx-root", root, "--models-dir", tmp_path)
     engine = BACKENDS["tensorrt_rtx"].engine_path(tmp_path, "sm_89", DECODER)
-    found = states(tmp_path)[DECODER.name]
-    assert (found["state"], found["bytes"]) == ("current", engine.stat().st_size)
+    status = states(tmp_path)[DECODER.name]
+    assert (status["state"], status["bytes"]) == ("current", engine.stat().st_size)
     record = manifest.manifest_path(engine)
-    whole = record.read_text()
-    document = json.loads(whole)
+    manifest_text = record.read_text()
+    document = json.loads(manifest_text)
     document["settings"]["backend_version"] = "1.0"
     record.write_text(json.dumps(document))
-    found = states(tmp_path)[DECODER.name]
-    assert found["state"] == "stale" and found["reason"].startswith("built by tensorrt_rtx 1.0, ")
-    record.write_text(whole[:40])
+    status = states(tmp_path)[DECODER.name]
+    assert status["state"] == "stale" and status["reason"].startswith("built by tensorrt_rtx 1.0, ")
+    record.write_text(manifest_text[:40])
     assert states(tmp_path)[DECODER.name]["state"] == "stale"
     record.unlink()
     assert states(tmp_path)[DECODER.name]["state"] == "foreign"
@@ -102,16 +102,16 @@ def test_states_and_sizes(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_graph_with_a_newer_manifest_makes_its_engine_stale(root: Path, tmp_path: Path) -> None:
-    own, models = tmp_path / "root", tmp_path / "models"
-    shutil.copytree(root / "same-s", own / "same-s")
-    onnx = own / DECODER.onnx[0]
+    onnx_root, models = tmp_path / "root", tmp_path / "models"
+    shutil.copytree(root / "same-s", onnx_root / "same-s")
+    onnx = onnx_root / DECODER.onnx[0]
     manifest.write_manifest(onnx, "onnx", [onnx], {}, {})
-    built(DECODER.name, "--onnx-root", own, "--models-dir", models)
-    assert states(models, "--onnx-root", own)[DECODER.name]["state"] == "current"
+    built(DECODER.name, "--onnx-root", onnx_root, "--models-dir", models)
+    assert states(models, "--onnx-root", onnx_root)[DECODER.name]["state"] == "current"
     onnx.write_bytes(graphs.contract("same-decoder", name="newer"))
     manifest.write_manifest(onnx, "onnx", [onnx], {}, {})
-    found = states(models, "--onnx-root", own)[DECODER.name]
-    assert found["state"] == "stale" and found["reason"].endswith("dec_bf16.onnx has changed")
+    status = states(models, "--onnx-root", onnx_root)[DECODER.name]
+    assert status["state"] == "stale" and status["reason"].endswith("dec_bf16.onnx has changed")
 
 
 def test_missing_builds_all_but_opt_in_and_goes_on(root: Path, tmp_path: Path) -> None:
@@ -136,29 +136,29 @@ def test_the_menu_builds_what_is_chosen(root: Path, tmp_path: Path, monkeypatch:
 
 
 def test_what_needs_a_gpu_is_refused_without_one(root: Path, tmp_path: Path) -> None:
-    where = [DECODER.name, *RTX, "--onnx-root", root, "--models-dir", tmp_path]
-    two_lines(run(build_from_onnx.main, [*where, "--best-of", "3"]), "--best-of")
-    two_lines(run(build_from_onnx.main, [*where, "--engine-report"]), "--engine-report")
-    two_lines(run(build_from_onnx.main, [*where, "--prebuilt"]), "10.15.1.29")
+    argv = [DECODER.name, *RTX, "--onnx-root", root, "--models-dir", tmp_path]
+    two_lines(run(build_from_onnx.main, [*argv, "--best-of", "3"]), "--best-of")
+    two_lines(run(build_from_onnx.main, [*argv, "--engine-report"]), "--engine-report")
+    two_lines(run(build_from_onnx.main, [*argv, "--prebuilt"]), "10.15.1.29")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_waits_and_then_has_nothing_to_do(root: Path, tmp_path: Path) -> None:
-    """The lock is held by this process; the other is started, waits, and finds the engine made."""
-    where = [DECODER.name, *RTX, "--onnx-root", str(root), "--models-dir", str(tmp_path), "--json"]
+    """This process holds the lock; a second one is started, waits, and then reuses the built engine."""
+    argv = [DECODER.name, *RTX, "--onnx-root", str(root), "--models-dir", str(tmp_path), "--json"]
     engine = BACKENDS["tensorrt_rtx"].engine_path(tmp_path, "sm_89", DECODER)
     ready = built(DECODER.name, "--onnx-root", root, "--models-dir", tmp_path / "elsewhere")[1][0]["path"]
     with locks.held(locks.lock_path(engine), "the test"):
-        other = subprocess.Popen(
-            [sys.executable, str(ROOT / "build" / "build_from_onnx.py"), *where],
+        second_run = subprocess.Popen(
+            [sys.executable, str(ROOT / "build" / "build_from_onnx.py"), *argv],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        assert other.stderr is not None and "waiting: another run holds" in other.stderr.readline()
+        assert second_run.stderr is not None and "waiting: another run holds" in second_run.stderr.readline()
         shutil.copy(ready, engine)
         shutil.copy(check_path(Path(ready)), engine.parent)
         shutil.copy(manifest.manifest_path(Path(ready)), manifest.manifest_path(engine))
-    out, _ = other.communicate(timeout=60)
-    assert other.returncode == 0 and json.loads(out)[0]["state"] == "current"
+    out, _ = second_run.communicate(timeout=60)
+    assert second_run.returncode == 0 and json.loads(out)[0]["state"] == "current"
     assert not locks.lock_path(engine).exists()
 
 

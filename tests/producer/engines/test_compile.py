@@ -1,4 +1,4 @@
-"""Named engines: compiled by the real TensorRT-RTX builder, with no GPU, from the tiny graphs."""
+"""Engines compiled by the real TensorRT-RTX builder, without a GPU, from the tiny graphs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def engines(tiny_fp8: Path, tmp_path_factory) -> tuple[Path, list[dict]]:
 def test_four_engines_for_two_architectures(engines: tuple[Path, list[dict]]) -> None:
     models, built = engines
     assert len(built) == 8
-    for one in built:
-        path = Path(one["path"])
-        assert path == BACKENDS["tensorrt_rtx"].engine_path(models, one["arch"], find_target(one["target"]))
-        assert path.stat().st_size == one["bytes"] > 100_000
+    for engine in built:
+        path = Path(engine["path"])
+        assert path == BACKENDS["tensorrt_rtx"].engine_path(models, engine["arch"], find_target(engine["target"]))
+        assert path.stat().st_size == engine["bytes"] > 100_000
         assert manifest.verify_manifest(path, deep=True) is None
         settings = manifest.read_manifest(path).settings
-        assert (settings["arch"], settings["backend"]) == (one["arch"], "tensorrt_rtx")
+        assert (settings["arch"], settings["backend"]) == (engine["arch"], "tensorrt_rtx")
 
 
 def test_the_dit_profile_is_the_contracts(engines: tuple[Path, list[dict]]) -> None:
@@ -50,8 +50,8 @@ def test_the_dit_profile_is_the_contracts(engines: tuple[Path, list[dict]]) -> N
 
 
 def test_fp8_makes_another_engine_than_fp16(engines: tuple[Path, list[dict]]) -> None:
-    """If the builder dropped the Q/DQ pairs, the two engines would be of one size."""
-    sizes = {(one["target"], one["arch"]): one["bytes"] for one in engines[1]}
+    """If the builder dropped the Q/DQ pairs, the two engines would have the same size."""
+    sizes = {(engine["target"], engine["arch"]): engine["bytes"] for engine in engines[1]}
     for arch in ("sm_89", "sm_120"):
         assert sizes["sa3-m-fp8", arch] != sizes["sa3-m", arch]
 
@@ -62,13 +62,13 @@ def test_what_is_current_is_kept_and_what_changed_is_built(
     models, _ = engines
     argv = ["same-l-decoder", *RTX, "--arch", "sm_89", "--models-dir", str(models), "--json"]
     assert json.loads(run(build_from_onnx.main, [*argv, "--onnx-root", str(tiny_fp8)])[1])[0]["reused"]
-    other = tmp_path / "root"
-    shutil.copytree(tiny_fp8 / "same-l", other / "same-l")
-    path = other / find_target("same-l-decoder").onnx[0]
+    other_root = tmp_path / "root"
+    shutil.copytree(tiny_fp8 / "same-l", other_root / "same-l")
+    path = other_root / find_target("same-l-decoder").onnx[0]
     model = onnx.load(path, load_external_data=False)
     model.graph.name = "another"
     path.write_bytes(model.SerializeToString())
-    assert not json.loads(run(build_from_onnx.main, [*argv, "--onnx-root", str(other)])[1])[0]["reused"]
+    assert not json.loads(run(build_from_onnx.main, [*argv, "--onnx-root", str(other_root)])[1])[0]["reused"]
 
 
 def test_sm_80_is_refused_for_fp8_in_words_and_served_otherwise(tiny_fp8: Path, tmp_path: Path) -> None:

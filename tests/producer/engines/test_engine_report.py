@@ -1,4 +1,4 @@
-"""Counting an engine's layers from the inspector's JSON, in the dialects of TensorRT 10 and 11, and the gates."""
+"""Layer counts from the inspector's JSON of TensorRT 10 and 11, and the gates on them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ LAYERS = [
 
 
 def written(dialect: int, layers: list[tuple[str, list[str], str]]) -> str:
-    """What the inspector of TensorRT 10 or 11 writes of such layers."""
+    """Return the JSON that the inspector of TensorRT 10 or 11 writes for such layers."""
 
     def tensor(name: str, kind: str) -> dict[str, object]:
         about = {"Format/Datatype": kind} if dialect == 10 else {"DataType": kind, "Format": "kLINEAR"}
         return {"Name": name, "Dimensions": [1, 64], **about}
 
-    found = [
-        {"Name": f"layer {at}", "LayerType": kind, "Inputs": [tensor(f"in {at}", one) for one in sources],
-         "Outputs": [tensor(f"out {at}", result)], "TacticName": "some_kernel"}
-        for at, (kind, sources, result) in enumerate(layers)
+    entries = [
+        {"Name": f"layer {index}", "LayerType": kind, "Inputs": [tensor(f"in {index}", kind_in) for kind_in in sources],
+         "Outputs": [tensor(f"out {index}", result)], "TacticName": "some_kernel"}
+        for index, (kind, sources, result) in enumerate(layers)
     ]  # fmt: skip
     ends = {"Bindings": ["x"]} if dialect == 10 else {"I/O Tensors": [{"Name": "x", "DataType": "Float"}]}
-    return json.dumps({"Layers": found, **ends})
+    return json.dumps({"Layers": entries, **ends})
 
 
 @pytest.mark.parametrize("dialect", [10, 11])

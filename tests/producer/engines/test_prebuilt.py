@@ -1,4 +1,4 @@
-"""The hub's ready engines: under every name they may have, checked, recorded, and only where the version is right."""
+"""Prebuilt engines from the hub: found under every name, checked, recorded, and used only for the same version."""
 
 from __future__ import annotations
 

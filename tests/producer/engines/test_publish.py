@@ -1,4 +1,4 @@
-"""Publishing the FP8 DiT: refused unless whole and proved, sent to a hub on this machine, read back, no token shown."""
+"""Publishing the FP8 DiT to a local hub: refused unless complete and verified, read back, the token not printed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = {"min_cosine": 0.99, "headroom": 2.0}
 
 
 def finished(folder: Path, name: str = "dit_fp8.onnx", sidecar: str = "dit_fp8.onnx.data", **changed: object) -> Path:
-    """A finished FP8 DiT as build_dit_fp8.py leaves it, as far as names, records and gates go."""
+    """Write a finished FP8 DiT with the names, records and gates of build_dit_fp8.py."""
     folder.mkdir(parents=True, exist_ok=True)
     onnx = folder / name
     onnx.write_bytes(graphs.with_sidecar(sidecar))
@@ -81,10 +81,10 @@ def test_a_pull_request_has_exactly_the_published_names(local: LocalHub, tmp_pat
         assert tree[f"onnx/sa3-m/{name}"] == (onnx.parent / name).read_bytes()
     summary = json.loads(tree["onnx/sa3-m/dit_fp8.calibration.json"])
     assert summary["calibration"] == {"rows": 896} and summary["calibration sets"] == {"sa3-m.calib.npz": "a" * 64}
-    asked = [(method, path) for method, path, _ in local.asked]
-    assert asked.index(("HEAD", f"{HUB_REPOSITORY}/resolve/{branches['refs/pr/1']}/onnx/sa3-m/dit_fp8.onnx.data")) > (
-        asked.index(("POST", f"api/models/{HUB_REPOSITORY}/commit/main"))
-    )
+    requests = [(method, path) for method, path, _ in local.asked]
+    assert requests.index(
+        ("HEAD", f"{HUB_REPOSITORY}/resolve/{branches['refs/pr/1']}/onnx/sa3-m/dit_fp8.onnx.data")
+    ) > (requests.index(("POST", f"api/models/{HUB_REPOSITORY}/commit/main")))
 
 
 def test_what_was_published_is_what_a_consumer_finds(local: LocalHub, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Loading a native checkpoint: the network is the native one, and each trap of the conversion is held by a test."""
+"""Loading a native checkpoint: the network equals the native one; one test for each error-prone conversion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sa3_build.export import load_modules, text_encoder, torch_to_onnx
 from sa3_build.export.model_config import load_geometry
 from sa3_build.export.wrappers import DecoderContract, DitContract, TextContract
 
-TOLERANCE = 1e-5  # max abs of a unit-scale velocity; every trap below costs at least 5e-5
+TOLERANCE = 1e-5  # max abs of a unit-scale velocity; every conversion error below costs at least 5e-5
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def difference(dit: DitContract, weights: dict[str, torch.Tensor], inputs: list[
 @pytest.mark.parametrize("sigma", [1.0, 0.99437, 0.5125, 0.2739])
 @pytest.mark.parametrize("frames", [1, 9, 64])
 def test_the_velocity_is_the_native_networks(dit, weights, sigma: float, frames: int) -> None:
-    """Covers the key table, the qkv row groups, the head order, the Fourier frequencies and the modulation order."""
+    """Cover the key table, the qkv row groups, the head order, the Fourier frequencies and the modulation order."""
     inputs = torch_to_onnx.example_inputs("dit", batch=2, frames=frames, seed=frames)
     inputs[1] = torch.full((2,), sigma)
     assert difference(dit, weights, inputs) < TOLERANCE
@@ -51,15 +51,15 @@ def test_the_velocity_is_the_native_networks(dit, weights, sigma: float, frames:
 
 @pytest.mark.parametrize("valid", [1, 7, 62, 64])
 def test_running_the_valid_frames_alone_is_masking_the_others(dit, weights, valid: int) -> None:
-    """The velocity of frames whose neighbours from `valid` on are masked out of attention, in-painting included."""
+    """Running only the valid frames gives the velocity with the others masked out of attention, in-painting too."""
     inputs = torch_to_onnx.example_inputs("dit", batch=2, frames=64, seed=valid)
     inputs[5] = torch.randn(2, 257, 64)
     cut = [inputs[0][..., :valid], *inputs[1:5], inputs[5][..., :valid]]
     with torch.inference_mode():
-        found, whole = dit(*cut), dit(*inputs)[..., :valid]
-        wanted = native.velocity(weights, *inputs, valid=valid)[..., :valid]
-    assert float((found - wanted).abs().max()) < TOLERANCE
-    assert valid == 64 or float((whole - wanted).abs().max()) > 10 * TOLERANCE  # padding that is attended is heard
+        velocity, unmasked = dit(*cut), dit(*inputs)[..., :valid]
+        expected = native.velocity(weights, *inputs, valid=valid)[..., :valid]
+    assert float((velocity - expected).abs().max()) < TOLERANCE
+    assert valid == 64 or float((unmasked - expected).abs().max()) > 10 * TOLERANCE  # padding that is attended is heard
 
 
 def test_trunk_norms_have_the_native_eps(dit, weights) -> None:
@@ -79,7 +79,7 @@ def test_trunk_norms_have_the_native_eps(dit, weights) -> None:
 
 
 def test_padded_text_is_replaced_before_the_projection(dit) -> None:
-    """What stands in masked positions must not matter, and the mask itself must."""
+    """Values at masked positions have no effect; the mask itself has."""
     inputs = torch_to_onnx.example_inputs("dit", batch=1, frames=8)
     garbage = [value.clone() for value in inputs]
     garbage[2][:, 100:] = 1e3
@@ -90,7 +90,7 @@ def test_padded_text_is_replaced_before_the_projection(dit) -> None:
 
 
 def test_all_keys_are_attended(dit, weights) -> None:
-    """Every text position is a key, padded or not: with the whole text masked the learned rows still take part."""
+    """Every text position is a key, padded or not: with all text masked the learned rows are still attended."""
     inputs = torch_to_onnx.example_inputs("dit", batch=1, frames=8)
     inputs[3] = torch.zeros_like(inputs[3])
     assert difference(dit, weights, inputs) < TOLERANCE
@@ -110,23 +110,23 @@ def test_zeros_are_not_absent_for_the_local_condition(dit, weights) -> None:
 
 
 def test_a_row_without_text_and_mask_is_the_models_null_row(dit) -> None:
-    """Its cross tokens are zero, the duration's too; a mask alone is an empty negative prompt, which keeps that one."""
+    """All its cross-attention tokens are zero, the duration's too; a mask without text keeps the duration token."""
     inputs = torch_to_onnx.example_inputs("dit", batch=2, frames=8)
-    told = [value[:1] for value in inputs]
-    inputs = [torch.cat([value, value]) for value in told]
+    row = [value[:1] for value in inputs]
+    inputs = [torch.cat([value, value]) for value in row]
     inputs[2][1], inputs[3][1] = 0.0, 0.0
     with torch.inference_mode():
-        seconds = dit.duration(told[4])
+        seconds = dit.duration(row[4])
         zeros = torch.zeros(1, 257, 768)
-        null = dit.dit(told[0], told[1], zeros, seconds, local_add_cond=told[5], return_dict=False)[0]
+        null = dit.dit(row[0], row[1], zeros, seconds, local_add_cond=row[5], return_dict=False)[0]
         both = dit(*inputs)
         assert torch.allclose(both[1:], null, atol=1e-5)
-        assert torch.allclose(both[:1], dit(*told), atol=1e-5)
+        assert torch.allclose(both[:1], dit(*row), atol=1e-5)
         assert (both[1] - both[0]).abs().max() > 1e-2
-        empty = dit(*told[:2], torch.zeros_like(told[2]), torch.ones_like(told[3]), *told[4:])
+        empty = dit(*row[:2], torch.zeros_like(row[2]), torch.ones_like(row[3]), *row[4:])
         zeros[:, -1] = seconds
-        kept = dit.dit(told[0], told[1], zeros, seconds, local_add_cond=told[5], return_dict=False)[0]
-        assert torch.allclose(empty, kept, atol=1e-5) and (empty - null).abs().max() > 1e-3
+        with_duration = dit.dit(row[0], row[1], zeros, seconds, local_add_cond=row[5], return_dict=False)[0]
+        assert torch.allclose(empty, with_duration, atol=1e-5) and (empty - null).abs().max() > 1e-3
 
 
 def test_row_groups_of_qkv_round_trip() -> None:
@@ -155,7 +155,7 @@ def test_the_duration_token_is_the_native_one(dit, weights) -> None:
 
 
 def test_the_decoder_is_the_native_one(tiny_checkpoint: Path, weights) -> None:
-    """Dense native attention against block-local attention; sinusoidal layers at the native end."""
+    """Block-local attention equals dense native attention; the sinusoidal layers are those of the native config."""
     config = json.loads((tiny_checkpoint / "model_config.json").read_text())
     sinusoidal = config["model"]["pretransform"]["config"]["decoder"]["config"]["sinusoidal_blocks"][0]
     geometry = load_geometry(tiny_checkpoint / "model_config.json")
@@ -164,12 +164,12 @@ def test_the_decoder_is_the_native_one(tiny_checkpoint: Path, weights) -> None:
     for frames in (1, 2, 3, 37):
         latent = torch.randn(1, 256, frames, generator=torch.Generator().manual_seed(frames))
         with torch.inference_mode():
-            wanted = native.decode(weights, latent, sinusoidal)
-            found = decoder.waveform(latent)
+            expected = native.decode(weights, latent, sinusoidal)
+            waveform = decoder.waveform(latent)
             pcm = decoder(latent)
-        assert ((found - wanted).norm() / wanted.norm()) < TOLERANCE
+        assert ((waveform - expected).norm() / expected.norm()) < TOLERANCE
         assert pcm.dtype == torch.int32 and pcm.shape == (1, frames * 4096, 2)
-        assert torch.equal(pcm[0].T, torch.round(found[0].clamp(-1, 1) * 32767).to(torch.int32))
+        assert torch.equal(pcm[0].T, torch.round(waveform[0].clamp(-1, 1) * 32767).to(torch.int32))
 
 
 def test_loud_samples_are_clipped_not_wrapped(tiny_checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""A graph with more outputs: the new names win over names that an exporter gave to values inside."""
+"""A graph with added outputs: new names replace equal names that an exporter gave to inner values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_new_outputs_may_have_the_names_of_values_inside(tmp_path: Path) -> None
     onnx.save(onnx.parser.parse_model(MODEL), path)
     variant = graph_io.observed(path, {"seen_0": "seen_1", "seen_1": "seen_0"})
     with OnnxRuntimeEngine(path, variant) as engine:
-        found = engine.run({"x": torch.tensor([-1.0, 2.0])})
-    assert {name: value.tolist() for name, value in found.items()} == {
+        outputs = engine.run({"x": torch.tensor([-1.0, 2.0])})
+    assert {name: value.tolist() for name, value in outputs.items()} == {
         "y": [-2.0, 0.0], "seen_0": [1.0, 2.0], "seen_1": [-1.0, -2.0]
     }  # fmt: skip

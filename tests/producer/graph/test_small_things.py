@@ -1,4 +1,4 @@
-"""Names that stand twice, outputs beside names of theirs, kinds of rows that a calibration set does not state."""
+"""Duplicate names, added outputs with the names of inner values, calibration sets that do not state row kinds."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_a_value_of_theirs_may_have_the_name_of_an_output_of_ours(tmp_path: Path
     nodes = (helper.make_node("Abs", ["x"], ["amax_0"]), helper.make_node("Sqrt", ["amax_0"], ["y"]))
     path = saved(tmp_path / "g.onnx", *nodes)
     session = onnxruntime.InferenceSession(graph_io.observed(path, {"amax_0": "amax_0"}))
-    y, seen = session.run(None, {"x": np.array([-4.0, 9.0], np.float32)})
-    assert y.tolist() == [2.0, 3.0] and seen.tolist() == [4.0, 9.0]
+    y, observed = session.run(None, {"x": np.array([-4.0, 9.0], np.float32)})
+    assert y.tolist() == [2.0, 3.0] and observed.tolist() == [4.0, 9.0]
 
 
 def test_a_name_that_stands_twice_is_the_cause(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adapters in graphs and engines: the same velocities as the native network with weights merged by hand."""
+"""Adapters in graphs and engines: same velocities as the native network with weights merged in NumPy."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def base(tiny_checkpoint: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def adapted(base: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    """A file of a kind and seed that changes every layer of the tiny network."""
+    """Return a function that writes an adapter of a kind and seed that changes every layer of the tiny network."""
     folder = tmp_path_factory.mktemp("adapters")
     shapes = {layer: weight.shape for layer, weight in base.items()}
 
@@ -65,10 +65,10 @@ def inputs(rows: int = 2) -> dict[str, torch.Tensor]:
     return named
 
 
-def by_hand(
+def merged_velocity(
     weights: Mapping[str, torch.Tensor], base: dict[str, np.ndarray], *specs: tuple[Path, float]
 ) -> torch.Tensor:
-    """The native network's velocity with every weight merged in NumPy, one adapter after the other."""
+    """Return the native network's velocity with every weight merged in NumPy, one adapter after the other."""
     changed = dict(weights)
     for layer, original in base.items():
         weight = original
@@ -85,12 +85,12 @@ def velocity(path: Path) -> torch.Tensor:
         return engine.run(inputs())["velocity"]
 
 
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+def relative_difference(velocity: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((velocity - reference).abs().max() / reference.abs().max())
 
 
-def worst_cosine(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float(cosine_similarity(one.double().flatten(1), other.double().flatten(1)).min())
+def worst_cosine(velocity: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(cosine_similarity(velocity.double().flatten(1), reference.double().flatten(1)).min())
 
 
 @pytest.mark.parametrize("kind", adapters.KINDS)
@@ -101,11 +101,11 @@ def test_a_merged_fp32_graph_gives_the_velocities_of_weights_merged_by_hand(
     strength = STRENGTHS[adapters.KINDS.index(kind) % len(STRENGTHS)]
     loras = LoraSet.read([LoraSpec(adapted(kind, 0), strength)])
     merged = merge_graph(tiny_onnx / "sa3-m" / "dit.onnx", loras, tmp_path / "merged.onnx", SvdBases())
-    wanted = by_hand(weights, base, (adapted(kind, 0), strength))
+    expected = merged_velocity(weights, base, (adapted(kind, 0), strength))
     # Singular vectors of random weights are nearly degenerate: two fp32 decompositions differ by 1e-4.
-    assert apart(velocity(tmp_path / "merged.onnx"), wanted) < (5e-4 if kind.endswith("-xs") else 1e-5)
+    assert relative_difference(velocity(tmp_path / "merged.onnx"), expected) < (5e-4 if kind.endswith("-xs") else 1e-5)
     assert len(merged.changes) == len(base) == 22
-    assert apart(by_hand(weights, base), wanted) > 0.05
+    assert relative_difference(merged_velocity(weights, base), expected) > 0.05
 
 
 @pytest.mark.parametrize("order", ((0, 1), (1, 0)))
@@ -117,12 +117,16 @@ def test_a_pair_is_merged_in_the_order_that_it_is_named(
     specs = [pair[index] for index in order]
     loras = LoraSet.read([LoraSpec(*spec) for spec in specs])
     merge_graph(tiny_onnx / "sa3-m" / "dit.onnx", loras, tmp_path / "merged.onnx", SvdBases())
-    wanted, other = by_hand(weights, base, *specs), by_hand(weights, base, *specs[::-1])
-    assert apart(velocity(tmp_path / "merged.onnx"), wanted) < 1e-5 < apart(other, wanted)
+    expected, reversed_order = merged_velocity(weights, base, *specs), merged_velocity(weights, base, *specs[::-1])
+    assert (
+        relative_difference(velocity(tmp_path / "merged.onnx"), expected)
+        < 1e-5
+        < relative_difference(reversed_order, expected)
+    )
 
 
 class Native(torch.nn.Module):
-    """The native network as a module, with the native row order of to_qkv, for PyTorch's older exporter."""
+    """The native network as a module, with the native row order of to_qkv, for the older exporter."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -130,8 +134,8 @@ class Native(torch.nn.Module):
         self.held = torch.nn.ParameterList([torch.nn.Parameter(value, requires_grad=False) for value in used.values()])
         self.names = list(used)
 
-    def forward(self, *given: torch.Tensor) -> torch.Tensor:
-        return native.velocity(dict(zip(self.names, self.held, strict=True)), *given)
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return native.velocity(dict(zip(self.names, self.held, strict=True)), *inputs)
 
 
 def test_a_graph_with_native_rows_behind_transposes_is_told_from_one_with_regrouped_rows(
@@ -153,12 +157,17 @@ def test_a_graph_with_native_rows_behind_transposes_is_told_from_one_with_regrou
     for layer, item in layers.items():
         assert np.array_equal(item.native(), base[layer]), layer
     merge_graph(path, LoraSet.read([LoraSpec(adapted("dora-rows", 0))]), tmp_path / "merged.onnx", SvdBases())
-    assert apart(velocity(tmp_path / "merged.onnx"), by_hand(weights, base, (adapted("dora-rows", 0), 1.0))) < 1e-5
+    assert (
+        relative_difference(
+            velocity(tmp_path / "merged.onnx"), merged_velocity(weights, base, (adapted("dora-rows", 0), 1.0))
+        )
+        < 1e-5
+    )
 
 
 @pytest.fixture(scope="module")
 def root(tiny_fp8: Path, adapted: Adapted, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ONNX root with an adapter merged into FP16-mixed and FP8 by the command, and the torch engines beside it."""
+    """Return a folder with an ONNX root with an adapter merged into FP16-mixed and FP8, and the torch engines."""
     folder = tmp_path_factory.mktemp("root")
     shutil.copytree(tiny_fp8, folder / "onnx")
     half, fp8 = (folder / "onnx" / "sa3-m" / f"dit_{name}.onnx" for name in ("fp16mixed", "fp8"))
@@ -185,9 +194,9 @@ def test_an_adapted_fp8_graph_is_as_near_to_its_fp16_graph_as_the_base_is(root: 
     fp8 = velocity(graph(root, "fp8", loras.digest))
     assert worst_cosine(merged, plain) < 0.97, "the adapter does something"
     assert worst_cosine(fp8, merged) > worst_cosine(quantised, plain) - 0.001
-    stated = manifest.read_manifest(graph(root, "fp8", loras.digest))
-    assert stated is not None and stated.settings["loras"] == json.loads(json.dumps(loras.to_manifest()))
-    assert stated.settings["rounding"] == "nearest" and stated.inputs.keys() >= {"dit_fp8.onnx", "dit_fp16mixed.onnx"}
+    record = manifest.read_manifest(graph(root, "fp8", loras.digest))
+    assert record is not None and record.settings["loras"] == json.loads(json.dumps(loras.to_manifest()))
+    assert record.settings["rounding"] == "nearest" and record.inputs.keys() >= {"dit_fp8.onnx", "dit_fp16mixed.onnx"}
 
 
 def test_scales_of_activations_and_16_bit_products_are_those_of_the_base(root: Path, loras: LoraSet) -> None:
@@ -213,11 +222,11 @@ def test_the_torch_engine_changes_in_place_and_comes_back(root: Path, loras: Lor
             before = engine.run(inputs())["velocity"]
             engine.set_loras(loras, half, "build it")
             during = engine.run(inputs())["velocity"]
-            wanted = velocity(graph(root, precision, loras.digest))
+            expected = velocity(graph(root, precision, loras.digest))
             assert (
-                float((during - wanted).norm() / wanted.norm())
+                float((during - expected).norm() / expected.norm())
                 < limit
-                < float((before - wanted).norm() / wanted.norm())
+                < float((before - expected).norm() / expected.norm())
             )
             engine.set_loras(LoraSet.read([LoraSpec(adapted("lora", 3))]), half, "build it")
             assert not torch.equal(engine.run(inputs())["velocity"], during)
@@ -307,17 +316,17 @@ def test_a_merge_that_would_be_wrong_is_refused_and_writes_nothing(
     folder = tmp_path / "sa3-m"
     shutil.copytree(root / "onnx" / "sa3-m", folder, ignore=shutil.ignore_patterns("*lora*"))
     if word == "was not made of":
-        other = LoraSet.read([LoraSpec(adapted("lora", 8), 9.0)])
+        other_loras = LoraSet.read([LoraSpec(adapted("lora", 8), 9.0)])
         from sa3_build.lora.requantize import requantize
 
-        requantize(folder / "dit_fp8.onnx", folder / "dit_fp16mixed.onnx", other, folder / more[1], SvdBases())
+        requantize(folder / "dit_fp8.onnx", folder / "dit_fp16mixed.onnx", other_loras, folder / more[1], SvdBases())
     before = listing(folder)
     words = [str(folder / value) if value.endswith(".onnx") else value for value in more]
     argv = ["--input", folder / "dit_fp16mixed.onnx", "--lora", adapted("lora", 0), *words]
     result = run(merge_lora.main, [*argv, *(["--onnx", folder / "new.onnx"] if "--onnx" not in more else [])])
     assert result.code == 2 and word in result.err, result
-    left = {name for name in listing(folder) if name not in before}
-    assert not [name for name in left if name.startswith("dit_fp8.lora")], left
+    new_files = {name for name in listing(folder) if name not in before}
+    assert not [name for name in new_files if name.startswith("dit_fp8.lora")], new_files
 
 
 def test_calibration_rows_are_those_of_the_adapted_model(
@@ -336,8 +345,8 @@ def test_calibration_rows_are_those_of_the_adapted_model(
     with_adapter, without = tensors(rows[1]), tensors(plain[1])
     assert torch.equal(tensors(rows[0])["x"], tensors(plain[0])["x"])  # the same noise
     assert not torch.allclose(with_adapter["x"], without["x"], atol=1e-3)
-    stated = manifest.read_manifest(tmp_path / "a.npz")
-    assert stated is not None and stated.settings["loras"]["adapters"][0]["strength"] == 0.8
+    record = manifest.read_manifest(tmp_path / "a.npz")
+    assert record is not None and record.settings["loras"]["adapters"][0]["strength"] == 0.8
 
 
 def test_validation_compares_both_precisions_with_the_adapter(root: Path, adapted: Adapted, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Passes that make somebody else's graph readable, on small graphs of one idea each."""
+"""Passes that canonicalize graphs of other exporters, each on a small graph."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISE = np.random.default_rng(0)
 
 
 def untyped(text: str, opset: int = 17, **weights: np.ndarray) -> ir.Model:
-    """An ir.Model from ONNX's text form, as it stands in the file: no type on any value."""
+    """Return an ir.Model parsed from ONNX's text form, without types on inner values."""
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]>\n{text}')
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
     return ir.from_proto(proto)
@@ -40,17 +40,17 @@ def ops(model: ir.Model) -> list[str]:
 
 
 def test_axes_and_parts_that_moved_between_opsets() -> None:
-    """At opset 18 ReduceMean takes its axes as an input and Split says how many parts; nothing else changes."""
+    """At opset 18 ReduceMean takes its axes as an input and Split has `num_outputs`; nothing else changes."""
     model = untyped(
         "g (float[2,6] x) => (float[2,1] m, float[2,3] a, float[2,3] b)"
         "{ m = ReduceMean <axes=[-1], keepdims=1> (x)\n a, b = Split <axis=1> (x) }"
     )
     x = NOISE.standard_normal((2, 6)).astype(np.float32)
-    wanted = run(model, x=x)
+    expected = run(model, x=x)
     (result,) = run_passes(model, [ConvertOpset()])
     assert result.counts == {"converted": 2} and model.opset_imports[""] == 19
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    for first, second in zip(run(model, x=x), wanted, strict=True):
+    for first, second in zip(run(model, x=x), expected, strict=True):
         assert np.array_equal(first, second)
 
 
@@ -73,18 +73,18 @@ def test_a_newer_opset_is_left_alone(opset: int) -> None:
 
 
 def test_constants_and_identities_stand_in_nobodys_way() -> None:
-    """A weight behind a Constant node or an Identity is a weight."""
+    """A weight given by a Constant node or through an Identity is recognised as a weight."""
     model = untyped(
         "g (float[2,2] x) => (float[2,2] y, float[2,2] z) { k = Constant <value = float[2,2] {1.0, 2.0, 3.0, 4.0}> ()\n"
         "w = Identity(shared)\n y = MatMul(x, k)\n z = MatMul(x, w) }",
         shared=np.eye(2, dtype=np.float32),
     )
     x = NOISE.standard_normal((2, 2)).astype(np.float32)
-    wanted = run(model, x=x)
+    expected = run(model, x=x)
     run_passes(model, [LiftConstants()])
     assert ops(model) == ["MatMul", "MatMul"]
     assert [str(weight.name) for _, weight in query.weighted_products(model)] == ["k", "shared"]
-    for first, second in zip(run(model, x=x), wanted, strict=True):
+    for first, second in zip(run(model, x=x), expected, strict=True):
         assert np.array_equal(first, second)
 
 
@@ -98,11 +98,11 @@ CHAIN = (
 def test_a_cast_that_changes_nothing_goes_and_one_that_rounds_stays() -> None:
     model = untyped(CHAIN)
     x = NOISE.standard_normal((2, 2)).astype(np.float32)
-    wanted = run(model, x=x)
+    expected = run(model, x=x)
     run_passes(model, [ConvertOpset(), InferTypes(), DropDeadCasts()])
     # One that rounds x, one that widens it again for r, and those of the two 16-bit outputs.
     assert ops(model).count("Cast") == 4
-    for first, second in zip(run(model, x=x), wanted, strict=True):
+    for first, second in zip(run(model, x=x), expected, strict=True):
         assert np.array_equal(first, second)
 
 
@@ -165,7 +165,7 @@ def test_a_rounded_constant_behind_an_angle_cannot_be_lifted(numbers: list[float
 
 
 def test_a_length_read_from_a_rotated_tensor_is_no_rotary_table() -> None:
-    """The older exporter computes the attention scale from the shape of a rotated query."""
+    """The older exporter computes the attention scale from the shape of a rotated query; that is not a rotation."""
     model = untyped(
         "g (float[1,L,4] x) => (float[1,L,4] y) { shape = Shape(x)\n length = Gather(shape, one)\n"
         "steps = Range(zero, length, one)\n position = Cast <to=1> (steps)\n"
@@ -176,7 +176,7 @@ def test_a_length_read_from_a_rotated_tensor_is_no_rotary_table() -> None:
         19, zero=np.int64(0), one=np.int64(1), two=np.int64(2), f=np.array([1, 0.5, 0.25, 0.125], np.float32),
     )  # fmt: skip
     run_passes(model, [SortTopologically(), InferTypes()])
-    found = rotary_rotations(model, query.graph_inputs_behind(model))
-    names = {str(node.outputs[0].name) for node in found}
+    rotations = rotary_rotations(model, query.graph_inputs_behind(model))
+    names = {str(node.outputs[0].name) for node in rotations}
     assert {"position", "angle", "c", "s", "a", "b", "t"} <= names
     assert not names & {"size", "float", "root", "y"}

@@ -1,4 +1,4 @@
-"""Shapes as symbols, folding what fixed sizes decide, and freeing a batch axis that is fixed at 1."""
+"""Symbolic shapes, folding of shape arithmetic with fixed sizes, and a dynamic batch axis in place of a fixed 1."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NOISE = np.random.default_rng(0)
 
 
 def small(body: str, **weights: np.ndarray) -> ir.Model:
-    """A graph from the latent to the velocity, one row."""
+    """Return a graph from the latent to the velocity with a batch of one."""
     text = f"g (float[1,256,L] x) => (float[1,256,L] velocity) {{ {body} }}"
     proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 19]>\n{text}')
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
@@ -85,12 +85,12 @@ FREED = {
 def test_a_graph_of_one_row_takes_any_number(case: str) -> None:
     body, weights = FREED[case]
     model, rows = small(body, **weights), NOISE.standard_normal((3, 256, 5)).astype(np.float32)
-    wanted = np.concatenate([evaluate(model, rows[index : index + 1]) for index in range(3)])
+    expected = np.concatenate([evaluate(model, rows[index : index + 1]) for index in range(3)])
     (result,) = run_passes(model, [FreeBatch()])
     assert result.counts["freed"] == 1
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert [str(axis) for axis in model.graph.outputs[0].shape] == ["B", "256", "L"]
-    assert np.allclose(evaluate(model, rows), wanted, atol=1e-6)
+    assert np.allclose(evaluate(model, rows), expected, atol=1e-6)
     assert run_passes(model, [FreeBatch()])[0].counts == {"freed": 0}
 
 
@@ -138,16 +138,16 @@ def test_the_attention_scale_becomes_a_number_and_the_length_stays_computed() ->
     model = small(SCALE, **{"from": np.array([1]), "to": np.array([2]), "one": np.float32(1), "i2": np.array([2]),
                             "end": np.array([2**63 - 1])})  # fmt: skip
     x = NOISE.standard_normal((1, 256, 7)).astype(np.float32)
-    wanted = evaluate(model, x)
+    expected = evaluate(model, x)
     run_passes(model, [FoldShapes()])
     assert [node.op_type for node in model.graph] == ["Shape", "Slice", "Cast", "Mul", "Div"]
     (scale,) = [value for node in model.graph if node.op_type == "Mul" for value in node.inputs[1:]]
     assert scale.is_initializer() and scale.const_value.numpy() == np.float32(0.25)
-    assert np.array_equal(evaluate(model, x), wanted)
+    assert np.array_equal(evaluate(model, x), expected)
 
 
 def test_a_constant_is_not_folded() -> None:
-    """A frequency that somebody has rounded to 16 bits must be seen behind its Cast."""
+    """A frequency rounded to fp16 must stay visible behind its Cast."""
     model = small("w = Cast <to=1> (half)\n velocity = Mul(x, w)", half=np.array([0.3], np.float16))
     assert run_passes(model, [FoldShapes()])[0].counts["folded"] == 0
     assert [node.op_type for node in model.graph] == ["Cast", "Mul"]
@@ -177,7 +177,7 @@ def test_what_is_left_of_a_shape() -> None:
 
 @pytest.fixture(scope="module")
 def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Graphs of the published style, fixed at one row: fp32, FP16-mixed. Read only."""
+    """Return graphs of the published style with a batch of one: fp32, FP16-mixed. Read only."""
     folder = tmp_path_factory.mktemp("published")
     module = published_style.legacy_module(tiny_checkpoint)
     return {
@@ -187,7 +187,7 @@ def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def rows_differ(path: Path, rows: int = 3) -> float:
-    """Largest relative difference between rows in one run and one by one."""
+    """Return the largest relative difference between rows in one run and one by one."""
     feeds = dict(zip(NAMES, torch_to_onnx.example_inputs("dit", batch=rows, frames=21, seed=4), strict=True))
     with OnnxRuntimeEngine(path) as engine:
         together = engine.run(feeds)["velocity"]
@@ -204,7 +204,7 @@ def batch_of(path: Path) -> set[str]:
 
 
 def test_published_graphs_run_any_number_of_rows(published: dict[str, Path], tiny_calib: Path, tmp_path: Path) -> None:
-    """fp32 -> FP16-mixed and FP16-mixed -> FP8: three rows in one run are the same rows one by one."""
+    """fp32 -> FP16-mixed and FP16-mixed -> FP8: a batch of three gives the same rows as three single runs."""
     half, fp8 = tmp_path / "dit_fp16mixed.onnx", tmp_path / "dit_fp8.onnx"
     made(build_dit_fp16mixed.main, ["--input", published["single"], "--onnx", half])
     argv = ["--input", published["half"], "--calib", tiny_calib, "--onnx", fp8, "--ptq", "direct"]
@@ -217,14 +217,14 @@ def test_published_graphs_run_any_number_of_rows(published: dict[str, Path], tin
 
 
 def test_what_was_folded_for_one_row_is_opened_again(published: dict[str, Path], tmp_path: Path) -> None:
-    """A graph whose shape arithmetic somebody has folded for one row already."""
+    """A graph whose shape arithmetic has been folded for a batch of one gets a dynamic batch."""
     model = graph_io.load(published["single"])
-    assert not [one for one in canonicalize.adopt(model, free_batch=False).results if one.name == "free-batch"]
+    assert not [result for result in canonicalize.adopt(model, free_batch=False).results if result.name == "free-batch"]
     assert [node for node in model.graph if node.op_type == "Expand"]
     graph_io.save(model, tmp_path / "folded.onnx")
     assert batch_of(tmp_path / "folded.onnx") == {"1"}
     again = graph_io.load(tmp_path / "folded.onnx")
-    (freed,) = [one for one in canonicalize.adopt(again).results if one.name == "free-batch"]
+    (freed,) = [result for result in canonicalize.adopt(again).results if result.name == "free-batch"]
     tokens, keys_and_values = 3, 2 * 3  # Shape, Concat, Expand; Slice, Concat for each of k1, k2, v
     assert freed.counts == {"freed": 1, "nodes added": tokens + keys_and_values}
     graph_io.save(again, tmp_path / "freed.onnx")
@@ -232,7 +232,7 @@ def test_what_was_folded_for_one_row_is_opened_again(published: dict[str, Path],
 
 
 def add_to_velocity(source: Path, path: Path, op_type: str, *inputs: str, **attributes: int) -> Path:
-    """A graph whose velocity has something added to it."""
+    """Write a graph with `op_type(velocity, ...)` added to its velocity; return its path."""
     proto = onnx.load(source)
     maker = next(node for node in proto.graph.node if "velocity" in node.output)
     maker.output[0] = "/theirs/velocity"
@@ -243,15 +243,15 @@ def add_to_velocity(source: Path, path: Path, op_type: str, *inputs: str, **attr
 
 
 def test_the_gates_see_rows_that_mix_and_another_network(tiny_onnx: Path, tmp_path: Path) -> None:
-    """What the passes promise is measured as well: each gate on a graph that breaks it, and on one that does not."""
+    """Each gate passes on a valid graph and fails on one that violates it."""
     good = onnx_of(tiny_onnx, "sa3-m-fp32")
     assert graph_checks.require_rows_alike(good) < 1e-5 and graph_checks.require_same_network(good, good) > 1 - 1e-9
     mixing = add_to_velocity(good, tmp_path / "a" / "dit.onnx", "ReduceMean", "/theirs/first_axis", keepdims=1)
     with pytest.raises(GateError, match="rows differ from the same rows one by one"):
         graph_checks.require_rows_alike(mixing)
-    other = add_to_velocity(good, tmp_path / "b" / "dit.onnx", "Sigmoid")
+    other_network = add_to_velocity(good, tmp_path / "b" / "dit.onnx", "Sigmoid")
     with pytest.raises(GateError, match="mixed again is another network"):
-        graph_checks.require_same_network(good, other)
+        graph_checks.require_same_network(good, other_network)
 
 
 def test_the_batch_stays_where_that_is_asked(published: dict[str, Path], tmp_path: Path) -> None:
@@ -262,12 +262,12 @@ def test_the_batch_stays_where_that_is_asked(published: dict[str, Path], tmp_pat
     assert batch_of(path) == {"B"}
 
 
-@pytest.mark.parametrize("which", ["single", "half"])
+@pytest.mark.parametrize("kind", ["single", "half"])
 def test_a_graph_that_mixes_rows_is_refused_and_nothing_written(
-    published: dict[str, Path], tiny_calib: Path, tmp_path: Path, which: str
+    published: dict[str, Path], tiny_calib: Path, tmp_path: Path, kind: str
 ) -> None:
-    """A Slice that takes the first row of what goes into the feed-forward: harmless for one row."""
-    proto = onnx.load(published[which])
+    """A Slice that takes the first row of the feed-forward's input has no effect with a batch of one."""
+    proto = onnx.load(published[kind])
     node = next(node for node in proto.graph.node if "/ff/" in node.name and node.op_type == "Sigmoid")
     for index, bound in enumerate((0, 1)):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([bound]), f"/theirs/{index}"))
@@ -276,7 +276,7 @@ def test_a_graph_that_mixes_rows_is_refused_and_nothing_written(
     node.input[0] = "/theirs/row"
     source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
     before = listing(tmp_path)
-    if which == "single":
+    if kind == "single":
         result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "out.onnx"])
     else:
         result = run(build_dit_fp8.main, ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "out.onnx"])

@@ -1,4 +1,4 @@
-"""The plug-in of the published autoencoders, lowered: equal to its definition, in every backend."""
+"""The window attention plug-in of the published autoencoders, lowered to plain ops: equal to its definition."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn(batch: int, frames: int, seed: int = 0, size: float = 1.0) -> list[np.
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSession:
-    """One plug-in, lowered once, for every batch and length."""
+    """Return a session of one lowered plug-in, for every batch and length."""
     path = attention(tmp_path_factory.mktemp("swa") / "swa.onnx", num_heads=HEADS)
     return onnxruntime.InferenceSession(lowered(path))
 
@@ -47,11 +47,11 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSes
 @settings(max_examples=40, deadline=None)
 def test_the_block_form_is_the_definition(single, batch: int, frames: int, seed: int, size: float) -> None:  # type: ignore[no-untyped-def]
     parts = drawn(batch, frames, seed, size)
-    (found,) = single.run(None, dict(zip("qkv", parts, strict=True)))
-    wanted = dense(*parts)
-    assert found.shape == wanted.shape == (batch, 17 * frames, HEADS, WIDTH)
-    # A score of size 400 has an fp32 step of 3e-5, which is what its share of the softmax is off by.
-    assert np.abs(found - wanted).max() <= 2e-5 * max(1.0, size) ** 2
+    (output,) = single.run(None, dict(zip("qkv", parts, strict=True)))
+    expected = dense(*parts)
+    assert output.shape == expected.shape == (batch, 17 * frames, HEADS, WIDTH)
+    # A score of magnitude 400 has an fp32 step of 3e-5, which is the error of its softmax weight.
+    assert np.abs(output - expected).max() <= 2e-5 * max(1.0, size) ** 2
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float32", 2e-5), ("float16", 6e-3), ("bfloat16", 5e-2)])
@@ -66,17 +66,17 @@ def test_every_type_and_what_is_known_of_the_shape(tmp_path: Path, kind: str, to
     parts = [part.astype(numpy_kind) for part in drawn(1, 5)]
     feeds = dict(zip("qkv", parts, strict=True))
     if kind == "bfloat16":  # ONNX Runtime has no such products on a CPU
-        (found,) = ReferenceEvaluator(proto).run(None, feeds)
+        (output,) = ReferenceEvaluator(proto).run(None, feeds)
     else:
-        (found,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feeds)
-    assert found.dtype == numpy_kind
-    assert np.abs(found.astype(np.float64) - dense(*parts)).max() <= tolerance
+        (output,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feeds)
+    assert output.dtype == numpy_kind
+    assert np.abs(output.astype(np.float64) - dense(*parts)).max() <= tolerance
 
 
 def test_opset_13_is_served_too(tmp_path: Path) -> None:
     parts = drawn(1, 3)
-    found = onnxruntime.InferenceSession(lowered(attention(tmp_path / "swa.onnx", opset=13, num_heads=HEADS)))
-    assert np.abs(found.run(None, dict(zip("qkv", parts, strict=True)))[0] - dense(*parts)).max() <= 2e-5
+    session = onnxruntime.InferenceSession(lowered(attention(tmp_path / "swa.onnx", opset=13, num_heads=HEADS)))
+    assert np.abs(session.run(None, dict(zip("qkv", parts, strict=True)))[0] - dense(*parts)).max() <= 2e-5
 
 
 BAD = {
@@ -100,7 +100,7 @@ def test_what_is_not_recognised_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ONNX root with a decoder under its published name, plug-ins and all, types stated nowhere inside."""
+    """Return an ONNX root with a decoder under its published name, with plug-ins and without inner types."""
     root = tmp_path_factory.mktemp("published")
     autoencoder(root / PUBLISHED, typed=False)
     return root
@@ -155,7 +155,7 @@ def test_a_plug_in_that_is_not_known_is_refused_still(tmp_path: Path, change: st
 @pytest.mark.parametrize("ceiling", [False, True])
 @pytest.mark.parametrize("output", ["pcm", "audio"])
 def test_every_flavour_of_decoder_makes_sound(tiny_onnx: Path, tmp_path: Path, output: str, ceiling: bool) -> None:
-    """The whole command on a decoder of another flavour, through ONNX Runtime; and the compiler takes it."""
+    """The command lowers decoders of every output form for ONNX Runtime, and TensorRT-RTX compiles them."""
     source = autoencoder(tmp_path / "published" / PUBLISHED, output, ceiling)
     root = tmp_path / "root"
     shutil.copytree(tiny_onnx, root, ignore=shutil.ignore_patterns("dec_*", "enc_*"))

@@ -1,4 +1,4 @@
-"""Graph passes on tiny readable graphs: what each finds, changes and promises."""
+"""Graph passes on tiny readable graphs: matches, changes and postconditions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 def model_of(text: str, **weights: np.ndarray) -> ir.Model:
-    """An ir.Model from ONNX's text form, types inferred, with initializers by name."""
+    """Return an ir.Model parsed from ONNX's text form, types inferred, with initializers by name."""
     proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 19]>\n{text}')
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in weights.items())
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def run(model: ir.Model, **feeds: np.ndarray) -> list[np.ndarray]:
-    """The outputs of a model, through ONNX's own reference implementation."""
+    """Return the outputs of a model by ONNX's reference implementation."""
     from onnx.reference import ReferenceEvaluator
 
     return ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)
@@ -100,29 +100,31 @@ ROTARY_WEIGHTS = {
 
 def test_the_rotation_is_an_island_and_what_follows_is_not() -> None:
     model = model_of(ROTARY, **ROTARY_WEIGHTS)
-    found = rotary_rotations(model, query.graph_inputs_behind(model))
-    names = {str(node.outputs[0].name) for node in found}
+    rotations = rotary_rotations(model, query.graph_inputs_behind(model))
+    names = {str(node.outputs[0].name) for node in rotations}
     assert {"angle", "c", "s", "a", "b", "t"} <= names
     assert "y" not in names
 
 
 def test_mixed_precision_keeps_islands_and_the_interface() -> None:
-    """Angles of thousands of radians stay fp32; the trunk is fp16; inputs and outputs are what they were."""
+    """Angles of thousands of radians stay fp32; the trunk is fp16; inputs and outputs are unchanged."""
     model = model_of(ROTARY, **ROTARY_WEIGHTS)
     feeds = {"x": np.random.default_rng(0).standard_normal((1, 4000, 4)).astype(np.float32)}
-    wanted = run(model, **feeds)[0]
+    expected = run(model, **feeds)[0]
 
-    def find(one: ir.Model) -> Islands:
-        return Islands(frozenset(), 0, frozenset(), rotary_rotations(one, query.graph_inputs_behind(one)))
+    def find(graph_model: ir.Model) -> Islands:
+        return Islands(
+            frozenset(), 0, frozenset(), rotary_rotations(graph_model, query.graph_inputs_behind(graph_model))
+        )
 
     (result,) = run_passes(model, [MixPrecision(find)])
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert result.counts["fp16 nodes"] == 1
     assert [value.dtype for value in (*model.graph.inputs, *model.graph.outputs)] == [FLOAT, FLOAT]
     assert [str(value.name) for value in model.graph.outputs] == ["y"]
-    found = run(model, **feeds)[0]
-    assert found.dtype == np.float32
-    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-3
+    output = run(model, **feeds)[0]
+    assert output.dtype == np.float32
+    assert np.linalg.norm(output - expected) / np.linalg.norm(expected) < 1e-3
 
 
 def test_a_mover_between_islands_stays_fp32_and_one_cast_serves_all() -> None:
@@ -132,9 +134,9 @@ def test_a_mover_between_islands_stays_fp32_and_one_cast_serves_all() -> None:
         w=np.full((2, 4), 0.25, np.float32),
     )
 
-    def find(one: ir.Model) -> Islands:
+    def find(graph_model: ir.Model) -> Islands:
         return Islands(
-            frozenset(node for node in one.graph if node.op_type in ("Sin", "Cos")), 0, frozenset(), frozenset()
+            frozenset(node for node in graph_model.graph if node.op_type in ("Sin", "Cos")), 0, frozenset(), frozenset()
         )
 
     run_passes(model, [MixPrecision(find)])
@@ -147,13 +149,13 @@ def test_a_mover_between_islands_stays_fp32_and_one_cast_serves_all() -> None:
 def test_a_weight_that_does_not_fit_is_refused() -> None:
     model = model_of("g (float[2,4] x) => (float[2,4] y) { y = Mul(x, w) }", w=np.full((2, 4), 1e6, np.float32))
     with pytest.raises(GraphNotRecognised, match="w does not fit fp16"):
-        run_passes(model, [MixPrecision(lambda one: Islands(frozenset(), 0, frozenset(), frozenset()))])
+        run_passes(model, [MixPrecision(lambda _: Islands(frozenset(), 0, frozenset(), frozenset()))])
 
 
 def test_a_graph_that_is_not_fp32_is_refused() -> None:
     model = model_of("g (float16[2,4] x) => (float16[2,4] y) { y = Sin(x) }")
     with pytest.raises(GraphNotRecognised, match="an fp32 graph is needed"):
-        run_passes(model, [MixPrecision(lambda one: Islands(frozenset(), 0, frozenset(), frozenset()))])
+        run_passes(model, [MixPrecision(lambda _: Islands(frozenset(), 0, frozenset(), frozenset()))])
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,15 +170,15 @@ def test_any_order_is_sorted_without_changing_what_is_computed(data) -> None:
     body = "\n".join([*lines, f"y = Identity(v{count - 1})"])
     model = model_of(f"g (float[2] x) => (float[2] y) {{ {body} }}")
     feeds = {"x": np.array([1.0, -0.5], np.float32)}
-    wanted = run(model, **feeds)[0]
+    expected = run(model, **feeds)[0]
     proto = ir.to_proto(model)
     shuffled = data.draw(st.permutations(list(proto.graph.node)))
     del proto.graph.node[:]
     proto.graph.node.extend(shuffled)
-    mixed_up = ir.from_proto(proto)
-    run_passes(mixed_up, [SortTopologically()])
-    check_sorted(mixed_up)
-    assert np.array_equal(run(mixed_up, **feeds)[0], wanted)
+    unsorted = ir.from_proto(proto)
+    run_passes(unsorted, [SortTopologically()])
+    check_sorted(unsorted)
+    assert np.array_equal(run(unsorted, **feeds)[0], expected)
 
 
 def test_weights_behind_transpose_and_cast_become_direct() -> None:
@@ -187,12 +189,12 @@ def test_weights_behind_transpose_and_cast_become_direct() -> None:
         stored=weight,
     )
     feeds = {"x": np.random.default_rng(2).standard_normal((2, 4)).astype(np.float32)}
-    wanted = run(model, **feeds)
+    expected = run(model, **feeds)
     (result,) = run_passes(model, [FoldWeights()])
     assert result.counts == {"folded": 2, "nodes removed": 2}
-    shapes = [tuple(found.shape.numpy()) for _, found in query.weighted_products(model)]
+    shapes = [tuple(value.shape.numpy()) for _, value in query.weighted_products(model)]
     assert shapes == [(4, 3), (3, 4)]
-    for first, second in zip(run(model, **feeds), wanted, strict=True):
+    for first, second in zip(run(model, **feeds), expected, strict=True):
         assert np.array_equal(first, second)
 
 

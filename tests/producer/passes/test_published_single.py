@@ -1,4 +1,4 @@
-"""An fp32 DiT of PyTorch's older exporter in the published style, through the whole chain, against our own export."""
+"""An fp32 DiT of the older exporter in the published style, through the whole chain, compared with our export."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEPTH = 1
 
 @pytest.fixture(scope="module")
 def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fp32 graph. Read only."""
+    """Write the fp32 graph of the published style. Read only."""
     folder = tmp_path_factory.mktemp("published")
     module = published_style.legacy_module(tiny_checkpoint)
     return published_style.write_single(module, folder / "theirs" / "dit.onnx", folder)
@@ -36,7 +36,7 @@ def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def half(published: Path) -> Path:
-    """Made of it by the command."""
+    """Convert it to FP16-mixed by the command. Read only."""
     path = published.parents[1] / "half" / "dit_fp16mixed.onnx"
     made(build_dit_fp16mixed.main, ["--input", published, "--onnx", path])
     return path
@@ -58,7 +58,7 @@ def denoised(path: Path, rows) -> list[tuple[float, np.ndarray]]:  # type: ignor
 def worst_cosine(first: Path, second: Path, rows) -> float:  # type: ignore[no-untyped-def]
     rows = list(rows)
     parity = verification_parity.parity_by_sigma(denoised(first, rows), denoised(second, rows))
-    return min(one.worst_cosine for one in parity)
+    return min(level.worst_cosine for level in parity)
 
 
 def product_types(path: Path) -> Counter[str]:
@@ -67,7 +67,7 @@ def product_types(path: Path) -> Counter[str]:
 
 
 def test_the_graph_is_of_the_published_style(published: Path, tiny_onnx: Path) -> None:
-    """What build/FACTS.md says of published graphs, and the same network as our own export."""
+    """The graph has the patterns listed in build/FACTS.md and computes the same network as our export."""
     proto = onnx.load(published, load_external_data=False)
     kinds = Counter(node.op_type for node in proto.graph.node)
     assert [entry.version for entry in proto.opset_import] == [17] and not proto.graph.value_info
@@ -86,7 +86,7 @@ def test_the_graph_is_of_the_published_style(published: Path, tiny_onnx: Path) -
 
 
 def test_it_becomes_fp16_mixed_as_ours_does(published: Path, half: Path, tiny_onnx: Path) -> None:
-    """Valid ONNX, weights direct, no Constant node and no useless cast, and as close to fp32 as our own."""
+    """Valid ONNX, direct weights, no Constant node, no redundant cast, and as close to fp32 as our own."""
     onnx.checker.check_model(str(half), full_check=True)
     model = graph_io.load(half)
     assert {tuple(w.shape) for n, w in query.weighted_products(model) if n.inputs[1] is not w} == set()
@@ -95,7 +95,7 @@ def test_it_becomes_fp16_mixed_as_ours_does(published: Path, half: Path, tiny_on
     assert not [cast.name for cast in casts if cast.inputs[0].dtype == cast.outputs[0].dtype]
     assert product_types(half) == product_types(onnx_of(tiny_onnx, "sa3-m"))
     assert {str(node.outputs[0].dtype) for node in model.graph if node.op_type == "Softmax"} == {"FLOAT16"}
-    # No root but the norms': the attention scale is a number, one in front of each side of the first product. Of the 11
+    # No Sqrt but the norms': the attention scale is a constant, one before each input of the first MatMul. Of the 11
     # norms a layer has, those of q and k serve both halves of attention.
     assert sum(node.op_type == "Sqrt" for node in model.graph) == rms_norms(model)[1] == 7 * DEPTH
     assert worst_cosine(published, half, check_rows()) >= 0.99999
@@ -105,33 +105,33 @@ def test_it_becomes_fp16_mixed_as_ours_does(published: Path, half: Path, tiny_on
 def test_the_same_activations_enter_the_same_products(
     published: Path, tiny_onnx: Path, tiny_calib: Path, tmp_path: Path
 ) -> None:
-    """In fp32, where no rounding stands between: 0.01 % is asked, the two differ by 3e-7."""
-    ours = placed_amax(onnx_of(tiny_onnx, "sa3-m-fp32"), tmp_path, tiny_calib)
-    theirs = placed_amax(published, tmp_path, tiny_calib)
-    assert theirs == pytest.approx(ours, rel=1e-4) and len(theirs) == 7 * DEPTH + 2
+    """In fp32 without rounding: the limit is 0.01 %, the measured difference 3e-7."""
+    exported = placed_amax(onnx_of(tiny_onnx, "sa3-m-fp32"), tmp_path, tiny_calib)
+    published_amax = placed_amax(published, tmp_path, tiny_calib)
+    assert published_amax == pytest.approx(exported, rel=1e-4) and len(published_amax) == 7 * DEPTH + 2
 
 
 def test_it_becomes_fp8_as_ours_does(quantised: Path, half: Path, tiny_fp8: Path, tiny_calib: Path) -> None:
-    """The same products with the same scales: weights' equal, activations' within two steps of fp16."""
-    ours = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
-    theirs = placed_scales(half, quantised)
-    assert theirs.keys() == ours.keys() and len(ours) == 7 * DEPTH + 2
-    for place, (activation, weight) in ours.items():
-        assert theirs[place][0] == pytest.approx(activation, rel=2e-3), place
-        assert np.array_equal(theirs[place][1], weight), place
+    """The same products with the same scales: weights' equal, activations' within two fp16 steps."""
+    exported = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
+    published_scales = placed_scales(half, quantised)
+    assert published_scales.keys() == exported.keys() and len(exported) == 7 * DEPTH + 2
+    for role, (activation, weight) in exported.items():
+        assert published_scales[role][0] == pytest.approx(activation, rel=2e-3), role
+        assert np.array_equal(published_scales[role][1], weight), role
     report = json.loads(report_path(quantised).read_text())
     assert all(claim["holds"] for claim in report["stages"]["scales"]["proof"])
     rows = list(CalibrationSet.open(tiny_calib))
-    own = worst_cosine(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"), rows)
-    assert worst_cosine(half, quantised, rows) == pytest.approx(own, abs=5e-4)
+    exported_cosine = worst_cosine(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"), rows)
+    assert worst_cosine(half, quantised, rows) == pytest.approx(exported_cosine, abs=5e-4)
     assert worst_cosine(onnx_of(tiny_fp8, "sa3-m-fp8"), quantised, rows) >= 0.998
 
 
 def test_the_velocity_at_a_long_duration_is_that_of_fp32(published: Path, half: Path) -> None:
-    """A frequency table behind an Unsqueeze is no trunk: in 16 bits its angle would be wrong by radians."""
+    """A frequency table behind an Unsqueeze stays fp32: in fp16 its angle would be wrong by radians."""
     row = next(iter(check_rows()))
-    found = []
+    velocities = []
     for path in (published, half):
         with OnnxRuntimeEngine(path) as engine:
-            found.append(engine.run(tensors({**row, "seconds_total": np.array([183.25], np.float32)}))["velocity"])
-    assert verification_parity.relative(*(one.numpy() for one in found)) < 2e-3
+            velocities.append(engine.run(tensors({**row, "seconds_total": np.array([183.25], np.float32)}))["velocity"])
+    assert verification_parity.relative(*(velocity.numpy() for velocity in velocities)) < 2e-3

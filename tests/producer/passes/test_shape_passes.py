@@ -1,4 +1,4 @@
-"""The shape of a DiT graph: rotary table baked, attention halves stacked, K = 257 padded; each with a switch."""
+"""Graph rewrites of a DiT: baked rotary table, stacked attention halves, K = 257 padded; each with a switch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEMORY_TOKENS = 64
 
 @pytest.fixture(scope="module", params=["ours", "older exporter"])
 def single(request: pytest.FixtureRequest, tiny_onnx: Path, tiny_checkpoint: Path, tmp_path_factory) -> Path:
-    """An fp32 DiT of either exporter, one layer. Read only."""
+    """Return an fp32 DiT of either exporter, one layer. Read only."""
     if request.param == "ours":
         return onnx_of(tiny_onnx, "sa3-m-fp32")
     folder = tmp_path_factory.mktemp("published")
@@ -62,20 +62,22 @@ def kinds(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
-def shaped(path: Path, one: Pass, folder: Path) -> tuple[ir.Model, PassResult, list[np.ndarray]]:
+def shaped(path: Path, rewrite: Pass, folder: Path) -> tuple[ir.Model, PassResult, list[np.ndarray]]:
     model = adopted(path)
-    (result,) = run_passes(model, [one])
+    (result,) = run_passes(model, [rewrite])
     graph_io.save(model, folder / "dit.onnx")
     return model, result, velocities(folder / "dit.onnx")
 
 
-@pytest.mark.parametrize("one", [BakeRope(), StackAttention(), PadK()], ids=lambda one: one.name)
-def test_a_pass_changes_no_velocity_at_any_size_and_does_nothing_twice(single: Path, one: Pass, tmp_path: Path) -> None:
-    model, _, found = shaped(single, one, tmp_path)
-    for wanted, got in zip(velocities(single), found, strict=True):
-        assert parity.relative(wanted, got) < ROUNDING
+@pytest.mark.parametrize("rewrite", [BakeRope(), StackAttention(), PadK()], ids=lambda rewrite: rewrite.name)
+def test_a_pass_changes_no_velocity_at_any_size_and_does_nothing_twice(
+    single: Path, rewrite: Pass, tmp_path: Path
+) -> None:
+    model, _, rewritten = shaped(single, rewrite, tmp_path)
+    for expected, actual in zip(velocities(single), rewritten, strict=True):
+        assert parity.relative(expected, actual) < ROUNDING
     before = [node.name for node in model.graph]
-    (again,) = run_passes(model, [one])
+    (again,) = run_passes(model, [rewrite])
     assert [node.name for node in model.graph] == before and not any(again.counts.get(k) for k in ("baked", "stacked"))
     assert find_dit_islands(model).rotary
 
@@ -92,21 +94,24 @@ def test_the_table_is_every_position_and_has_no_angle_left(single: Path) -> None
     for table in big:
         assert table.reshape(table.shape[0], -1).shape == (MAX_FRAMES + MEMORY_TOKENS, 32) and table.dtype == np.float32
         angles = np.tile(np.arange(len(table))[:, None] * frequencies, 2)
-        wanted = min((np.cos(angles), np.sin(angles)), key=lambda one: np.abs(one - table.reshape(angles.shape)).max())
-        assert np.abs(wanted - table.reshape(angles.shape)).max() < 1e-3  # the angle's own fp32 rounding at 4159 rad
+        expected = min(
+            (np.cos(angles), np.sin(angles)),
+            key=lambda candidate: np.abs(candidate - table.reshape(angles.shape)).max(),
+        )
+        assert np.abs(expected - table.reshape(angles.shape)).max() < 1e-3  # the angle's own fp32 rounding at 4159 rad
     assert "Range" not in kinds(model)
 
 
 def test_one_call_serves_both_halves(single: Path, request: pytest.FixtureRequest) -> None:
-    """And one norm: in the older exporter's order of heads that holds for half of them."""
+    """One norm serves both halves too; in the older exporter's head order this holds for half of the norms."""
     model = adopted(single)
     before = kinds(model)
     norms = before["ReduceMean"]
     (result,) = run_passes(model, [StackAttention()])
     after = kinds(model)
     assert (before["Softmax"], after["Softmax"]) == (4, 2) and before["MatMul"] - after["MatMul"] == 4
-    wanted = 4 if "[ours]" in request.node.name else 2
-    assert norms - after["ReduceMean"] == wanted
+    expected = 4 if "[ours]" in request.node.name else 2
+    assert norms - after["ReduceMean"] == expected
     assert result.counts["stacked"] == 2 and result.counts["left"] == 0
 
 
@@ -142,15 +147,15 @@ def test_what_is_not_recognised_is_left_with_a_reason(single: Path) -> None:
 
 
 def test_switches(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Each switch turns its own pass off; a shaped graph is taken again by the FP8 build (tests/test_fp8.py)."""
+    """Each switch turns its own pass off."""
     source = onnx_of(tiny_onnx, "sa3-m-fp32")
-    seen = {}
+    counts_by_switch = {}
     for switch in ("", "--no-bake-rope", "--no-stack-attention", "--no-pad-k"):
         path = tmp_path / f"d{switch}" / "dit.onnx"
         made(build_dit_fp16mixed.main, ["--input", source, "--onnx", path, *([switch] if switch else [])])
-        found = kinds(graph_io.load(path))
-        seen[switch] = ("Range" in found, found["Softmax"], found["Pad"])
-    assert seen == {
+        counts = kinds(graph_io.load(path))
+        counts_by_switch[switch] = ("Range" in counts, counts["Softmax"], counts["Pad"])
+    assert counts_by_switch == {
         "": (False, 2, 1), "--no-bake-rope": (True, 2, 1), "--no-stack-attention": (False, 4, 1), "--no-pad-k":
         (False, 2, 0),
     }  # fmt: skip
@@ -158,6 +163,6 @@ def test_switches(tiny_onnx: Path, tmp_path: Path) -> None:
 
 def test_the_fp8_build_takes_a_shaped_graph(tiny_fp8: Path) -> None:
     model = graph_io.load(onnx_of(tiny_fp8, "sa3-m-fp8"))
-    found = kinds(model)
-    assert found["Softmax"] == 2 and found["Pad"] == 1 and "Range" not in found and found["DequantizeLinear"] > 10
+    counts = kinds(model)
+    assert counts["Softmax"] == 2 and counts["Pad"] == 1 and "Range" not in counts and counts["DequantizeLinear"] > 10
     assert {str(v.dtype) for node in find_dit_islands(model).rotary for v in node.outputs} == {"FLOAT"}

@@ -1,4 +1,4 @@
-"""What a product does, read from a readable skeleton of a DiT whose names say nothing."""
+"""Layer roles of a DiT's products, recognised from the structure of a skeleton with meaningless names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYER_KINDS = KINDS[2:]
 
 
 def two_layers(context: str) -> ir.Model:
-    """A DiT's skeleton with names that say nothing; `context` is the op between the text and each layer's k and v."""
+    """Return a DiT's skeleton with meaningless names; `context` is the op between the text and each layer's k and v."""
     lines = [
         "g0 = MatMul(t, wt)\n c0 = MatMul(t5_hidden, w)\n c1 = Sigmoid(c0)\n c = MatMul(c1, w)",
         "h0 = MatMul(x, w)",
@@ -46,10 +46,10 @@ def two_layers(context: str) -> ir.Model:
 def test_kinds_and_layers_are_read_from_the_structure(context: str) -> None:
     model = two_layers(context)
     selection = quantization_selection.select_products(model)
-    found = places(model, selection)
-    of_products = [found[product.node] for product in selection.quantized]
-    wanted = [(kind, None) for kind in KINDS[:2]]
-    wanted += [(kind, layer) for layer in range(2) for kind in LAYER_KINDS]
-    assert [(place.kind, place.layer) for place in of_products] == wanted
+    role_by_node = places(model, selection)
+    of_products = [role_by_node[product.node] for product in selection.quantized]
+    expected = [(kind, None) for kind in KINDS[:2]]
+    expected += [(kind, layer) for layer in range(2) for kind in LAYER_KINDS]
+    assert [(role.kind, role.layer) for role in of_products] == expected
     outside = [reason for reason in selection.excluded.values() if reason in ("latent in", "velocity out")]
     assert sorted(outside) == ["latent in", "velocity out"]

@@ -1,4 +1,4 @@
-"""Rounding with error feedback: what it wins, that it goes on where it was killed, and that its proof sees damage."""
+"""Rounding with error feedback (GPTQ): smaller error, resuming after a kill, and detection of wrong codes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def scale_of(weight: np.ndarray, axis: int = 1) -> np.ndarray:
 
 
 def correlated() -> torch.Tensor:
-    """Activations as a network has them: few directions hold most of the energy; one input is dead."""
+    """Return activations whose energy lies mostly in few directions, as in a network; one input is always zero."""
     dice = torch.Generator().manual_seed(2)
     tokens = torch.randn(TOKENS, 12, generator=dice) @ torch.randn(12, K, generator=dice)
     tokens += 0.3 * torch.randn(TOKENS, K, generator=dice)
@@ -75,14 +75,14 @@ def test_a_weight_stored_the_other_way_round_gets_the_same_codes(weight: np.ndar
     tokens = correlated()
     gram = tokens.T @ tokens
     codes = gptq.rounded(weight, scale_of(weight), 1, gram, 0.1)
-    turned = np.ascontiguousarray(weight.T)
+    transposed = np.ascontiguousarray(weight.T)
     assert np.array_equal(
-        gptq.rounded(turned, scale_of(turned, axis=0), 0, gram, 0.1).T.view(np.uint8), codes.view(np.uint8)
+        gptq.rounded(transposed, scale_of(transposed, axis=0), 0, gram, 0.1).T.view(np.uint8), codes.view(np.uint8)
     )
 
 
 def test_a_weight_that_errors_push_over_the_end_is_held_there() -> None:
-    """Two inputs that are one: the second would have to be 448 and the error of the first."""
+    """Two equal inputs: the second weight would have to be 448 plus the error of the first."""
     weight = np.full((2, 1), 441.0, np.float32)  # a fifth of the way from 448 down to 416
     gram = torch.ones(2, 2)
     codes = gptq.rounded(weight, np.ones(1, np.float32), 1, gram, damping=1e-4).astype(np.float32)
@@ -106,15 +106,15 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_codes(
     clean: Path, tiny_calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     selection, rows = quantization_selection.select_products(graph_io.load(clean)), every_row(tiny_calib)
-    found = round_weights.round_weights(clean, selection, rows, tmp_path / "codes")
-    assert found["products"] == len(selection.quantized) and 0.05 < found["codes not nearest"] < 0.6
+    report = round_weights.round_weights(clean, selection, rows, tmp_path / "codes")
+    assert report["products"] == len(selection.quantized) and 0.05 < report["codes not nearest"] < 0.6
     codes = {path: path.read_bytes() for path in sorted((tmp_path / "codes").iterdir())}
     assert len(codes) == len(selection.quantized)
-    kept, *_, lost = codes
+    kept, *_, deleted = codes
     before = kept.stat().st_mtime_ns
-    lost.unlink()
+    deleted.unlink()
     monkeypatch.setattr(round_weights, "GRAM_BYTES", 1)  # an activation at a time: memory changes nothing else
-    assert round_weights.round_weights(clean, selection, rows, tmp_path / "codes") == found
+    assert round_weights.round_weights(clean, selection, rows, tmp_path / "codes") == report
     assert kept.stat().st_mtime_ns == before
     assert {path: path.read_bytes() for path in codes} == codes
 
@@ -129,16 +129,16 @@ def test_a_session_for_some_activations_stops_at_the_last_of_them(clean: Path) -
 
 
 def test_the_switchable_graph_leaves_weights_and_codes_on_the_disk(clean: Path, tiny_calib: Path) -> None:
-    """In one file with them a graph of full size would be over the 2 GB that a protobuf holds."""
+    """With them inside, a full-size graph would exceed the 2 GB limit of a protobuf."""
     model = graph_io.load(clean)
     selection = quantization_selection.select_products(model)
     amax = np.ones((1, len(selection.activations)), np.float32)
     round_weights.round_weights(clean, selection, every_row(tiny_calib), clean.parent)
     codes = round_weights.stored_codes(selection, clean.parent)
-    made = parsed(switchable(clean, selection, amax, 2.0, codes))
-    large = [one for one in made.graph.initializer if np.prod(one.dims) > graph_io.SIDECAR_THRESHOLD]
-    assert large and not [one.name for one in large if not one.external_data]
-    stored = {entry.value for one in large for entry in one.external_data if entry.key == "location"}
+    graph = parsed(switchable(clean, selection, amax, 2.0, codes))
+    large = [tensor for tensor in graph.graph.initializer if np.prod(tensor.dims) > graph_io.SIDECAR_THRESHOLD]
+    assert large and not [tensor.name for tensor in large if not tensor.external_data]
+    stored = {entry.value for tensor in large for entry in tensor.external_data if entry.key == "location"}
     assert len(stored) == 1 + len(selection.quantized)
 
 
@@ -172,7 +172,7 @@ def test_the_build_is_nearer_than_with_the_nearest_codes(tiny_fp8: Path, tiny_ca
 
 @pytest.fixture(scope="module")
 def proven(tiny_fp8: Path, clean: Path, tiny_calib: Path):
-    """A source, its finished graph, and the codes that the build chose."""
+    """Return a source, its finished graph, and the codes that the build chose."""
     selection = quantization_selection.select_products(graph_io.load(clean))
     round_weights.round_weights(clean, selection, every_row(tiny_calib), clean.parent)
     return graph_io.load(clean), tiny_fp8 / FP8, selection, round_weights.stored_codes(selection, clean.parent)
@@ -195,12 +195,19 @@ def test_the_proof_knows_the_chosen_codes(proven) -> None:
 def test_the_proof_does_not_take_codes_of_another_weight(proven) -> None:
     source, path, selection, codes = proven
     pairs = itertools.combinations(selection.quantized, 2)
-    first, second = next((one, other) for one, other in pairs if (one.k, one.n) == (other.k, other.n))
+    product, other_product = next(
+        (first_product, second_product)
+        for first_product, second_product in pairs
+        if (first_product.k, first_product.n) == (second_product.k, second_product.n)
+    )
     result = graph_io.load(path)
-    by_name = {str(node.name): node for node in result.graph}
-    stored = [quantizers.dequantizers(by_name[one.node])[1].inputs[0] for one in (first, second)]
+    node_by_name = {str(node.name): node for node in result.graph}
+    stored = [
+        quantizers.dequantizers(node_by_name[first_product.node])[1].inputs[0]
+        for first_product in (product, other_product)
+    ]
     stored[0].const_value, stored[1].const_value = stored[1].const_value, stored[0].const_value
-    swapped = {**codes, first.weight: codes[second.weight], second.weight: codes[first.weight]}
+    swapped = {**codes, product.weight: codes[other_product.weight], other_product.weight: codes[product.weight]}
     failures = graph_proof.failures_of(graph_proof.prove(source, result, selection, swapped))
     assert len([line for line in failures if "is further than 25% from its source" in line]) == 2
 

@@ -1,4 +1,4 @@
-"""The search for the fewest 16-bit products: switches, order, the frontier, the build, and the published recipe."""
+"""The search for the fewest fp16 products: switches, order, Pareto frontier, build, and the published recipe."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def all_in_fp8(tiny_fp8: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def target(all_in_fp8: dict) -> float:
-    """Half of the distance from 1 that everything in FP8 leaves."""
+    """Return the cosine whose distance from 1 is half of that of the graph entirely in FP8."""
     return 1 - (1 - all_in_fp8["stages"]["parity"]["worst"]) / 2
 
 
 @pytest.fixture(scope="module")
 def searched(tiny_onnx: Path, tiny_calib: Path, target: float, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A build for the target by our own inserter."""
+    """Return a build for the target by our own Q/DQ inserter."""
     out = tmp_path_factory.mktemp("searched") / "dit_fp8.onnx"
     result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", target, "--ptq", "direct"))
     assert result.code == 0, result.err
@@ -71,7 +71,7 @@ def report(searched: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def switchable(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A session of the clean tiny DiT with switches."""
+    """Yield a session of the canonical tiny DiT with FP8 switches."""
     model = graph_io.load(tiny_onnx / HALF)
     run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
     clean = tmp_path_factory.mktemp("clean") / "clean.onnx"
@@ -89,15 +89,15 @@ def test_switched_off_it_is_the_source_and_on_it_is_the_fp8_graph(
     switchable: SwitchableDit, tiny_fp8: Path, tiny_calib: Path
 ) -> None:
     row = next(iter(CalibrationSet.open(tiny_calib)))
-    wanted = []
+    expected = []
     for path in (tiny_fp8 / HALF, tiny_fp8 / FP8):
         with OnnxRuntimeEngine(path) as engine:
-            wanted.append(parity.denoise_rows(engine, [row])[0][1].astype(np.float64))
+            expected.append(parity.denoise_rows(engine, [row])[0][1].astype(np.float64))
     count = len(switchable.units)
     off, on = (switchable.denoised(row, [state] * count) for state in (False, True))
-    assert parity.relative(wanted[0], off) < 1e-3  # a branch rounds to 16 bits what ONNX Runtime would not
-    assert parity.relative(wanted[1], on) < parity.relative(off, on) / 2  # other codes at the edges between two
-    assert parity.relative(wanted[0], on) == pytest.approx(parity.relative(*wanted), rel=0.1)
+    assert parity.relative(expected[0], off) < 1e-3  # a branch rounds to 16 bits what ONNX Runtime would not
+    assert parity.relative(expected[1], on) < parity.relative(off, on) / 2  # other codes at the edges between two
+    assert parity.relative(expected[0], on) == pytest.approx(parity.relative(*expected), rel=0.1)
 
 
 def test_every_switch_has_an_effect_of_its_own_and_their_squares_add_up(
@@ -107,8 +107,8 @@ def test_every_switch_has_an_effect_of_its_own_and_their_squares_add_up(
     count = len(switchable.units)
     reference = switchable.denoised(row, [False] * count)
     alone = [
-        parity.relative(reference, switchable.denoised(row, [other == one for other in range(count)])) ** 2
-        for one in range(count)
+        parity.relative(reference, switchable.denoised(row, [index == active for index in range(count)])) ** 2
+        for active in range(count)
     ]
     together = parity.relative(reference, switchable.denoised(row, [True] * count)) ** 2
     assert min(alone) > 0 and len(set(alone)) == count
@@ -121,9 +121,9 @@ def effect(name: str, macs: int, *squared: float) -> Effect:
 
 
 def test_the_order_goes_by_error_per_multiply_add_where_it_is_worst() -> None:
-    """`large` has the most error but not per multiply-add; once `dense` is out, sigma 0.5 is the worst, and `late`."""
+    """`large` has the most error, `dense` the most per MAC; without `dense`, sigma 0.5 is worst, so `late` is next."""
     effects = [effect("large", 10, 4e-3, 1e-3), effect("dense", 1, 3e-3, 0.0), effect("late", 2, 0.0, 3.5e-3)]
-    assert [one.unit.activation for one in pareto.greedy_order(effects)] == ["dense", "late", "large"]
+    assert [item.unit.activation for item in pareto.greedy_order(effects)] == ["dense", "late", "large"]
 
 
 def test_points_count_products_share_bytes_and_error() -> None:
@@ -135,13 +135,13 @@ def test_points_count_products_share_bytes_and_error() -> None:
 
 
 def test_the_target_is_reached_with_the_fewest_that_were_measured(report: dict, target: float) -> None:
-    found, chosen = report["stages"]["sensitivity"], report["stages"]["sensitivity"]["frontier"]["chosen"]
-    points = found["frontier"]["points"]
+    search, chosen = report["stages"]["sensitivity"], report["stages"]["sensitivity"]["frontier"]["chosen"]
+    points = search["frontier"]["points"]
     assert report["stages"]["parity"]["worst"] >= target
-    assert chosen > 0 and len(found["kept"]) == points[chosen]["fp16 products"] < 9
-    assert min(points[chosen]["worst cosine"].values()) >= found["frontier"]["aim"] > target
-    assert min(points[chosen - 1]["worst cosine"].values()) < found["frontier"]["aim"]
-    assert [name for point in points[: chosen + 1] for name in point["adds"]] == found["kept"]
+    assert chosen > 0 and len(search["kept"]) == points[chosen]["fp16 products"] < 9
+    assert min(points[chosen]["worst cosine"].values()) >= search["frontier"]["aim"] > target
+    assert min(points[chosen - 1]["worst cosine"].values()) < search["frontier"]["aim"]
+    assert [name for point in points[: chosen + 1] for name in point["adds"]] == search["kept"]
 
 
 def test_what_is_kept_is_excluded_with_its_reason_and_the_proof_holds(searched: Path, report: dict) -> None:
@@ -186,9 +186,9 @@ def test_modelopt_honours_what_is_kept(
     out = tmp_path / "dit_fp8.onnx"
     result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--target-cosine", target))
     assert result.code == 0 and "ModelOpt" in result.err
-    theirs, ours = (json.loads(report_path(path).read_text())["stages"] for path in (out, searched))
-    assert theirs["sensitivity"]["kept"] == ours["sensitivity"]["kept"]
-    assert theirs["parity"]["parity"] == ours["parity"]["parity"]
+    modelopt_stages, direct_stages = (json.loads(report_path(path).read_text())["stages"] for path in (out, searched))
+    assert modelopt_stages["sensitivity"]["kept"] == direct_stages["sensitivity"]["kept"]
+    assert modelopt_stages["parity"]["parity"] == direct_stages["parity"]["parity"]
 
 
 def test_a_target_out_of_reach_is_refused_with_the_frontier(
@@ -223,7 +223,7 @@ def test_limits_without_a_target_are_a_mistake(tiny_onnx: Path, tiny_calib: Path
 
 
 def test_the_report_holds_every_setting(all_in_fp8: dict, report: dict, target: float) -> None:
-    """A default that changes later would otherwise change what an old artefact says of itself."""
+    """Without the value, a later change of a default would change the meaning of an old report."""
     assert {"target_cosine": None, "max_fp16_products": None, "recipe": "ours"}.items() <= all_in_fp8[
         "settings"
     ].items()
@@ -231,7 +231,7 @@ def test_the_report_holds_every_setting(all_in_fp8: dict, report: dict, target: 
 
 
 def test_the_published_choices_are_made_and_proved(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """Every product of tokens, the local embedding too; one scale a weight; amax / 36; a dead input at the floor."""
+    """All token products, the local embedding too; one scale per weight; amax / 36; the floor for an input of zeros."""
     out = tmp_path / "dit_fp8.onnx"
     result = run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--recipe", "reference"))
     assert result.code == 0, result.err

@@ -1,4 +1,4 @@
-"""Figures of tensors with known answers, and that they do not depend on how rows come."""
+"""Statistics of tensors with known values; they do not depend on the split into rows."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def tallied(*rows: np.ndarray, scale: np.float16 = ONE) -> Tally:
 
 @pytest.mark.parametrize(("outlier", "share"), [(100.0, 1 / 64), (2.1, 1 / 64), (2.0, 1.0), (1.0, 1.0)])
 def test_channels_that_set_the_amax_are_counted(outlier: float, share: float) -> None:
-    """Within a factor 2 is near: the limit itself counts."""
+    """Channels within a factor 2 of the amax are counted, the limit included."""
     row = np.ones((1, 8, 64), np.float16)
     row[0, 3, 5] = -outlier
-    found = tallied(row).statistics(1.0)
-    assert found.channel_share == share
-    assert found.amax == float(np.float16(outlier))
+    statistics = tallied(row).statistics(1.0)
+    assert statistics.channel_share == share
+    assert statistics.amax == float(np.float16(outlier))
 
 
 def test_a_channel_is_an_outlier_over_all_rows() -> None:
-    """Each row alone has one channel that stands out; over both there are two."""
+    """Each row alone has one outlier channel; both together have two."""
     first, second = np.ones((2, 1, 4, 8), np.float16)
     first[..., 2], second[..., 6] = 10.0, 12.0
     assert tallied(first).statistics(1.0).channel_share == 1 / 8
@@ -39,15 +39,15 @@ def test_a_channel_is_an_outlier_over_all_rows() -> None:
 
 
 def test_kurtosis_is_plain() -> None:
-    """3 for a Gaussian, 1.8 for a uniform, 1 for a coin, N for a single spike among N zeros (nearly)."""
+    """3 for a Gaussian, 1.8 for a uniform, 1 for two values, about N for one spike among N zeros."""
     rng = np.random.default_rng(0)
     rows = [rng.standard_normal((1, 500, 64)).astype(np.float16) for _ in range(8)]
     assert tallied(*rows).statistics(1.0).kurtosis == pytest.approx(3.0, abs=0.05)
     flat = [rng.uniform(-1, 1, (1, 500, 64)).astype(np.float16) for _ in range(8)]
     assert tallied(*flat).statistics(1.0).kurtosis == pytest.approx(1.8, abs=0.02)
     coin = np.array([[[5.0, -5.0]]], np.float16)
-    found = tallied(coin, coin).statistics(1.0)
-    assert (found.kurtosis, found.rms, found.crest, found.rows) == (1.0, 5.0, 1.0, 2)
+    statistics = tallied(coin, coin).statistics(1.0)
+    assert (statistics.kurtosis, statistics.rms, statistics.crest, statistics.rows) == (1.0, 5.0, 1.0, 2)
     spike = np.zeros((1, 10, 100), np.float16)
     spike[0, 0, 0] = 7.0
     assert tallied(spike).statistics(1.0).kurtosis == pytest.approx(1000, rel=0.01)
@@ -56,7 +56,7 @@ def test_kurtosis_is_plain() -> None:
 @settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(1, 399), max_size=6), offset=st.sampled_from([0.0, -30.0, 2000.0]))
 def test_moments_do_not_depend_on_how_rows_are_cut(cuts: list[int], offset: float) -> None:
-    """In long double, from the whole: an offset of 2000 deviations would ruin sums of plain powers."""
+    """Compare with long double over all values: an offset of 2000 deviations would ruin plain power sums."""
     values = (np.random.default_rng(3).gamma(2.0, size=400) + offset).astype(np.float32)
     merged = Moments()
     for part in np.split(values, sorted(set(cuts))):
@@ -70,7 +70,7 @@ def test_moments_do_not_depend_on_how_rows_are_cut(cuts: list[int], offset: floa
 
 
 def test_underflow_is_what_e4m3_rounds_to_zero() -> None:
-    """Its smallest value is 2^-9 scales: half of that is a tie and goes to zero, the next number up does not."""
+    """E4M3's smallest value is 2^-9 scales: half of that is a tie and rounds to zero, the next number up does not."""
     scale = np.float16(2.0)
     tie = np.float16(2.0**-10 * 2.0)
     row = np.array([[[0.0, 0.0, tie, -tie, tie / 4, np.nextafter(tie, ONE), 1.0, -100.0]]], np.float16)
@@ -80,9 +80,9 @@ def test_underflow_is_what_e4m3_rounds_to_zero() -> None:
 
 
 def test_zeros_have_no_crest_and_no_kurtosis() -> None:
-    found = tallied(np.zeros((1, 3, 4), np.float16)).statistics(1.0)
-    assert (found.amax, found.rms, found.underflow) == (0.0, 0.0, 0.0)
-    assert math.isnan(found.crest) and math.isnan(found.kurtosis)
+    statistics = tallied(np.zeros((1, 3, 4), np.float16)).statistics(1.0)
+    assert (statistics.amax, statistics.rms, statistics.underflow) == (0.0, 0.0, 0.0)
+    assert math.isnan(statistics.crest) and math.isnan(statistics.kurtosis)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

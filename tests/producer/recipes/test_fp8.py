@@ -1,4 +1,4 @@
-"""The FP8 recipe on a tiny real DiT: what it makes, what its proof refuses, how it resumes."""
+"""The FP8 recipe on a tiny DiT: the graph it writes, the defects that its proof detects, resuming."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def report(tiny_fp8: Path) -> dict:
 
 
 def test_the_trunk_is_quantised_and_the_rest_is_not(selection: quantization_selection.Selection, report: dict) -> None:
-    """A layer has 7 products in the trunk, the context 2; the first and the last product stay in 16 bits."""
+    """A layer has 7 products in the trunk, the context 2; the first and the last product stay fp16."""
     depth = 1
     assert len(selection.quantized) == 7 * depth + 2
     reasons = list(selection.excluded.values())
@@ -84,8 +84,8 @@ def test_scales_follow_the_rows(
         activation, weight = quantizers.dequantizers(result[product.node])
         scale = query.constant_of(activation.inputs[1])
         assert scale.size == 1
-        wanted = max(amax[product.activation] * headroom / 448, scales.FP16_SCALE_FLOOR)
-        assert wanted <= float(scale.reshape(())) <= wanted * 1.001
+        expected = max(amax[product.activation] * headroom / 448, scales.FP16_SCALE_FLOOR)
+        assert expected <= float(scale.reshape(())) <= expected * 1.001
         source = query.constant_of(sources[product.weight]).astype(np.float32)
         channels = query.constant_of(weight.inputs[1]).astype(np.float32)
         assert channels.shape == (product.n,)
@@ -99,31 +99,31 @@ def test_amax_is_kept_per_sigma(report: dict) -> None:
 
 
 def test_parity_is_close_but_not_exact(report: dict) -> None:
-    """Rounding to 3 bits of mantissa is seen; more than a few per cent of it would be a defect."""
+    """Rounding to 3 mantissa bits has a visible effect; an error over a few per cent would be a defect."""
     parity = report["stages"]["parity"]["parity"]
     assert len(parity) == 4
     assert all(0.99 < entry["worst_cosine"] < 0.9999999 for entry in parity)
 
 
 def test_the_report_holds_generations_beside_perturbed_ones(report: dict) -> None:
-    """FP8 drifts, less than the largest control, and a control the further the larger it is."""
-    found = report["stages"]["rollouts"]
-    assert found["kinds"] == ["text", "text"] and len(found["controls"]) == 2
-    for controls, rollout in zip(found["controls"], found["candidates"][0]["rollouts"], strict=True):
-        assert len(controls) == len(found["sizes"]) and controls[0] > 0.99999 > controls[-1]
+    """FP8 deviates less than the largest control perturbation, and controls deviate more the larger they are."""
+    study = report["stages"]["rollouts"]
+    assert study["kinds"] == ["text", "text"] and len(study["controls"]) == 2
+    for controls, rollout in zip(study["controls"], study["candidates"][0]["rollouts"], strict=True):
+        assert len(controls) == len(study["sizes"]) and controls[0] > 0.99999 > controls[-1]
         assert controls[-1] < rollout["cosine"] < 0.9999999
-        assert found["sizes"][0] < rollout["perturbation"] < found["sizes"][-1]
+        assert study["sizes"][0] < rollout["perturbation"] < study["sizes"][-1]
 
 
 def test_generations_are_asked_for_by_number(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
     argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--ptq", "direct", "--parity-rows", "1"]
-    found = []
+    studies = []
     for count in (0, 1):
         out = tmp_path / str(count) / "dit_fp8.onnx"
         code, printed, _ = run(build_dit_fp8.main, [*argv, "--onnx", str(out), "--rollouts", str(count)])
         assert code == 0 and ("generation 0 (text): cosine 0.9" in printed) == bool(count)
-        found.append(json.loads(report_path(out).read_text())["stages"].get("rollouts"))
-    assert found[0] is None and len(found[1]["controls"]) == 1
+        studies.append(json.loads(report_path(out).read_text())["stages"].get("rollouts"))
+    assert studies[0] is None and len(studies[1]["controls"]) == 1
 
 
 def test_a_gate_that_says_no_leaves_nothing(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_current_artefact_is_kept_and_a_changed_one_is_not(tiny_fp8: Path, tin
 
 
 def test_a_killed_build_resumes_and_gives_the_same_bytes(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """kill -9 once ModelOpt is done: the next run does not calibrate with it again."""
+    """After kill -9 behind the ModelOpt stage, the next run does not calibrate again."""
     out = tmp_path / "dit_fp8.onnx"
     argv = [sys.executable, str(ROOT / "build/build_dit_fp8.py"), "--input", str(tiny_fp8 / HALF)]
     argv += ["--calib", str(tiny_calib), "--onnx", str(out), "--parity-rows", "8"]
@@ -250,7 +250,7 @@ DAMAGE: list[tuple[str, Callable[[ir.Model, ir.Node], None], str]] = [
 
 @pytest.fixture(scope="module")
 def nearest(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same build with every weight at its nearest code."""
+    """Return the same build with every weight rounded to its nearest code."""
     out = tmp_path_factory.mktemp("nearest") / "dit_fp8.onnx"
     argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
     assert run(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", "8"])[0] == 0
@@ -271,7 +271,7 @@ def test_the_proof_sees_damage(
 
 @pytest.fixture(scope="module")
 def at_run_time(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory) -> Path:
-    """The same build with its weights stored as fp16 and quantised when they are read."""
+    """Return the same build with weights stored as fp16 and quantised at run time."""
     out = tmp_path_factory.mktemp("fp16weights") / "dit_fp8.onnx"
     argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--weights", "fp16"]
     assert run(build_dit_fp8.main, [*argv, "--parity-rows", "8"])[0] == 0
@@ -299,27 +299,27 @@ def scales_of(result: ir.Model, selection: quantization_selection.Selection, sid
 
 
 def amax_of(result: ir.Model, selection: quantization_selection.Selection) -> np.ndarray:
-    """One row of amax that agrees with the activation scales of a result."""
+    """Return one row of amax that agrees with the activation scales of a result."""
     names = [product.activation for product in selection.quantized]
     first = dict(zip(names, scales_of(result, selection, 0), strict=True))
     return np.array([[float(first[name].reshape(())) * 448 for name in selection.activations]], np.float32)
 
 
 def test_our_own_inserter_agrees_with_modelopt(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """The same places, the same scales, the same bytes of weights, and the same velocity."""
+    """Same quantized products, scales, weight bytes and velocity."""
     out = tmp_path / "dit_fp8.onnx"
     argv = ["--input", str(tiny_fp8 / HALF), "--calib", str(tiny_calib), "--onnx", str(out), "--ptq", "direct"]
     code, _, errors = run(build_dit_fp8.main, [*argv, "--parity-rows", "4"])
     assert code == 0 and "ModelOpt" not in errors
-    found = []
+    scales_by_side = []
     for path in (tiny_fp8 / FP8, out):
         pairs = {}
         for node in graph_io.load(path).graph:
             for side, dequantize in enumerate(quantizers.dequantizers(node) if node.op_type in query.PRODUCTS else ()):
                 if dequantize is not None:
                     pairs[str(node.name), side] = query.constant_of(dequantize.inputs[1]).reshape(-1).tolist()
-        found.append(pairs)
-    assert found[0] == found[1] and len(found[0]) == 18
+        scales_by_side.append(pairs)
+    assert scales_by_side[0] == scales_by_side[1] and len(scales_by_side[0]) == 18
     row = {key: torch.from_numpy(value.copy()) for key, value in next(iter(CalibrationSet.open(tiny_calib))).items()}
     with OnnxRuntimeEngine(tiny_fp8 / FP8) as first, OnnxRuntimeEngine(out) as second:
         assert torch.equal(first.run(row)["velocity"], second.run(row)["velocity"])
@@ -363,7 +363,7 @@ def test_headroom_widens_activation_scales_only(at_run_time: Path, selection: qu
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mapped files are read from Linux's /proc")
 def test_a_closed_engine_lets_go_of_its_weights(tiny_fp8: Path, tmp_path: Path) -> None:
-    """At full size they are 3 GB, and the next engine comes while a variable still names the closed one."""
+    """At full size they are 3 GB, and the next engine is loaded while a variable still refers to the closed one."""
     copies = [Path(shutil.copy(file, tmp_path)) for file in graph_io.files_of(tiny_fp8 / HALF)]
 
     def mapped() -> bool:

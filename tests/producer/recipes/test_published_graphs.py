@@ -1,4 +1,4 @@
-"""Graphs as the model's own code makes them, through both recipes with their defaults, and packed for PyTorch."""
+"""Graphs exported from the model's own code, through both recipes with their defaults, and packed for PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sa3_trt_core.targets import dit_target
 NAMES = [spec.name for spec in CONTRACTS["dit"].inputs]
 DURATIONS = (29.72, 47.0, 183.25)
 DEPTH = 1
-# Per layer and beside the layers, of a graph without differential attention: 652 and 569 at the published depth of 20.
+# Casts per layer and outside the layers, without differential attention: 652 and 569 at the published depth of 20.
 WIDE_CASTS, DEAD_CASTS, PUBLISHED_DEPTH = (32, 12), (28, 9), 20
 
 STYLES: dict[str, tuple[Conventions, dict]] = {
@@ -47,46 +47,46 @@ STYLES: dict[str, tuple[Conventions, dict]] = {
 
 @pytest.fixture(scope="module")
 def singles(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An fp32 graph of each style. Read only."""
+    """Return an fp32 graph of each style. Read only."""
     folder = tmp_path_factory.mktemp("styles")
-    return {name: written(PublishedDit(tiny_checkpoint, conventions), folder / str(index) / "dit.onnx", **how)
-            for index, (name, (conventions, how)) in enumerate(STYLES.items())}  # fmt: skip
+    return {name: written(PublishedDit(tiny_checkpoint, conventions), folder / str(index) / "dit.onnx", **options)
+            for index, (name, (conventions, options)) in enumerate(STYLES.items())}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def halves(singles: dict[str, Path]) -> dict[str, Path]:
-    """What build_dit_fp16mixed.py makes of each. Read only."""
-    found = {}
+    """Return each graph converted by build_dit_fp16mixed.py. Read only."""
+    half_by_style = {}
     for name, path in singles.items():
-        found[name] = path.parent / "half" / "dit_fp16mixed.onnx"
-        made(build_dit_fp16mixed.main, ["--input", path, "--onnx", found[name]])
-    return found
+        half_by_style[name] = path.parent / "half" / "dit_fp16mixed.onnx"
+        made(build_dit_fp16mixed.main, ["--input", path, "--onnx", half_by_style[name]])
+    return half_by_style
 
 
 @pytest.fixture(scope="module")
 def surgeon(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A published FP16-mixed graph. Read only."""
+    """Return an FP16-mixed graph of the published style. Read only."""
     folder = tmp_path_factory.mktemp("surgeon")
     return published_half.write_half(PublishedDit(tiny_checkpoint), folder / "dit_fp16.onnx", folder)
 
 
-def written(module: PublishedDit, path: Path, **how) -> Path:
+def written(module: PublishedDit, path: Path, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return published_style.write(published_style.traced(module, path.parent, **how), path)
+    return published_style.write(published_style.traced(module, path.parent, **options), path)
 
 
-def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative(values: np.ndarray, reference: np.ndarray) -> float:
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
 
 
 def gates_of(path: Path) -> dict:
-    found = manifest.read_manifest(path)
-    assert found is not None
-    return found.gates
+    record = manifest.read_manifest(path)
+    assert record is not None
+    return record.gates
 
 
 def test_the_fixture_has_the_published_counts(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """Casts of the traced graph, taken from one layer and none to the published depth; one Pad with computed pads."""
+    """Casts of the traced graph, extrapolated to the published depth; one Pad with computed pads."""
     plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
     proto = published_style.traced(PublishedDit(plain), tmp_path)
     kinds = Counter(node.op_type for node in proto.graph.node)
@@ -96,8 +96,10 @@ def test_the_fixture_has_the_published_counts(tiny_checkpoint: Path, tmp_path: P
     wide = [node for node in proto.graph.node if node.op_type == "Cast" and node.attribute[0].i == 1]
     dead = [node for node in wide if types.get(node.input[0]) == 1]
     assert (len(wide), len(dead)) == (sum(WIDE_CASTS), sum(DEAD_CASTS))
-    layer, beside = zip(WIDE_CASTS, DEAD_CASTS, strict=True)
-    assert [PUBLISHED_DEPTH * one + more for one, more in zip(layer, beside, strict=True)] == [652, 569]
+    layer, outside = zip(WIDE_CASTS, DEAD_CASTS, strict=True)
+    assert [
+        PUBLISHED_DEPTH * in_layer + outside_layers for in_layer, outside_layers in zip(layer, outside, strict=True)
+    ] == [652, 569]
     assert kinds["Pad"] == DEPTH and kinds["Softmax"] == 2 * DEPTH and kinds["Einsum"] == kinds["Range"] == 1
     (pad,) = [node for node in proto.graph.node if node.op_type == "Pad"]
     makers = {output: node for node in proto.graph.node for output in node.output}
@@ -116,19 +118,19 @@ FLIPPED = {
 
 
 def census(proto: onnx.ModelProto) -> Counter:
-    """Ops of a graph, with which of their inputs are weights."""
-    held = {tensor.name for tensor in proto.graph.initializer}
-    return Counter((node.op_type, tuple(name in held for name in node.input)) for node in proto.graph.node)
+    """Return the number of nodes by op type and by which of their inputs are weights."""
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    return Counter((node.op_type, tuple(name in weights for name in node.input)) for node in proto.graph.node)
 
 
 def test_every_convention_is_seen_in_the_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A fixture that lost one of them would look like another."""
-    seen = [census(published_style.traced(PublishedDit(tiny_checkpoint), tmp_path))]
-    for name, other in FLIPPED.items():
-        module = PublishedDit(tiny_checkpoint, replace(PUBLISHED, **{name: other}))
-        seen.append(census(published_style.traced(module, tmp_path)))
-        assert seen[-1] not in seen[:-1], name
-    assert not [key for key in seen[1 + list(FLIPPED).index("left_pad")] if key[0] == "Pad"]
+    """Each convention changes the graph, so that a fixture that lost one would be noticed."""
+    counts = [census(published_style.traced(PublishedDit(tiny_checkpoint), tmp_path))]
+    for name, flipped in FLIPPED.items():
+        module = PublishedDit(tiny_checkpoint, replace(PUBLISHED, **{name: flipped}))
+        counts.append(census(published_style.traced(module, tmp_path)))
+        assert counts[-1] not in counts[:-1], name
+    assert not [key for key in counts[1 + list(FLIPPED).index("left_pad")] if key[0] == "Pad"]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -143,7 +145,7 @@ def test_defaults_bake_stack_pad_and_free(singles: dict[str, Path], halves: dict
     ]
     gates = gates_of(path)
     assert gates["null row"] is True and gates["worst denoised cosine"] > 0.99999
-    counts = {one["pass"]: one["counts"] for one in gates["shape"]}
+    counts = {entry["pass"]: entry["counts"] for entry in gates["shape"]}
     assert counts["bake-rope"]["baked"] and counts["stack-attention"]["stacked"] == 2 * DEPTH
     assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == 1
     assert not has_null_row(graph_io.load(singles[style]))
@@ -151,7 +153,7 @@ def test_defaults_bake_stack_pad_and_free(singles: dict[str, Path], halves: dict
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_duration_is_right_in_real_fp16(tiny_checkpoint: Path, halves: dict[str, Path], style: str) -> None:
-    """By the reference evaluator: ONNX Runtime on a CPU takes 16-bit casts away and hides what they round."""
+    """Use the reference evaluator: ONNX Runtime on a CPU removes fp16 casts and their rounding."""
     module = PublishedDit(tiny_checkpoint, STYLES[style][0])
     proto = onnx.load(halves[style])
     evaluator = ReferenceEvaluator(proto)
@@ -160,14 +162,14 @@ def test_every_duration_is_right_in_real_fp16(tiny_checkpoint: Path, halves: dic
     for seconds in DURATIONS:
         row["seconds_total"] = np.array([seconds], np.float32)
         with torch.inference_mode():
-            wanted = module(*[torch.from_numpy(row[name]) for name in NAMES]).numpy()
-        (found,) = evaluator.run(None, row)
-        assert relative(np.asarray(found), wanted) < 1.5e-3, seconds
+            expected = module(*[torch.from_numpy(row[name]) for name in NAMES]).numpy()
+        (velocity,) = evaluator.run(None, row)
+        assert relative(np.asarray(velocity), expected) < 1.5e-3, seconds
 
 
 @pytest.mark.parametrize("cfg", [3.0, 7.0])
 def test_guidance_needs_the_rule(tiny_checkpoint: Path, halves: dict[str, Path], tmp_path: Path, cfg: float) -> None:
-    """With it a guided velocity is that of the fp32 network's own null branch; without it, it is another."""
+    """With the null-row rule a guided velocity equals that of the fp32 network's null branch; without, it differs."""
     module, without = PublishedDit(tiny_checkpoint), tmp_path / "without.onnx"
     source = halves["published"].parents[1] / "dit.onnx"
     made(build_dit_fp16mixed.main, ["--input", source, "--onnx", without, "--no-null-row"])
@@ -178,25 +180,25 @@ def test_guidance_needs_the_rule(tiny_checkpoint: Path, halves: dict[str, Path],
         text = module(*[row[name] for name in NAMES])
         token = module.duration(row["seconds_total"], torch.float32).squeeze(1)
         branch = module.velocity(row["x"], row["t"], torch.zeros(1, 257, 768), token, row["local_add_cond"])
-    wanted = guided(text, branch, cfg).numpy()
-    apart = []
+    expected = guided(text, branch, cfg).numpy()
+    errors = []
     for path in (halves["published"], without):
         with OnnxRuntimeEngine(path) as engine:
-            both = [engine.run(one)["velocity"] for one in (row, null)]
-        apart.append(relative(guided(*both, cfg).numpy(), wanted))
-    assert apart[0] < 5e-3 and apart[1] > 0.01, apart
+            both = [engine.run(inputs)["velocity"] for inputs in (row, null)]
+        errors.append(relative(guided(*both, cfg).numpy(), expected))
+    assert errors[0] < 5e-3 and errors[1] > 0.01, errors
 
 
 def test_a_published_half_becomes_fp8_with_every_default(
     tiny_checkpoint: Path, surgeon: Path, tiny_calib: Path, tmp_path: Path
 ) -> None:
-    """Baked, stacked and padded although it was mixed already; what was done is printed and in the report."""
+    """It is baked, stacked and padded although it is FP16-mixed already; the passes are printed and reported."""
     path = tmp_path / "dit_fp8.onnx"
     argv = ["--input", surgeon, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
     result = run(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
     assert result.code == 0, result.err
     report = json.loads(report_path(path).read_text())["stages"]
-    counts = {one["name"]: one for one in report["clean"]["passes"]}
+    counts = {level["name"]: level for level in report["clean"]["passes"]}
     assert counts["bake-rope"]["baked"] == 4 * DEPTH and counts["stack-attention"]["stacked"] == 2 * DEPTH
     assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == counts["free-batch"]["freed"] == 1
     for name in ("free-batch", "lift-to-fp32", "null-row", "bake-rope", "stack-attention", "pad-k"):
@@ -207,12 +209,12 @@ def test_a_published_half_becomes_fp8_with_every_default(
     rows = list(check_rows())
     with torch.inference_mode():
         velocities = [module(*[torch.from_numpy(row[name]) for name in NAMES]).numpy() for row in rows]
-    wanted = [
+    expected = [
         (float(row["t"][0]), row["x"] - row["t"] * velocity) for row, velocity in zip(rows, velocities, strict=True)
     ]
     with OnnxRuntimeEngine(path) as engine:
-        found = parity.denoise_rows(engine, rows)
-    assert min(one.worst_cosine for one in parity.parity_by_sigma(wanted, found)) >= 0.998
+        denoised = parity.denoise_rows(engine, rows)
+    assert min(level.worst_cosine for level in parity.parity_by_sigma(expected, denoised)) >= 0.998
     packs(path, "fp8", tmp_path)
 
 
@@ -226,7 +228,7 @@ def test_pytorch_packs_a_published_half_as_it_is(surgeon: Path, tmp_path: Path) 
 
 
 def packs(path: Path, precision: str, folder: Path) -> None:
-    """Packed, it gives ONNX Runtime's velocities on the same file."""
+    """Assert that the packed graph gives ONNX Runtime's velocities on the same file."""
     target = dit_target("medium", precision)
     torch_dit._write(path, target, folder / "packed.safetensors")
     torch_dit._compare(path, folder / "packed.safetensors", target)
@@ -235,7 +237,7 @@ def packs(path: Path, precision: str, folder: Path) -> None:
 def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
     tiny_checkpoint: Path, tiny_calib: Path, tmp_path: Path
 ) -> None:
-    """The small DiTs: nothing to stack, all else as ever."""
+    """The small DiTs have no halves to stack; all other passes apply."""
     plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
     half = published_half.write_half(PublishedDit(plain), tmp_path / "in" / "dit_fp16.onnx", tmp_path)
     path = tmp_path / "dit_fp8.onnx"
@@ -260,12 +262,14 @@ def half_input(proto: onnx.ModelProto) -> None:
 
 
 def integer_mask(proto: onnx.ModelProto) -> None:
-    next(one for one in proto.graph.input if one.name == "t5_mask").type.tensor_type.elem_type = onnx.TensorProto.INT64
+    next(
+        value for value in proto.graph.input if value.name == "t5_mask"
+    ).type.tensor_type.elem_type = onnx.TensorProto.INT64
 
 
 def other_name(proto: onnx.ModelProto) -> None:
     published_style.rename(proto, "t5_hidden", "text")
-    next(one for one in proto.graph.input if one.name == "t5_hidden").name = "text"
+    next(value for value in proto.graph.input if value.name == "t5_hidden").name = "text"
 
 
 REFUSED = {
@@ -278,12 +282,12 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_path: Path, case: str) -> None:
-    spoil, what, cure = REFUSED[case]
+    spoil, reason, cure = REFUSED[case]
     proto = onnx.load(singles["published"])
     spoil(proto)
     source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
     result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "half.onnx"])
-    two_lines(result, str(source), what)
+    two_lines(result, str(source), reason)
     assert cure in result.err
     assert not (tmp_path / "half.onnx").exists()
 

@@ -1,4 +1,4 @@
-"""Somebody's FP16-mixed DiT of the published style into FP8: lifted where it is wrong, refused where it is unknown."""
+"""An FP16-mixed DiT of the published style converted to FP8: widened to fp32 where wrong, refused where unknown."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ SECONDS = (29.72, 30.0, 47.0, 120.0, 183.25)  # 30 and 120 divided by 384 are ex
 
 @pytest.fixture(scope="module")
 def single(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fp32 graph: the truth. Read only."""
+    """Return the fp32 graph, the reference. Read only."""
     folder = tmp_path_factory.mktemp("single")
     return published_style.write_single(published_style.legacy_module(tiny_checkpoint), folder / "dit.onnx", folder)
 
 
 @pytest.fixture(scope="module", params=[onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16], ids=["fp32", "fp16"])
 def half(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The FP16-mixed graph, its softmax in this type. Read only."""
+    """Return the FP16-mixed graph with its softmax in this type. Read only."""
     folder = tmp_path_factory.mktemp("half")
     module = published_style.legacy_module(tiny_checkpoint)
     return published_half.write_half(module, folder / "dit_fp16mixed.onnx", folder, request.param)
@@ -57,20 +57,20 @@ def quantised(half: Path, tiny_calib: Path) -> Path:
 
 
 def velocities(path: Path) -> list[np.ndarray]:
-    """One velocity at each of SECONDS, from the same noise at sigma 1."""
+    """Return one velocity for each of SECONDS, from the same noise at sigma 1."""
     row = next(iter(check_rows()))
     rows = [{**row, "seconds_total": np.array([seconds], np.float32)} for seconds in SECONDS]
     with OnnxRuntimeEngine(path) as engine:
-        return [engine.run(tensors(one))["velocity"].numpy() for one in rows]
+        return [engine.run(tensors(inputs))["velocity"].numpy() for inputs in rows]
 
 
 def errors(reference: Path, path: Path) -> list[float]:
     pairs = zip(velocities(reference), velocities(path), strict=True)
-    return [verification_parity.relative(wanted, found) for wanted, found in pairs]
+    return [verification_parity.relative(expected, actual) for expected, actual in pairs]
 
 
 def test_the_graph_has_the_defect_and_the_habits(single: Path, half: Path) -> None:
-    """Wrong at the durations that 16 bits round and right at the others; norms in a chain of three casts."""
+    """Wrong at durations that fp16 rounds and right at the others; norms in a chain of three casts."""
     wrong = errors(single, half)
     assert min(wrong[0], wrong[2], wrong[4]) > 0.005 and max(wrong[1], wrong[3]) < 0.002
     proto = onnx.load(half, load_external_data=False)
@@ -86,7 +86,7 @@ def test_the_graph_has_the_defect_and_the_habits(single: Path, half: Path) -> No
 
 
 def test_what_was_wrong_in_it_is_right_in_what_is_made_of_it(single: Path, half: Path, tmp_path: Path) -> None:
-    """The seconds path is fp32 again: the durations that 16 bits get wrong are as right as the others."""
+    """The seconds path is fp32 again: durations that fp16 rounds are as accurate as the others."""
     cleaned = tmp_path / "clean.onnx"
     graph_io.save(clean(half), cleaned)
     assert max(errors(single, cleaned)) < 1e-3
@@ -109,10 +109,10 @@ def test_the_attention_core_is_one_type_afterwards(half: Path) -> None:
 
 
 def test_an_fp32_softmax_alone_is_reason_enough(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Our own graph with casts around one softmax: nothing else is wrong with it, and it cannot fuse."""
+    """Our own graph with casts around one softmax, its only defect: attention could not fuse."""
     proto = onnx.load(onnx_of(tiny_onnx, "sa3-m"))
-    ours = graph_io.load(onnx_of(tiny_onnx, "sa3-m"))
-    assert reasons_to_lift(ours, find_dit_islands(ours)) == []
+    exported = graph_io.load(onnx_of(tiny_onnx, "sa3-m"))
+    assert reasons_to_lift(exported, find_dit_islands(exported)) == []
     softmax = next(node for node in proto.graph.node if node.op_type == "Softmax")
     single, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
     before = onnx.helper.make_node("Cast", [softmax.input[0]], ["/theirs/in"], "/theirs/in", to=single)
@@ -121,44 +121,44 @@ def test_an_fp32_softmax_alone_is_reason_enough(tiny_onnx: Path, tmp_path: Path)
     proto.graph.node.extend([before, after])
     del proto.graph.value_info[:]
     path = published_style.write(proto, tmp_path / "dit_fp16mixed.onnx")
-    found = clean(path)
-    assert {str(node.outputs[0].dtype) for node in found.graph if node.op_type == "Softmax"} == {"FLOAT16"}
+    cleaned = clean(path)
+    assert {str(node.outputs[0].dtype) for node in cleaned.graph if node.op_type == "Softmax"} == {"FLOAT16"}
 
 
 def test_every_weight_is_the_source_weight_bit_for_bit(half: Path) -> None:
-    """fp16 -> fp32 -> fp16 gives the same number, and folding only turns it."""
+    """fp16 -> fp32 -> fp16 is exact, and folding only transposes."""
     proto = onnx.load(half)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     model = clean(half)
     products = selection.select_products(model).quantized
     assert len(products) == 7 * DEPTH + 2
     for product in products:
-        found = model.graph.initializers[product.weight].const_value.numpy()
+        weight = model.graph.initializers[product.weight].const_value.numpy()
         name = next(name for name in stored if product.weight.startswith(name))
-        assert found.dtype == np.float16 and found.tobytes() == np.ascontiguousarray(stored[name].T).tobytes()
+        assert weight.dtype == np.float16 and weight.tobytes() == np.ascontiguousarray(stored[name].T).tobytes()
 
 
 def test_the_fp8_graph_is_as_right_as_ours(
     single: Path, half: Path, quantised: Path, tiny_fp8: Path, tiny_onnx: Path
 ) -> None:
-    ours = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
-    theirs = placed_scales(half, quantised)
-    assert theirs.keys() == ours.keys()
-    for place, (activation, weight) in ours.items():
-        assert theirs[place][0] == pytest.approx(activation, rel=2e-3), place
-        assert np.array_equal(theirs[place][1], weight), place
-    own = errors(single, onnx_of(tiny_fp8, "sa3-m-fp8"))
-    assert errors(single, quantised) == pytest.approx(own, rel=0.15)
+    exported = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
+    published = placed_scales(half, quantised)
+    assert published.keys() == exported.keys()
+    for role, (activation, weight) in exported.items():
+        assert published[role][0] == pytest.approx(activation, rel=2e-3), role
+        assert np.array_equal(published[role][1], weight), role
+    exported_errors = errors(single, onnx_of(tiny_fp8, "sa3-m-fp8"))
+    assert errors(single, quantised) == pytest.approx(exported_errors, rel=0.15)
     report = json.loads(report_path(quantised).read_text())
     assert len(report["stages"]["scales"]["proof"]) == 6
     assert all(claim["holds"] for claim in report["stages"]["scales"]["proof"])
     assert report["stages"]["clean"]["cosine with the source as it was mixed"] > 0.99999
-    (lifted,) = [one for one in report["stages"]["clean"]["passes"] if one["name"] == "lift-to-fp32"]
+    (lifted,) = [entry for entry in report["stages"]["clean"]["passes"] if entry["name"] == "lift-to-fp32"]
     assert lifted["notes"][0] == "node /duration/Clip (Clip) must be fp32 and gives fp16"
 
 
 def test_parity_is_measured_against_what_was_put_right(half: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """At 183.25 s the source itself is wrong by more than FP8 is: against it a good graph would look bad."""
+    """At 183.25 s the source's own error exceeds FP8's: compared with it, a correct graph would fail."""
     with np.load(tiny_calib) as stored:
         rows = {key: stored[key] for key in stored.files}
     rows["seconds_total"] = np.full_like(rows["seconds_total"], 183.25)
@@ -198,7 +198,7 @@ def node_named(proto: onnx.ModelProto, *words: str) -> onnx.NodeProto:
 
 
 def insert_behind(proto: onnx.ModelProto, op_type: str, *words: str) -> None:
-    """A node of its own between the node so named and its users."""
+    """Insert a node between the node so named and its users."""
     node = node_named(proto, *words)
     old, node.output[0] = node.output[0], "/theirs/before"
     proto.graph.node.append(onnx.helper.make_node(op_type, ["/theirs/before"], [old], f"/theirs/{op_type}"))
@@ -272,7 +272,7 @@ def test_the_fp32_entrance_refuses_it_too(
 
 
 def test_a_rounded_rotary_table_is_refused(half: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """What 16 bits have lost cannot be lifted, and parity against the source itself would not see it."""
+    """Precision lost in fp16 cannot be restored, and parity with the source itself would not detect it."""
     proto = onnx.load(half)
     round_the_rotary_table(proto)
     source = published_style.write(proto, tmp_path / "in" / "dit_fp16mixed.onnx")

@@ -1,4 +1,4 @@
-"""What a build takes of memory and disk, said and checked before it starts."""
+"""Memory and disk requirements of a build, printed and checked before it starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sa3_build.graph.io import save_linked
 from sa3_build.recipes import requirements_check
 from sa3_trt_core.targets import dit_target
 
-# A stage that frees every other one of many blocks: what lies between the others is what glibc keeps.
+# A stage that frees every other one of many blocks, so that glibc keeps the fragmented memory between them.
 FRAGMENTS = """
 import sys
 from pathlib import Path
@@ -51,9 +51,9 @@ HALF, FP8 = (dit_target("medium", precision).onnx[0] for precision in ("fp16mixe
 def test_modelopt_is_taken_only_where_its_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
     free = memory.available_memory()
     assert free is not None and 0 < free < 1 << 50
-    for size, wanted in ((free // 20, "modelopt"), (free, "direct")):
-        chosen, why = requirements_check.choose_ptq(size)
-        assert chosen == wanted and "are free" in why
+    for size, expected in ((free // 20, "modelopt"), (free, "direct")):
+        chosen, reason = requirements_check.choose_ptq(size)
+        assert chosen == expected and "are free" in reason
 
 
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_estimates_hold_for_what_is_made(tiny_fp8: Path) -> None:
 
 
 def test_intermediates_are_kept_where_they_were_asked_for(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """The same bytes as without; somebody else's files in that folder stay; weights are linked, not copied."""
+    """Output bytes are unchanged; other files in that folder stay; weights are hard-linked, not copied."""
     work = tmp_path / "work"
     work.mkdir()
     (work / "mine.txt").write_text("mine")
@@ -106,8 +106,8 @@ def test_intermediates_are_kept_where_they_were_asked_for(tiny_fp8: Path, tiny_c
     sidecar = (tiny_fp8 / HALF).with_name(f"{Path(HALF).name}.data")
     shared = list(kept.glob("shared-*.data"))
     assert len(shared) == 1 and shared[0].samefile(sidecar)
-    ours = sum(path.stat().st_size for path in kept.iterdir() if path.is_file() and path.stat().st_nlink == 1)
-    assert ours < sidecar.stat().st_size / 2
+    bytes_written = sum(path.stat().st_size for path in kept.iterdir() if path.is_file() and path.stat().st_nlink == 1)
+    assert bytes_written < sidecar.stat().st_size / 2
     first = {path.name: path.read_bytes() for path in out.parent.iterdir() if path.suffix in (".onnx", ".data")}
     again = run(build_dit_fp8.main, [*argv, "--work-dir", tmp_path / "other", "--force"])
     assert again.code == 0 and not (tmp_path / "other" / ".dit_fp8.partial").exists()
@@ -115,7 +115,7 @@ def test_intermediates_are_kept_where_they_were_asked_for(tiny_fp8: Path, tiny_c
 
 
 def test_a_linked_graph_is_the_graph(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Unchanged weights stay in their file, changed ones go to a new sidecar, and neither file is written to."""
+    """Unchanged weights stay in their file, changed ones go to a new sidecar; the source files are not written."""
     source = tiny_onnx / dit_target("medium", "fp16mixed").onnx[0]
     before = {file.name: file.read_bytes() for file in graph_io.files_of(source)}
     model = graph_io.load(source)

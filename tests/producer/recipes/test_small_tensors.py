@@ -1,4 +1,4 @@
-"""FP16-mixed graphs as other programs save them: small tensors in the sidecar, no manifest, names of a first mixing."""
+"""FP16-mixed graphs saved by other programs: small tensors in the sidecar, no manifest, names with suffixes."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ def test_the_small_tensors_are_the_same_wherever_they_lie(tiny_onnx: Path, tmp_p
     inside, outside = graph_io.load(path), graph_io.load(tmp_path / "x.onnx")
     assert inside.graph.initializers.keys() == outside.graph.initializers.keys()
     for name, value in inside.graph.initializers.items():
-        other = outside.graph.initializers[name].const_value
-        assert value.const_value is not None and other is not None
-        assert (value.const_value.numpy() == other.numpy()).all() and value.const_value.dtype == other.dtype
+        outside_value = outside.graph.initializers[name].const_value
+        assert value.const_value is not None and outside_value is not None
+        assert (
+            value.const_value.numpy() == outside_value.numpy()
+        ).all() and value.const_value.dtype == outside_value.dtype
 
 
 def test_a_session_says_what_it_cannot_read_and_how_to_save_it(tiny_onnx: Path, tmp_path: Path) -> None:

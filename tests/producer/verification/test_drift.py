@@ -1,4 +1,4 @@
-"""Whole generations against a reference: shared noise, controls, and the perturbation that drifts as far."""
+"""Rollouts compared with a reference: shared noise, controls, and the equivalent input perturbation."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ SIZES = rollouts.CONTROLS[: len(CONTROLS)]
 
 
 @pytest.mark.parametrize(
-    ("found", "wanted"), [(1e-6, 1e-3), (3e-6, math.sqrt(3) * 1e-3), (9e-4, 3e-2), (1e-8, 1e-4), (0.0, 0.0)]
+    ("distance", "expected"), [(1e-6, 1e-3), (3e-6, math.sqrt(3) * 1e-3), (9e-4, 3e-2), (1e-8, 1e-4), (0.0, 0.0)]
 )
-def test_a_drift_is_read_between_the_controls_and_below_them(found: float, wanted: float) -> None:
-    assert rollouts.equivalent(found, CONTROLS, SIZES) == pytest.approx(wanted, rel=1e-6)
+def test_a_drift_is_read_between_the_controls_and_below_them(distance: float, expected: float) -> None:
+    assert rollouts.equivalent(distance, CONTROLS, SIZES) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("found", [1e-3, math.nan])
-def test_a_drift_above_the_largest_control_has_no_size(found: float) -> None:
-    assert rollouts.equivalent(found, CONTROLS, SIZES) == math.inf
+@pytest.mark.parametrize("distance", [1e-3, math.nan])
+def test_a_drift_above_the_largest_control_has_no_size(distance: float) -> None:
+    assert rollouts.equivalent(distance, CONTROLS, SIZES) == math.inf
 
 
 def test_a_control_that_falls_back_does_not_break_the_reading() -> None:
@@ -49,7 +49,7 @@ def document_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tiny_fp8: Path, tiny_calib: Path, document_path: Path) -> Done:
-    """One prompt through the tiny FP16-mixed DiT, itself again, and the FP8 DiT."""
+    """Compare rollouts of one prompt: the tiny FP16-mixed DiT with itself and with the FP8 DiT."""
     argv = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8]
     return run(
         compare_rollouts.main, [*argv, "--calib", tiny_calib, "--prompts", 1, "--rows", 4, "--json", document_path]
@@ -57,7 +57,7 @@ def compared(tiny_fp8: Path, tiny_calib: Path, document_path: Path) -> Done:
 
 
 def test_noise_is_shared_and_controls_grow(compared: Done, document_path: Path) -> None:
-    """The reference against itself is exact: noise of its own, or an unseeded control, would show at once."""
+    """The reference compared with itself is exact: unshared noise or an unseeded control would show."""
     assert compared.code == 0, compared.err
     document = json.loads(document_path.read_text())
     same, fp8 = document["candidates"]
@@ -101,8 +101,8 @@ def test_a_set_without_a_start_is_refused(tiny_fp8: Path, tiny_calib: Path, tmp_
 
 
 def test_a_candidate_that_is_no_dit_is_refused(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    other = tmp_path / "text.onnx"
-    shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx", other)
+    candidate = tmp_path / "text.onnx"
+    shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx", candidate)
     shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx.data", tmp_path / "encoder.onnx.data")
-    argv = ["--reference", tiny_fp8 / HALF, "--candidate", other, "--calib", tiny_calib]
+    argv = ["--reference", tiny_fp8 / HALF, "--candidate", candidate, "--calib", tiny_calib]
     two_lines(run(compare_rollouts.main, argv), "is not a dit graph")
