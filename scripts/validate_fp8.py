@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     _write(args, document, verdicts, found)
     failed = [verdict.line for verdict in verdicts if not verdict.passed]
     if failed:
-        hint = f"all figures: {args.out / 'report.md'}; what they mean: build/README.md"
+        hint = f"all figures: {args.out / 'report.md'}; what they mean: build/docs/validation.md"
         raise GateError(f"{candidate.name} {failed[0]}", hint, "\n".join(failed[1:]))
     return 0
 

@@ -1,4 +1,4 @@
-"""The report's figures, made of what the runs left: a JSON document whose layout build/README.md describes."""
+"""The report's figures, made of what the runs left: a JSON document whose layout build/docs/validation.md describes."""
 
 from __future__ import annotations
 

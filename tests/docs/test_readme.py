@@ -1,4 +1,4 @@
-"""The demo, whole, and then every command of the READMEs on what it made."""
+"""The demo, whole, and then every command of the pages on what it made."""
 
 from __future__ import annotations
 
@@ -16,20 +16,15 @@ import pytest
 import soundfile
 
 import sa3_trt
+from helpers.commands import ROOT
+from helpers.pages import blocks, lines
+from helpers.service import started
 from sa3_serve import command
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import find_target
 
-ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder")
 SIGMAS = ("1.0000", "0.9944", "0.9845", "0.9579", "0.8909", "0.7455", "0.5125", "0.2739")
-
-
-def commands(kind: str) -> list[str]:
-    """The lines of the README's ```sh blocks of one kind ("" is run as it stands)."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(rf"^```sh{kind and ' '}{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
 def shell(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
@@ -100,22 +95,43 @@ def test_a_second_demo_makes_nothing_again(demo: str, checkout: Path) -> None:
     assert result.stdout.count(" current ") == 2 * len(ENGINES)
 
 
-def test_the_readmes_commands_run(demo: str, checkout: Path) -> None:
-    """In the order they stand in, each on what the one before it made."""
-    lines = commands("")
-    assert len(lines) >= 5
-    for line in lines:
+def test_the_commands_of_the_pages_run(demo: str, checkout: Path) -> None:
+    """In the order they are read in, each on what the one before it made."""
+    assert len(lines("sh")) >= 15
+    for line in lines("sh"):
         result = shell(shlex.split(line), checkout)
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         assert result.stdout.strip(), line
     assert soundfile.info(checkout / "output/techno.wav").frames == 5 * 44100
 
 
+def test_the_python_of_the_pages_runs(demo: str, checkout: Path) -> None:
+    for block in blocks("python"):
+        result = shell(["python", "-c", block.text], checkout)
+        assert result.returncode == 0 and result.stdout == f"torch.Size([{5 * 44100}, 2])\n", result.stderr
+    assert soundfile.info(checkout / "output/piano.flac").subtype == "PCM_24"
+
+
+def test_the_service_of_the_pages_answers_their_requests(demo: str, checkout: Path) -> None:
+    (serve,) = set(lines("sh serve"))
+    words = shlex.split(serve)
+    assert words[0] == "sa3_serve" and command.parser().parse_args(words[1:]).port == 8000
+    with started([*words[1:], "--port", "0"], checkout) as service:
+        for line in lines("sh curl"):
+            assert "localhost:8000" in line
+            result = shell(shlex.split(line.replace("localhost:8000", f"127.0.0.1:{service.port}")), checkout)
+            assert result.returncode == 0, f"{line}\n{result.stderr}"
+        assert service.metric("sa3_requests_total", 'status="200"') == len(lines("sh curl")) - 1
+        assert service.stop() == 0
+    for name in ("served", "bells_served", "rain"):
+        assert soundfile.info(checkout / f"output/{name}.wav").frames == 5 * 44100, name
+
+
 def test_the_commands_for_a_gpu_host_parse() -> None:
     """They are not run here; a flag or target that does not exist would be found."""
-    lines = [shlex.split(line) for line in commands("gpu")]
-    assert lines
-    for line in lines:
+    gpu = [shlex.split(line) for line in lines("sh gpu")]
+    assert gpu
+    for line in gpu:
         if line[0] == "sa3_trt":
             assert sa3_trt.parser().parse_args(line[1:]).prompt
         else:
@@ -123,16 +139,23 @@ def test_the_commands_for_a_gpu_host_parse() -> None:
             assert all(find_target(name) for name in build_from_onnx.parser().parse_args(line[2:]).names)
 
 
-def test_the_commands_of_a_service_and_of_bulk_jobs_parse() -> None:
-    """They are tested in tests/serve and tests/bulk; a flag that does not exist would be found here."""
-    bulk, (serve,) = [shlex.split(line) for line in commands("bulk")], [shlex.split(line) for line in commands("serve")]
-    assert [line[0] for line in bulk] == ["sa3_trt"] * 2 and serve[0] == "sa3_serve"
+def test_the_commands_of_bulk_jobs_parse() -> None:
+    """They are run in tests/bulk; a flag that does not exist would be found here."""
+    bulk = [shlex.split(line) for line in lines("sh bulk")]
+    assert bulk and {line[0] for line in bulk} == {"sa3_trt"}
     assert all(sa3_trt.parser().parse_args(line[1:]).prompts_file for line in bulk)
-    assert command.parser().parse_args(serve[1:]).port == 8000
+
+
+def test_the_commands_of_a_contributor_name_what_is_there() -> None:
+    develop = [shlex.split(line, comments=True) for line in lines("sh develop")]
+    assert [line[0] for line in develop] == ["make", ".venv/bin/python", ".venv/bin/ruff", "pipx"]
+    assert shell(["make", "--dry-run", *develop[0][1:]], ROOT).returncode == 0
+    (test,) = [word for word in develop[1] if word.endswith(".py")]
+    assert f"{develop[1][develop[1].index('-k') + 1]}" in (ROOT / test).read_text()
 
 
 def test_make_knows_the_two_commands() -> None:
-    assert [line.split("#")[0].strip() for line in commands("make")] == ["make demo", "make test"]
+    assert [line.split("#")[0].strip() for line in lines("sh make")] == ["make demo", "make test"]
     for goal, wanted in (("demo", "build/demo.py"), ("test", "-m pytest")):
         planned = shell(["make", "--dry-run", goal], ROOT)
         assert planned.returncode == 0 and wanted in planned.stdout

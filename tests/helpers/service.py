@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +58,17 @@ class Service:
 
 @contextlib.contextmanager
 def serving(root: Path, *more: object, token: str | None = None) -> Iterator[Service]:
-    """Start a server, wait until it is ready, and end it with the block if it still runs."""
-    argv = [
-        sys.executable,
-        "-m",
-        "sa3_serve.command",
-        "--onnx-root",
-        root,
-        "--backend",
-        "onnxruntime",
-        "--precision",
-        "fp32",
-    ]
-    argv += ["--precision", "fp32", "--port", 0, *more]
-    process = subprocess.Popen(
-        [str(word) for word in argv], stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"}
-    )
+    """A server of the tests' model that is ready; it is ended with the block if it has not ended."""
+    argv = ["--onnx-root", root, "--backend", "onnxruntime", "--precision", "fp32", "--port", 0, *more]
+    with started(argv, token=token) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def started(words: Sequence[object], folder: Path | None = None, token: str | None = None) -> Iterator[Service]:
+    """Run `sa3_serve` with these words in a folder until it is ready; it is ended with the block."""
+    argv = [sys.executable, "-m", "sa3_serve.command", *(str(word) for word in words)]
+    process = subprocess.Popen(argv, cwd=folder, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_PROXY": "*"})
     lines: list[str] = []
     listening = threading.Event()
 

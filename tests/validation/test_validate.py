@@ -96,8 +96,10 @@ def test_a_broken_fp8_file_is_caught_by_a_gate(
 
 def test_the_report_has_its_documented_parts(good: Path) -> None:
     report = report_of(good)
-    page = (Path(validate_fp8.__file__).parents[1] / "build" / "README.md").read_text()
-    assert report["format"] == 1 and all(f"`{key}`" in page for key in report), "build/README.md documents every key"
+    page = (Path(validate_fp8.__file__).parents[1] / "build/docs/validation.md").read_text()
+    assert report["format"] == 1 and all(f"`{key}`" in page for key in report), (
+        "build/docs/validation.md documents every key"
+    )
     assert [case["kind"] for case in report["cases"]] == ["text", "inpaint", "guided"]
     sigmas = [one["sigma"] for one in report["single_step"]["by_sigma"]]
     assert sigmas == sorted(sigmas, reverse=True) and len(sigmas) == 4 and sigmas[0] == 1.0
