@@ -39,7 +39,7 @@ def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
         f"Made: {document['created']}, {', '.join(f'{k} {v}' for k, v in document['tools'].items())}", "",
         f"**{'No gate fails' if not failed else f'{len(failed)} of {len(verdicts)} gates fail'}.** {_same(document)}",
         "", *(f"- {verdict.line}" for verdict in failed or verdicts), "",
-        "What each figure can and cannot tell: build/docs/validation.md of the project.", "",
+        "What each figure shows, and what it does not: build/docs/validation.md of the project.", "",
     ]  # fmt: skip
     for title, header, rows in sections(document):
         lines += [f"## {title}", "", console.markdown(header, rows), ""]

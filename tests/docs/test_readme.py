@@ -103,6 +103,7 @@ def test_the_commands_of_the_pages_run(demo: str, checkout: Path) -> None:
         assert result.returncode == 0, f"{line}\n{result.stderr}"
         assert result.stdout.strip(), line
     assert soundfile.info(checkout / "output/techno.wav").frames == 5 * 44100
+    assert len(list((checkout / "output/many").iterdir())) == 2, "half of them by --shard, the other half by --ray"
 
 
 def test_the_python_of_the_pages_runs(demo: str, checkout: Path) -> None:
@@ -137,13 +138,6 @@ def test_the_commands_for_a_gpu_host_parse() -> None:
         else:
             assert line[:2] == ["python", "build/build_from_onnx.py"]
             assert all(find_target(name) for name in build_from_onnx.parser().parse_args(line[2:]).names)
-
-
-def test_the_commands_of_bulk_jobs_parse() -> None:
-    """They are run in tests/bulk; a flag that does not exist would be found here."""
-    bulk = [shlex.split(line) for line in lines("sh bulk")]
-    assert bulk and {line[0] for line in bulk} == {"sa3_trt"}
-    assert all(sa3_trt.parser().parse_args(line[1:]).prompts_file for line in bulk)
 
 
 def test_the_commands_of_a_contributor_name_what_is_there() -> None:

@@ -26,7 +26,6 @@ KINDS = {
     "sh make": "planned by make --dry-run; make demo is run whole by its own test, make test is the run itself",
     "sh serve": "started as a server",
     "sh curl": "sent to that server",
-    "sh bulk": "parsed; tests/bulk runs the same on a Ray of two nodes, whose start takes 20 s",
     "sh gpu": "parsed; needs an NVIDIA GPU with TensorRT, and the gated files of the hub",
     "sh develop": "parsed; it installs packages, or is a part of the run itself",
     "text": "no command",
