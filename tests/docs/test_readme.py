@@ -142,10 +142,12 @@ def test_the_commands_for_a_gpu_host_parse() -> None:
 
 def test_the_commands_of_a_contributor_name_what_is_there() -> None:
     develop = [shlex.split(line, comments=True) for line in lines("sh develop")]
-    assert [line[0] for line in develop] == ["make", ".venv/bin/python", ".venv/bin/ruff", "pipx"]
+    assert [line[0] for line in develop] == ["make", ".venv/bin/python", ".venv/bin/ruff", "pipx", "chromium"]
     assert shell(["make", "--dry-run", *develop[0][1:]], ROOT).returncode == 0
     (test,) = [word for word in develop[1] if word.endswith(".py")]
     assert f"{develop[1][develop[1].index('-k') + 1]}" in (ROOT / test).read_text()
+    (picture,) = [word.partition("=")[2] for word in develop[-1] if word.startswith("--screenshot=")]
+    assert f"({picture})" in (ROOT / "README.md").read_text() and (ROOT / picture).stat().st_size < 200_000
 
 
 def test_make_knows_the_two_commands() -> None:
