@@ -156,7 +156,7 @@ def test_every_page_and_section_that_the_code_cites_exists() -> None:
         ):
             page, cited = ROOT / name, cited + 1
             titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE) if page.is_file() else []
-            if not page.is_file() or (section and not any(section.startswith(title) for title in titles)):
+            if not page.is_file() or (section and not any(f"{section} ".startswith(f"{title} ") for title in titles)):
                 wrong.append(f"{label(file)}: {name} {section}")
     assert wrong == [] and cited > 20
 
