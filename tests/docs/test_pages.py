@@ -147,6 +147,19 @@ def test_every_package_has_a_row_in_the_architecture() -> None:
     assert set(rows) == there and len(rows) == len(there)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem not in ("NOTES", "CHANGELOG")], ids=label)
+def test_every_source_file_that_a_page_names_exists(page: Path) -> None:
+    """By a path from the page, the root or a package's parent, or by name alone. Dated pages name files of before."""
+    parents = (page.parent, ROOT, ROOT / "build", ROOT / "scripts", ROOT / "build/sa3_build", ROOT / "tests/fault",
+               ROOT / "tests/docs", ROOT / "scripts/sa3_trt_core")  # fmt: skip
+    names = {file.name for file in SOURCES}
+    for span in spans(page):
+        for word in span.split():
+            if re.fullmatch(r"[\w./]+\.py", word):
+                there = any((parent / word).is_file() for parent in parents)
+                assert there or word in names or word.endswith("NAME.py"), word
+
+
 def test_every_page_and_section_that_the_code_cites_exists() -> None:
     files = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "scripts").rglob("*.toml")]
     wrong, cited = [], 0
