@@ -26,6 +26,7 @@ ROLLOFF = 0.85  # share of the power below the rolloff frequency
 TIMBRE, NOTES, RHYTHM, LOUDNESS, BRIGHTNESS, STEREO, LATENT, EMBEDDING = (
     "timbre", "notes", "rhythm", "loudness", "brightness", "stereo", "latent", "embedding",
 )  # fmt: skip
+PITCHES = 12
 GROUPS = (TIMBRE, NOTES, RHYTHM, LOUDNESS, BRIGHTNESS, STEREO, LATENT, EMBEDDING)
 
 
@@ -38,20 +39,32 @@ class Features:
     values: Floats
 
 
-def features_of(samples: NDArray[Any], latent: NDArray[Any] | None = None, embedding: Floats | None = None) -> Features:
+@dataclass(frozen=True)
+class Spectrogram:
+    """A sound over time, T frames HOP samples apart: mel `levels` (MEL_BANDS, T) in dB below full scale, `pitches`
+    (PITCHES, T) as shares of the strongest, `flatness` (T,) and `rolloff` (T,) as base-10 and base-2 logarithms.
+    """
+
+    levels: Floats
+    pitches: Floats
+    flatness: Floats
+    rolloff: Floats
+
+
+def features_of(
+    samples: NDArray[Any], latent: NDArray[Any] | None = None, embedding: Floats | None = None,
+    spectrogram: Spectrogram | None = None,
+) -> Features:  # fmt: skip
     """Features of a sound (N, 2) in [-1, 1] at 44.1 kHz, of its latent (256, L), and an embedding (D,) as it is.
 
     Mean and deviation over time of every mel band in dB, of every pitch class, of the onset envelope, of spectral
     flatness and rolloff; loudness, loudness range and the level between the stereo sides; mean and log deviation of
-    every latent channel. Raises ValueError for another shape or a sound shorter than one window.
+    every latent channel. `spectrogram` is the sound's, where the caller has it. Raises ValueError for another shape or
+    a sound shorter than one window.
     """
-    sound = np.asarray(samples, np.float64)
-    if sound.ndim != 2 or sound.shape[1] != 2 or len(sound) < WINDOW:
-        raise ValueError(f"samples (N, 2) of at least {WINDOW} frames wanted, not {sound.shape}")
-    if not np.isfinite(sound).all():
-        raise ValueError("the samples are not finite")
+    sound = _checked(samples)
     found: dict[str, dict[str, float]] = {
-        **_spectral(sound.mean(axis=1)),
+        **_spectral(spectrogram or spectrogram_of(sound)),
         LOUDNESS: _loudness(sound),
         STEREO: {"side level": _level(sound[:, 0] - sound[:, 1]) - _level(sound[:, 0] + sound[:, 1])},
     }
@@ -71,11 +84,21 @@ def _flat(found: Mapping[str, Mapping[str, float]]) -> Features:
     )
 
 
-def _spectral(mono: Floats) -> dict[str, dict[str, float]]:
-    """What librosa reads off one spectrogram: timbre, notes, rhythm and brightness."""
-    import librosa
-    from librosa.onset import onset_strength
+def _checked(samples: NDArray[Any]) -> Floats:
+    """Return samples in fp64. Raises ValueError for another shape, too few of them, and values that are not finite."""
+    sound = np.asarray(samples, np.float64)
+    if sound.ndim != 2 or sound.shape[1] != 2 or len(sound) < WINDOW:
+        raise ValueError(f"samples (N, 2) of at least {WINDOW} frames wanted, not {sound.shape}")
+    if not np.isfinite(sound).all():
+        raise ValueError("the samples are not finite")
+    return sound
 
+
+def spectrogram_of(samples: NDArray[Any]) -> Spectrogram:
+    """Compute the curves of a sound (N, 2) with librosa. Raises ValueError as `features_of` does."""
+    import librosa
+
+    mono = _checked(samples).mean(axis=1)
     magnitude = np.abs(librosa.stft(mono, n_fft=WINDOW, hop_length=HOP))
     power = np.square(magnitude)
     # A sine of amplitude 1 has a peak of WINDOW / 4 in a Hann window, so this refers levels to full scale.
@@ -83,13 +106,25 @@ def _spectral(mono: Floats) -> dict[str, dict[str, float]]:
     levels = 10.0 * np.log10(np.maximum(mel, 10.0 ** (FLOOR_DB / 10.0)))
     # No estimate of the tuning: it is one more thing that two equal sounds could differ in.
     pitches = librosa.feature.chroma_stft(S=power, sr=SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, tuning=0.0)
-    onsets = onset_strength(S=levels, sr=SAMPLE_RATE, hop_length=HOP)
     flatness = np.log10(np.maximum(librosa.feature.spectral_flatness(S=magnitude)[0], 1e-10))
     rolloff = librosa.feature.spectral_rolloff(S=magnitude, sr=SAMPLE_RATE, roll_percent=ROLLOFF)[0]
-    brightness = {"flatness": flatness, "rolloff": np.log2(np.maximum(rolloff, 20.0))}
+    return Spectrogram(levels, pitches, flatness, np.log2(np.maximum(rolloff, 20.0)))
+
+
+def onset_envelope(levels: NDArray[Any]) -> Floats:
+    """Return the onset strength (T,) of mel levels (MEL_BANDS, T) in dB: librosa's spectral flux."""
+    from librosa.onset import onset_strength
+
+    return np.asarray(onset_strength(S=levels, sr=SAMPLE_RATE, hop_length=HOP), np.float64)
+
+
+def _spectral(curves: Spectrogram) -> dict[str, dict[str, float]]:
+    """Timbre, notes, rhythm and brightness of a spectrogram."""
+    onsets = onset_envelope(curves.levels)
+    brightness = {"flatness": curves.flatness, "rolloff": curves.rolloff}
     return {
-        TIMBRE: _moments({f"mel band {i}": row for i, row in enumerate(levels)}),
-        NOTES: _moments({f"pitch class {i}": row for i, row in enumerate(pitches)}),
+        TIMBRE: _moments({f"mel band {i}": row for i, row in enumerate(curves.levels)}),
+        NOTES: _moments({f"pitch class {i}": row for i, row in enumerate(curves.pitches)}),
         RHYTHM: {
             **_moments({"onsets": onsets}),
             "strongest onset": float(onsets.max()),

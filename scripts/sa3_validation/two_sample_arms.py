@@ -9,7 +9,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
     from sa3_validation.embedding import Embedder
 
-FORMAT = 1  # raised when the same arm comes to mean other figures
+FORMAT = 2  # raised when the same arm comes to mean other figures
 FOLDER = "two_sample"
 
 
@@ -49,11 +49,14 @@ class Arm:
 class Heard:
     """What is kept of an arm: latents (N, 256, L), features (N, D), and tempo and key that the listener hears.
 
-    `bpm` is NaN and `key` -1 where it hears none; a key is 12 times 0 for major, 1 for minor, plus the tonic from C.
+    `levels` (N, MEL_BANDS, T) and `pitches` (N, PITCHES, T) are the sounds' spectrograms in fp16. `bpm` is NaN and
+    `key` -1 where it hears none; a key is 12 times 0 for major, 1 for minor, plus the tonic from C.
     """
 
     latents: np.ndarray
     features: np.ndarray
+    levels: np.ndarray
+    pitches: np.ndarray
     bpm: np.ndarray
     key: np.ndarray
 
@@ -109,7 +112,7 @@ class Recording:
     def _heard(self, decoder: GraphEngine, latents: np.ndarray, arm: Arm, progress: Progress) -> Heard:
         import torch
 
-        rows, tempos, keys = [], [], []
+        rows, tempos, keys, spectrograms = [], [], [], []
         for case, latent in zip(arm.cases, latents, strict=True):
             sounding = -(-shapes.output_samples(case.seconds) // shapes.SAMPLES_PER_FRAME)
             last = latent.shape[1] if self.reach is None else min(sounding + self.reach, latent.shape[1])
@@ -117,12 +120,18 @@ class Recording:
                 samples = autoencoder.decode(decoder, torch.from_numpy(latent[None, :, :last]))
                 sound = autoencoder.finish(samples, case.seconds).numpy()
             embedding = self.embedder.embed(sound) if self.embedder is not None else None
-            rows.append(sound_features.features_of(sound, latent[:, :sounding], embedding).values)
+            spectrograms.append(sound_features.spectrogram_of(sound))
+            rows.append(sound_features.features_of(sound, latent[:, :sounding], embedding, spectrograms[-1]).values)
             tempo, key = listener.estimate_tempo(sound), listener.estimate_key(sound)
             tempos.append(np.nan if tempo is None else tempo)
             keys.append(-1 if key is None else 12 * (key[1] == "minor") + key[0])
             progress.advance(note=f"{arm.name}, sounds")
-        return Heard(latents, np.stack(rows), np.asarray(tempos, np.float64), np.asarray(keys, np.int64))
+        levels, pitches = (
+            np.stack([getattr(one, name) for one in spectrograms]).astype(np.float16) for name in ("levels", "pitches")
+        )
+        return Heard(
+            latents, np.stack(rows), levels, pitches, np.asarray(tempos, np.float64), np.asarray(keys, np.int64)
+        )
 
     def _key(self, arm: Arm) -> str:
         """A digest of everything that an arm depends on."""
@@ -165,6 +174,6 @@ def _kept(path: Path, key: str) -> Heard | None:
         with np.load(path, allow_pickle=False) as held:
             if str(held["settings"]) != key:
                 return None
-            return Heard(*(held[name] for name in ("latents", "features", "bpm", "key")))
+            return Heard(**{each.name: held[each.name] for each in fields(Heard)})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None

@@ -28,9 +28,9 @@ OWED = {
     CONTROL: "0.5 inside",
     INDEPENDENT: "inside the control's",
     SAME_NOISE: "upper ends at most 0.60; by the latent 0.70",
-    INPAINTED: "-",
-    SCALED: "a lower end above that limit",
-    PUBLISHED: "a lower end above that limit",
+    INPAINTED: "what is kept: at most 1 dB more off",
+    SCALED: "a lower end above 0.60",
+    PUBLISHED: "a lower end above 0.60 and above the candidate's upper one",
 }
 HEADER = (
     "against the reference", "logistic regression", "gradient boosting", "by the latent", "Fréchet, control = 1",
@@ -65,6 +65,7 @@ def words(document: Mapping[str, Any]) -> list[str]:
         f"rightly in {100 * auc:.0f}.",
     ]
     lines += [f"The controls: {document['controls'][name]}." for name in (SCALED, PUBLISHED)]
+    lines.append(_kept(document["kept_decibels"]))
     heard = document["agreement"]
     shares = [
         f"{label} {_share(heard[arm]['tempo'])} tempo, {_share(heard[arm]['key'])} key"
@@ -76,6 +77,17 @@ def words(document: Mapping[str, Any]) -> list[str]:
     if "judged" not in document:
         lines.append(f"No gate judges fewer than {JUDGED_FROM} sounds: the intervals are wider than the limits.")
     return lines
+
+
+def _kept(decibels: Mapping[str, float]) -> str:
+    """What in-painting does to the parts that were to be kept, by arm."""
+    arms = {"reference_inpainted": "reference", "candidate_inpainted": "candidate",
+            "published_inpainted": "published recipe's choices"}  # fmt: skip
+    shares = [f"{label} {decibels[arm]:.1f} dB" for arm, label in arms.items() if arm in decibels]
+    return (
+        "In-painting is compared with the sound that it was made from too, where that was to be kept; half of the "
+        f"in-paintings are off there, over all mel bands, by less than: {', '.join(shares)}."
+    )
 
 
 def _cell(auc: Mapping[str, float]) -> str:

@@ -20,22 +20,27 @@ from sa3_trt_core.errors import ToolError
 from sa3_validation import listener, sound_features, two_sample
 from sa3_validation.cases import Case
 from sa3_validation.frechet import frechet_distance
+from sa3_validation.kept_span import COUNT, KEPT, kept_decibels, kept_features, kept_frames
 from sa3_validation.models import Place, Side
 from sa3_validation.scaled_control import FACTOR, scaled_graph
 from sa3_validation.two_sample_arms import Arm, Heard, Recording, repainted, seeded, side_identity
 
 JUDGED_FROM = 200  # sounds: with fewer the intervals are wider than the limits, so nothing is judged
-SOUND_LIMIT, LATENT_LIMIT = 0.60, 0.70  # AUC, as in gates.toml: of the sound's features, of the latent's channels
+SOUND_LIMIT = 0.60  # AUC of the sound's features, as in gates.toml
 CONTROL, INDEPENDENT, SAME_NOISE, INPAINTED, SCALED, PUBLISHED = (
     "control", "independent", "same_noise", "inpainted", "scaled", "published",
 )  # fmt: skip
+REFERENCE_INPAINTED, CANDIDATE_INPAINTED, PUBLISHED_INPAINTED = (
+    f"{name}_inpainted" for name in ("reference", "candidate", "published")
+)
+BESIDE = {SCALED: SAME_NOISE, PUBLISHED: INPAINTED}  # a control that must be caught, and the candidate in its task
 COMPARISONS: Mapping[str, tuple[str, str]] = {
     CONTROL: ("reference_A", "reference_B"),
     INDEPENDENT: ("reference_A", "candidate_B"),
     SAME_NOISE: ("reference_B", "candidate_B"),
-    INPAINTED: ("reference_inpainted", "candidate_inpainted"),
+    INPAINTED: (REFERENCE_INPAINTED, CANDIDATE_INPAINTED),
     SCALED: ("reference_B", "scaled_B"),
-    PUBLISHED: ("reference_inpainted", "published_inpainted"),
+    PUBLISHED: (REFERENCE_INPAINTED, PUBLISHED_INPAINTED),
 }
 _TEMPO = re.compile(r"(\d{2,3})\s*BPM", re.IGNORECASE)
 _KEY = re.compile(r"\b([A-G](?:[ -](?:flat|sharp)|#|b)?) (major|minor)\b")
@@ -100,39 +105,64 @@ def document(heard: Mapping[str, Heard], cases: Sequence[Case], prompts: int, se
     """All comparisons of what was heard: AUC and interval of each classifier, Fréchet distance, moves by group.
 
     Features are in deviations over the two reference arms. The latent's channel statistics, which nobody hears, have
-    a figure and a limit of their own. `judged` holds what gates read; it is there from
-    JUDGED_FROM sounds on.
+    a figure and a limit of their own. Of in-paintings the classifiers get the distances from the sound that was
+    in-painted too, in deviations over the reference's. `judged` holds what gates read; it is there from JUDGED_FROM
+    sounds on.
     """
     both = np.concatenate([heard[name].features for name in COMPARISONS[CONTROL]])
     spread, groups = both.std(axis=0), np.asarray(_groups_of(heard))
     alive = spread > 1e-9
     parts = {"sound": alive & (groups != sound_features.LATENT), "latent": alive & (groups == sound_features.LATENT)}
     members = [index % prompts for index in range(len(cases))]
+    kept = _kept(heard, cases)
+    unit = np.where((scale := kept[REFERENCE_INPAINTED].std(axis=0)) > 1e-9, scale, 1.0)
     compared: dict[str, dict[str, Any]] = {}
     for name, pair in COMPARISONS.items():
         if all(side in heard for side in pair):
             sides = [heard[side].features / np.where(alive, spread, 1.0) for side in pair]
-            compared[name] = {"sides": list(pair), **_compared(sides, parts, members, seed, name == CONTROL)}
+            also = [kept[side] / unit for side in pair if side in kept]
+            compared[name] = {"sides": list(pair), **_compared(sides, also, parts, members, seed, name == CONTROL)}
             compared[name]["shifts"] = two_sample.shifts(sides[0], sides[1], groups.tolist())
-    unit = compared[CONTROL]["frechet"]
+            if also:
+                compared[name]["shifts"] |= two_sample.shifts(also[0], also[1], [KEPT] * COUNT)
+    control = compared[CONTROL]["frechet"]
     for one in compared.values():
-        one["frechet_of_control"] = one["frechet"] / unit if unit else float("nan")
+        one["frechet_of_control"] = one["frechet"] / control if control else float("nan")
     made: dict[str, Any] = {
         "sounds": len(cases), "prompts": min(prompts, len(cases)),
-        "features": {name: int(part.sum()) for name, part in parts.items()},
+        "features": {**{name: int(part.sum()) for name, part in parts.items()}, KEPT: COUNT},
         "comparisons": compared, "agreement": _agreement(heard, cases),
+        "kept_decibels": {name: kept_decibels(values) for name, values in kept.items()},
     }  # fmt: skip
     if len(cases) >= JUDGED_FROM:
-        made["judged"] = _judged(compared)
+        made["judged"] = _judged(compared, made["kept_decibels"])
     return made
 
 
+def _kept(heard: Mapping[str, Heard], cases: Sequence[Case]) -> dict[str, np.ndarray]:
+    """By arm of in-paintings: distances (N, COUNT) from the sounds of reference A that were in-painted."""
+    source, found = heard["reference_A"], {}
+    for name in (REFERENCE_INPAINTED, CANDIDATE_INPAINTED, PUBLISHED_INPAINTED):
+        if name in heard:
+            sides = zip(source.levels, source.pitches, heard[name].levels, heard[name].pitches, cases, strict=True)
+            found[name] = np.stack([
+                kept_features((levels, pitches), (made, made_pitches), kept_frames(case.seconds, levels.shape[1]))
+                for levels, pitches, made, made_pitches, case in sides
+            ])  # fmt: skip
+    return found
+
+
 def _compared(
-    sides: Sequence[np.ndarray], parts: Mapping[str, np.ndarray], members: Sequence[int], seed: int, refit: bool
-) -> dict[str, Any]:
-    """AUCs on the sound's features and, by logistic regression alone, on the latent's; the sound's Fréchet distance."""
+    sides: Sequence[np.ndarray], also: Sequence[np.ndarray], parts: Mapping[str, np.ndarray], members: Sequence[int],
+    seed: int, refit: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """AUCs on the sound's features and, by logistic regression alone, on the latent's; the sound's Fréchet distance.
+
+    `also` are further features of each side that the classifiers get with the sound's; empty for none.
+    """
     sound, latent = ([side[:, parts[name]] for side in sides] for name in ("sound", "latent"))
-    aucs = two_sample.compare(sound[0], sound[1], members, seed, refit=refit)
+    whole = [np.concatenate(pair, axis=1) for pair in zip(sound, also, strict=True)] if also else sound
+    aucs = two_sample.compare(whole[0], whole[1], members, seed, refit=refit)
     read = two_sample.compare(latent[0], latent[1], members, seed, (two_sample.LOGISTIC,), refit)
     return {
         **{which: asdict(auc) for which, auc in aucs.items()},
@@ -141,9 +171,10 @@ def _compared(
     }
 
 
-def _judged(compared: Mapping[str, Any]) -> dict[str, Any]:
+def _judged(compared: Mapping[str, Any], kept: Mapping[str, float]) -> dict[str, Any]:
     """What gates read. `outside`: how far an AUC lies outside the control's interval; `caught`: by how much the lower
-    end of a broken control's interval lies above the limit that the candidate's upper end owes, by whatever sees it.
+    end of a broken control's interval lies above the limit that the candidate owes and above the candidate's own upper
+    end in the same task; `decibels`: by how much more the candidate changes what was to be kept than the reference.
     """
     names = two_sample.CLASSIFIERS
     judged: dict[str, Any] = {
@@ -154,11 +185,13 @@ def _judged(compared: Mapping[str, Any]) -> dict[str, Any]:
         },
         SAME_NOISE: {which: {"high": compared[SAME_NOISE][which]["high"]} for which in names},
         "latent": {"high": compared[SAME_NOISE]["latent"]["high"]},
+        INPAINTED: {"decibels": kept[CANDIDATE_INPAINTED] - kept[REFERENCE_INPAINTED]},
     }
-    for name in (SCALED, PUBLISHED):
-        if name in compared:
-            by_sound = max(compared[name][which]["low"] for which in names) - SOUND_LIMIT
-            judged[name] = {"caught": max(by_sound, compared[name]["latent"]["low"] - LATENT_LIMIT)}
+    for broken, whole in BESIDE.items():
+        if broken in compared:
+            judged[broken] = {"caught": max(
+                compared[broken][which]["low"] - max(SOUND_LIMIT, compared[whole][which]["high"]) for which in names
+            )}  # fmt: skip
     return judged
 
 

@@ -19,8 +19,9 @@ from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_validation import sound_features, two_sample
 from sa3_validation.embedding import Embedder
 from sa3_validation.frechet import frechet_distance
+from sa3_validation.kept_span import COUNT, kept_decibels, kept_features, kept_frames
 from sa3_validation.scaled_control import scaled_graph
-from sa3_validation.sound_features import features_of
+from sa3_validation.sound_features import features_of, spectrogram_of
 
 SHORT = ["--prompts", 1, "--seconds", 0.5, "--steps", 2, "--extra", 0, "--backend", "onnxruntime"]
 
@@ -119,6 +120,27 @@ def test_features_of_silence_and_of_a_short_sound_are_numbers() -> None:
         features_of(np.zeros((100, 2)))
 
 
+def test_distances_of_an_in_painting_are_of_what_was_to_be_kept_alone() -> None:
+    before, other = tone(440.0, seconds=3.0), tone(587.33, seconds=3.0)
+    curves = [spectrogram_of(sound) for sound in (before, joined(before, other, 0.75, 2.25), other, 0.5 * before)]
+    kept = kept_frames(3.0, curves[0].levels.shape[1])
+    same, anew, lost, softer = (
+        kept_features((curves[0].levels, curves[0].pitches), (one.levels, one.pitches), kept) for one in curves
+    )
+    assert np.abs(same).max() < 1e-9 and len(same) == COUNT
+    assert np.abs(anew[:-1]).max() < 0.5, "only the middle half is another note"
+    assert lost[-2] > 0.5 and kept_decibels(lost[None]) > 3.0, "the notes that were to be kept are others"
+    assert softer[-3] == pytest.approx(-6.02 * np.mean(curves[0].levels[:, kept] > -73.9), abs=0.6)
+
+
+def joined(outer: np.ndarray, inner: np.ndarray, start: float, end: float) -> np.ndarray:
+    """`outer` with `inner` between two times in seconds."""
+    sound = outer.copy()
+    middle = slice(round(start * SAMPLE_RATE), round(end * SAMPLE_RATE))
+    sound[middle] = inner[middle]
+    return sound
+
+
 def test_the_broken_control_differs_in_one_weight_scale(tiny_fp8: Path, tmp_path: Path) -> None:
     path = private_copy(onnx_of(tiny_fp8, "sa3-m-fp8"), tmp_path)
     before = path.read_bytes()
@@ -178,6 +200,8 @@ def test_the_command_runs_every_comparison_and_goes_on_from_what_it_kept(tiny_fp
             assert 0.0 <= one[which]["low"] <= one[which]["high"] <= 1.0
     assert report["comparisons"]["control"]["frechet_of_control"] == 1.0
     assert (report["sounds"], report["prompts"]) == (4, 4) and report["features"]["sound"] > 60
+    assert set(report["kept_decibels"]) == {f"{arm}_inpainted" for arm in ("reference", "candidate", "published")}
+    assert 0 < report["kept_decibels"]["candidate_inpainted"] == report["kept_decibels"]["published_inpainted"]
     inpainted, published_too = (report["comparisons"][name]["frechet"] for name in ("inpainted", "published"))
     assert inpainted == pytest.approx(published_too), "the same graph on the same noise gives the same sounds"
     for text in (result.out, (tmp_path / "out" / "report.md").read_text()):
@@ -196,19 +220,20 @@ def test_two_sample_figures_are_judged_by_the_shipped_gates() -> None:
 
     limits = [gate for gate in gates.read_gates(None) if gate.figure.startswith("two_sample.")]
     good = {"control": {"l": {"chance": 0.0}}, "independent": {"l": {"outside": 0.0}},
-            "same_noise": {"l": {"high": 0.58}}, "latent": {"high": 0.65}, "scaled": {"caught": 0.3},
-            "published": {"caught": 0.05}}  # fmt: skip
+            "same_noise": {"l": {"high": 0.58}}, "latent": {"high": 0.65},
+            "inpainted": {"decibels": 0.2}, "scaled": {"caught": 0.3}, "published": {"caught": 0.05}}  # fmt: skip
 
     def failing(**bad: object) -> list[str]:
         report = {"two_sample": {"judged": {**good, **bad}}}
         return [verdict.figure for verdict in gates.judge(report, limits) if not verdict.passed]
 
-    assert failing() == [] and len(limits) == 6
+    assert failing() == [] and len(limits) == 7
     assert failing(same_noise={"l": {"high": 0.61}}) == ["two_sample.judged.same_noise.l.high"]
     assert failing(independent={"l": {"outside": 0.01}}) == ["two_sample.judged.independent.l.outside"]
     assert failing(scaled={"caught": -0.05}) == ["two_sample.judged.scaled.caught"]
     assert failing(published={"caught": -0.05}) == ["two_sample.judged.published.caught"]
     assert failing(latent={"high": 0.71}) == ["two_sample.judged.latent.high"]
+    assert failing(inpainted={"decibels": 1.1}) == ["two_sample.judged.inpainted.decibels"]
     assert failing(control={"l": {"chance": 0.02}}) == ["two_sample.judged.control.l.chance"]
     assert [one.figure for one in gates.judge({"two_sample": None}, limits)] == [], "not run: nothing to judge"
 
