@@ -122,7 +122,7 @@ class _Reader:
         """cosine and sine (tokens, channels of a head), in fp32; returns those channels."""
         for node in self._model.graph:
             if node.op_type == "Cos" and not self._behind[node]:
-                angles = query.constant_of(node.inputs[0])
+                angles = _evaluated(node.inputs[0])
                 if angles is None:
                     rates = [value for one in query.ancestors(node.inputs) for value in constants(one)
                              if value.size > 1 and value.dtype.kind == "f" and value.size < TEXT_TOKENS]  # fmt: skip
@@ -220,14 +220,19 @@ def _factor(nodes: Iterable[ir.Node]) -> float:
 
 
 def _evaluated(value: ir.Value | None) -> np.ndarray | None:
-    """A constant, or the sum of constants that an older exporter left in the graph (1 + weight)."""
+    """A constant, or what an exporter left of constants in the graph: sums (1 + weight) and moved tables of angles."""
     held = query.constant_of(value)
     if held is not None or value is None or (maker := value.producer()) is None:
         return held
+    parts = [part for one in maker.inputs if (part := _evaluated(one)) is not None]
+    if not parts or len(parts) != len(maker.inputs):
+        return None
     if maker.op_type == "Cast":
-        return _evaluated(maker.inputs[0])
-    if maker.op_type == "Add":
-        parts = [_evaluated(part) for part in maker.inputs]
-        if parts[0] is not None and parts[1] is not None:
-            return parts[0].astype(np.float32) + parts[1].astype(np.float32)
+        return parts[0]
+    if maker.op_type == "Add" and len(parts) == 2:
+        return np.asarray(parts[0].astype(np.float32) + parts[1].astype(np.float32))
+    if maker.op_type == "Transpose":
+        return parts[0].transpose(maker.attributes.get_ints("perm", None))
+    if maker.op_type == "Concat":
+        return np.concatenate(parts, axis=maker.attributes.get_int("axis", 0))
     return None
