@@ -16,6 +16,7 @@ from sa3_trt_core.torch_models.t5gemma.weights import EMBEDDING, NORMS, Sizes
 
 PER_LAYER = 7  # q, k, v, out, gate, up, down
 FACTORS = ("Mul", "Div")
+FOLDED = ("Cast", "Add", "Transpose", "Concat")  # what an exporter may leave between constants
 
 
 def pack(model: ir.Model) -> tuple[Sizes, dict[str, torch.Tensor]]:
@@ -222,17 +223,18 @@ def _factor(nodes: Iterable[ir.Node]) -> float:
 def _evaluated(value: ir.Value | None) -> np.ndarray | None:
     """A constant, or what an exporter left of constants in the graph: sums (1 + weight) and moved tables of angles."""
     held = query.constant_of(value)
-    if held is not None or value is None or (maker := value.producer()) is None:
+    if held is not None or value is None or (maker := value.producer()) is None or maker.op_type not in FOLDED:
         return held
-    parts = [part for one in maker.inputs if (part := _evaluated(one)) is not None]
-    if not parts or len(parts) != len(maker.inputs):
-        return None
+    parts: list[np.ndarray] = []
+    for one in maker.inputs:
+        part = _evaluated(one)
+        if part is None:
+            return None
+        parts.append(part)
     if maker.op_type == "Cast":
         return parts[0]
-    if maker.op_type == "Add" and len(parts) == 2:
+    if maker.op_type == "Add":
         return np.asarray(parts[0].astype(np.float32) + parts[1].astype(np.float32))
     if maker.op_type == "Transpose":
         return parts[0].transpose(maker.attributes.get_ints("perm", None))
-    if maker.op_type == "Concat":
-        return np.concatenate(parts, axis=maker.attributes.get_int("axis", 0))
-    return None
+    return np.concatenate(parts, axis=maker.attributes.get_int("axis", 0))

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import build_from_onnx
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from conftest import made, onnx_of
@@ -16,6 +18,9 @@ from torch import Tensor
 import sa3_trt
 from helpers import plugged_same
 from helpers.commands import run, two_lines
+from sa3_build.engines import pack_t5gemma
+from sa3_build.graph import query
+from sa3_build.passes.lower_plugins import plain_graph
 from sa3_trt_core import paths
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
@@ -28,6 +33,7 @@ from sa3_trt_core.torch_models.kernels.linear import quantize_rows
 from sa3_trt_core.torch_models.same.model import Same
 from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
 from sa3_trt_core.torch_models.same.weights import HEAD_CHANNELS, Packed, paired, quantized
+from sa3_trt_core.torch_models.t5gemma import weights as text_weights
 
 NAMES = ("t5gemma", "same-l-encoder", "same-l-decoder")
 FRAMES = 37
@@ -118,6 +124,26 @@ def test_the_text_encoder_gives_the_graphs_features(tiny_onnx: Path, models: Pat
     ):
         expected, features = (model.run(inputs)["hidden_states"] for model in (reference, engine))
     assert float((features - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_a_table_of_angles_that_the_exporter_left_unfolded_is_read_too(tiny_onnx: Path, models: Path) -> None:
+    """As of torch 2.11 and transformers 5.17: half of the angles, transposed and joined in the graph."""
+    model = plain_graph(onnx_of(tiny_onnx, "t5gemma"))
+    (cosine,) = (node for node in model.graph if node.op_type == "Cos")
+    folded = query.constant_of(cosine.inputs[0])
+    assert folded is not None
+    half = ir.Value(name="half", const_value=ir.tensor(np.swapaxes(folded[..., :32], -1, -2).copy()))
+    model.graph.register_initializer(half)
+    turned = ir.node("Transpose", [half], {"perm": [0, 2, 1]})
+    joined = ir.node("Concat", [turned.outputs[0], turned.outputs[0]], {"axis": -1})
+    model.graph.insert_before(cosine, [turned, joined])
+    for node in model.graph:
+        if node.op_type in ("Cos", "Sin"):
+            node.replace_input_with(0, joined.outputs[0])
+    sizes, tensors = pack_t5gemma.pack(model)
+    known = text_weights.Packed.load(packed(models, "t5gemma"), CPU)
+    assert sizes == known.sizes
+    assert all(torch.equal(tensors[name], known.tensor(name)) for name in ("cosine", "sine"))
 
 
 def test_a_token_that_the_encoder_does_not_know_is_the_users_mistake(models: Path) -> None:
