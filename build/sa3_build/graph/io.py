@@ -185,14 +185,6 @@ def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None,
     return ir.to_proto(model).SerializeToString()
 
 
-def plain_bytes(path: Path) -> bytes:
-    """Return a graph file for a session, its small tensors inside it wherever they lie: nothing is written.
-
-    ONNX Runtime reads no shape or axis from a sidecar.
-    """
-    return ir.to_proto(mapped(path)).SerializeToString()
-
-
 def serialized(model: ir.Model) -> bytes:
     """A loaded graph, its weights left in their sidecar: copied into it they would not fit a protobuf's 2 GB."""
     stored = {v: v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, StoredTensor)}

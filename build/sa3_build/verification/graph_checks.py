@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from sa3_build.graph import io as graph_io
 from sa3_build.verification import parity
 from sa3_trt_core.errors import GateError
 from sa3_trt_core.shapes import CONTRACTS
@@ -31,7 +30,7 @@ def require_same_network(source: Path, adopted: Path) -> float:
 
     sides = []
     for path in (source, adopted):
-        with OnnxRuntimeEngine(path, graph_io.plain_bytes(path), low_memory=True) as engine:
+        with OnnxRuntimeEngine(path, low_memory=True) as engine:
             sides.append(parity.denoise_rows(engine, _exact_rows()))
     worst = min(one.worst_cosine for one in parity.parity_by_sigma(*sides))
     if not worst >= MIN_COSINE:

@@ -13,7 +13,8 @@ DEEPEST = 64  # nested subgraphs; real graphs have 1 or 2
 LONGEST_LOCATION = 4096
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 IR_VERSION, GRAPH = 1, 7  # of ModelProto: without both it is no model
-EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 13, 14, 1  # of TensorProto
+RAW_DATA, EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 9, 13, 14, 1  # of TensorProto
+SMALL = 1024  # bytes; onnx.save keeps tensors of less in the graph unless it is told otherwise
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]{40}/")
 
@@ -66,6 +67,81 @@ def external_data_names(onnx_path: Path) -> list[str]:
     return names
 
 
+def with_small_tensors(onnx_path: Path, model: bytes | None = None) -> bytes:
+    """Return the bytes of an ONNX file with its external tensors of less than SMALL bytes put inside.
+
+    Larger ones stay in their sidecars. `model` takes the place of the file's own graph. ONNX Runtime needs shapes, axes
+    and other small constants while it loads a graph, and does not read them from a sidecar. Raises ToolError as
+    `external_data_names` does, and if a sidecar is missing or shorter than the graph says.
+    """
+    external_data_names(onnx_path)
+    data = model or onnx_path.read_bytes()
+    try:
+        made = _rewritten("model", data, 0, len(data), onnx_path, 0)
+    except _Malformed as error:
+        raise ToolError(f"{onnx_path} is not an ONNX file: {error}", "download or make it again") from None
+    return data if made is None else made
+
+
+def _rewritten(message: str, data: bytes, start: int, end: int, onnx_path: Path, depth: int) -> bytes | None:
+    """Return a message with the small tensors below it inside, None if there are none."""
+    if depth > DEEPEST:
+        raise _Malformed("its subgraphs are nested too deep")
+    if message == "tensor":
+        return _tensor_inside(data, start, end, onnx_path)
+    children, parts, copied = _CHILDREN[message], [], start
+    for number, kind, at, size, first in _spans(data, start, end):
+        if number not in children or kind != BYTES:
+            continue
+        made = _rewritten(children[number], data, at, at + size, onnx_path, depth + 1)
+        if made is not None:
+            parts += [data[copied:first], _bytes_field(number, made)]
+            copied = at + size
+    return b"".join([*parts, data[copied:end]]) if parts else None
+
+
+def _tensor_inside(data: bytes, start: int, end: int, onnx_path: Path) -> bytes | None:
+    """Return an external TensorProto of less than SMALL bytes with its data inside, None for any other."""
+    entries = _tensor_entries(data, start, end)
+    if entries is None:
+        return None
+    path = onnx_path.parent / entries.get("location", "")
+    try:
+        offset, whole = int(entries.get("offset", 0)), path.stat().st_size
+        length = int(entries["length"]) if "length" in entries else whole - offset
+        if length >= SMALL:
+            return None
+        if min(offset, length) < 0 or offset + length > whole:
+            raise _Malformed(f"{path.name} is shorter than its tensors")
+        with path.open("rb") as file:
+            file.seek(offset)
+            raw = file.read(length)
+    except ValueError:
+        raise _Malformed("a tensor's place in its sidecar is no number") from None
+    except OSError as error:
+        raise ToolError(f"cannot read {path}: {error.strerror or error}", "get or make both files again") from None
+    kept, copied = [], start
+    for number, _, at, size, first in _spans(data, start, end):
+        if number in (EXTERNAL_DATA, DATA_LOCATION):
+            kept.append(data[copied:first])
+            copied = at + size if number == EXTERNAL_DATA else _varint(data, at, end)[1]
+    return b"".join([*kept, data[copied:end], _bytes_field(RAW_DATA, raw)])
+
+
+def _bytes_field(number: int, content: bytes) -> bytes:
+    """Encode a length-delimited field."""
+    return _encoded(number << 3 | BYTES) + _encoded(len(content)) + content
+
+
+def _encoded(value: int) -> bytes:
+    """Encode a varint."""
+    made = bytearray()
+    while value > 0x7F:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*made, value])
+
+
 def _model_locations(data: Buffer) -> list[str]:
     fields = {(number, kind) for number, kind, _, _ in _fields(data, 0, len(data))}
     if (IR_VERSION, VARINT) not in fields or (GRAPH, BYTES) not in fields:
@@ -93,21 +169,33 @@ def _model_locations(data: Buffer) -> list[str]:
 
 def _tensor_location(data: Buffer, start: int, end: int) -> str | None:
     """The sidecar of one TensorProto, None if its data is inside, "" if it is outside but nowhere."""
+    entries = _tensor_entries(data, start, end)
+    return None if entries is None else entries.get("location", "")
+
+
+def _tensor_entries(data: Buffer, start: int, end: int) -> dict[str, str] | None:
+    """The location, offset and length that one TensorProto names, those it has; None if its data is inside."""
     external = False
-    location = ""
+    entries: dict[str, str] = {}
     for number, kind, at, size in _fields(data, start, end):
         if number == DATA_LOCATION and kind == VARINT:
             external = size == EXTERNAL
         elif number == EXTERNAL_DATA and kind == BYTES:
             entry = {key: (where, length) for key, what, where, length in _fields(data, at, at + size) if what == BYTES}
-            if 1 in entry and _text(data, *entry[1]) == "location":
-                location = _text(data, *entry.get(2, (0, 0)))
-    return location if external else None
+            if 1 in entry:
+                entries[_text(data, *entry[1])] = _text(data, *entry.get(2, (0, 0)))
+    return entries if external else None
 
 
 def _fields(data: Buffer, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """(number, wire type, start, size) of the fields of a message; a varint's value stands in place of its size."""
+    return ((number, kind, at, size) for number, kind, at, size, _ in _spans(data, position, end))
+
+
+def _spans(data: Buffer, position: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield what `_fields` yields and the position of the field's key."""
     while position < end:
+        first = position
         key, position = _varint(data, position, end)
         number, kind = key >> 3, key & 7
         if number == 0:
@@ -124,7 +212,7 @@ def _fields(data: Buffer, position: int, end: int) -> Iterator[tuple[int, int, i
             raise _Malformed("it is not a protobuf message")
         if after > end:
             raise _Malformed("it ends too early")
-        yield number, kind, position, size
+        yield number, kind, position, size, first
         position = after
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sa3_trt_core import gpu
-from sa3_trt_core.artifacts.external_data import external_data_names
+from sa3_trt_core.artifacts.external_data import external_data_names, with_small_tensors
 from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import Closing, run_rows
 from sa3_trt_core.errors import ToolError, memory_error
@@ -23,6 +23,7 @@ _NUMPY_TYPES = {
     "tensor(int32)": "int32",
 }
 SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
+SMALL_OUTSIDE = "external tensors"  # in the error of a graph whose shapes and axes are in its sidecar
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
 PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -67,7 +68,9 @@ class OnnxRuntimeEngine(Closing):
         if on_gpu():
             providers.insert(0, CUDA_PROVIDER)
         try:
-            self._session: Any = onnxruntime.InferenceSession(variant or str(path), options, providers=providers)
+            self._session: Any = _session(path, variant, options, providers)
+        except ToolError:
+            raise
         except Exception as error:  # its exceptions share no base class of their own
             raise memory_error(error, f"{path} was loaded") or _refusal(path, str(error)) from None
         self.device = "cuda" if CUDA_PROVIDER in self._session.get_providers() else "cpu"
@@ -118,6 +121,19 @@ class OnnxRuntimeEngine(Closing):
         return {name: torch.from_numpy(result).to(place) for name, result in zip(self._outputs, results, strict=True)}
 
 
+def _session(path: Path, variant: bytes | None, options: Any, providers: list[str]) -> Any:
+    """Return the session of a file or of its variant; shapes and axes in a sidecar are put into a copy in memory."""
+    import onnxruntime
+
+    try:
+        return onnxruntime.InferenceSession(variant or str(path), options, providers=providers)
+    except Exception as error:
+        if SMALL_OUTSIDE not in str(error):
+            raise
+    options.add_session_config_entry(SIDECAR_FOLDER, str(path.parent.resolve()))
+    return onnxruntime.InferenceSession(with_small_tensors(path, variant), options, providers=providers)
+
+
 def open_graph(path: Path, target: Target, rebuild: str, onnx: Path | None) -> OnnxRuntimeEngine:
     """Load the ONNX itself: nothing is built, so nothing can be out of date."""
     return OnnxRuntimeEngine(path)
@@ -151,12 +167,6 @@ def _refusal(path: Path, text: str) -> ToolError:
         return ToolError(
             f"{path} needs an operator that ONNX Runtime does not have: {text}",
             "use our own export with plain operators: python build/export_onnx.py --model-dir DIR --onnx-root ROOT",
-        )
-    if "external tensors" in text:
-        return ToolError(
-            f"{path} keeps its shapes and axes in its sidecar, where ONNX Runtime does not look for them",
-            f"put small tensors into the graph: python -c \"import onnx; onnx.save(onnx.load('{path}'), 'OUT.onnx', "
-            "save_as_external_data=True, location='OUT.onnx.data', size_threshold=1024)\"",
         )
     return ToolError(f"ONNX Runtime cannot load {path}: {_end_of(text)}", "download or make it again")
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import build_dit_fp8
 import onnx
 import pytest
+import torch
 from conftest import onnx_of
 
 from helpers.commands import run
 from helpers.graphs import private_copy
 from sa3_build.graph import io as graph_io
+from sa3_trt_core.artifacts.external_data import with_small_tensors
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
 
@@ -44,11 +46,62 @@ def test_the_small_tensors_are_the_same_wherever_they_lie(tiny_onnx: Path, tmp_p
         ).all() and value.const_value.dtype == outside_value.dtype
 
 
-def test_a_session_says_what_it_cannot_read_and_how_to_save_it(tiny_onnx: Path, tmp_path: Path) -> None:
-    whole = onnx.load(private_copy(onnx_of(tiny_onnx, "sa3-m"), tmp_path / "own"))
-    onnx.save(whole, tmp_path / "x.onnx", save_as_external_data=True, location="w.data", size_threshold=0)
+GRAPHS = ("sa3-m-fp32", "sa3-m", "t5gemma", "same-l-decoder", "same-l-encoder")
+
+
+def saved_outside(path: Path, out: Path, whole_nodes: bool = False) -> Path:
+    """Return `out`, the graph of `path` saved by the onnx package with every tensor in its sidecar."""
+    onnx.save(
+        onnx.load(path), out, save_as_external_data=True, location=f"{out.name}.data", size_threshold=0,
+        convert_attribute=whole_nodes,
+    )  # fmt: skip
+    return out
+
+
+def answers(engine: OnnxRuntimeEngine) -> dict[str, torch.Tensor]:
+    generator, feeds = torch.Generator().manual_seed(0), {}
+    for name, spec in engine._inputs.items():
+        shape = [1, 2, 4 * 4096] if name == "audio" else [size if isinstance(size, int) else 1 for size in spec.shape]
+        whole = "int" in spec.type
+        feeds[name] = torch.ones(shape, dtype=torch.int64) if whole else torch.rand(shape, generator=generator)
+    return engine.run(feeds)
+
+
+@pytest.mark.parametrize("target", GRAPHS)
+@pytest.mark.parametrize("whole_nodes", [False, True], ids=["initializers", "constants too"])
+def test_a_session_gives_the_same_from_a_graph_with_every_tensor_in_its_sidecar(
+    tiny_onnx: Path, tmp_path: Path, target: str, whole_nodes: bool
+) -> None:
+    source = onnx_of(tiny_onnx, target)
+    moved = saved_outside(source, tmp_path / "x.onnx", whole_nodes)
+    with OnnxRuntimeEngine(source) as inside, OnnxRuntimeEngine(moved) as outside:
+        expected, given = answers(inside), answers(outside)
+    assert given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in expected)
+
+
+def test_what_is_put_inside_is_what_the_onnx_package_reads(tiny_onnx: Path, tmp_path: Path) -> None:
+    """Byte for byte, whatever else the tensors have; larger tensors stay outside."""
+    moved = saved_outside(onnx_of(tiny_onnx, "sa3-m"), tmp_path / "x.onnx", whole_nodes=True)
+    made = onnx.ModelProto.FromString(with_small_tensors(moved))
+    whole = onnx.load(moved)
+    small = 0
+    for got, wanted in zip(made.graph.initializer, whole.graph.initializer, strict=True):
+        assert (got.name, got.data_type, list(got.dims)) == (wanted.name, wanted.data_type, list(wanted.dims))
+        outside = len(wanted.raw_data) >= 1024
+        assert (got.data_location == onnx.TensorProto.EXTERNAL) == outside
+        assert outside or got.raw_data == wanted.raw_data
+        small += not outside
+    assert small > 20
+    made.graph.ClearField("initializer")
+    whole.graph.ClearField("initializer")
+    assert made == whole
+
+
+@pytest.mark.parametrize("spoil", ["cut", "gone"])
+def test_a_sidecar_that_is_not_whole_is_named(tiny_onnx: Path, tmp_path: Path, spoil: str) -> None:
+    moved = saved_outside(onnx_of(tiny_onnx, "t5gemma"), tmp_path / "x.onnx")
+    sidecar = tmp_path / "x.onnx.data"
+    sidecar.write_bytes(sidecar.read_bytes()[:100]) if spoil == "cut" else sidecar.unlink()
     with pytest.raises(ToolError) as caught:
-        OnnxRuntimeEngine(tmp_path / "x.onnx")
-    assert "sidecar" in caught.value.message and "size_threshold=1024" in caught.value.hint
-    with OnnxRuntimeEngine(tmp_path / "x.onnx", graph_io.plain_bytes(tmp_path / "x.onnx")) as engine:
-        assert engine.output_names == ("velocity",)
+        OnnxRuntimeEngine(moved)
+    assert "x.onnx" in caught.value.message and caught.value.hint
