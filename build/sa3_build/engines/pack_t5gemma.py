@@ -131,7 +131,8 @@ class _Reader:
                         continue
                     half = np.outer(np.arange(TEXT_TOKENS, dtype=np.float32), rates[0].reshape(-1))
                     angles = np.concatenate([half, half], axis=-1)
-                held = torch.from_numpy(np.array(angles, np.float32)).reshape(-1, angles.shape[-1])[:TEXT_TOKENS]
+                rows = np.array(angles, np.float32, order="C").reshape(-1, angles.shape[-1])
+                held = torch.from_numpy(rows[:TEXT_TOKENS])
                 self._tensors["cosine"], self._tensors["sine"] = held.cos(), held.sin()
                 return int(held.shape[-1])
         tables = [value.reshape(TEXT_TOKENS, -1) for node in self._model.graph for value in constants(node)
