@@ -73,11 +73,11 @@ def test_a_good_fp8_file_passes_and_is_not_identical(good: Path) -> None:
     [
         pytest.param(partial(broken_fp8.scale_times_four, product=-1), GATE, id="one scale x 4"),
         pytest.param(
-            partial(broken_fp8.island_in_16_bits, which="t"), "resolution.t.share.worst", id="one island in fp16: t"
+            partial(broken_fp8.island_in_16_bits, input_name="t"), "resolution.t.share.worst", id="an island in fp16: t"
         ),
         pytest.param(
-            partial(broken_fp8.island_in_16_bits, which="seconds_total"), "resolution.seconds.share.worst",
-            id="one island in fp16: the duration",
+            partial(broken_fp8.island_in_16_bits, input_name="seconds_total"), "resolution.seconds.share.worst",
+            id="an island in fp16: the duration",
         ),
         pytest.param(broken_fp8.uncalibrated_scales, GATE, id="uncalibrated scales"),
         pytest.param(broken_fp8.swapped_weights, VELOCITY_GATE, id="two swapped weights"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -62,8 +63,8 @@ WRONG: dict[str, Breaking] = {
     "one scale x 4": broken_fp8.scale_times_four,
     "uncalibrated scales": broken_fp8.uncalibrated_scales,
     "two swapped weights": broken_fp8.swapped_weights,
-    "an island in fp16: t": partial(broken_fp8.island_in_16_bits, which="t"),
-    "an island in fp16: the duration": partial(broken_fp8.island_in_16_bits, which="seconds_total"),
+    "an island in fp16: t": partial(broken_fp8.island_in_16_bits, input_name="t"),
+    "an island in fp16: the duration": partial(broken_fp8.island_in_16_bits, input_name="seconds_total"),
     "a NaN": not_a_number,
 }
 SUBTLE: dict[str, Breaking] = {"an exponent bit of a scale": exponent_flipped, "a zeroed row": row_zeroed}
@@ -274,6 +275,82 @@ def test_a_swapped_torch_engine_is_refused(
     models = shutil.copytree(torch_models, tmp_path / "models")
     shutil.copyfile(engine_of(other_models), engine_of(models))
     refusal(ModelSource(None, models), "torch")
+
+
+def other_weights(model: onnx.ModelProto) -> None:
+    """Reverse the codes of every weight: the weights of another checkpoint of the same sizes."""
+    for product in quantised(model):
+        product.weight.raw_data = product.weight.raw_data[::-1]
+
+
+def replaced(target: Path, source: Path) -> None:
+    """Put another file's bytes in a file's place; size and times stay, as archives with one fixed time leave them."""
+    times = target.stat()
+    assert source.stat().st_size == times.st_size and source.read_bytes() != target.read_bytes()
+    shutil.copyfile(source, target)
+    os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_checked_artefact_that_is_exchanged_is_checked_again_whatever_its_times(
+    root: Path, torch_models: Path, tmp_path: Path
+) -> None:
+    """Both an engine, and the sidecar of a graph without a manifest."""
+    graph = onnx_of(root, FP8.name)
+    other = broken_fp8.break_graph(graph, tmp_path / "other" / graph.name, other_weights)
+    rewritten = broken_fp8.break_graph(graph, tmp_path / "same" / graph.name, lambda model: None)
+    pack_engine(other, FP8, "cpu", tmp_path / "other" / "dit_fp8.safetensors")
+    models = shutil.copytree(torch_models, tmp_path / "models")
+    opened(ModelSource(None, models), "torch")
+    replaced(engine_of(models), tmp_path / "other" / "dit_fp8.safetensors")
+    assert "is not what was checked" in refusal(ModelSource(None, models), "torch").message
+
+    manifest.manifest_path(graph).unlink()
+    for name in (graph.name, f"{graph.name}.data"):
+        shutil.copyfile(rewritten.with_name(name), graph.with_name(name))
+    write_check_rows(graph, "dit", "fp8")
+    opened(ModelSource(root))
+    replaced(graph.with_name(f"{graph.name}.data"), other.with_name(f"{graph.name}.data"))
+    assert "answers of other bytes" in refusal(ModelSource(root)).message
+
+
+# What each stage's answers alone must refuse: the digests are those of the wrong file, as a faulty build writes them.
+DAMAGED: dict[str, tuple[str, str, float | None]] = {
+    "a layer's bias zeroed": ("sa3-m", "modulation.0.bias", 0.0),
+    "rotary columns shifted": ("sa3-m", "sine", None),
+    "the text's last norm x 1.1": ("t5gemma", "norm", 1.1),
+    "a text layer's products zeroed": ("t5gemma", "layers.0.down.weight", 0.0),
+    "the decoder's last product zeroed": ("same-l-decoder", "output.weight", 0.0),
+}
+
+
+@pytest.fixture(scope="module")
+def stage_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of the engines that DAMAGED names. Read only."""
+    models = tmp_path_factory.mktemp("stage-models")
+    for name in {name for name, _, _ in DAMAGED.values()}:
+        target = find_target(name)
+        pack_engine(
+            onnx_of(tiny_fp8, name), target, "cpu", engines.BACKENDS["torch"].engine_path(models, "cpu", target)
+        )
+    return models
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_engine_fails_the_rows_of_its_graph(case: str, stage_models: Path, tmp_path: Path) -> None:
+    name, tensor, factor = DAMAGED[case]
+    target = find_target(name)
+    built = engines.BACKENDS["torch"].engine_path(stage_models, "cpu", target)
+    shutil.copytree(built.parent, tmp_path / "engine")
+    engine = tmp_path / "engine" / built.name
+
+    def damage(tensors: dict) -> None:  # type: ignore[type-arg]
+        values = tensors[tensor]
+        tensors[tensor] = values.roll(1, 1).contiguous() if factor is None else (values * factor).to(values.dtype)
+
+    changed_in_place(engine, damage)
+    with engines.BACKENDS["torch"].open(engine, target, "x", None) as opened_engine:
+        found = self_check.outcomes(check_rows.read(check_path(engine)), opened_engine.run)
+    assert any(outcome.failure for outcome in found)
 
 
 def test_an_engine_of_a_graph_without_rows_gets_them_when_it_is_built(root: Path, tmp_path: Path) -> None:
