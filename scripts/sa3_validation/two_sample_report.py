@@ -28,7 +28,7 @@ OWED = {
     CONTROL: "0.5 inside",
     INDEPENDENT: "inside the control's",
     SAME_NOISE: "upper ends at most 0.60; by the latent 0.70",
-    INPAINTED: "what is kept: at most 1 dB more off",
+    INPAINTED: "what is kept: at most 0.3 dB more off",
     SCALED: "a lower end above 0.60",
     PUBLISHED: "a lower end above 0.60 and above the candidate's upper one",
 }

@@ -233,7 +233,7 @@ def test_two_sample_figures_are_judged_by_the_shipped_gates() -> None:
     assert failing(scaled={"caught": -0.05}) == ["two_sample.judged.scaled.caught"]
     assert failing(published={"caught": -0.05}) == ["two_sample.judged.published.caught"]
     assert failing(latent={"high": 0.71}) == ["two_sample.judged.latent.high"]
-    assert failing(inpainted={"decibels": 1.1}) == ["two_sample.judged.inpainted.decibels"]
+    assert failing(inpainted={"decibels": 0.4}) == ["two_sample.judged.inpainted.decibels"]
     assert failing(control={"l": {"chance": 0.02}}) == ["two_sample.judged.control.l.chance"]
     assert [one.figure for one in gates.judge({"two_sample": None}, limits)] == [], "not run: nothing to judge"
 
