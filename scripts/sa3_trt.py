@@ -23,14 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     several = choose_devices(args.device, args.devices)
     job = make_job(args)
+    sounds = [(r.sound, r.init_start) for r in job.requests]
+    for path, start in dict.fromkeys((path, start) for path, start in sounds if isinstance(path, Path)):
+        reader.check_input(path, start)
     if args.dry_run:
         report.show_plan(job.plan, job.requests, job.outs, args.json)
         return 0
     if args.quiet:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sounds = [(r.sound, r.init_start) for r in job.requests]
-    for path, start in dict.fromkeys((path, start) for path, start in sounds if isinstance(path, Path)):
-        reader.check_input(path, start)
     totals = _produce(job, several)
     report.show_result(job.plan, job.requests, job.outs, totals, args.save_latents, args.json)
     return 0

@@ -71,20 +71,25 @@ def read_text(path: Path, largest: int) -> str:
 
     Raises ToolError for a file that cannot be read, is larger than `largest` bytes, or is no UTF-8 text.
     """
-    hint = "give a text file in UTF-8"
     try:
         with path.open("rb") as file:
             data = file.read(largest + 1)
     except OSError as error:
         raise ToolError(f"cannot read {path}: {error.strerror or error}", "give the path of a text file") from None
+    return text_of(data, str(path), largest)
+
+
+def text_of(data: bytes, name: str, largest: int) -> str:
+    """Return the bytes of a text file as `read_text` does; errors call it `name`. Raises ToolError."""
     if len(data) > largest:
-        raise ToolError(f"{path} is larger than {largest} bytes", "split it, or give the right file")
+        raise ToolError(f"{name} is larger than {largest} bytes", "split it, or give the right file")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ToolError(f"{path} is UTF-16, not UTF-8 text", "save it as UTF-8")
+        raise ToolError(f"{name} is UTF-16, not UTF-8 text", "save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ToolError(f"{path} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}", hint) from None
+        wrong = f"{name} is not UTF-8 text: byte {error.start} is {data[error.start]:#04x}"
+        raise ToolError(wrong, "give a text file in UTF-8") from None
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,12 @@ BLOCK = 1 << 16  # frames that are decoded at a time where a file cannot be soug
 SLACK_SECONDS = 0.1  # headers of lossy files give their length less exactly than this
 FAR_BEYOND = 8.0  # times full scale: 18 dB, more than any mix goes over
 INTEGER_SCALES = (1 << 15, 1 << 23, 1 << 31)  # full scale of samples that were integers
+PIPED_LENGTH = 0x7FFF_0000  # bytes; sox leaves a little less than 2^31, ffmpeg 2^32 - 1
+# In libsndfile's log: the data of WAV, AIFF, 8SVX and AU, the whole of W64; the frames of RF64.
+_DATA_SIZE = re.compile(
+    r"^ *(?:data|SSND|BODY|Data Size|riff) *: (?P<stated>\d+) \(should be (?P<there>\d+)\)", re.MULTILINE
+)
+_FRAME_COUNT = re.compile(r"frame count (?P<there>\d+) does not match value from 'ds64' chunk of (?P<stated>\d+)")
 _READABLE = "give a sound file that libsndfile reads: WAV, FLAC, AIFF, OGG, MP3 and others"
 
 
@@ -122,15 +129,15 @@ def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
     import numpy as np
 
     first, rate = round(start * sound.samplerate), sound.samplerate
-    stated = sound.frames if sound.frames < UNKNOWN_LENGTH else None
+    stated = _stated_frames(sound)
     if stated is not None and first >= stated:
         raise ToolError(
             f"{path} ends at {stated / rate:.2f} s, before `init_start={start:g}`", "choose an earlier start"
         )
     try:
         if sound.seekable():
-            sound.seek(first)
-            read = sound.read(min(wanted, sound.frames - first), dtype="float32", always_2d=True)
+            sound.seek(min(first, sound.frames))
+            read = sound.read(min(wanted, max(0, sound.frames - first)), dtype="float32", always_2d=True)
         else:
             parts, place = [], 0
             while place < first + wanted:
@@ -152,6 +159,24 @@ def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
             "missing; silence takes their place", ToolWarning, stacklevel=2,
         )  # fmt: skip
     return read
+
+
+def _stated_frames(sound: Any) -> int | None:
+    """Return the frames that the header of a file states, None where it states none.
+
+    libsndfile counts those that an uncompressed file of the size on disk can hold, and notes in its log what the header
+    has. Programs that write to a pipe leave a length near 2^31 or 2^32, which states nothing.
+    """
+    if sound.frames >= UNKNOWN_LENGTH:
+        return None
+    for pattern, among in ((_DATA_SIZE, False), (_FRAME_COUNT, True)):
+        noted = pattern.search(sound.extra_info)
+        if noted is None:
+            continue
+        there, stated = int(noted["there"]), int(noted["stated"])
+        if 0 < there < stated < PIPED_LENGTH:
+            return stated if among else round(sound.frames * stated / there)
+    return int(sound.frames)
 
 
 def _integer_scale(sound: Any, path: Path, read: np.ndarray) -> int:

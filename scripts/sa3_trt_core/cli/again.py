@@ -78,8 +78,11 @@ def again_line(path: Path, given: argparse.Namespace) -> list[str]:
         raise _damaged(path, "inpaint", ranges)
     if not given.inpaint_range:
         line += [f"--inpaint-range={','.join(repr(_number(path, 'inpaint', n)) for n in part)}" for part in ranges]
+    adapters = note.get("lora", [])
+    if not isinstance(adapters, list):
+        raise _damaged(path, "lora", adapters)
     if given.lora is None:
-        line += [f"--lora={_text(path, 'lora', one)}" for one in note.get("lora", [])]
+        line += [f"--lora={_text(path, 'lora', one)}" for one in adapters]
     if given.out is None and given.format is None and path.suffix.lower() in audio_io.FORMATS:
         line.append(f"--format={path.suffix.lower()[1:]}")
     return line

@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parse = Parser(prog="sa3_trt", description="Stable Audio 3: 44.1 kHz stereo from text, from sound, or from both.")
     parse.add_argument("--prompt", action="append", metavar="P", help="what to generate (may be repeated, or empty)")
-    parse.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line, or a JSON object a line")
+    parse.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt or JSON object a line (-: stdin)")
     _add_model(parse)
     _add_sampling(parse)
     _add_sound(parse)

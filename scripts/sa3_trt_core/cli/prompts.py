@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import MOST_SEED, require_text, shown
 
 LARGEST_FILE = 16 << 20  # bytes
+STANDARD_INPUT = "-"
+MOST_DIGITS = 400
 LONGEST_SLUG = 48
 DIGEST_LETTERS = 8
-_SPACE = " \t\r\v\f"  # str.strip() would take U+0085 and its like off the ends of a prompt
+_SPACE = "\ufeff \t\r\v\f"  # str.strip() would take U+0085 and its like off the ends of a prompt
 _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "seed": (int,), "seconds": (int, float), "negative_prompt": (str,)
 }  # fmt: skip
@@ -39,46 +42,65 @@ class Row:
 def read_prompts(path: Path) -> list[Row]:
     """Return the rows of a prompts file: one prompt a line, or a JSON object a line; empty lines are skipped.
 
-    A line ends at \\n or \\r\\n only: other separators of Unicode may stand inside a prompt. An object has "prompt" and
-    may have "seed", "seconds" and "negative_prompt". Raises ToolError naming the line.
+    A line ends at \\n or \\r\\n only: other separators of Unicode may stand inside a prompt. A byte order mark at the
+    start of any line, as in files that were joined, is no part of it. An object has "prompt" and may have "seed",
+    "seconds" and "negative_prompt". The path "-" is standard input. Raises ToolError naming the line.
     """
+    name = str(path)
     try:
-        text = files.read_text(path, LARGEST_FILE)
+        if name == STANDARD_INPUT:
+            name = "standard input"
+            text = files.text_of(_standard_input(), name, LARGEST_FILE)
+        else:
+            text = files.read_text(path, LARGEST_FILE)
     except ToolError as error:
         raise ToolError(f"--prompts-file: {error.message}", "give a text file in UTF-8, one prompt a line") from None
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     numbered = [(number, line.strip(_SPACE)) for number, line in enumerate(lines, 1) if line.strip(_SPACE)]
     rows = []
     for number, line in numbered:
-        row = _object(path, number, line) if line.startswith("{") else Row(line)
+        row = _object(name, number, line) if line.startswith("{") else Row(line)
         for said in (row.prompt, row.negative_prompt):
             if said is not None:
-                require_text(said, f"{path} line {number}")
+                require_text(said, f"{name} line {number}")
         rows.append(row)
     if not rows:
-        raise ToolError(f"{path} has no prompt in it", "write one prompt a line")
+        raise ToolError(f"{name} has no prompt in it", "write one prompt a line")
     return rows
 
 
-def _object(path: Path, number: int, line: str) -> Row:
+def _object(name: str, number: int, line: str) -> Row:
     hint = f"a line is text, or a JSON object of {', '.join(_KINDS)}"
     try:
-        found: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        why = "holds a number of too many digits" if "int string conversion" in str(error) else "is not JSON"
-        raise ToolError(f"{path} line {number} begins with {{ and {why}", hint) from None
+        found: Any = json.loads(line, parse_int=_whole_number)
+    except (ValueError, RecursionError):
+        raise ToolError(f"{name} line {number} begins with {{ and is not JSON", hint) from None
     unknown = sorted(found.keys() - _KINDS.keys())
     if unknown or "prompt" not in found:
         wrong = f"has {unknown[0]!a:.60}" if unknown else "has no 'prompt'"
-        raise ToolError(f"{path} line {number} {wrong}", hint)
+        raise ToolError(f"{name} line {number} {wrong}", hint)
     for key, value in found.items():
         if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
-            raise ToolError(f"{path} line {number}: {key} is {shown(value)}", hint)
+            raise ToolError(f"{name} line {number}: {key} is {shown(value)}", hint)
         if key in _RANGES:
             low, high = _RANGES[key]
             if isinstance(value, int | float) and not low <= value <= high:
-                raise ToolError(f"{path} line {number}: {key} {shown(value)} is outside {low:g} to {high:g}", hint)
+                raise ToolError(f"{name} line {number}: {key} {shown(value)} is outside {low:g} to {high:g}", hint)
     return Row(**found)
+
+
+def _whole_number(digits: str) -> int:
+    """Return an integer of JSON; of one that has more digits than any range, the first of them: Python reads 4300."""
+    return int(digits[:MOST_DIGITS])
+
+
+def _standard_input() -> bytes:
+    """Return standard input as bytes, none where it is closed. Raises ToolError."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    try:
+        return b"" if buffer is None else bytes(buffer.read(LARGEST_FILE + 1))
+    except (OSError, ValueError) as error:
+        raise ToolError(f"cannot read standard input: {error}", "pipe the prompts in, or name a file") from None
 
 
 def slug(prompt: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -84,6 +85,39 @@ def test_a_sound_that_is_cut_short_says_so(tmp_path: Path, name: str) -> None:
     assert audio[:, RATE].any() and not audio[:, 3 * RATE :].any()
     with pytest.raises(ToolError, match="although its header says"):
         reader.check_input(path, 3.5)
+
+
+@pytest.mark.parametrize(("name", "format", "subtype"), [
+    ("a.wav", "WAV", "PCM_16"), ("a.wav", "WAV", "FLOAT"), ("a.wav", "WAVEX", "PCM_24"), ("a.wav", "RF64", "PCM_16"),
+    ("a.wav", "WAV", "GSM610"), ("a.wav", "WAV", "IMA_ADPCM"), ("a.aiff", "AIFF", "PCM_16"), ("a.au", "AU", "PCM_16"),
+    ("a.w64", "W64", "PCM_16"), ("a.svx", "SVX", "PCM_16"),
+])  # fmt: skip
+def test_an_uncompressed_file_that_ends_before_its_header_says_so(
+    tmp_path: Path, name: str, format: str, subtype: str
+) -> None:
+    """libsndfile corrects such a length by itself, so that the rest of a broken download would be silence."""
+    path = tmp_path / name
+    soundfile.write(path, np.tile(TONE, 4), RATE, subtype=subtype, format=format)
+    quietly(path, 0.0, 4 * RATE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 8 * 4])
+    quietly(path, 0.0, RATE)  # what is there
+    with pytest.warns(ToolWarning, match=r"cut short: its header says [34]\.\d\d s, and [12]\.\d\d s"):
+        audio = reader.read_audio(path, 0.0, 4 * RATE).numpy()
+    assert audio[:, RATE + 25].any() and not audio[:, 3 * RATE :].any()
+    with pytest.raises(ToolError, match="although its header says"):
+        reader.check_input(path, 3.5)
+    with pytest.raises(ToolError, match="before `init_start=9`"):
+        reader.check_input(path, 9.0)
+
+
+@pytest.mark.parametrize("stated", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFFFFF - 36])
+def test_a_wav_written_to_a_pipe_states_no_length(tmp_path: Path, stated: int) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, TONE, RATE)
+    data = bytearray(path.read_bytes())
+    data[40:44] = struct.pack("<I", stated)
+    path.write_bytes(data)
+    assert np.abs(quietly(path, 0.0, 2 * RATE)[0, :RATE] - TONE).max() < 1e-4
 
 
 @pytest.mark.parametrize(("subtype", "scale"), [("FLOAT", 2.0**15), ("DOUBLE", 2.0**23), ("FLOAT", 2.0**31)])

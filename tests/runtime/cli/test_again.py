@@ -87,6 +87,8 @@ def test_the_original_is_not_overwritten(machine_flags: list[object]) -> None:
     ({"prompt": "x", "seed": -5}, "outside -1 to"),
     ({"prompt": "x", "steps": 2.5}, "not a whole number"),
     ({"prompt": "x", "inpaint": [1, 2]}, "says that its inpaint"),
+    ({"prompt": "x", "lora": 5}, "says that its lora is 5"),
+    ({"prompt": "x", "lora": [5]}, "says that its lora is 5"),
     ({"prompt": "x", "dit": "--out=stolen.wav"}, "invalid choice"),
     ({"prompt": "x" * 3000}, "were cut"),
 ])  # fmt: skip

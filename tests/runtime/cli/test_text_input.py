@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +30,28 @@ def test_marks_and_line_ends_are_no_part_of_a_prompt(tmp_path: Path, mark: bytes
     assert prompts.read_prompts(path) == [Row("slow piano"), Row("bells", seed=7)]
 
 
+def test_files_that_were_joined_have_marks_inside(tmp_path: Path) -> None:
+    path = tmp_path / "prompts"
+    path.write_bytes(BOM + b"slow piano\n" + BOM + b'{"prompt": "bells", "seed": 7}\n' + BOM + BOM + b"\n")
+    assert prompts.read_prompts(path) == [Row("slow piano"), Row("bells", seed=7)]
+
+
+@pytest.mark.parametrize(("redirection", "code", "words"), [
+    ("<<< $'slow piano\\n{\"prompt\": \"bells\", \"seed\": 7}'", 0, ""),
+    ("<&-", 2, "standard input has no prompt"),
+    ("</dev/null", 2, "standard input has no prompt"),
+    ("<<< $'caf\\xe9'", 2, "standard input is not UTF-8 text: byte 3"),
+])  # fmt: skip
+def test_prompts_come_from_standard_input(tiny_onnx: Path, redirection: str, code: int, words: str) -> None:
+    line = [sys.executable, "-m", "sa3_trt", "--prompts-file", "-", "--dry-run", "--json", "--backend", "onnxruntime",
+            "--onnx-root", str(tiny_onnx)]  # fmt: skip
+    command = ["bash", "-c", f'"$@" {redirection}', "bash", *line]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    if code == 0:
+        assert [row["prompt"] for row in json.loads(done.stdout)["rows"]] == ["slow piano", "bells"]
+
+
 @pytest.mark.parametrize("separator", SEPARATORS)
 def test_other_separators_stay_inside_a_prompt(tmp_path: Path, separator: str) -> None:
     text = f"slow piano{separator}and strings"
@@ -43,7 +66,8 @@ def test_other_separators_stay_inside_a_prompt(tmp_path: Path, separator: str) -
     (b"caf\xe9\n", "not UTF-8 text: byte 3 is 0xe9"),
     ("a\nb\n".encode("utf-16"), "UTF-16"),
     (b'{"prompt": "a", "seed": ' + b"9" * 400 + b"}", "line 1: seed 999"),
-    (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "line 1"),
+    (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "is outside 0 to"),
+    (b'{"prompt": "a", "seconds": -' + b"9" * 5000 + b"}", "is outside 0.01 to"),
     (b'{"prompt": "a", "seed": -' + b"9" * 400 + b"}", "line 1: seed -999"),
     (b'{"prompt": "a", "seconds": ' + b"9" * 400 + b"}", "line 1: seconds 999"),
     (b'{"prompt": "a", "seconds": 1e999}', "line 1: seconds inf"),
@@ -162,3 +186,12 @@ def test_a_prompt_typed_in_another_encoding(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     result = run(sa3_trt.main, ["--dry-run", "--backend", "onnxruntime"])
     assert result.code == 2 and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("text", [None, "no sound"])
+def test_a_dry_run_opens_the_sound_to_start_from(tmp_path: Path, text: str | None) -> None:
+    sound = tmp_path / "a.wav"
+    if text is not None:
+        sound.write_text(text)
+    argv = ["--prompt", "x", "--dry-run", "--backend", "onnxruntime", "--init-noise-level", ".5", "--init-audio", sound]
+    two_lines(run(sa3_trt.main, argv), "a.wav")
