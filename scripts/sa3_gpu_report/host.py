@@ -26,7 +26,10 @@ BACKENDS = tuple(engines.BACKENDS)
 
 @dataclass(frozen=True)
 class Host:
-    """What a report says of its machine. `absent`: backends that cannot run here, with the reason."""
+    """What a report says of its machine. `absent`: backends that cannot run here, with the reason.
+
+    `on_cpu`: those that run here without the card that is there, as an ONNX Runtime without CUDA.
+    """
 
     card: str
     arch: str | None
@@ -35,12 +38,13 @@ class Host:
     missing: dict[str, str]
     backends: tuple[str, ...]
     absent: dict[str, str]
+    on_cpu: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
         return {
-            **vars(self), "backends": list(self.backends), "python": platform.python_version(),
-            "system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
+            **vars(self), "backends": list(self.backends), "on_cpu": list(self.on_cpu),
+            "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
         }  # fmt: skip
 
 
@@ -48,14 +52,16 @@ def this_host() -> Host:
     """Look at the machine; installs nothing."""
     arch = gpu.current_arch()
     absent = {name: why for name in BACKENDS if (why := _absent(name, arch)) is not None}
+    present = tuple(name for name in BACKENDS if name not in absent)
     return Host(
         card=gpu.card_name() or f"CPU ({platform.machine()})",
         arch=arch,
         driver=gpu.driver_version() if arch is not None else "none",
         packages=dict(manifest.tool_versions(PACKAGES)),
         missing={name: what for name, what in NEEDED.items() if importlib.util.find_spec(name) is None},
-        backends=tuple(name for name in BACKENDS if name not in absent),
+        backends=present,
         absent=absent,
+        on_cpu=tuple(name for name in present if arch is not None and not engines.BACKENDS[name].on_gpu()),
     )
 
 

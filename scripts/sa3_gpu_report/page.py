@@ -51,8 +51,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{host['arch'] or 'no GPU'}, driver {host['driver']}, Python {host['python']}, {host['system']}, "
         f"{host['cpus']} CPUs  ", packages, "",
     ]  # fmt: skip
-    if host["missing"]:
-        lines += [*(f"- missing: {name}, for {what}" for name, what in host["missing"].items()), ""]
+    remarks = [f"- missing: {name}, for {what}" for name, what in host["missing"].items()]
+    remarks += [f"- {name} runs on the CPU here, not on the card" for name in host["on_cpu"]]
+    lines += [*remarks, ""] if remarks else []
     rows = [
         [part["name"], part["status"], f"{part['seconds']:.0f} s", _figures(part), part["why"]]
         for part in report["parts"]
@@ -105,8 +106,11 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
         }
         if parts:
             versions = [host["packages"][name] for name in LIBRARIES[backend] if name in host["packages"]]
-            library = f"{versions[0] if versions else 'unknown'}, {host['driver']}"
-            made.append([backend, host["card"], library, *(_said(parts.get(column)) for column in COLUMNS)])
+            card, driver = host["card"], host["driver"]
+            if backend in host.get("on_cpu", ()):
+                card, driver = f"CPU ({host['system'].split()[-1]})", "none"
+            library = f"{versions[0] if versions else 'unknown'}, {driver}"
+            made.append([backend, card, library, *(_said(parts.get(column)) for column in COLUMNS)])
     return made
 
 

@@ -135,6 +135,14 @@ def test_a_cell_is_what_a_part_measured_and_empty_where_none_was_run(report: Pat
     assert torch["build"] == "yes" and torch["check rows"].startswith("4 engines") and "cosine" in torch["gates"]
 
 
+def test_a_backend_that_does_not_use_the_card_has_a_row_of_the_cpu(report: Path) -> None:
+    made = json.loads((report / "report.json").read_text())
+    made["host"] |= {"card": "NVIDIA H100 80GB HBM3", "driver": "580.159.04", "on_cpu": ["onnxruntime"]}
+    rows = {row.split("|")[1].strip(): row for row in page.matrix([made]).splitlines()[2:]}
+    assert "H100" in rows["torch"] and "580.159.04" in rows["torch"]
+    assert "CPU (" in rows["onnxruntime"] and "H100" not in rows["onnxruntime"] and ", none" in rows["onnxruntime"]
+
+
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
     from sa3_trt_core.errors import ToolError
 
