@@ -44,7 +44,8 @@ class Host:
         """For report.json."""
         return {
             **vars(self), "backends": list(self.backends), "on_cpu": list(self.on_cpu),
-            "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
+            "python": platform.python_version(), "cpus": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
         }  # fmt: skip
 
 
