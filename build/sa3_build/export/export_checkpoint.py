@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from sa3_build.graph.check_row_files import write_check_rows
 from sa3_build.graph.fp32_islands import find_decoder_islands
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fp16_mixed import MixPrecision
+from sa3_build.passes.null_row import has_null_row
 from sa3_build.passes.topological_sort import SortTopologically
 from sa3_trt_core.artifacts import files, manifest
 from sa3_trt_core.artifacts.build import Draft, build
@@ -226,9 +228,12 @@ def _keep(target: Target, draft: Draft, written: list[Path], nodes: int, error: 
             f"{draft.output.name} differs from its source by {error:.2e}, more than {tolerance:g}; it was removed",
             "check the versions against the requirements file, then report this",
         )
-    if target.kind != "dit":  # a DiT gets them when it is made FP16-mixed and FP8
+    gates: dict[str, Any] = {"error": error}
+    if target.kind == "dit":  # it gets check rows when it is made FP16-mixed and FP8
+        gates["null row"] = has_null_row(graph_io.mapped(draft.output))
+    else:
         written = [*written, write_check_rows(draft.output, target.kind, target.precision)]
-    draft.finish(written, {"error": error})
+    draft.finish(written, gates)
     return Exported(target.name, draft.output, nodes, error, reused=False)
 
 
