@@ -1,4 +1,4 @@
-"""Many sounds on Ray: two nodes in one process, a worker that is killed, what is there already, shares without Ray."""
+"""Bulk generation on Ray: two nodes in one process, a killed worker, existing sounds, shards without Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROWS = 10
 
 
 class Nodes:
-    """A Ray of two nodes on the loopback address."""
+    """A Ray cluster of two nodes on the loopback address."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
@@ -40,8 +40,10 @@ class Nodes:
         self.address = str(self.cluster.address)
 
     def workers(self) -> Iterator[int]:
-        """The ids of the processes in which our actors run."""
-        raylets = {one.process.pid for node in self.cluster.list_all_nodes() for one in node.all_processes["raylet"]}
+        """Yield the ids of the processes in which our actors run."""
+        raylets = {
+            process.process.pid for node in self.cluster.list_all_nodes() for process in node.all_processes["raylet"]
+        }
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
@@ -54,9 +56,9 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    found = Nodes()
-    yield found
-    found.cluster.shutdown()
+    cluster = Nodes()
+    yield cluster
+    cluster.cluster.shutdown()
 
 
 @pytest.fixture
@@ -75,9 +77,9 @@ def test_a_cluster_makes_every_sound_once_though_a_worker_is_killed(
     def kill_one() -> None:
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline and not killed:
-            if len(list(out.glob("[0-9]*.wav"))) >= 2 and (found := list(nodes.workers())):
-                os.kill(found[0], signal.SIGKILL)
-                killed.append(found[0])
+            if len(list(out.glob("[0-9]*.wav"))) >= 2 and (worker_ids := list(nodes.workers())):
+                os.kill(worker_ids[0], signal.SIGKILL)
+                killed.append(worker_ids[0])
             time.sleep(0.002)
 
     killer = threading.Thread(target=kill_one)
@@ -113,17 +115,17 @@ def test_a_folder_that_is_not_shared_is_said_at_the_start(
 
 
 def test_a_sound_with_other_settings_is_made_again(line: list[object], tmp_path: Path) -> None:
-    one = [*line[:-2], "--prompt", "a", "--prompt", "b" * 2500, "--shard", "1/1", "--out-dir", tmp_path]
-    assert run(sa3_trt.main, one).code == 0
+    argv = [*line[:-2], "--prompt", "a", "--prompt", "b" * 2500, "--shard", "1/1", "--out-dir", tmp_path]
+    assert run(sa3_trt.main, argv).code == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.wav")}
     assert len(before) == 2
     first = min(before)
-    left = first.with_name(f".{first.stem[:32]}.0123456789ab.tmp.wav")
-    left.touch()  # of a run that was killed
-    result = run(sa3_trt.main, one)
-    assert result.code == 0 and "2 were there already" in result.out and not left.exists()
+    leftover = first.with_name(f".{first.stem[:32]}.0123456789ab.tmp.wav")
+    leftover.touch()  # of a run that was killed
+    result = run(sa3_trt.main, argv)
+    assert result.code == 0 and "2 were there already" in result.out and not leftover.exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    result = run(sa3_trt.main, [*one, "--steps", 3])
+    result = run(sa3_trt.main, [*argv, "--steps", 3])
     assert result.code == 0 and "already" not in result.out
     assert all(path.stat().st_mtime_ns > stamp for path, stamp in before.items())
 

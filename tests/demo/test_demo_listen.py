@@ -1,4 +1,4 @@
-"""The estimators that judge the demonstration model, on sounds whose answers are known."""
+"""The estimators used to score the demonstration model, on sounds with known tempo and key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAJOR, MINOR = ((0, 4, 7), (5, 9, 12), (7, 11, 14), (0, 4, 7)), ((0, 3, 7), (5, 
 
 
 def clicks(bpm: float, first: float = 0.0, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Decaying noise on every beat from `first` seconds on, weaker between beats, stereo (N, 2)."""
+    """Return decaying noise on every beat from `first` seconds on, weaker between beats, stereo (N, 2)."""
     generator = np.random.default_rng(5)
     out = np.zeros((SECONDS * rate, 2))
     hit = generator.standard_normal((rate // 20, 2)) * np.exp(-np.arange(rate // 20) * 150.0 / rate)[:, None]
@@ -30,7 +30,7 @@ def clicks(bpm: float, first: float = 0.0, rate: int = SAMPLE_RATE) -> np.ndarra
 
 
 def chords(tonic: int, shapes: tuple[tuple[int, ...], ...], tuning: float = 440.0) -> np.ndarray:
-    """Two seconds of every chord, each note a sine and its octave, from the C below A = `tuning` Hz; (2, N)."""
+    """Return two seconds of every chord (2, N), each note a sine and its octave, from the C below A = `tuning` Hz."""
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     parts = []
     for notes in shapes:
@@ -40,7 +40,7 @@ def chords(tonic: int, shapes: tuple[tuple[int, ...], ...], tuning: float = 440.
 
 
 def noise(samples: np.ndarray) -> np.ndarray:
-    """White noise of the power of `samples`."""
+    """Return white noise with the power of `samples`."""
     return np.random.default_rng(9).standard_normal(samples.shape) * samples.std()
 
 
@@ -52,8 +52,8 @@ def loop(index: int) -> np.ndarray:
 @pytest.mark.parametrize("bpm", [72.0, 85.5, 97.3, 110.0, 128.4, 140.0])
 @pytest.mark.parametrize("first", [0.0, 0.37])
 def test_the_tempo_of_clicks(bpm: float, first: float) -> None:
-    found = listener.estimate_tempo(clicks(bpm, first), SAMPLE_RATE)
-    assert found == pytest.approx(bpm, rel=0.005)
+    tempo = listener.estimate_tempo(clicks(bpm, first), SAMPLE_RATE)
+    assert tempo == pytest.approx(bpm, rel=0.005)
 
 
 @pytest.mark.parametrize("bpm", [76.0, 104.0, 131.0])
@@ -70,9 +70,9 @@ def test_a_tempo_outside_the_octave_is_heard_as_its_double_or_half() -> None:
 
 def test_both_layouts_and_any_loudness_give_one_answer() -> None:
     samples = clicks(93.0)
-    found = listener.estimate_tempo(samples, SAMPLE_RATE)
-    assert listener.estimate_tempo(samples.T, SAMPLE_RATE) == found
-    assert listener.estimate_tempo(samples * 0.5, SAMPLE_RATE) == pytest.approx(found, rel=0.005)
+    tempo = listener.estimate_tempo(samples, SAMPLE_RATE)
+    assert listener.estimate_tempo(samples.T, SAMPLE_RATE) == tempo
+    assert listener.estimate_tempo(samples * 0.5, SAMPLE_RATE) == pytest.approx(tempo, rel=0.005)
     tones = chords(2, MAJOR)
     assert (
         listener.estimate_key(tones.T * 0.01, SAMPLE_RATE) == listener.estimate_key(tones, SAMPLE_RATE) == (2, "major")
@@ -88,7 +88,7 @@ def test_the_key_of_chords(tonic: int, mode: str, shapes: tuple[tuple[int, ...],
 
 
 def test_relatives_are_told_apart_by_the_chord_that_opens() -> None:
-    """A minor's chords and C major's are the same four; only the order differs."""
+    """A minor and C major have the same four chords in different order."""
     a_minor = chords(9, ((0, 3, 7), (8, 12, 15), (3, 7, 10), (10, 14, 17)))
     c_major = np.roll(a_minor, -4 * SAMPLE_RATE, axis=1)  # begins with the third chord, C
     assert listener.estimate_key(a_minor, SAMPLE_RATE) == (9, "minor")
@@ -112,7 +112,7 @@ def test_silence_and_short_clips_have_no_answer() -> None:
 
 
 def test_every_progression_opens_on_the_tonic() -> None:
-    """What `estimate_key` takes for granted of the data."""
+    """`estimate_key` assumes this of the data."""
     assert set(PROGRESSIONS) == set(SCALES) == set(listener.TRIADS)
     assert {degrees[0] for group in PROGRESSIONS.values() for degrees in group} == {0}
 
@@ -125,7 +125,7 @@ def test_a_rendered_loop_is_heard_as_it_was_written(index: int) -> None:
 
 
 def test_a_loop_played_faster_is_heard_faster_and_higher() -> None:
-    """Read at another rate, the same samples have another tempo and key: the answers come from the sound."""
+    """The same samples at another rate have another tempo and key: the estimates come from the sound."""
     piece = draw_piece(FIRST_HELD_OUT, 10)
     factor = 2 ** (2 / 12)
     assert listener.estimate_tempo(loop(0), SAMPLE_RATE * factor) == pytest.approx(piece.bpm * factor, rel=0.01)
@@ -136,20 +136,20 @@ def test_a_loop_played_faster_is_heard_faster_and_higher() -> None:
 @pytest.mark.parametrize("decibels", [-20.0, 0.0, 13.0, 60.0])
 def test_si_sdr_is_the_ratio_of_what_is_alike_to_what_is_not(scale: float, decibels: float) -> None:
     generator = np.random.default_rng(1)
-    reference, other = generator.standard_normal((2, 500, 2))
-    other -= reference * (np.vdot(other, reference) / np.vdot(reference, reference))  # at right angles
-    other *= np.linalg.norm(reference) / np.linalg.norm(other) * 10 ** (-decibels / 20)
-    assert listen.si_sdr(reference, scale * (reference + other)) == pytest.approx(decibels, abs=1e-6)
+    reference, error = generator.standard_normal((2, 500, 2))
+    error -= reference * (np.vdot(error, reference) / np.vdot(reference, reference))  # at right angles
+    error *= np.linalg.norm(reference) / np.linalg.norm(error) * 10 ** (-decibels / 20)
+    assert listen.si_sdr(reference, scale * (reference + error)) == pytest.approx(decibels, abs=1e-6)
 
 
 def test_si_sdr_at_its_ends() -> None:
-    one, two = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    assert listen.si_sdr(one, 2 * one) == np.inf
-    assert listen.si_sdr(one, two) == -np.inf
-    assert listen.si_sdr(one, 0 * two) == -np.inf
-    assert np.isnan(listen.si_sdr(0 * one, one))
+    signal, orthogonal = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+    assert listen.si_sdr(signal, 2 * signal) == np.inf
+    assert listen.si_sdr(signal, orthogonal) == -np.inf
+    assert listen.si_sdr(signal, 0 * orthogonal) == -np.inf
+    assert np.isnan(listen.si_sdr(0 * signal, signal))
     with pytest.raises(ValueError, match="2 samples against 3"):
-        listen.si_sdr(one, np.zeros(3))
+        listen.si_sdr(signal, np.zeros(3))
 
 
 @pytest.mark.parametrize("hertz", [60.0, 700.0, 5000.0])
@@ -169,7 +169,7 @@ def inside(band: str, hertz: float) -> bool:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """The brightness (height, width) of a picture, 0 to 1, as another library reads it."""
+    """Return the brightness (height, width) of a picture, 0 to 1, as another library decodes it."""
     from PIL import Image
 
     return np.asarray(Image.open(path).convert("RGB")).sum(axis=2) / sum(spectra.COLOURS[-1])

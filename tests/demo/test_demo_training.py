@@ -1,4 +1,4 @@
-"""The demonstration model: its made-up music, a few real steps of its training, and the weights that are shipped."""
+"""The demonstration model: its synthetic music, a few training steps, and the shipped weights."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_a_piece_is_the_same_everywhere_and_its_caption_says_it() -> None:
     for fact in (f"Tempo: {piece.bpm} BPM.", f"Key: {piece.key}.", piece.groove.genre, piece.chord, piece.bass_line):
         assert fact in text
     for seed in range(50):
-        one = music.draw_piece(seed)
-        assert f"{one.bpm} BPM" in one.request() and one.key in one.request()
+        drawn = music.draw_piece(seed)
+        assert f"{drawn.bpm} BPM" in drawn.request() and drawn.key in drawn.request()
 
 
 def test_tempo_and_key_say_nothing_of_the_rest() -> None:
-    """Every tempo and key turns up about as often as any other, also within one genre."""
+    """Every tempo and key is about equally frequent, also within one genre."""
     pieces = [music.draw_piece(seed) for seed in range(4000)]
     for group in (pieces, [piece for piece in pieces if piece.groove.genre == "house"]):
         for values, kinds in (([p.bpm for p in group], 18), ([p.key for p in group], 24)):
@@ -80,8 +80,8 @@ def test_the_pool_holds_the_loops_of_its_seeds() -> None:
     with LoopPool(3, (4,), workers=2) as pool:
         samples, offsets = pool.on_device(3, torch.device("cpu"))
     for index in range(3):
-        wanted = np.round(render(music.draw_piece(index, 4)).T * 32767)
-        assert np.array_equal(samples[offsets[index] : offsets[index + 1]].numpy(), wanted)
+        expected = np.round(render(music.draw_piece(index, 4)).T * 32767)
+        assert np.array_equal(samples[offsets[index] : offsets[index + 1]].numpy(), expected)
 
 
 def test_crops_are_stretches_of_the_loops_with_silence_outside() -> None:
@@ -92,9 +92,9 @@ def test_crops_are_stretches_of_the_loops_with_silence_outside() -> None:
     crops = stage_autoencoder.draw_crops(samples, offsets, 200, frames, generator) * 32767
     assert crops.shape == (200, 2, size)
     for row in crops[:, 0].round().long():
-        heard = row[row != 0]
-        assert len(heard) >= size // 2 and bool((heard.diff() == 1).all())  # one stretch, whole
-        assert bool(((heard <= size) == (heard[0] <= size)).all())  # of one loop
+        audible = row[row != 0]
+        assert len(audible) >= size // 2 and bool((audible.diff() == 1).all())  # one stretch, whole
+        assert bool(((audible <= size) == (audible[0] <= size)).all())  # of one loop
     silent = (crops[:, 0] == 0).any(dim=1).float().mean()
     assert 0.02 < silent < 0.2
 
@@ -128,20 +128,20 @@ def test_the_learning_rate_warms_up_after_every_interruption_and_falls() -> None
 
 def test_state_shards_are_under_their_limit_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "LARGEST_FILE", 4096)
-    held = state.TrainingState(stage="flow", step=3, notes=[{"loss": 1.0}])
-    held.replace("model", {f"w{index}": torch.randn(600) for index in range(9)})
-    state.save(tmp_path, held)
-    state.save(tmp_path, held)
+    saved = state.TrainingState(stage="flow", step=3, notes=[{"loss": 1.0}])
+    saved.replace("model", {f"w{index}": torch.randn(600) for index in range(9)})
+    state.save(tmp_path, saved)
+    state.save(tmp_path, saved)
     shards = list(tmp_path.glob("*.safetensors"))
     assert len(shards) == 3 and all(shard.stat().st_size < 4096 + 1000 for shard in shards)
     again = state.load(tmp_path)
     assert (again.stage, again.step, again.notes) == ("flow", 3, [{"loss": 1.0}])
-    assert all(torch.equal(again.tensors[key], value) for key, value in held.tensors.items())
+    assert all(torch.equal(again.tensors[key], value) for key, value in saved.tensors.items())
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model trained for a few steps: killed after its autoencoder, stopped by a deadline, then gone on with."""
+    """Return a tiny model trained for a few steps: killed after its autoencoder, stopped by a deadline, resumed."""
     folder = tmp_path_factory.mktemp("train")
     argv = ["--work", folder / "work", "--tiny", "--workers", 1, "--ship", folder / "shipped"]
     index = folder / "work" / "state" / "state.json"
@@ -185,10 +185,10 @@ def test_what_is_shipped_makes_a_checkpoint_that_generates(trained: Path, tmp_pa
 
 
 def test_latents_have_mean_zero_and_deviation_one(trained: Path) -> None:
-    """Exactly so on the loops that they were measured on, and what is decoded has not changed."""
-    held = state.load(trained / "work" / "state")
+    """Latents of the measured loops are normalised, and the decoded sound has not changed."""
+    saved = state.load(trained / "work" / "state")
     autoencoder = native.build_autoencoder(load_geometry(trained / "work" / "state" / "model_config.json").autoencoder)
-    autoencoder.load_state_dict(held.part("autoencoder"))
+    autoencoder.load_state_dict(saved.part("autoencoder"))
     with LoopPool(plan.TINY.loops, plan.TINY.lengths, workers=1) as pool, torch.no_grad():
         sample = torch.cat(
             [
@@ -256,7 +256,7 @@ def test_a_start_that_cannot_be_is_refused(tmp_path: Path, flags: list[str | Pat
 
 
 def test_a_shortened_stage_is_one_stage_of_its_own_size(trained: Path, tmp_path: Path) -> None:
-    """For machines without a GPU: so many steps and rows from so many loops, then the next stage is left for later."""
+    """For machines without a GPU: the given steps, rows and loops; the next stage is not started."""
     shipped = shutil.copytree(trained / "shipped", tmp_path / "shipped")
     made = json.loads((shipped / "training.json").read_text())
     (shipped / "training.json").write_text(json.dumps({**made, "stage": "flow", "step": 0}))
@@ -324,14 +324,14 @@ def test_sizes_belong_to_random_weights(tmp_path: Path, flag: str) -> None:
 
 
 def test_a_run_saves_as_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle of a stage, it goes on from the last save and not from the stage's beginning."""
+    """A run killed within a stage resumes from the last save, not from the stage's beginning."""
     monkeypatch.setattr(trainer, "KEEP_SECONDS", 0.0)
     weights = torch.nn.Parameter(torch.ones(4))
     stage = plan.StagePlan(steps=5, batch=1, learning_rate=0.1, warmup=1)
-    seen = []
+    saves = []
     trainer.train(
         "flow", stage, [weights], lambda step: {"total": (weights**2).sum()}, 2, trainer.Deadline(None),
-        lambda step, notes: seen.append((step, weights.detach().clone())),
+        lambda step, notes: saves.append((step, weights.detach().clone())),
     )  # fmt: skip
-    assert [step for step, _ in seen] == [3, 4, 5]
-    assert all(later.sum() < earlier.sum() for (_, earlier), (_, later) in itertools.pairwise(seen))
+    assert [step for step, _ in saves] == [3, 4, 5]
+    assert all(later.sum() < earlier.sum() for (_, earlier), (_, later) in itertools.pairwise(saves))

@@ -1,4 +1,4 @@
-"""The adapter that is shipped is heard by the scorer's own ear; training one of a tiny model writes a native file."""
+"""The shipped adapter changes the score as intended; training one of a tiny model writes a native file."""
 
 from __future__ import annotations
 

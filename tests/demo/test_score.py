@@ -1,4 +1,4 @@
-"""The verb that scores a demonstration model: its counts, its document, the same document twice."""
+"""Scoring a demonstration model: counts, the document, and its reproducibility."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def document(tiny_checkpoint: Path, tiny_onnx: Path, out: Path) -> Document:
     return scored(tiny_checkpoint, "--onnx-root", tiny_onnx, "--out", out)
 
 
-def fits(heard: Document, wanted: Document) -> list[bool]:
-    """Does one clip fit one caption: tempo within 4 %, key."""
-    bpm = heard["bpm"]
-    return [bpm is not None and abs(bpm - wanted["bpm"]) <= 0.04 * wanted["bpm"], heard["key"] == wanted["key"]]
+def fits(clip: Document, caption: Document) -> list[bool]:
+    """Return whether a clip's tempo (within 4 %) and key fit a caption."""
+    bpm = clip["bpm"]
+    return [bpm is not None and abs(bpm - caption["bpm"]) <= 0.04 * caption["bpm"], clip["key"] == caption["key"]]
 
 
 def test_every_prompt_is_there_with_what_was_heard(document: Document) -> None:
@@ -76,11 +76,11 @@ def test_the_other_parts_of_the_document(document: Document) -> None:
     coded = document["autoencoder"]
     assert len(coded["loops"]) == 3
     stereo = [row["stereo"] for row in coded["loops"]]
-    found = coded["si_sdr_db"]["stereo"]
-    assert (found["least"], found["greatest"]) == (min(stereo), max(stereo))
-    assert found["mean"] == pytest.approx(sum(stereo) / 3, rel=1e-4)
+    si_sdr = coded["si_sdr_db"]["stereo"]
+    assert (si_sdr["least"], si_sdr["greatest"]) == (min(stereo), max(stereo))
+    assert si_sdr["mean"] == pytest.approx(sum(stereo) / 3, rel=1e-4)
     # Random weights keep nothing of a waveform; a mono copy of the loop keeps most of it.
-    assert found["greatest"] < 0 < coded["si_sdr_db"]["mono_copy"]["least"]
+    assert si_sdr["greatest"] < 0 < coded["si_sdr_db"]["mono_copy"]["least"]
     assert coded["latent"]["std"] > 0
     painted = document["inpainting"]
     assert (painted["span_frames"], painted["frames"], len(painted["loops"])) == ([8, 15], 22, 3)
@@ -115,14 +115,14 @@ def test_another_graph_generates_other_clips_and_its_rollouts_do_not_agree(
     weight.CopyFrom(numpy_helper.from_array(0.5 * numpy_helper.to_array(weight), weight.name))
     half.unlink()
     onnx.save(graph, half)
-    other = scored(tiny_checkpoint, "--onnx-root", root, "--dit", half)
-    rolled = other["rollouts"]
+    rescored = scored(tiny_checkpoint, "--onnx-root", root, "--dit", half)
+    rolled = rescored["rollouts"]
     assert rolled["worst"]["half"] < 0.999 < rolled["worst"]["export"]
     assert rolled["met"] is False
-    assert (document["dit"], other["dit"]) == (None, {half.name: files.sha256_of(half)})
-    assert other["autoencoder"] == document["autoencoder"]
-    for made, held in ((other[part], document[part]) for part in ("balance_db", "inpainting")):
-        assert made != held
+    assert (document["dit"], rescored["dit"]) == (None, {half.name: files.sha256_of(half)})
+    assert rescored["autoencoder"] == document["autoencoder"]
+    for score_now, score_before in ((rescored[part], document[part]) for part in ("balance_db", "inpainting")):
+        assert score_now != score_before
 
 
 def test_the_first_clips_lie_beside_the_data(document: Document, out: Path) -> None:
@@ -144,13 +144,13 @@ def test_a_second_run_gives_the_same_document(
 
 
 def test_another_seed_and_another_form_give_others(document: Document, tiny_checkpoint: Path) -> None:
-    other = scored(tiny_checkpoint, "--seed", 50, "--form", "request")
-    assert other["rollouts"] is None
-    assert [row["caption"] for row in other["prompts"]] == [
+    rescored = scored(tiny_checkpoint, "--seed", 50, "--form", "request")
+    assert rescored["rollouts"] is None
+    assert [row["caption"] for row in rescored["prompts"]] == [
         draw_piece(FIRST_HELD_OUT + i, 2).request() for i in range(2)
     ]
-    assert other["autoencoder"] == document["autoencoder"]
-    assert other["inpainting"]["conditioned"] != document["inpainting"]["conditioned"]
+    assert rescored["autoencoder"] == document["autoencoder"]
+    assert rescored["inpainting"]["conditioned"] != document["inpainting"]["conditioned"]
 
 
 def test_the_tables(tiny_checkpoint: Path) -> None:
@@ -196,19 +196,19 @@ def test_agreement_counts_the_tolerance_the_key_and_its_relative() -> None:
     pieces = [draw_piece(seed) for seed in range(4)]
     relatives = {"major": (9, "minor"), "minor": (3, "major")}
     up, mode = relatives[pieces[1].mode]
-    heard = [
+    estimates = [
         score.Heard(pieces[0].bpm * 1.0399, (pieces[0].tonic, pieces[0].mode)),
         score.Heard(pieces[1].bpm * 0.9601, ((pieces[1].tonic + up) % 12, mode)),
         score.Heard(pieces[2].bpm * 1.0401, ((pieces[2].tonic + 1) % 12, pieces[2].mode)),
         score.Heard(None, None),
     ]
-    assert score.agreement(heard, pieces, [(i, i) for i in range(4)]) == {
+    assert score.agreement(estimates, pieces, [(i, i) for i in range(4)]) == {
         "of": 4,
         "tempo": {"hits": 2, "rate": 0.5},
         "key": {"hits": 1, "rate": 0.25},
         "notes": {"hits": 2, "rate": 0.5},
     }
-    assert score.agreement(heard, pieces, [(3, 0)])["notes"] == {"hits": 0, "rate": 0.0}
+    assert score.agreement(estimates, pieces, [(3, 0)])["notes"] == {"hits": 0, "rate": 0.0}
 
 
 def test_level_differences_are_of_each_band() -> None:
@@ -216,8 +216,8 @@ def test_level_differences_are_of_each_band() -> None:
     noise = [(3000 * generator.standard_normal((44100, 2))).astype(np.int16) for _ in range(2)]
     same = score.level_differences(noise, noise)
     assert set(same.values()) == {0.0} and "all" in same
-    assert score.level_differences([one // 2 for one in noise], noise)["all"] == pytest.approx(-6.0, abs=0.1)
-    assert score.level_differences([0 * one for one in noise], noise)["all"] is None
+    assert score.level_differences([samples // 2 for samples in noise], noise)["all"] == pytest.approx(-6.0, abs=0.1)
+    assert score.level_differences([0 * samples for samples in noise], noise)["all"] is None
 
 
 def test_a_figure_that_is_not_finite_is_null() -> None:

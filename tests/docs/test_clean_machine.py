@@ -1,4 +1,4 @@
-"""The command on a machine with nothing on it: it ends with a sound, or with one command to type."""
+"""The command on a machine without models: it writes a sound, or prints one command to run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDED = ("t5gemma", "sa3-m-fp8", "same-l-decoder")
 
 @pytest.fixture
 def local(tiny_fp8: Path, tmp_path: Path) -> Iterator[LocalHub]:
-    """A hub that has what text to audio in FP8 needs, and a client that has nothing."""
+    """Run a hub with the files that text-to-audio in FP8 needs, and a client with an empty cache."""
     files = {}
     for target in (find_target(name) for name in NEEDED):
         for name in (target.onnx[0], f"{target.onnx[0]}.data"):
@@ -55,10 +55,10 @@ def sound(out: Path, *words: object) -> None:
 
 def test_it_ends_with_a_sound_and_then_needs_no_network(local: LocalHub, tmp_path: Path) -> None:
     sound(tmp_path / "a.wav")
-    asked = len(local.asked)
-    assert asked > 0
+    requests_before = len(local.asked)
+    assert requests_before > 0
     sound(tmp_path / "b.wav", "--offline")
-    assert len(local.asked) == asked
+    assert len(local.asked) == requests_before
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
 
@@ -82,16 +82,16 @@ def test_or_with_one_command_to_type(  # the fixture and the four
 
 
 def test_every_missing_engine_is_in_one_command(tmp_path: Path) -> None:
-    """What a GPU host without engines says."""
+    """The message of a GPU host without engines."""
     plan = replace(
         model_loader.make_plan("medium", "fp8", "auto", ModelSource(tmp_path, tmp_path)),
         backends=dict.fromkeys(STAGES, "tensorrt"),
     )
     build = "python build/build_from_onnx.py"
-    where = f"--backend tensorrt --arch sm_89 --models-dir {tmp_path}"
-    assert model_loader.build_command(plan, "sm_89") == f"{build} t5gemma sa3-m-fp8 same-l-decoder {where}"
+    folders = f"--backend tensorrt --arch sm_89 --models-dir {tmp_path}"
+    assert model_loader.build_command(plan, "sm_89") == f"{build} t5gemma sa3-m-fp8 same-l-decoder {folders}"
     for name, left in (("sa3-m-fp8", "t5gemma same-l-decoder"), ("t5gemma", "same-l-decoder"), ("same-l-decoder", "")):
         engine = BACKENDS["tensorrt"].engine_path(tmp_path, "sm_89", find_target(name))
         engine.parent.mkdir(parents=True)
         engine.touch()
-        assert model_loader.build_command(plan, "sm_89") == (f"{build} {left} {where}" if left else None)
+        assert model_loader.build_command(plan, "sm_89") == (f"{build} {left} {folders}" if left else None)

@@ -1,4 +1,4 @@
-"""The demo, whole, and then every command of the pages on what it made."""
+"""Run `make demo`, then every command of the pages on its output."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_second_demo_makes_nothing_again(demo: str, checkout: Path) -> None:
 
 
 def test_the_commands_of_the_pages_run(demo: str, checkout: Path) -> None:
-    """In the order they are read in, each on what the one before it made."""
+    """Commands run in document order, each on the output of those before it."""
     assert len(lines("sh")) >= 15
     for line in lines("sh"):
         result = shell(shlex.split(line), checkout)
@@ -129,7 +129,7 @@ def test_the_service_of_the_pages_answers_their_requests(demo: str, checkout: Pa
 
 
 def test_the_commands_for_a_gpu_host_parse() -> None:
-    """They are not run here; a flag or target that does not exist would be found."""
+    """They are not run here, but an unknown flag or target is detected."""
     gpu = [shlex.split(line) for line in lines("sh gpu")]
     assert gpu
     for line in gpu:
@@ -152,9 +152,9 @@ def test_the_commands_of_a_contributor_name_what_is_there() -> None:
 
 def test_make_knows_the_two_commands() -> None:
     assert [line.split("#")[0].strip() for line in lines("sh make")] == ["make demo", "make test"]
-    for goal, wanted in (("demo", "build/demo.py"), ("test", "-m pytest")):
+    for goal, expected in (("demo", "build/demo.py"), ("test", "-m pytest")):
         planned = shell(["make", "--dry-run", goal], ROOT)
-        assert planned.returncode == 0 and wanted in planned.stdout
+        assert planned.returncode == 0 and expected in planned.stdout
 
 
 def test_every_command_of_the_producer_page_parses() -> None:

@@ -1,4 +1,4 @@
-"""Holds the house to its plan: who may import whom, sizes of files and functions, light commands, equal pins."""
+"""Structure of the repository: allowed imports, sizes of files and functions, light commands, equal pins."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def label(file: Path) -> str:
 
 @functools.cache
 def imported_names(file: Path) -> tuple[str, ...]:
-    """Every module that a file imports, lazily or not: `from a import b` gives a and a.b."""
+    """Return every module that a file imports, lazily or not: `from a import b` gives a and a.b."""
     return tuple(_imported(file))
 
 
@@ -98,7 +98,7 @@ def packages(file: Path) -> set[str]:
 
 @functools.cache
 def file_of(name: str) -> Path | None:
-    """Our own file behind a module name, or None for somebody else's module."""
+    """Return our file of a module name, or None for a module of another package."""
     for folder in SEARCHED:
         stem = folder.joinpath(*name.split("."))
         for file in (stem.with_suffix(".py"), stem / "__init__.py"):
@@ -108,53 +108,59 @@ def file_of(name: str) -> Path | None:
 
 
 def reached_from(start: Path) -> set[Path]:
-    """Our files that a file imports, through any number of others; a package's __init__ counts with its modules."""
-    found, queue = {start}, [start]
+    """Return our files that a file imports, directly or indirectly; a package's __init__ counts with its modules."""
+    reached, queue = {start}, [start]
     while queue:
         for name in imported_names(queue.pop()):
             parts = name.split(".")
             for length in range(1, len(parts) + 1):
                 file = file_of(".".join(parts[:length]))
-                if file is not None and file not in found:
-                    found.add(file)
+                if file is not None and file not in reached:
+                    reached.add(file)
                     queue.append(file)
-    return found
+    return reached
 
 
 def module_of(file: Path) -> str:
-    """The name that a file of ours is imported by."""
+    """Return the name that a file of ours is imported by."""
     parts = file.relative_to(ROOT).with_suffix("").parts[1:]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def layer_of(module: str) -> str:
-    """The entry of LAYERS that a module belongs to: the longest that is its name or a package around it."""
+    """Return the entry of LAYERS that a module belongs to: the longest that is its name or a package around it."""
     parts = module.split(".")
     names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
     return next((name for name in names if name in ROW_OF), "commands")
 
 
 def direct_imports(file: Path) -> set[str]:
-    """Our modules that a file imports: of `from a import b` the module a.b where it is one, else a."""
+    """Return our modules that a file imports: of `from a import b` the module a.b if it is one, else a."""
     files = {name: file_of(name) for name in imported_names(file)}
-    deepest = {name for name, found in files.items() if found is not None and not _has_deeper(name, files)}
-    return {module_of(found) for name in deepest if (found := files[name]) is not None} - {module_of(file)}
+    deepest = {name for name, file_found in files.items() if file_found is not None and not _has_deeper(name, files)}
+    return {module_of(file_found) for name in deepest if (file_found := files[name]) is not None} - {module_of(file)}
 
 
 def _has_deeper(name: str, files: Mapping[str, Path | None]) -> bool:
-    """Whether `from name import x` names modules alone: a package's own file then gives nothing."""
-    inner = [one for one in files if one.startswith(f"{name}.") and one.count(".") == name.count(".") + 1]
-    return bool(inner) and all(files[one] is not None for one in inner)
+    """Return whether `from name import x` names only modules: the package's own file is then not used."""
+    inner = [
+        imported for imported in files if imported.startswith(f"{name}.") and imported.count(".") == name.count(".") + 1
+    ]
+    return bool(inner) and all(files[imported] is not None for imported in inner)
 
 
 def upward(imports: Mapping[str, Iterable[str]]) -> list[str]:
-    """Imports from a layer to one that is not below it."""
+    """Return the imports from a layer to one that is not below it."""
     pairs = [(user, used, layer_of(user), layer_of(used)) for user, names in imports.items() for used in names]
-    return sorted(f"{a} -> {b}" for a, b, mine, its in pairs if mine != its and ROW_OF[its] <= ROW_OF[mine])
+    return sorted(
+        f"{a} -> {b}"
+        for a, b, user_layer, used_layer in pairs
+        if user_layer != used_layer and ROW_OF[used_layer] <= ROW_OF[user_layer]
+    )
 
 
 def in_circles(imports: Mapping[str, Iterable[str]]) -> set[str]:
-    """The modules that import themselves through others: what is left when modules without imports are taken away."""
+    """Return the modules in import cycles: those left after repeatedly removing modules without imports."""
     left = {user: set(names) for user, names in imports.items()}
     while True:
         done = {user for user, names in left.items() if not names & left.keys()}
@@ -200,8 +206,8 @@ def test_no_modules_import_one_another() -> None:
 def test_the_runtime_wheel_holds_what_its_commands_use_and_nothing_else() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    kept = [ROOT / name for name in wheel["only-include"]]
-    packed = {file for file in SOURCES if any(file == one or file.is_relative_to(one) for one in kept)}
+    included = [ROOT / name for name in wheel["only-include"]]
+    packed = {file for file in SOURCES if any(file == folder or file.is_relative_to(folder) for folder in included)}
     outside = {file for file in packed for pattern in wheel["exclude"]
                if fnmatch.fnmatch(label(file), pattern) or label(file).startswith(f"{pattern}/")}  # fmt: skip
     commands = [file_of(entry.partition(":")[0]) for entry in project["project"]["scripts"].values()]
@@ -246,14 +252,16 @@ def test_compiling_from_onnx_reaches_no_modelopt() -> None:
 
 
 def compared_backends(file: Path) -> list[tuple[int, str]]:
-    """Where a file compares something with a backend's name: ==, !=, in, not in, or a case of a match."""
-    found = []
+    """Return (line, name) of each comparison with a backend's name: ==, !=, in, not in, or a case of a match."""
+    comparisons = []
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Compare | ast.match_case):
             parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node.pattern]
-            words = [one.value for part in parts for one in ast.walk(part) if isinstance(one, ast.Constant)]
-            found += [(parts[0].lineno, word) for word in words if word in BACKENDS]
-    return found
+            words = [
+                constant.value for part in parts for constant in ast.walk(part) if isinstance(constant, ast.Constant)
+            ]
+            comparisons += [(parts[0].lineno, word) for word in words if word in BACKENDS]
+    return comparisons
 
 
 def test_the_scan_for_backends_sees_comparisons_of_every_kind(tmp_path: Path) -> None:
@@ -302,7 +310,7 @@ def test_files_and_functions_are_short(file: Path) -> None:
 
 
 def bare(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A command with no third-party package: no site-packages, our runtime library by PYTHONPATH only."""
+    """Run a command without third-party packages: no site-packages, our runtime library by PYTHONPATH only."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SA3_"))}
     env["PYTHONPATH"] = str(ROOT / "scripts")
     argv = [sys.executable, "-S", *command]
@@ -327,14 +335,14 @@ def test_the_list_needs_no_package(command: str, tmp_path: Path) -> None:
 
 
 def pins(name: str) -> dict[str, str]:
-    """Version by package of a requirements file. Everything but the last line is an exact pin."""
+    """Return the version by package of a requirements file, in which every line but the last is an exact pin."""
     lines = [line for line in (ROOT / name).read_text("utf-8").splitlines() if line and not line.startswith("#")]
     assert lines[-1] == "-e ."
     matches = {line: PIN.fullmatch(line) for line in lines[:-1]}
     assert [line for line, match in matches.items() if match is None] == []
-    found = [(match[1], match[2]) for match in matches.values() if match]
-    assert len(dict(found)) == len(found), "a package is pinned twice"
-    return dict(found)
+    version_pairs = [(match[1], match[2]) for match in matches.values() if match]
+    assert len(dict(version_pairs)) == len(version_pairs), "a package is pinned twice"
+    return dict(version_pairs)
 
 
 def test_the_two_requirements_files_agree() -> None:
@@ -352,14 +360,14 @@ def test_what_is_installed_is_what_is_pinned() -> None:
     installed = {dist.metadata["Name"].lower().replace("_", "-") for dist in importlib.metadata.distributions()}
     if "onnxruntime-gpu" in installed:
         pytest.skip("the requirements of a GPU host are installed")
-    wanted = pins("requirements-cpu.txt")
-    found = {name: importlib.metadata.version(name).partition("+")[0] for name in wanted}
-    assert found == wanted
+    pinned = pins("requirements-cpu.txt")
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in pinned}
+    assert versions == pinned
     assert not installed & ONLY_GPU
 
 
 def test_every_pinned_package_that_the_project_declares_is_there() -> None:
-    """pyproject.toml names what the runtime library imports; each has its exact version in both files."""
+    """pyproject.toml names the runtime library's imports; each has its exact version in both files."""
     import tomllib
 
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]

@@ -1,1 +1,1 @@
-"""Faults in large: scripts that kill, starve and confuse the commands. Small versions are in the suite."""
+"""Long-running fault injection: kills, full disks, damaged input. Short versions are in the suite."""

@@ -1,8 +1,8 @@
-"""Kill workers, and the head of Ray, during bulk jobs, and start the same command again until nothing is missing.
+"""Kill workers, and the head of Ray, during bulk jobs, and rerun the same command until nothing is missing.
 
     python tests/fault/bulk.py --onnx-root output/demo/onnx --kills 50 --rows 60 --work D
 
-Prints one JSON document; exit 1 when a sound is missing, torn, there twice or not the one that it is without a fault.
+Prints one JSON document; exit 1 if a sound is missing, torn, duplicated or differs from that of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MOST_RUNS = 40
 
 
 def children(parent: int) -> Iterator[tuple[int, str]]:
-    """(id, command line) of every process below another."""
+    """Yield (id, command line) of every descendant process."""
     below: dict[int, list[tuple[int, str]]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -40,17 +40,17 @@ def children(parent: int) -> Iterator[tuple[int, str]]:
 
 
 def victim(process: subprocess.Popen[bytes], draw: random.Random, head: bool) -> int | None:
-    """A worker of a command's own Ray, or what runs the whole of it."""
-    found = list(children(process.pid))
-    workers = [pid for pid, words in found if words.startswith("ray::Worker")]
-    heads = [pid for pid, words in found if "gcs_server" in words.split("\0")[0] or words.startswith("raylet")]
-    wanted = heads if head and workers else workers
-    return draw.choice(wanted) if wanted else None
+    """Return the id of a worker, or of a head process, of the command's own Ray; None if there is none."""
+    processes = list(children(process.pid))
+    workers = [pid for pid, words in processes if words.startswith("ray::Worker")]
+    heads = [pid for pid, words in processes if "gcs_server" in words.split("\0")[0] or words.startswith("raylet")]
+    candidates = heads if head and workers else workers
+    return draw.choice(candidates) if candidates else None
 
 
-def run_and_kill(line: list[str], draw: random.Random, left: int, pause: float) -> tuple[int, int, int]:
-    """Run the command once and kill at random; (exit code, workers killed, heads killed)."""
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def run_and_kill(argv: list[str], draw: random.Random, left: int, pause: float) -> tuple[int, int, int]:
+    """Run the command once and kill processes at random; return (exit code, workers killed, heads killed)."""
+    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     workers = heads = 0
     while process.poll() is None:
         time.sleep(draw.uniform(0.3, pause))
@@ -69,16 +69,16 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Run all of it."""
-    parse = argparse.ArgumentParser()
-    parse.add_argument("--onnx-root", type=Path, required=True)
-    parse.add_argument("--precision", default="fp8")
-    parse.add_argument("--kills", type=int, default=50)
-    parse.add_argument("--rows", type=int, default=60)
-    parse.add_argument("--seconds", type=float, default=2.0)
-    parse.add_argument("--pause", type=float, default=12.0, metavar="S", help="at most, between two kills")
-    parse.add_argument("--work", type=Path, required=True)
-    args = parse.parse_args()
+    """Run the test and print its figures; return the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--onnx-root", type=Path, required=True)
+    parser.add_argument("--precision", default="fp8")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--pause", type=float, default=12.0, metavar="S", help="at most, between two kills")
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     prompts = args.work / "prompts.txt"
     prompts.write_text("".join(f"sound {number}\n" for number in range(args.rows)))
@@ -95,14 +95,14 @@ def main() -> int:
         report["heads_killed"] += heads
     alone = [str(word) for word in [*argv, "--shard", "1/1", "--out-dir", args.work / "alone"]]
     subprocess.run(alone, check=True, stdout=subprocess.DEVNULL)
-    found, wanted = digests(args.work / "killed"), digests(args.work / "alone")
+    actual, expected = digests(args.work / "killed"), digests(args.work / "alone")
     figures: dict[str, Any] = {
-        **report, "exit_code": code, "rows": args.rows, "missing": len(wanted.keys() - found.keys()),
-        "left_over": len(found.keys() - wanted.keys()),
-        "unequal": sum(found[name] != wanted[name] for name in found.keys() & wanted.keys()),
+        **report, "exit_code": code, "rows": args.rows, "missing": len(expected.keys() - actual.keys()),
+        "left_over": len(actual.keys() - expected.keys()),
+        "unequal": sum(actual[name] != expected[name] for name in actual.keys() & expected.keys()),
     }  # fmt: skip
     print(json.dumps(figures, indent=2))
-    return 0 if code == 0 and found == wanted else 1
+    return 0 if code == 0 and actual == expected else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Damaged files and odd flags for every door that takes one: a refusal in two lines or a result, and nothing else.
+"""Fuzz every reader of files and flags with damaged input: only a refusal in two lines or a result is allowed.
 
     python tests/fault/fuzz.py --inputs 10000 --work /tmp/fuzz
 
-Every input is a good one with edits (hypothesis, fixed seed). Promises: no traceback, no file left, no file read that
-lies outside the given folder, memory within MOST_GROWTH. Prints counts; exit 1 if any promise was broken.
+Every input is a valid one with edits (hypothesis, fixed seed). Required: no traceback, no file left, no file read that
+lies outside the given folder, memory within MAX_GROWTH. Prints counts; exit 1 after any violation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from helpers import graphs
 from helpers.commands import listing, run
 from sa3_trt_core.errors import ToolError
 
-MOST_GROWTH = 1 << 30  # bytes of resident memory over all inputs of a door
+MAX_GROWTH = 1 << 30  # bytes of resident memory over all inputs of a reader
 LARGEST_CLAIM = 1 << 48
 WORDS = [
     "",
@@ -61,24 +61,24 @@ JSON = st.recursive(
 
 
 def edited(data: bytes, edits: Edits) -> bytes:
-    """The data after some edits; a place beyond its end wraps round, a negative one counts from the end."""
-    for what, at, new in edits:
-        at %= len(data) + 1
-        if what == "set":
-            data = data[:at] + new + data[at + len(new) :]
-        elif what == "cut":
-            data = data[:at]
-        elif what == "insert":
-            data = data[:at] + new + data[at:]
-        elif what == "drop":
-            data = data[:at] + data[at + 1 + len(new) :]
+    """Return the data after some edits; an offset beyond its end wraps round, a negative one counts from the end."""
+    for action, offset, new in edits:
+        offset %= len(data) + 1
+        if action == "set":
+            data = data[:offset] + new + data[offset + len(new) :]
+        elif action == "cut":
+            data = data[:offset]
+        elif action == "insert":
+            data = data[:offset] + new + data[offset:]
+        elif action == "drop":
+            data = data[:offset] + data[offset + 1 + len(new) :]
         else:
-            data = data[:at] + bytes(min(64, len(data) - at)) + data[at + 64 :]
+            data = data[:offset] + bytes(min(64, len(data) - offset)) + data[offset + 64 :]
     return data
 
 
 def replaced(document: Any, steps: list[int], value: Any) -> Any:
-    """A JSON document with one value put somewhere inside it, wherever the steps lead."""
+    """Return a JSON document with `value` inserted at the position that the steps lead to."""
     if not steps or not isinstance(document, dict | list) or not document:
         return value
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
@@ -89,8 +89,8 @@ def replaced(document: Any, steps: list[int], value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Door:
-    """A way in: what puts an input of an example's `edits` or JSON into a folder, and what reads it."""
+class Reader:
+    """A reader under test: `make` writes an example (edits or JSON) to a folder, `read` reads it with our code."""
 
     name: str
     make: Callable[[Path, Any], None]
@@ -98,8 +98,8 @@ class Door:
     strategy: st.SearchStrategy[Any]
 
 
-def doors(tiny: Path) -> list[Door]:
-    """Every door, on the files of a tiny model: checkpoint/, onnx/, sa3-m.calib.npz."""
+def readers(tiny: Path) -> list[Reader]:
+    """Return every reader under test, on the files of a tiny model: checkpoint/, onnx/, sa3-m.calib.npz."""
     from sa3_build.engines import inspector, publish, tensorrt as compiler
     from sa3_build.export import model_config, native_weights
     from sa3_build.graph import io as graph_io
@@ -120,9 +120,9 @@ def doors(tiny: Path) -> list[Door]:
     token_config = json.loads((tokenizer / "tokenizer_config.json").read_text())
 
     def calibration(folder: Path) -> None:
-        found = CalibrationSet.open(folder / "a.calib.npz")
-        found.check_values()
-        assert len(list(found)) == found.rows
+        rows_read = CalibrationSet.open(folder / "a.calib.npz")
+        rows_read.check_values()
+        assert len(list(rows_read)) == rows_read.rows
 
     def records(folder: Path) -> None:
         manifest.verify_manifest(folder / "a", deep=True)
@@ -141,45 +141,45 @@ def doors(tiny: Path) -> list[Door]:
 
     proto = onnx.read_bytes()
     return [
-        Door("calibration sets", _bytes("a.calib.npz", calib.read_bytes()), calibration, EDITS),
-        Door("zip bombs", _bomb, calibration, st.tuples(st.integers(0, LARGEST_CLAIM), st.integers(0, 1 << 26))),
-        Door("ONNX protos", _bytes(half.onnx[0], proto, f"{half.onnx[0]}.data", onnx), network, EDITS),
-        Door("sidecar names", _sidecar(half.onnx[0]), network, NAMES),
-        Door("sidecars", _bytes(f"{half.onnx[0]}.data", _start(onnx), half.onnx[0], onnx), network, EDITS),
-        Door("WAV and FLAC", _bytes("a.wav", sound), lambda f: reader.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
-        Door("model configs", _json("c.json", document), lambda f: model_config.load_geometry(f / "c.json"),
+        Reader("calibration sets", _bytes("a.calib.npz", calib.read_bytes()), calibration, EDITS),
+        Reader("zip bombs", _bomb, calibration, st.tuples(st.integers(0, LARGEST_CLAIM), st.integers(0, 1 << 26))),
+        Reader("ONNX protos", _bytes(half.onnx[0], proto, f"{half.onnx[0]}.data", onnx), network, EDITS),
+        Reader("sidecar names", _sidecar(half.onnx[0]), network, NAMES),
+        Reader("sidecars", _bytes(f"{half.onnx[0]}.data", _start(onnx), half.onnx[0], onnx), network, EDITS),
+        Reader("WAV and FLAC", _bytes("a.wav", sound), lambda f: reader.read_audio(f / "a.wav", 0.0, 1 << 16), EDITS),
+        Reader("model configs", _json("c.json", document), lambda f: model_config.load_geometry(f / "c.json"),
              _places(JSON)),
-        Door("manifests", _json("a.manifest.json", _manifest(artefact)), records, _places(JSON)),
-        Door("safetensors", _bytes("model.safetensors", weights.read_bytes()[:60_000]), weights_of, EDITS),
-        Door("tokenizer configs", _json("tokenizer_config.json", token_config, tokenizer / "tokenizer.json"), tokens,
+        Reader("manifests", _json("a.manifest.json", _manifest(artefact)), records, _places(JSON)),
+        Reader("safetensors", _bytes("model.safetensors", weights.read_bytes()[:60_000]), weights_of, EDITS),
+        Reader("tokenizer configs", _json("tokenizer_config.json", token_config, tokenizer / "tokenizer.json"), tokens,
              _places(JSON)),
-        Door("prompt files", _bytes("p.txt", b'slow piano\n{"prompt": "x", "seed": 1, "seconds": 2.5}\n'),
+        Reader("prompt files", _bytes("p.txt", b'slow piano\n{"prompt": "x", "seed": 1, "seconds": 2.5}\n'),
              lambda f: prompts.read_prompts(f / "p.txt"), EDITS),
-        Door("reports to publish", _report(artefact), lambda f: publish.check(f / artefact.name), EDITS),
-        Door("inspector JSON", _json("i.json", {"Layers": [{"LayerType": "gemm", "Inputs": [{"DataType": "FP8"}]}]}),
+        Reader("reports to publish", _report(artefact), lambda f: publish.check(f / artefact.name), EDITS),
+        Reader("inspector JSON", _json("i.json", {"Layers": [{"LayerType": "gemm", "Inputs": [{"DataType": "FP8"}]}]}),
              lambda f: inspector.read_report((f / "i.json").read_text()), _places(JSON)),
-        Door("flags", _write_words, _flags, _words()),
+        Reader("flags", _write_words, _flags, _words()),
     ]  # fmt: skip
 
 
-def attempt(door: Door, examples: int, number: int, folder: Path) -> int:
-    """Give a door that many inputs; how many it was. Raises AssertionError with the smallest that broke a promise."""
+def attempt(reader: Reader, examples: int, number: int, folder: Path) -> int:
+    """Run a reader on that many inputs; return their number. Raises AssertionError with the smallest failing input."""
     count, here = 0, Path.cwd()
 
     @seed(number)
     @settings(max_examples=examples, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
               suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(door.strategy)
-    def one(example: Any) -> None:
+    @given(reader.strategy)
+    def check_example(example: Any) -> None:
         nonlocal count
         count += 1
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        door.make(folder, example)
+        reader.make(folder, example)
         before = listing(folder)
         os.chdir(folder)
         try:
-            door.read(folder)
+            reader.read(folder)
         except ToolError as error:
             assert len(error.lines().splitlines()) == 2
             assert SECRET not in error.lines()
@@ -191,9 +191,9 @@ def attempt(door: Door, examples: int, number: int, folder: Path) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     secret.write_text(SECRET * 100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    one()
+    check_example()
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    assert grown < MOST_GROWTH, f"{door.name}: memory grew by {grown} bytes"
+    assert grown < MAX_GROWTH, f"{reader.name}: memory grew by {grown} bytes"
     return count
 
 
@@ -201,7 +201,7 @@ SECRET = "what lies outside "
 
 
 def _bytes(name: str, data: bytes, beside: str = "", source: Path | None = None) -> Callable[[Path, Edits], None]:
-    """One file with edits; beside it a good one, linked: the other half of a graph."""
+    """Return a writer of one edited file and, beside it, a link to a valid one: the other half of a graph."""
 
     def make(folder: Path, edits: Edits) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -244,8 +244,8 @@ def _sidecar(name: str) -> Callable[[Path, str], None]:
 
 
 def _bomb(folder: Path, sizes: tuple[int, int]) -> None:
-    """A member that claims `sizes[0]` rows and holds `sizes[1]` zeros, well packed."""
-    claimed, held = sizes
+    """Write members that state `sizes[0]` rows and hold `sizes[1]` zeros, compressed."""
+    claimed, zeros = sizes
     header = io.BytesIO()
     np.lib.format.write_array_header_2_0(
         header,
@@ -253,7 +253,7 @@ def _bomb(folder: Path, sizes: tuple[int, int]) -> None:
     )
     with zipfile.ZipFile(folder / "a.calib.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         for key in ("x", "t", "t5_hidden", "t5_mask", "seconds_total", "local_add_cond"):
-            archive.writestr(f"{key}.npy", header.getvalue() + bytes(held if key == "x" else 64))
+            archive.writestr(f"{key}.npy", header.getvalue() + bytes(zeros if key == "x" else 64))
 
 
 def _report(artefact: Path) -> Callable[[Path, Edits], None]:
@@ -274,7 +274,7 @@ def _sound() -> bytes:
     return out.getvalue()
 
 
-COMMANDS = {  # module -> words without which it would begin to work in earnest
+COMMANDS = {  # module -> arguments without which it would start its work
     "build_from_onnx": ["--dry-run"],
     "build": ["--list"],
     "sa3_trt": ["--dry-run"],
@@ -318,32 +318,32 @@ def _flags(folder: Path) -> None:
 
 
 def main() -> int:
-    """Run and print the counts."""
-    line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    line.add_argument("--inputs", type=int, default=10_000)
-    line.add_argument("--seed", type=int, default=1)
-    line.add_argument("--work", type=Path, required=True)
-    line.add_argument("--only", action="append")
-    args = line.parse_args()
+    """Run all readers and print the counts; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", action="append")
+    args = parser.parse_args()
     from fault import place
 
     tiny = args.work / "tiny"
     tiny.mkdir(parents=True, exist_ok=True)
     place.prepare(tiny)
-    chosen = [door for door in doors(tiny) if not args.only or door.name in args.only]
-    total, broken = 0, 0
-    for door in chosen:
+    chosen = [reader for reader in readers(tiny) if not args.only or reader.name in args.only]
+    total, failed = 0, 0
+    for reader in chosen:
         started = time.monotonic()
         try:
-            count = attempt(door, -(-args.inputs // len(chosen)), args.seed, args.work / "here")
+            count = attempt(reader, -(-args.inputs // len(chosen)), args.seed, args.work / "here")
             total += count
-            print(f"{count:6}  {door.name}  {time.monotonic() - started:.0f} s", flush=True)
+            print(f"{count:6}  {reader.name}  {time.monotonic() - started:.0f} s", flush=True)
         except Exception as error:
-            broken += 1
-            print(f"BROKEN  {door.name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+            failed += 1
+            print(f"FAILED  {reader.name}: {type(error).__name__}: {str(error)[:1500]}", flush=True)
             print("\n".join(getattr(error, "__notes__", []))[:1500], flush=True)
-    print(f"{total:6}  inputs, {broken} doors broken")
-    return 1 if broken else 0
+    print(f"{total:6}  inputs, {failed} readers failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""kill -9 at random moments of every command: nothing torn is ever accepted, and the same command again completes.
+"""kill -9 at random moments of every command: no torn file is accepted, and a rerun of the command completes.
 
     python tests/fault/kill.py --runs 200 --work /tmp/kill
 
-Every second run starts over an older result of other settings, where there is one. Prints counts; exit 1 if any
-promise was broken.
+Every second run starts over an older result of other settings, if there is one. Prints counts; exit 1 after any
+violation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from fault import place
 from fault.place import Child, Command, fresh, hub_for, torn, visible
 
-SLOW_SECONDS, SLOW_EVERY = 8.0, 4  # a command that takes longer has one turn while the others have four
+SLOW_SECONDS, SLOW_EVERY = 8.0, 4  # a slower command runs once while the others run four times
 OLDER = {  # other settings, so that the older files have other bytes
     "fp8": ["--headroom", 4],
     "calib": ["--seed", 9],
@@ -30,14 +30,14 @@ OLDER = {  # other settings, so that the older files have other bytes
 
 
 def main() -> int:
-    """Run and print the counts."""
-    line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    line.add_argument("--runs", type=int, default=200)
-    line.add_argument("--seed", type=int, default=1)
-    line.add_argument("--minutes", type=float, default=600.0, help="stop after this time and say so")
-    line.add_argument("--work", type=Path, required=True)
-    line.add_argument("--only", action="append", help="commands by name")
-    args = line.parse_args()
+    """Run all kills and print the counts; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop after this time and say so")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="commands by name")
+    args = parser.parse_args()
     place.preload()
     tiny = args.work / "tiny"
     tiny.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,8 @@ def main() -> int:
     finished: dict[str, tuple[float, list[dict[str, bytes]]]]
     finished = {command.name: reference(command, tiny, args.work) for command in chosen}
     slow = {name for name, (seconds, _) in finished.items() if seconds > SLOW_SECONDS}
-    turns = [one for turn in range(SLOW_EVERY) for one in chosen if turn == 0 or one.name not in slow]
-    dice, counts, broken = random.Random(args.seed), collections.Counter[str](), list[str]()
+    turns = [command for turn in range(SLOW_EVERY) for command in chosen if turn == 0 or command.name not in slow]
+    dice, counts, all_violations = random.Random(args.seed), collections.Counter[str](), list[str]()
     end = time.monotonic() + 60 * args.minutes
     for run in range(args.runs):
         if time.monotonic() > end:
@@ -56,25 +56,29 @@ def main() -> int:
         command = turns[run % len(turns)]
         seconds, states = finished[command.name]
         over = len(states) > 1 and dice.random() < 0.5
-        said = attempt(command, tiny, args.work, states, over, dice.uniform(0.0, seconds), counts)
-        broken += [f"run {run}, {command.name}: {one}" for one in said]
-        print(f"run {run} {command.name}{' over older' if over else ''}: {said or 'good'}", file=sys.stderr, flush=True)
+        violations = attempt(command, tiny, args.work, states, over, dice.uniform(0.0, seconds), counts)
+        all_violations += [f"run {run}, {command.name}: {item}" for item in violations]
+        print(
+            f"run {run} {command.name}{' over older' if over else ''}: {violations or 'good'}",
+            file=sys.stderr,
+            flush=True,
+        )
     for name, count in sorted(counts.items()):
         print(f"{count:5}  {name}")
-    print(f"{len(broken):5}  promises broken")
-    print("\n".join(broken))
-    return 1 if broken else 0
+    print(f"{len(all_violations):5}  violations")
+    print("\n".join(all_violations))
+    return 1 if all_violations else 0
 
 
 def reference(command: Command, tiny: Path, work: Path) -> tuple[float, list[dict[str, bytes]]]:
-    """How long a command takes, and the files that it leaves: with its own settings, and with older ones."""
+    """Return a command's duration and the files that it writes: with its own settings, and with older ones."""
     states, seconds = [], 0.0
-    for which in (command, older(command)):
-        if which is None:
+    for variant in (command, older(command)):
+        if variant is None:
             continue
-        out = fresh(work / f"reference-{which.name.replace(' ', '-')}-{len(states)}")
-        with hub_for(which, tiny, fresh(work / "cache")):
-            child = Child(which, out, work / "reference.log")
+        out = fresh(work / f"reference-{variant.name.replace(' ', '-')}-{len(states)}")
+        with hub_for(variant, tiny, fresh(work / "cache")):
+            child = Child(variant, out, work / "reference.log")
             assert child.wait() == 0, (work / "reference.log").read_text()
         seconds = seconds or child.seconds
         states.append(visible(out))
@@ -83,7 +87,7 @@ def reference(command: Command, tiny: Path, work: Path) -> tuple[float, list[dic
 
 
 def older(command: Command) -> Command | None:
-    """The command with the settings of an older run."""
+    """Return the command with the settings of an older run, or None."""
     words = OLDER.get(command.name)
     if words is None:
         return None
@@ -94,7 +98,7 @@ def attempt(
     command: Command, tiny: Path, work: Path, states: list[dict[str, bytes]], over: bool, moment: float,
     counts: collections.Counter[str],
 ) -> list[str]:  # fmt: skip
-    """One kill and one rerun; the promises that were broken."""
+    """Kill the command once and rerun it; return the violations."""
     out = fresh(work / "out")
     if over:
         for name, data in states[1].items():
@@ -103,23 +107,25 @@ def attempt(
     with hub_for(command, tiny, fresh(work / "cache")) as hub:
         code = Child(command, out, work / "killed.log").kill_after(moment)
         counts[f"{command.name}: killed" if code == -9 else f"{command.name}: ended before"] += 1
-        broken = [f"accepted after the kill: {one}" for one in torn(out, states)]
+        violations = [f"accepted after the kill: {item}" for item in torn(out, states)]
         if hub is not None and command.module == "publish":
-            broken += [f"half a commit: {sorted(tree)}" for tree in hub.commits.values() if len(tree) not in (1, 2, 5)]
+            violations += [
+                f"half a commit: {sorted(tree)}" for tree in hub.commits.values() if len(tree) not in (1, 2, 5)
+            ]
         if Child(command, out, work / "again.log").wait() != 0:
-            broken.append("the rerun failed: " + (work / "again.log").read_text()[-400:])
-    counts[f"{command.name}: rerun complete"] += not broken
-    found = visible(out)
+            violations.append("the rerun failed: " + (work / "again.log").read_text()[-400:])
+    counts[f"{command.name}: rerun complete"] += not violations
+    files = visible(out)
     for name, data in states[0].items():
-        if name.endswith(place.REPEATED) and found.get(name) != data:
-            broken.append(f"after the rerun {name} is {'other' if name in found else 'missing'}")
-        elif name not in found:
-            broken.append(f"after the rerun {name} is missing")
-    broken += [f"accepted after the rerun: {one}" for one in torn(out, states)]
+        if name.endswith(place.REPEATED) and files.get(name) != data:
+            violations.append(f"after the rerun {name} is {'other' if name in files else 'missing'}")
+        elif name not in files:
+            violations.append(f"after the rerun {name} is missing")
+    violations += [f"accepted after the rerun: {item}" for item in torn(out, states)]
     hidden = [path for path in out.rglob("*") if path.name.startswith(".") and path.is_file()]
     counts["hidden leftovers after a rerun (files)"] += len(hidden)
     shutil.rmtree(work / "out", ignore_errors=True)
-    return broken
+    return violations
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Requests that are wrong in every way there is: fields, bodies, encodings, uploads and heads."""
+"""Malformed requests of every kind: fields, bodies, encodings, uploads and headers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ names = st.sampled_from(
     ["prompt", "seconds", "seed", "steps", "cfg", "apg", "negative_prompt", "format", "init_start", "init_noise_level",
      "inpaint", "init_audio", "unknown", ""]
 )  # fmt: skip
-# A body that is right by chance makes a sound: short ones, so that a thousand of them take minutes and not hours.
-objects = st.dictionaries(names, texts, max_size=6).map(lambda found: {**found, "seconds": found.get("seconds", 0.1)})
+# A body that is valid by chance makes a sound: short ones, so that a thousand of them take minutes and not hours.
+objects = st.dictionaries(names, texts, max_size=6).map(lambda body: {**body, "seconds": body.get("seconds", 0.1)})
 sounds = st.one_of(
     st.binary(max_size=300),
     st.binary(max_size=60).map(lambda tail: b"RIFF\xff\xff\xff\xffWAVEfmt \x10\x00\x00\x00\x01\x00\x02\x00" + tail),
@@ -39,17 +39,17 @@ sounds = st.one_of(
 )
 
 
-def as_json(found: dict[str, Any]) -> bytes:
-    return json.dumps(found).encode("utf-8", "surrogatepass")
+def as_json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields).encode("utf-8", "surrogatepass")
 
 
-def as_form(found: dict[str, Any], sound: bytes, closed: bool) -> bytes:
-    """A form of the fields and a file, perhaps without its end."""
+def as_form(fields: dict[str, Any], sound: bytes, closed: bool) -> bytes:
+    """Return a multipart form of the fields and a file, without its end unless `closed`."""
     parts = [
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode(
             "utf-8", "surrogatepass"
         )
-        for name, value in found.items()
+        for name, value in fields.items()
     ]
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="init_audio"; filename="a.wav"\r\n\r\n'.encode()
     return b"".join([*parts, head, sound, f"\r\n--{BOUNDARY}--\r\n".encode() if closed else b""])
@@ -57,9 +57,9 @@ def as_form(found: dict[str, Any], sound: bytes, closed: bool) -> bytes:
 
 json_kind, form_kind = "application/json", f"multipart/form-data; boundary={BOUNDARY}"
 bodies: st.SearchStrategy[tuple[str, bytes]] = st.one_of(
-    objects.map(lambda found: (json_kind, as_json(found))),
+    objects.map(lambda body: (json_kind, as_json(body))),
     st.tuples(objects, st.integers(0, 40)).map(lambda pair: (json_kind, as_json(pair[0])[: -pair[1] or None])),
-    objects.map(lambda found: (json_kind, json.dumps(found, ensure_ascii=False).encode("utf-16", "surrogatepass"))),
+    objects.map(lambda body: (json_kind, json.dumps(body, ensure_ascii=False).encode("utf-16", "surrogatepass"))),
     st.tuples(objects, sounds, st.booleans()).map(lambda three: (form_kind, as_form(*three))),
     st.binary(max_size=100).map(lambda data: (form_kind, data)),
     st.tuples(st.text("abc/;= \t", max_size=20), st.binary(max_size=50)),
@@ -72,7 +72,7 @@ def plain(kind: str, body: bytes) -> bytes:
 
 
 def send(service: Service, data: bytes) -> int:
-    """The status of the answer to raw bytes; 0 for a connection that was closed without one."""
+    """Send raw bytes; return the status of the response, 0 for a connection closed without one."""
     with socket.create_connection(("127.0.0.1", service.port), ANSWER_SECONDS) as client:
         with contextlib.suppress(OSError):  # cut off, which may have been said before
             client.sendall(data)
@@ -89,7 +89,7 @@ def send(service: Service, data: bytes) -> int:
 
 
 def large(service: Service) -> int:
-    """An upload of 1 GB that says so in no head; the status, 0 for a connection that was cut."""
+    """Upload 1 GB without a Content-Length; return the status, 0 for a closed connection."""
     with socket.create_connection(("127.0.0.1", service.port), ANSWER_SECONDS) as client:
         head = f"POST /v1/audio/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: {form_kind}\r\n"
         client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -106,7 +106,7 @@ def large(service: Service) -> int:
 
 
 def send_malformed(service: Service, count: int) -> dict[str, Any]:
-    """Send so many requests, the most of them wrong; how they were answered."""
+    """Send `count` requests, most of them malformed; return counts of the responses."""
     statuses: Counter[int] = Counter()
     odd: list[Callable[[], int]] = [
         lambda: large(service),
@@ -122,11 +122,11 @@ def send_malformed(service: Service, count: int) -> dict[str, Any]:
     @seed(18)
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(bodies)
-    def one(body: tuple[str, bytes]) -> None:
+    def send_example(body: tuple[str, bytes]) -> None:
         kind, data = body
         statuses[send(service, plain(kind.replace("\n", " "), data))] += 1
 
-    one()
+    send_example()
     for attempt in odd:
         statuses[attempt()] += 1
     return {

@@ -29,7 +29,7 @@ from sa3_trt_core.targets import (
 
 RTX = ["--backend", "tensorrt_rtx", "--arch", "sm_89"]
 REPEATED = (".onnx", ".data", ".npz", ".wav", ".safetensors")  # the same inputs give the same bytes
-# Imported once, before the children are forked: a run then takes its own time and not that of the imports.
+# Imported once, before the children are forked, so that a run's duration excludes the imports.
 MODULES = (
     "make_demo_checkpoint", "export_onnx", "make_calib", "build_dit_fp16mixed", "build_dit_fp8", "build_from_onnx",
     "publish", "sa3_trt", "sa3_build.recipes.fp8",
@@ -41,7 +41,7 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its module and, for an output folder, its arguments."""
+    """A command: its module and a function from an output folder to its arguments."""
 
     name: str
     module: str
@@ -50,7 +50,7 @@ class Command:
 
 
 def preload() -> None:
-    """Import all that the commands use."""
+    """Import everything that the commands use."""
     os.environ.setdefault("SOURCE_DATE_EPOCH", "1790000000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in MODULES:
@@ -58,12 +58,12 @@ def preload() -> None:
 
 
 def graph(root: Path, target: str) -> Path:
-    """Where a target's graph lies under an ONNX root."""
+    """Return the path of a target's graph under an ONNX root."""
     return root / find_target(target).onnx[0]
 
 
 def commands(tiny: Path) -> list[Command]:
-    """Every producer and consumer command, in the order of the chain, on what `prepare` made."""
+    """Return every producer and consumer command, in the order of the chain, on the files of `prepare`."""
     checkpoint, root, calib = tiny / "checkpoint", tiny / "onnx", tiny / "sa3-m.calib.npz"
     captured = ["--model-config", checkpoint / "model_config.json", "--checkpoint", checkpoint / "model.safetensors"]
     sound = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--steps", 2, "--seed", 1, "--quiet"]
@@ -90,7 +90,7 @@ def commands(tiny: Path) -> list[Command]:
 
 
 def prepare(tiny: Path) -> None:
-    """Make the tiny checkpoint, graphs and calibration set, unless they are there."""
+    """Make the tiny checkpoint, graphs and calibration set unless they exist."""
     if (tiny / "done").exists():
         return
     checkpoint, root = tiny / "checkpoint", tiny / "onnx"
@@ -137,13 +137,13 @@ class Child:
                 os._exit(code)
 
     def wait(self) -> int:
-        """The exit code; a signal is negative."""
+        """Wait for the end; return the exit code, negative for a signal."""
         _, status = os.waitpid(self.pid, 0)
         self.seconds = time.monotonic() - self.started
         return os.waitstatus_to_exitcode(status)
 
     def kill_after(self, seconds: float) -> int:
-        """kill -9 after some seconds; the exit code if it ended before."""
+        """Send kill -9 after some seconds; return the exit code."""
         end = self.started + seconds
         while time.monotonic() < end:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -156,7 +156,7 @@ class Child:
 
 @contextlib.contextmanager
 def hub_for(command: Command, tiny: Path, cache: Path) -> Iterator[hub_server.LocalHub | None]:
-    """The hub that a command talks to, if it does: with the tiny model on it, or with nothing."""
+    """Run the hub that a command needs, with the tiny model or empty; yield None if it needs none."""
     if not command.hub:
         yield None
         return
@@ -175,7 +175,7 @@ def hub_for(command: Command, tiny: Path, cache: Path) -> Iterator[hub_server.Lo
 
 
 def visible(out: Path) -> dict[str, bytes]:
-    """The files that a reader may take: no hidden ones, nothing inside hidden folders."""
+    """Return the files that a reader may use: no hidden ones, nothing inside hidden folders."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in out.rglob("*")
@@ -184,13 +184,13 @@ def visible(out: Path) -> dict[str, bytes]:
 
 
 def torn(out: Path, good: list[dict[str, bytes]]) -> list[str]:
-    """What a reader would take and must not: `good` are the finished states that the folder may hold files of.
+    """Return the files that a reader would wrongly accept; `good` are the finished states whose files are valid.
 
-    A manifest vouches for every byte that it lists. A graph counts with its sidecars, and only if nothing refuses it.
+    A manifest must match every file that it lists. A graph counts with its sidecars, and only if it can be read.
     """
     from sa3_trt_core.hub.resolve import external_data_names
 
-    found, files = [], visible(out)
+    violations, files = [], visible(out)
     for name, data in files.items():
         path = out / name
         if name.endswith(manifest.MANIFEST_SUFFIX):
@@ -200,23 +200,23 @@ def torn(out: Path, good: list[dict[str, bytes]]) -> list[str]:
             except ToolError as error:
                 reason = error.message
             if reason is not None:
-                found.append(f"{name}: {reason}")
+                violations.append(f"{name}: {reason}")
         elif name.endswith(".onnx"):
             try:
-                group = {name, *(str(Path(name).parent / one) for one in external_data_names(path))}
+                group = {name, *(str(Path(name).parent / file_name) for file_name in external_data_names(path))}
             except ToolError:
                 continue
-            if all(one in files for one in group) and not any(
-                all(state.get(one) == files[one] for one in group) for state in good
+            if all(file_name in files for file_name in group) and not any(
+                all(state.get(file_name) == files[file_name] for file_name in group) for state in good
             ):
-                found.append(f"{name} is a mixture")
+                violations.append(f"{name} is a mixture")
         elif name.endswith((".npz", ".wav")) and not any(state.get(name) == data for state in good):
-            found.append(f"{name} is torn")
-    return found
+            violations.append(f"{name} is torn")
+    return violations
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder of that name."""
+    """Make an empty folder of that name; return it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

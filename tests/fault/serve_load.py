@@ -1,8 +1,8 @@
-"""Acceptance of the service on a model of this machine: many clients, bit-equal sounds, malformed requests, leavers.
+"""Acceptance of the service on a local model: many clients, bit-equal sounds, malformed requests, disconnects.
 
     PYTHONPATH=tests python tests/fault/serve_load.py --onnx-root output/demo/onnx --work D
 
-Prints one JSON document; exit 1 when something that is owed does not hold.
+Prints one JSON document; exit 1 if a requirement is not met.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ LEAVERS = 20
 
 
 def requests(count: int, longest: float) -> list[dict[str, Any]]:
-    """Requests of mixed length, form and seed."""
+    """Return requests of mixed length, format and seed."""
     draw = random.Random(18)
-    found: list[dict[str, Any]] = []
+    drawn: list[dict[str, Any]] = []
     for number in range(count):
         fields: dict[str, Any] = {"prompt": draw.choice(["piano", "techno", "rain", "bells"]), "seed": number}
         fields |= {"seconds": round(draw.uniform(0.5, longest), 2), "steps": draw.choice([2, 4])}
         fields |= {"format": draw.choice(["wav", "flac"])}
         if draw.random() < 0.25:
             fields["cfg"] = 3.0
-        found.append(fields)
-    return found
+        drawn.append(fields)
+    return drawn
 
 
 def load(service: Service, clients: int, each: int, longest: float) -> tuple[dict[str, Any], list[Any]]:
-    """Every client sends its requests one after the other; figures, and (request, sound) pairs."""
-    asked = requests(clients * each, longest)
+    """Let every client send its requests one after the other; return figures and (request, sound) pairs."""
+    planned = requests(clients * each, longest)
 
     def client(number: int) -> list[Any]:
-        found = []
-        for fields in asked[number::clients]:
+        responses = []
+        for fields in planned[number::clients]:
             started = time.perf_counter()
             answer = service.generate(**fields)
-            found.append((fields, answer.status_code, time.perf_counter() - started, answer.content))
-        return found
+            responses.append((fields, answer.status_code, time.perf_counter() - started, answer.content))
+        return responses
 
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        answers = [one for part in pool.map(client, range(clients)) for one in part]
+        answers = [response for part in pool.map(client, range(clients)) for response in part]
     elapsed = time.perf_counter() - started
     times = sorted(taken for _, _, taken, _ in answers)
     rate = len(answers) / elapsed
@@ -65,7 +65,7 @@ def load(service: Service, clients: int, each: int, longest: float) -> tuple[dic
 
 
 def unequal(root: Path, precision: str, sounds: list[Any], work: Path) -> int:
-    """How many sounds differ in any byte from those of sa3_trt, which makes them in one process by --prompts-file."""
+    """Return the number of sounds that differ in any byte from those of one sa3_trt process with --prompts-file."""
     wrong = 0
     groups: dict[tuple[Any, ...], list[Any]] = {}
     for fields, data in sounds:
@@ -85,7 +85,7 @@ def unequal(root: Path, precision: str, sounds: list[Any], work: Path) -> int:
 
 
 def leave(service: Service) -> dict[str, float]:
-    """Clients that close their connections in the middle, and the steps until all places are free."""
+    """Close clients' connections during generation; return the steps until all slots are free."""
     body = json.dumps({"prompt": "x", "seconds": 5, "steps": 100, "seed": 1}).encode()
     head = f"POST /v1/audio/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     clients = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(LEAVERS)]
@@ -103,21 +103,21 @@ def leave(service: Service) -> dict[str, float]:
 
 
 def resident(service: Service) -> int:
-    """Bytes of memory that the server holds."""
+    """Return the server's resident memory in bytes."""
     return int(Path(f"/proc/{service.process.pid}/statm").read_text().split()[1]) * 4096
 
 
 def main() -> int:
-    """Run all of it. Exit 1 when something that is owed does not hold."""
-    parse = argparse.ArgumentParser()
-    parse.add_argument("--onnx-root", type=Path, required=True)
-    parse.add_argument("--precision", default="fp8")
-    parse.add_argument("--clients", type=int, default=16)
-    parse.add_argument("--requests", type=int, default=20)
-    parse.add_argument("--malformed", type=int, default=1000)
-    parse.add_argument("--longest", type=float, default=3.0, metavar="S")
-    parse.add_argument("--work", type=Path, required=True)
-    args = parse.parse_args()
+    """Run the test and print its figures; return 1 if a requirement is not met."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--onnx-root", type=Path, required=True)
+    parser.add_argument("--precision", default="fp8")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--malformed", type=int, default=1000)
+    parser.add_argument("--longest", type=float, default=3.0, metavar="S")
+    parser.add_argument("--work", type=Path, required=True)
+    args = parser.parse_args()
     from fault.malformed import send_malformed
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -134,10 +134,14 @@ def main() -> int:
         report["exit_code"] = service.stop()
     report["load"]["unequal"] = unequal(args.onnx_root, args.precision, sounds, args.work)
     print(json.dumps(report, indent=2))
-    load_, wrong = report["load"], report["malformed"]
-    held = load_["lost"] == 0 and load_["unequal"] == 0 and load_["p99_seconds"] <= load_["owed_p99_seconds"]
-    held &= wrong["server_errors"] == 0 and wrong["grown_bytes"] < LEAK_BYTES and report["then"] == 200
-    return 0 if held and report["exit_code"] == 0 else 1
+    load_figures, malformed = report["load"], report["malformed"]
+    met = (
+        load_figures["lost"] == 0
+        and load_figures["unequal"] == 0
+        and load_figures["p99_seconds"] <= load_figures["owed_p99_seconds"]
+    )
+    met &= malformed["server_errors"] == 0 and malformed["grown_bytes"] < LEAK_BYTES and report["then"] == 200
+    return 0 if met and report["exit_code"] == 0 else 1
 
 
 if __name__ == "__main__":

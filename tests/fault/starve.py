@@ -1,9 +1,9 @@
-"""Full disks, read-only disks, two processes at once, and clocks that are wrong, for every command.
+"""Full disks, read-only disks, two processes at once, and wrong clocks, for every command.
 
     python tests/fault/starve.py --rounds 3 --work /tmp/starve
 
 Small disks are tmpfs mounts where this user may mount, else limits on the size of a file. Prints counts; exit 1 if any
-promise was broken: two lines and no traceback, nothing torn accepted, the same command again completes.
+violation of: two lines and no traceback, no torn file accepted, a rerun of the command completes.
 """
 
 from __future__ import annotations
@@ -29,21 +29,26 @@ Counts = collections.Counter[str]
 
 
 def main() -> int:
-    """Run and print the counts."""
-    line = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    line.add_argument("--rounds", type=int, default=3)
-    line.add_argument("--seed", type=int, default=1)
-    line.add_argument("--minutes", type=float, default=600.0)
-    line.add_argument("--work", type=Path, required=True)
-    line.add_argument("--only", action="append", help="commands by name")
-    line.add_argument("--fault", action="append", choices=tuple(FAULTS))
-    args = line.parse_args()
+    """Run all faults and print the counts; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=600.0)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="commands by name")
+    parser.add_argument("--fault", action="append", choices=tuple(FAULTS))
+    args = parser.parse_args()
     place.preload()
     (args.work / "tiny").mkdir(parents=True, exist_ok=True)
     place.prepare(args.work / "tiny")
-    chosen = [one for one in place.commands(args.work / "tiny") if not args.only or one.name in args.only]
+    chosen = [item for item in place.commands(args.work / "tiny") if not args.only or item.name in args.only]
     finished = {command.name: kill.reference(command, args.work / "tiny", args.work) for command in chosen}
-    dice, counts, broken, end = random.Random(args.seed), Counts(), list[str](), time.monotonic() + 60 * args.minutes
+    dice, counts, all_violations, end = (
+        random.Random(args.seed),
+        Counts(),
+        list[str](),
+        time.monotonic() + 60 * args.minutes,
+    )
     for turn in range(args.rounds):
         for fault in args.fault or FAULTS:
             for command in chosen:
@@ -51,21 +56,21 @@ def main() -> int:
                     counts["not run: the time was up"] += 1
                     continue
                 states = finished[command.name][1][:1]
-                said = FAULTS[fault](command, args.work, states, dice, counts)
+                violations = FAULTS[fault](command, args.work, states, dice, counts)
                 counts[f"{fault}: {command.name}"] += 1
-                broken += [f"{fault}, round {turn}, {command.name}: {one}" for one in said]
-                print(f"{fault} {command.name}: {said or 'good'}", file=sys.stderr, flush=True)
+                all_violations += [f"{fault}, round {turn}, {command.name}: {item}" for item in violations]
+                print(f"{fault} {command.name}: {violations or 'good'}", file=sys.stderr, flush=True)
     for name, count in sorted(counts.items()):
         print(f"{count:5}  {name}")
-    print(f"{len(broken):5}  promises broken")
-    print("\n".join(broken))
-    return 1 if broken else 0
+    print(f"{len(all_violations):5}  violations")
+    print("\n".join(all_violations))
+    return 1 if all_violations else 0
 
 
 def full_disk(
     command: Command, work: Path, states: list[dict[str, bytes]], dice: random.Random, counts: Counts
 ) -> list[str]:
-    """Too little room, of a random size; then enough."""
+    """Run on a disk that is too small by a random amount, then with enough space; return the violations."""
     needed = max(sum(len(data) for data in states[0].values()), 1 << 16)
     size = int(needed * dice.uniform(0.02, 0.95))
     with small_disk(work / "disk", size) as (mounted, before, grow):
@@ -73,17 +78,17 @@ def full_disk(
         counts["small disks that were mounts" if mounted else "small disks that were limits"] += 1
         with hub_for(command, tiny, fresh(work / "cache")):
             code = Child(command, out, work / "full.log", before).wait()
-            broken = answers(code, work / "full.log", counts)
-            broken += [f"accepted: {one}" for one in torn(out, states)]
+            violations = answers(code, work / "full.log", counts)
+            violations += [f"accepted: {item}" for item in torn(out, states)]
             grow()
-            broken += completes(command, out, work, states)
-    return broken
+            violations += completes(command, out, work, states)
+    return violations
 
 
 def read_only(
     command: Command, work: Path, states: list[dict[str, bytes]], dice: random.Random, counts: Counts
 ) -> list[str]:
-    """A disk that takes nothing at all."""
+    """Run on a read-only disk; return the violations."""
     with small_disk(work / "disk", 1 << 30, "ro") as (mounted, _, _):
         if not mounted or not states[0]:
             counts["read-only: not possible here, or nothing to write"] += 1
@@ -96,7 +101,7 @@ def read_only(
 def twice(
     command: Command, work: Path, states: list[dict[str, bytes]], dice: random.Random, counts: Counts
 ) -> list[str]:
-    """Two of the same at once, into the same place, the second a little later."""
+    """Run the command twice at once on the same output, the second a little later; return the violations."""
     out = fresh(work / "out")
     with hub_for(command, work / "tiny", fresh(work / "cache")):
         first = Child(command, out, work / "first.log")
@@ -113,7 +118,7 @@ def twice(
 def clocks(
     command: Command, work: Path, states: list[dict[str, bytes]], dice: random.Random, counts: Counts
 ) -> list[str]:
-    """Files of the past and of the future, and a clock that jumps: nothing is made again, nothing breaks."""
+    """Run with files of the past and the future and with a jumping clock: nothing may be rebuilt or fail."""
     out = fresh(work / "out")
     with hub_for(command, work / "tiny", fresh(work / "cache")):
         for decade in dice.sample(DECADES, len(DECADES)):
@@ -138,7 +143,7 @@ FAULTS: dict[str, Callable[[Command, Path, list[dict[str, bytes]], random.Random
 
 
 def answers(code: int, log: Path, counts: Counts) -> list[str]:
-    """What a command may say: all is well, or two lines (after its progress)."""
+    """Return the violations of a command's exit: success, or two lines after its progress output."""
     text = log.read_text(errors="replace")
     counts[f"exit {code}"] += 1
     if code == 0:
@@ -152,14 +157,14 @@ def answers(code: int, log: Path, counts: Counts) -> list[str]:
 
 
 def completes(command: Command, out: Path, work: Path, states: list[dict[str, bytes]]) -> list[str]:
-    """The same command again ends well and leaves what it would have left at once."""
+    """Rerun the command; return the violations: it must succeed and write the files of an undisturbed run."""
     if Child(command, out, work / "again.log").wait() != 0:
         return ["the rerun failed: " + (work / "again.log").read_text()[-400:]]
-    found = visible(out)
-    wrong = [name for name, data in states[0].items() if name not in found
-             or (name.endswith(place.REPEATED) and found[name] != data)]  # fmt: skip
-    return [f"after the rerun {name} is not what it should be" for name in wrong] + [
-        f"accepted after the rerun: {one}" for one in torn(out, states)
+    files = visible(out)
+    differing = [name for name, data in states[0].items() if name not in files
+             or (name.endswith(place.REPEATED) and files[name] != data)]  # fmt: skip
+    return [f"after the rerun {name} is not what it should be" for name in differing] + [
+        f"accepted after the rerun: {item}" for item in torn(out, states)
     ]
 
 
@@ -167,7 +172,7 @@ def completes(command: Command, out: Path, work: Path, states: list[dict[str, by
 def small_disk(
     folder: Path, size: int, mode: str = "rw"
 ) -> Iterator[tuple[bool, Callable[[], None] | None, Callable[[], None]]]:
-    """An empty disk of a size: (is it a mount, what the child calls first, what makes it large)."""
+    """Yield an empty disk of a size: (whether it is a mount, what the child calls first, what enlarges it)."""
     fresh(folder)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size},{mode}", "tmpfs", str(folder)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:

@@ -1,4 +1,4 @@
-"""In small what tests/fault does in large: kills, full disks, two at once, bent clocks, damaged files and odd flags."""
+"""Short versions of tests/fault: kills, full disks, two at once, wrong clocks, damaged files and odd flags."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.targets import find_target
 
-EXAMPLES = 25  # of each door; tests/fault/fuzz.py gives 10,000 inputs
+EXAMPLES = 25  # per reader; tests/fault/fuzz.py gives 10,000 inputs
 HALF = find_target("sa3-m")
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint: Path, tiny_fp8: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model laid out as the scripts of tests/fault have it."""
+    """Return the tiny model laid out as the scripts of tests/fault expect it."""
     folder = tmp_path_factory.mktemp("faults")
     for name, source in (("checkpoint", tiny_checkpoint), ("onnx", tiny_fp8), ("sa3-m.calib.npz", tiny_calib)):
         (folder / name).symlink_to(source)
     return folder
 
 
-DOORS = (
+READERS = (
     "calibration sets", "zip bombs", "ONNX protos", "sidecar names", "sidecars", "WAV and FLAC", "model configs",
     "manifests", "safetensors", "tokenizer configs", "prompt files", "reports to publish", "inspector JSON", "flags",
 )  # fmt: skip
 
 
-def test_every_door_is_tried(tiny: Path) -> None:
-    assert tuple(door.name for door in fuzz.doors(tiny)) == DOORS
+def test_every_reader_is_tried(tiny: Path) -> None:
+    assert tuple(reader.name for reader in fuzz.readers(tiny)) == READERS
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", READERS)
 def test_damaged_input_is_refused_or_read(tiny: Path, tmp_path: Path, name: str) -> None:
-    (door,) = [one for one in fuzz.doors(tiny) if one.name == name]
-    assert fuzz.attempt(door, EXAMPLES, 7, tmp_path / "here") >= EXAMPLES
+    (reader,) = [reader for reader in fuzz.readers(tiny) if reader.name == name]
+    assert fuzz.attempt(reader, EXAMPLES, 7, tmp_path / "here") >= EXAMPLES
 
 
 def test_the_fuzzer_sees_a_traceback_and_a_file_that_was_left(tiny: Path, tmp_path: Path) -> None:
-    """The net itself: a door that fails otherwise, and one that writes."""
-    good = next(one for one in fuzz.doors(tiny) if one.name == "prompt files")
+    """The fuzzer fails for a reader with another exception and for one that writes."""
+    good = next(reader for reader in fuzz.readers(tiny) if reader.name == "prompt files")
     for read in (lambda folder: 1 // 0, lambda folder: (folder / "left").touch()):
         with pytest.raises((AssertionError, ZeroDivisionError)):
-            fuzz.attempt(fuzz.Door("bad", good.make, read, good.strategy), 3, 7, tmp_path / "here")
+            fuzz.attempt(fuzz.Reader("bad", good.make, read, good.strategy), 3, 7, tmp_path / "here")
 
 
 def test_a_graph_that_is_being_replaced_is_not_taken(tiny_onnx: Path, tmp_path: Path) -> None:
-    """Between the renames of sidecar and graph: the marker is there, and the next writer removes it."""
+    """Between the renames of sidecar and graph the marker exists, and the next writer removes it."""
     model = graphs_of.load(tiny_onnx / HALF.onnx[0])
     path = tmp_path / HALF.onnx[0]
     graphs_of.save(model, path)
@@ -71,7 +71,7 @@ def test_a_graph_that_is_being_replaced_is_not_taken(tiny_onnx: Path, tmp_path: 
 
 
 def test_a_kill_between_the_renames_leaves_the_marker(tiny_onnx: Path, tmp_path: Path) -> None:
-    """For real: a process that dies when the sidecar is in place and the graph is not."""
+    """A process is killed after the sidecar's rename and before the graph's."""
     source, path = tiny_onnx / HALF.onnx[0], tmp_path / HALF.onnx[0]
     graphs_of.save(graphs_of.load(source), path)
     code = (
@@ -111,15 +111,15 @@ def test_kill_9_of_a_build_leaves_no_engine_and_the_rerun_one(tmp_path: Path) ->
 
 def test_the_checker_sees_torn_files(tmp_path: Path) -> None:
     good = {"m.onnx": graphs.with_sidecar("m.onnx.data"), "m.onnx.data": b"12345678", "a.npz": b"whole", "x.wav": b"w"}
-    other = {**good, "m.onnx.data": b"87654321", "m.onnx": graphs.with_sidecar("m.onnx.data", "older")}
+    older = {**good, "m.onnx.data": b"87654321", "m.onnx": graphs.with_sidecar("m.onnx.data", "older")}
     for name, data in good.items():
         (tmp_path / name).write_bytes(data)
     manifest.write_manifest(tmp_path / "x.wav", "sound", [tmp_path / "x.wav"], {}, {})
-    assert torn(tmp_path, [good, other]) == []
-    (tmp_path / "m.onnx.data").write_bytes(other["m.onnx.data"])
+    assert torn(tmp_path, [good, older]) == []
+    (tmp_path / "m.onnx.data").write_bytes(older["m.onnx.data"])
     (tmp_path / "a.npz").write_bytes(b"whol")
     (tmp_path / "x.wav").write_bytes(b"")
-    assert len(torn(tmp_path, [good, other])) == 4  # the pair, the npz, the wav and its manifest
+    assert len(torn(tmp_path, [good, older])) == 4  # the pair, the npz, the wav and its manifest
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_full_disk_is_two_lines_in_every_librarys_words(error: Exception, caps
 
 
 def test_a_file_limit_stops_a_writer_in_two_lines(tiny_onnx: Path, tmp_path: Path) -> None:
-    """The operating system refuses the bytes; the same command then completes, with files from 1970 and from 2100."""
+    """The operating system rejects the write; a rerun then completes, with files dated 1970 and 2100."""
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

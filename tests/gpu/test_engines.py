@@ -1,4 +1,4 @@
-"""TensorRT on this machine's GPU: built, measured, inspected, and run against ONNX Runtime."""
+"""TensorRT on this machine's GPU: engines are built, timed, inspected and compared with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from sa3_trt_core.engines.tensorrt import TensorRtEngine
 from sa3_trt_core.shapes import CONTRACTS
 from sa3_trt_core.targets import find_target
 
-BACKENDS = [name for name, one in BUILDERS.items() if one.compiles and gpu.tensorrt_module(name) is not None]
+BACKENDS = [name for name, builder in BUILDERS.items() if builder.compiles and gpu.tensorrt_module(name) is not None]
 pytestmark = pytest.mark.skipif(
     gpu.current_arch() is None or not BACKENDS or not torch.cuda.is_available(), reason="no NVIDIA GPU with TensorRT"
 )
 
 
 def built(name: str, root: Path, models: Path, *words: str) -> tuple[Path, dict]:
-    """One engine by this machine's TensorRT, and what the command printed of it."""
+    """Build one engine by this machine's TensorRT; return its path and the command's report."""
     argv = [name, "--backend", BACKENDS[0], "--onnx-root", root, "--models-dir", models, "--json", *words]
     result = run(build_from_onnx.main, argv)
     assert result.code == 0, result.err
-    (one,) = json.loads(result.out)
-    return Path(one["path"]), one
+    (report,) = json.loads(result.out)
+    return Path(report["path"]), report
 
 
 def test_the_fastest_of_three_is_kept(tmp_path: Path) -> None:
@@ -52,10 +52,10 @@ def test_an_engine_gives_what_its_graph_gives(tiny_fp8: Path, tmp_path: Path, na
     names = [spec.name for spec in CONTRACTS["dit"].inputs]
     inputs = dict(zip(names, example_inputs("dit", batch=2, frames=70), strict=True))
     with TensorRtEngine(path, BACKENDS[0]) as engine:
-        found = engine.run(inputs)["velocity"].flatten()
+        velocity = engine.run(inputs)["velocity"].flatten()
     with OnnxRuntimeEngine(tiny_fp8 / find_target(name).onnx[0]) as engine:
-        wanted = engine.run(inputs)["velocity"].flatten()
-    assert torch.nn.functional.cosine_similarity(found, wanted, dim=0) > 0.99
+        expected = engine.run(inputs)["velocity"].flatten()
+    assert torch.nn.functional.cosine_similarity(velocity, expected, dim=0) > 0.99
 
 
 def test_a_second_build_reads_the_timing_cache(tiny_fp8: Path, tmp_path: Path) -> None:

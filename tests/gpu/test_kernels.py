@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch on the GPU in this machine."""
+"""The Triton kernels compared with plain PyTorch on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def both() -> tuple[FusedOps, PlainOps]:
     return FusedOps(angles.cos(), angles.sin()), PlainOps(angles.cos(), angles.sin())
 
 
-def alike(found: Tensor, expected: Tensor, least: float) -> None:
-    """FP8 codes may differ by one step where rounding decides: their norm tells."""
-    difference = (found.float() - expected.float()).norm() / expected.float().norm()
-    assert found.dtype == expected.dtype and difference < least
+def alike(actual: Tensor, expected: Tensor, limit: float) -> None:
+    """Assert the same type and a relative norm of the difference below `least`: FP8 codes may differ by one step."""
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm()
+    assert actual.dtype == expected.dtype and difference < limit
 
 
 @pytest.mark.parametrize("scale", [None, SCALE])
@@ -42,10 +42,10 @@ def test_residual_and_norm(both: tuple[FusedOps, PlainOps], scale: float | None,
     torch.manual_seed(0)
     hidden, branch = normal(ROWS, TOKENS, WIDTH).half(), normal(ROWS, TOKENS, WIDTH).half()
     shape = {"frames": (ROWS, TOKENS - MEMORY, WIDTH), "constant": (1, 1, WIDTH)}
-    told = None if local is None else normal(*shape[local]).half()
+    local_embedding = None if local is None else normal(*shape[local]).half()
     vectors = [normal(ROWS, WIDTH) for _ in range(4)]
     results = [
-        ops.add_normed(hidden, branch, *vectors[:2], told, MEMORY, *vectors[2:], 1e-5, scale) for ops in both
+        ops.add_normed(hidden, branch, *vectors[:2], local_embedding, MEMORY, *vectors[2:], 1e-5, scale) for ops in both
     ]  # fmt: skip
     alike(results[0][0], results[1][0], 1e-3)
     alike(results[0][1], results[1][1], 0.01)

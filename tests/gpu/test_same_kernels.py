@@ -1,4 +1,4 @@
-"""The Triton kernels of the SAME autoencoder and the text encoder's products against plain PyTorch on this GPU."""
+"""The Triton kernels of the SAME autoencoder and the text encoder's products compared with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def latents() -> Tensor:
     return torch.randn(2, 256, FRAMES, generator=torch.Generator().manual_seed(1)).cuda()
 
 
-def decibels(found: Tensor, wanted: Tensor) -> float:
-    error = (found.double() - wanted.double()).square().sum()
-    return float(10 * torch.log10(wanted.double().square().sum() / error))
+def decibels(samples: Tensor, reference: Tensor) -> float:
+    error = (samples.double() - reference.double()).square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / error))
 
 
 @pytest.mark.parametrize("tile", [Tile(32, 64, 2), Tile(16, 64, 2), Tile(64, 128, 8), Tile(128, 128, 8)])
@@ -44,7 +44,7 @@ def test_a_decoder_of_kernels_gives_what_plain_operations_give(packed: Packed, t
 
 
 def test_pieces_change_nothing(packed: Packed) -> None:
-    """A library product of another size may round another way on a GPU; plain operations on a CPU agree to the bit."""
+    """A library product of another size may round differently on a GPU; plain operations on a CPU are bit-identical."""
     ops = TritonOps(packed.rates)
     pieces, whole = (Same(packed, ops, *size).samples(latents()) for size in ((200,), ()))
     assert decibels(pieces, whole) > (55.0 if packed.sizes.precision == "fp16" else 40.0)
@@ -52,8 +52,8 @@ def test_pieces_change_nothing(packed: Packed) -> None:
 
 def test_a_replayed_graph_gives_what_the_first_call_gave(packed: Packed) -> None:
     runner = DecoderRunner(packed, TritonOps(packed.rates), GPU)
-    first, *others = (runner.pcm(latents()) for _ in range(3))
-    assert all(torch.equal(first, other) for other in others) and not torch.equal(first, runner.pcm(-latents()))
+    first, *replays = (runner.pcm(latents()) for _ in range(3))
+    assert all(torch.equal(first, replayed) for replayed in replays) and not torch.equal(first, runner.pcm(-latents()))
 
 
 def test_text_features_in_halves_are_those_of_fp32_products() -> None:
@@ -62,5 +62,5 @@ def test_text_features_in_halves_are_those_of_fp32_products() -> None:
     wide._embedding = packed._embedding
     ids, mask = torch.randint(0, 100, (1, 256)), (torch.arange(256) < 40).long()[None]
     with torch.inference_mode():
-        found, wanted = (Encoder(one, GPU).hidden_states(ids, mask) for one in (packed, wide))
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+        features, expected = (Encoder(weights, GPU).hidden_states(ids, mask) for weights in (packed, wide))
+    assert float((features - expected).norm() / expected.norm()) < 1e-5

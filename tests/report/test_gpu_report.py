@@ -1,4 +1,4 @@
-"""The report of a machine: a folder that is complete, says the truth in its first line, and tells nothing private."""
+"""The GPU report: a complete folder whose first line is the verdict, without private data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECRET = "hf_abcdefgh0123456789"
 
 @pytest.fixture(scope="module")
 def report(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a report on graphs that are there."""
+    """Return the folder of a report on existing graphs."""
     out = tmp_path_factory.mktemp("report") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", SECRET)
@@ -39,7 +39,7 @@ def test_the_first_line_is_the_verdict_and_every_part_is_there(report: Path) -> 
     status = {part["name"]: part["status"] for part in document["parts"]}
     for name in ("torch, build", "torch, check rows", "torch, gates", "onnxruntime, check rows", "onnxruntime, gates"):
         assert status[name] == "passed", document
-    assert all(f"| {name} | {what}" in text for name, what in status.items())
+    assert all(f"| {name} | {state}" in text for name, state in status.items())
     skipped = [part for part in document["parts"] if part["status"] == "skipped"]
     assert skipped and all(part["why"] for part in skipped)
 
@@ -64,8 +64,8 @@ def test_secrets_folders_and_prompts_are_replaced(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MY_API_KEY", "swordfish-swordfish")
     scrub = Scrubber({"out": tmp_path}, ["slow piano, 70 BPM"])
     text = f'{tmp_path}/a.onnx "slow piano, 70 BPM" swordfish-swordfish hf_1234567890abc /home/alice/x Bearer abc.def'
-    shown = scrub(text)
-    assert shown == '<out>/a.onnx "<prompt>" <token> <token> ~/x <token>'
+    scrubbed = scrub(text)
+    assert scrubbed == '<out>/a.onnx "<prompt>" <token> <token> ~/x <token>'
 
 
 def test_a_part_that_fails_or_hangs_does_not_end_the_report(tmp_path: Path) -> None:
@@ -78,26 +78,29 @@ def test_a_part_that_fails_or_hangs_does_not_end_the_report(tmp_path: Path) -> N
         part("hangs", "import time; time.sleep(60)", 0.5),
         part("right", "print('fine')"),
     ]
-    found = {one.part.name: one for one in run_parts(parts, tmp_path, Scrubber({}), 5)}
-    assert [one.status for one in found.values()] == ["failed", "skipped", "failed", "passed"]
-    assert "exit code 3: error: no such thing" in found["wrong"].why and "wrong did not pass" in found["needs it"].why
-    assert "not done after" in found["hangs"].why and (tmp_path / "logs" / "right.txt").read_text() == "fine\n"
-    document = page.document(this_host(), list(found.values()), {})
+    result_by_name = {result.part.name: result for result in run_parts(parts, tmp_path, Scrubber({}), 5)}
+    assert [result.status for result in result_by_name.values()] == ["failed", "skipped", "failed", "passed"]
+    assert (
+        "exit code 3: error: no such thing" in result_by_name["wrong"].why
+        and "wrong did not pass" in result_by_name["needs it"].why
+    )
+    assert "not done after" in result_by_name["hangs"].why and (tmp_path / "logs" / "right.txt").read_text() == "fine\n"
+    document = page.document(this_host(), list(result_by_name.values()), {})
     assert document["verdict"] == "FAILED: wrong, hangs (1 parts passed, 1 could not be run here)"
 
 
 def test_what_a_part_leaves_running_and_what_is_no_number_keep_no_report_waiting(tmp_path: Path) -> None:
-    left = "import subprocess; subprocess.Popen(['sleep', '12'], start_new_session=True); print('done')"
-    part = Part("leaves", (sys.executable, "-c", left), 10, figures=lambda: {"worst": float("inf"), "of": [1.0]})
-    (found,) = run_parts([part], tmp_path, Scrubber({}), 5)
-    assert found.status == "passed" and found.figures == {"worst": None, "of": [1.0]}
+    code = "import subprocess; subprocess.Popen(['sleep', '12'], start_new_session=True); print('done')"
+    part = Part("leaves", (sys.executable, "-c", code), 10, figures=lambda: {"worst": float("inf"), "of": [1.0]})
+    (result,) = run_parts([part], tmp_path, Scrubber({}), 5)
+    assert result.status == "passed" and result.figures == {"worst": None, "of": [1.0]}
     assert (tmp_path / "logs" / "leaves.txt").read_text() == "done\n"
 
 
 def test_a_part_that_the_whole_limit_ends_is_left_out_and_does_not_fail(tmp_path: Path) -> None:
     part = Part("long", (sys.executable, "-c", "import time; time.sleep(60)"), 50)
-    (found,) = run_parts([part], tmp_path, Scrubber({}), 0.02)
-    assert (found.status, found.why) == ("skipped", "0.02 minutes are over")
+    (result,) = run_parts([part], tmp_path, Scrubber({}), 0.02)
+    assert (result.status, result.why) == ("skipped", "0.02 minutes are over")
 
 
 def test_a_report_on_graphs_that_are_not_there_runs_to_its_end(tmp_path: Path) -> None:

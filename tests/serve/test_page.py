@@ -1,4 +1,4 @@
-"""The page of the service in a real browser: it makes a sound, plays it, and makes a dragged part of it anew."""
+"""The page of the service in a real browser: it generates a sound, plays it, and regenerates a dragged range."""
 
 from __future__ import annotations
 
@@ -29,25 +29,27 @@ pytestmark = [
 def service(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     file = tmp_path_factory.mktemp("token") / "token"
     file.write_text(TOKEN)
-    with serving(tiny_onnx, "--token-file", file, token=TOKEN) as found:
-        yield found
+    with serving(tiny_onnx, "--token-file", file, token=TOKEN) as server:
+        yield server
 
 
 @pytest.fixture
 def tab(service: Service) -> Iterator[Any]:
-    """The page, open; nothing may be complained of but the missing token, and nothing fetched from elsewhere."""
+    """Open the page; fail on script errors and on requests to other hosts."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        one = browser.new_page(viewport={"width": 1000, "height": 1000})
+        opened = browser.new_page(viewport={"width": 1000, "height": 1000})
         fetched: list[str] = []
         faults: list[str] = []
-        one.on("request", lambda request: fetched.append(request.url))
-        one.on("pageerror", lambda error: faults.append(str(error)))
-        one.on("console", lambda said: faults.append(said.text) if "Content Security" in said.text else None)
-        one.goto(service.address)
-        yield one
+        opened.on("request", lambda request: fetched.append(request.url))
+        opened.on("pageerror", lambda error: faults.append(str(error)))
+        opened.on(
+            "console", lambda message: faults.append(message.text) if "Content Security" in message.text else None
+        )
+        opened.goto(service.address)
+        yield opened
         assert faults == []
         assert [url for url in fetched if not url.startswith((service.address, "data:", "blob:"))] == []
         browser.close()
@@ -64,14 +66,14 @@ def fill(tab: Any) -> None:
 
 
 def download(tab: Any, path: Path) -> bytes:
-    with tab.expect_download() as found:
+    with tab.expect_download() as event:
         tab.get_by_role("link", name="Download").click()
-    found.value.save_as(path)
+    event.value.save_as(path)
     return path.read_bytes()
 
 
 def by_command(tab: Any, root: Path, folder: Path) -> np.ndarray:
-    """The sound of the command line that the page shows."""
+    """Return the samples written by the command line that the page shows."""
     words = shlex.split(tab.get_by_label("The same from the command line").input_value())
     assert words[0] == "sa3_trt"
     place = words.index("--out") + 1

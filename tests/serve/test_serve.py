@@ -1,4 +1,4 @@
-"""The service on tiny models: the sounds of sa3_trt, who may ask, what is refused, who leaves, how it ends."""
+"""The service on tiny models: same sounds as sa3_trt, authorisation, refusals, disconnects, shutdown."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LONG = {"prompt": "endless", "seconds": 1.0, "steps": 100, "seed": 1}
 
 @pytest.fixture(scope="module")
 def service(tiny_onnx: Path) -> Iterator[Service]:
-    with serving(tiny_onnx, "--depth", 4, "--queue", 40, "--max-body", 400_000, "--body-seconds", 1.5) as found:
-        yield found
+    with serving(tiny_onnx, "--depth", 4, "--queue", 40, "--max-body", 400_000, "--body-seconds", 1.5) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_command(root: Path, out: Path, fields: dict[str, Any], init_audio: Path | None = None) -> bytes:
-    """What sa3_trt writes for the fields of a request."""
+    """Return the file that sa3_trt writes for the fields of a request."""
     line: list[object] = [
         "--onnx-root",
         root,
@@ -89,16 +89,16 @@ def test_many_clients_get_the_sounds_of_the_command_to_the_bit(
         return answer.content
 
     with ThreadPoolExecutor(16) as clients:
-        found = list(clients.map(ask, kinds * 2))
-    for place, (fields, init_audio) in enumerate(kinds):
-        out = tmp_path / f"{place}.{fields.get('format', 'wav')}"
-        wanted = by_command(tiny_onnx, out, fields, init_audio)
-        for data in found[place :: len(kinds)]:
+        sounds = list(clients.map(ask, kinds * 2))
+    for index, (fields, init_audio) in enumerate(kinds):
+        out = tmp_path / f"{index}.{fields.get('format', 'wav')}"
+        expected = by_command(tiny_onnx, out, fields, init_audio)
+        for data in sounds[index :: len(kinds)]:
             if init_audio is None:
-                assert data == wanted
-            assert np.array_equal(samples(data), samples(wanted))  # the path of its start is the command's own
-            assert comment(data) == {key: value for key, value in comment(wanted).items() if key != "init_audio"}
-        assert np.abs(samples(wanted)).max() > 300 and comment(wanted)["seed"] == fields["seed"]
+                assert data == expected
+            assert np.array_equal(samples(data), samples(expected))  # the path of its start is the command's own
+            assert comment(data) == {key: value for key, value in comment(expected).items() if key != "init_audio"}
+        assert np.abs(samples(expected)).max() > 300 and comment(expected)["seed"] == fields["seed"]
     assert service.metric("sa3_requests_total", 'status="200"') >= 10
     assert service.metric("sa3_stage_seconds_count", 'stage="decode"') >= 10
 

@@ -1,4 +1,4 @@
-"""The benchmarks: of the producers, of engines by their files, of a start. What is measured is a real command."""
+"""The benchmarks of the producers, of engines by their files and of a start, on real commands."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
         "--depth",
         "1",
     ]
-    one = bench_producer.measure("checkpoint", argv, tmp_path)
+    measured = bench_producer.measure("checkpoint", argv, tmp_path)
     weights = tmp_path / "checkpoint" / "model.safetensors"
-    assert one.made > weights.stat().st_size > 1_000_000
-    assert one.peak_memory > 100_000_000  # torch alone is more
-    assert 0 < one.peak_scratch <= 2 * one.made  # made in a hidden folder and renamed
+    assert measured.made > weights.stat().st_size > 1_000_000
+    assert measured.peak_memory > 100_000_000  # torch alone is more
+    assert 0 < measured.peak_scratch <= 2 * measured.made  # made in a hidden folder and renamed
 
 
 def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_engines_are_compared_by_their_files(tiny_fp8: Path, tmp_path: Path) -> 
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "bench.json").read_text())
     half, fp8, half_rows, fp8_rows = record["timings"]
-    assert [one["contestant"] for one in record["timings"][:2]] == PAIR[1:3] and record["judged"] == [PAIR[2]]
+    assert [timing["contestant"] for timing in record["timings"][:2]] == PAIR[1:3] and record["judged"] == [PAIR[2]]
     assert half["cosine"] == pytest.approx(1.0, abs=1e-9) and 0.99 < fp8["cosine"] < 0.999999
     assert half_rows["rows"] == 2 and half_rows["batch_cosine"] is None and fp8_rows["batch_cosine"] > 0.999
     assert "against fp16mixed@onnxruntime" in result.out and "of the floor" not in result.out
@@ -78,7 +78,7 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "reason"),
     [
         (["fp16mixed"], "'fp16mixed' is no PRECISION@BACKEND"),
         (["fp16mixed@onnx", "fp8@torch"], "'fp16mixed@onnx' is no PRECISION@BACKEND"),
@@ -87,9 +87,9 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
         (["fp8@onnxruntime", "fp8@torch"], "no engine"),
     ],
 )
-def test_engines_that_cannot_be_compared(tiny_fp8: Path, tmp_path: Path, words: list[str], said: str) -> None:
+def test_engines_that_cannot_be_compared(tiny_fp8: Path, tmp_path: Path, words: list[str], reason: str) -> None:
     argv = ["--engines", *words, "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "models", "--out", tmp_path]
-    two_lines(run(bench_dit.main, argv), said)
+    two_lines(run(bench_dit.main, argv), reason)
     assert listing(tmp_path) == {}
 
 
@@ -97,12 +97,12 @@ def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
     argv = ["--backend", "onnxruntime", "--onnx-root", tiny_fp8, "--seconds", "1", "--repeats", "1", "--json"]
     result = run(bench_start.main, argv)
     assert result.code == 0, result.err
-    found = json.loads(result.out)
+    report = json.loads(result.out)
     for kind in (bench_start.COLD, bench_start.WARM):
-        *parts, whole = found["seconds"][kind].values()
+        *parts, whole = report["seconds"][kind].values()
         assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
-    cold, warm = (found["seconds"][kind]["to the first step"] for kind in (bench_start.COLD, bench_start.WARM))
-    assert found["cold over warm"] == pytest.approx(cold / warm)
+    cold, warm = (report["seconds"][kind]["to the first step"] for kind in (bench_start.COLD, bench_start.WARM))
+    assert report["cold over warm"] == pytest.approx(cold / warm)
 
 
 def test_a_start_that_fails_is_named(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_whole_generations_are_timed_beside_diffusers(tmp_path: Path) -> None:
     result = run(bench_generate.main, [*argv, "--out", tmp_path])
     assert result.code == 0, result.err
     record = json.loads((tmp_path / "generate.json").read_text())
-    assert [one["contestant"] for one in record["timings"]] == ["fp16mixed", "diffusers fp16 eager"]
-    assert all(one["ms"] > 0 and min(one["stages"].values()) > 0 for one in record["timings"])
+    assert [timing["contestant"] for timing in record["timings"]] == ["fp16mixed", "diffusers fp16 eager"]
+    assert all(timing["ms"] > 0 and min(timing["stages"].values()) > 0 for timing in record["timings"])
     assert record["notes"]["fp16mixed: decoder against diffusers fp32"] > 50.0
     assert "published: TensorRT, H100" in result.out and (tmp_path / "generate.png").stat().st_size > 1000

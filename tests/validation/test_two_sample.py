@@ -1,4 +1,4 @@
-"""The two-sample test: its statistics against other libraries, its features on known sounds, and the command."""
+"""The two-sample test: statistics compared with other libraries, features of known sounds, and the command."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_the_frechet_distance_is_that_of_the_textbook_formula() -> None:
     first, second = draws(0) @ np.diag([1, 2, 3, 1, 1, 0.5]), draws(1, 60, shift=2.0)
     covariances = [np.cov(side, rowvar=False) for side in (first, second)]
     root = scipy_linalg.sqrtm(covariances[0] @ covariances[1]).real
-    wanted = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(sum(covariances) - 2 * root)
-    assert frechet_distance(first, second) == pytest.approx(wanted, rel=1e-9)
+    expected = np.square(first.mean(0) - second.mean(0)).sum() + np.trace(sum(covariances) - 2 * root)
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(first, first) == pytest.approx(0.0, abs=1e-9)
     moved = frechet_distance(first, first + np.eye(1, 6))
     assert moved == pytest.approx(1.0, rel=1e-9), "equal spreads: the square of the shift"
@@ -51,10 +51,10 @@ def test_the_frechet_distance_refuses_what_has_none() -> None:
 def test_the_auc_is_that_of_scikit_learn() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     first, second = draws(0, width=1)[:, 0].round(1), draws(1, width=1)[:, 0].round(1) + 0.5  # rounded: with ties
-    wanted = metrics.roc_auc_score(np.repeat([0, 1], len(first)), np.concatenate([first, second]))
-    found = two_sample.interval(first, second, np.arange(len(first)), 0)
-    assert found.auc == pytest.approx(wanted) == two_sample.area(first, second)
-    assert found.low < wanted < found.high
+    expected = metrics.roc_auc_score(np.repeat([0, 1], len(first)), np.concatenate([first, second]))
+    interval = two_sample.interval(first, second, np.arange(len(first)), 0)
+    assert interval.auc == pytest.approx(expected) == two_sample.area(first, second)
+    assert interval.low < expected < interval.high
 
 
 def test_equal_distributions_are_chance_and_others_are_told_apart() -> None:
@@ -66,7 +66,7 @@ def test_equal_distributions_are_chance_and_others_are_told_apart() -> None:
 
 
 def test_a_prompt_is_never_learnt_and_asked_about() -> None:
-    """Sounds of 8 prompts, whose label is the prompt's own: known by heart they are told apart, else they are not."""
+    """Labels depend on the prompt only: a classifier that had seen a prompt would separate them, else it cannot."""
     prompts = [index % 8 for index in range(80)]
     place = np.random.RandomState(0).standard_normal((8, 6))
     first = np.stack([place[prompt] for prompt in prompts]) + 0.01 * draws(1)
@@ -81,14 +81,14 @@ def test_the_interval_of_the_whole_procedure_is_wider_than_that_of_its_scores() 
     plain, refitted = (
         two_sample.compare(*pair, prompts, 0, ("logistic_regression",), refit) for refit in (False, True)
     )
-    widths = [one["logistic_regression"].high - one["logistic_regression"].low for one in (plain, refitted)]
+    widths = [result["logistic_regression"].high - result["logistic_regression"].low for result in (plain, refitted)]
     assert widths[1] > widths[0] and plain["logistic_regression"].auc == refitted["logistic_regression"].auc
 
 
 def test_shifts_are_in_deviations_and_by_group() -> None:
     first = draws(0, 400)
-    found = two_sample.shifts(first, first + [3, 3, 0, 0, 0, 0] * first.std(axis=0), ["a", "a", "b", "b", "b", "c"])
-    assert found == pytest.approx({"a": 3.0, "b": 0.0, "c": 0.0}, abs=1e-9)
+    shifts = two_sample.shifts(first, first + [3, 3, 0, 0, 0, 0] * first.std(axis=0), ["a", "a", "b", "b", "b", "c"])
+    assert shifts == pytest.approx({"a": 3.0, "b": 0.0, "c": 0.0}, abs=1e-9)
 
 
 def tone(frequency: float, level: float = 0.2, seconds: float = 4.0) -> np.ndarray:
@@ -114,8 +114,10 @@ def test_features_say_what_is_in_a_sound() -> None:
 
 def test_features_of_silence_and_of_a_short_sound_are_numbers() -> None:
     for samples in (np.zeros((SAMPLE_RATE, 2)), tone(440.0, seconds=0.1)):
-        found = features_of(samples, np.zeros((256, 8)))
-        assert np.isfinite(found.values).all() and len(found.values) == len(found.names) == len(found.groups)
+        features = features_of(samples, np.zeros((256, 8)))
+        assert np.isfinite(features.values).all() and len(features.values) == len(features.names) == len(
+            features.groups
+        )
     with pytest.raises(ValueError, match="samples"):
         features_of(np.zeros((100, 2)))
 
@@ -150,17 +152,17 @@ def test_the_broken_control_differs_in_one_weight_scale(tiny_fp8: Path, tmp_path
         onnx.load_external_data_for_model(model, str(path.parent))
     pairs = list(zip(*(quantised(model) for model in models), strict=True))
     changed = [
-        (one, other) for one, other in pairs if one.weight_scales.raw_data != other.weight_scales.raw_data
+        (source, scaled) for source, scaled in pairs if source.weight_scales.raw_data != scaled.weight_scales.raw_data
     ]  # fmt: skip
-    assert [one.node for one, _ in changed] == [product] and path.read_bytes() == before
-    one, other = (numpy_helper.to_array(side.weight_scales).astype(np.float64) for side in changed[0])
-    assert np.allclose(other / one, 1.25, rtol=1e-3)
-    sizes = [int(np.prod(one.weight.dims)) for one, _ in pairs]
+    assert [source.node for source, _ in changed] == [product] and path.read_bytes() == before
+    source, scaled = (numpy_helper.to_array(side.weight_scales).astype(np.float64) for side in changed[0])
+    assert np.allclose(scaled / source, 1.25, rtol=1e-3)
+    sizes = [int(np.prod(source.weight.dims)) for source, _ in pairs]
     assert int(np.prod(changed[0][0].weight.dims)) == max(sizes)
 
 
 def embedder_file(path: Path, channels: int = 1) -> Path:
-    """A network whose vector is the mean and the mean square of the samples."""
+    """Write a network whose embedding is the mean and the mean square of the samples."""
     nodes = [
         helper.make_node("Mul", ["audio", "audio"], ["square"]),
         helper.make_node("Concat", ["audio", "square"], ["both"], axis=1),
@@ -195,9 +197,9 @@ def test_the_command_runs_every_comparison_and_goes_on_from_what_it_kept(tiny_fp
     report = json.loads((tmp_path / "out" / "report.json").read_text())["two_sample"]
     names = ["control", "independent", "same_noise", "inpainted", "scaled", "published"]
     assert list(report["comparisons"]) == names and "judged" not in report
-    for one in report["comparisons"].values():
-        for which in ("logistic_regression", "gradient_boosting", "latent"):
-            assert 0.0 <= one[which]["low"] <= one[which]["high"] <= 1.0
+    for comparison in report["comparisons"].values():
+        for classifier in ("logistic_regression", "gradient_boosting", "latent"):
+            assert 0.0 <= comparison[classifier]["low"] <= comparison[classifier]["high"] <= 1.0
     assert report["comparisons"]["control"]["frechet_of_control"] == 1.0
     assert (report["sounds"], report["prompts"]) == (4, 4) and report["features"]["sound"] > 60
     assert set(report["kept_decibels"]) == {f"{arm}_inpainted" for arm in ("reference", "candidate", "published")}
@@ -235,7 +237,7 @@ def test_two_sample_figures_are_judged_by_the_shipped_gates() -> None:
     assert failing(latent={"high": 0.71}) == ["two_sample.judged.latent.high"]
     assert failing(inpainted={"decibels": 0.4}) == ["two_sample.judged.inpainted.decibels"]
     assert failing(control={"l": {"chance": 0.02}}) == ["two_sample.judged.control.l.chance"]
-    assert [one.figure for one in gates.judge({"two_sample": None}, limits)] == [], "not run: nothing to judge"
+    assert [verdict.figure for verdict in gates.judge({"two_sample": None}, limits)] == [], "not run: nothing to judge"
 
 
 def test_mistakes_are_two_lines_and_write_nothing(tiny_fp8: Path, tmp_path: Path) -> None:

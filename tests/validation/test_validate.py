@@ -1,4 +1,4 @@
-"""The validation command: the same file passes exactly, every kind of broken FP8 file is caught by a gate."""
+"""The validation command: an identical file passes exactly, every kind of broken FP8 file fails a gate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from helpers.commands import Done, listing, run, two_lines
 
 SHORT = ["--prompts", 1, "--seconds", 0.5, "--steps", 4, "--extra", 1]
 GATE = "single_step.by_kind.text.denoised.cosine.worst"
-VELOCITY_GATE = "single_step.by_kind.text.velocity.cosine.worst"  # untrained blocks do little to the denoised latent
+VELOCITY_GATE = "single_step.by_kind.text.velocity.cosine.worst"  # untrained blocks hardly change the denoised latent
 
 
 def validate(root: Path, out: Path, *line: object) -> Done:
@@ -34,7 +34,7 @@ def report_of(out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def good(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole validation of the good FP8 file, page included."""
+    """Return the folder of a complete validation of the valid FP8 file, page included."""
     out = tmp_path_factory.mktemp("validation") / "good"
     result = validate(tiny_fp8, out, "--html")
     assert result.code == 0, result.err
@@ -42,7 +42,7 @@ def good(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failing(result: Done) -> list[str]:
-    """The figures of the gates that failed, from what the command printed."""
+    """Return the figures of the gates that failed, from the command's output."""
     assert result.code == 3, (result.out, result.err)
     return [line.split("FAILS: ")[1].split(" is ")[0] for line in result.err.splitlines() if "FAILS: " in line]
 
@@ -53,9 +53,13 @@ def test_fp16mixed_against_itself_passes_with_exact_equality(tiny_fp8: Path, tmp
     report = report_of(tmp_path)
     assert report["identical"] is True
     for kind in ("text", "inpaint", "guided"):
-        for what in ("velocity", "denoised", "euler"):
-            one = report["single_step"]["by_kind"][kind][what]
-            assert (one["cosine"]["worst"], one["relative"]["worst"], one["gain"]["worst"]) == (1.0, 0.0, 1.0)
+        for figure in ("velocity", "denoised", "euler"):
+            distances = report["single_step"]["by_kind"][kind][figure]
+            assert (distances["cosine"]["worst"], distances["relative"]["worst"], distances["gain"]["worst"]) == (
+                1.0,
+                0.0,
+                1.0,
+            )
         assert report["rollouts"]["ping_pong"][kind]["candidate"]["relative"]["worst"] == 0.0
         assert report["audio"][kind]["candidate"]["spectral"]["worst"] == 0.0
     assert report["rollouts"]["euler"]["text"]["candidate"]["cosine"]["worst"] == 1.0
@@ -69,7 +73,7 @@ def test_a_good_fp8_file_passes_and_is_not_identical(good: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("breaking", "gate"),
+    ("damage", "gate"),
     [
         pytest.param(partial(broken_fp8.scale_times_four, product=-1), GATE, id="one scale x 4"),
         pytest.param(
@@ -84,14 +88,14 @@ def test_a_good_fp8_file_passes_and_is_not_identical(good: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_broken_fp8_file_is_caught_by_a_gate(
-    tiny_fp8: Path, tmp_path: Path, breaking: Callable[[onnx.ModelProto], None], gate: str
+    tiny_fp8: Path, tmp_path: Path, damage: Callable[[onnx.ModelProto], None], gate: str
 ) -> None:
-    broken = broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), tmp_path / "dit_fp8.onnx", breaking)
+    broken = broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), tmp_path / "dit_fp8.onnx", damage)
     result = validate(tiny_fp8, tmp_path / "out", "--candidate", broken, "--extra", 0, "--no-audio")
     assert gate in failing(result)
     assert gate in result.err.splitlines()[0] or any(gate in line for line in result.err.splitlines())
     report = report_of(tmp_path / "out")
-    assert [one["figure"] for one in report["gates"] if not one["passed"]] == failing(result)
+    assert [entry["figure"] for entry in report["gates"] if not entry["passed"]] == failing(result)
 
 
 def test_the_report_has_its_documented_parts(good: Path) -> None:
@@ -101,13 +105,13 @@ def test_the_report_has_its_documented_parts(good: Path) -> None:
         "build/docs/validation.md documents every key"
     )
     assert [case["kind"] for case in report["cases"]] == ["text", "inpaint", "guided"]
-    sigmas = [one["sigma"] for one in report["single_step"]["by_sigma"]]
+    sigmas = [entry["sigma"] for entry in report["single_step"]["by_sigma"]]
     assert sigmas == sorted(sigmas, reverse=True) and len(sigmas) == 4 and sigmas[0] == 1.0
-    for kind, one in report["single_step"]["by_kind"].items():
-        cosine = one["denoised"]["cosine"]
-        assert one["rows"] == 4 and cosine["worst"] <= cosine["p5"] <= cosine["median"], kind
+    for kind, entry in report["single_step"]["by_kind"].items():
+        cosine = entry["denoised"]["cosine"]
+        assert entry["rows"] == 4 and cosine["worst"] <= cosine["p5"] <= cosine["median"], kind
         assert report["single_step"]["worst"][kind]["cosine"] == cosine["worst"]
-    assert [one["rows"] for one in report["batch"]["candidate"]] == list(range(2, 9))
+    assert [entry["rows"] for entry in report["batch"]["candidate"]] == list(range(2, 9))
     assert report["speed"]["skipped"] in ("no NVIDIA GPU is visible", "--bench was not given")
     assert {path.name for path in good.iterdir()} == {
         "report.json", "report.md", "listen.html", "steps.png", "rollouts.png", "audio.png"
@@ -161,7 +165,7 @@ def test_mistakes_are_two_lines_and_write_nothing(tiny_fp8: Path, tiny_calib: Pa
 
 
 def test_the_producer_validates_what_it_has_built(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
-    """Current, so that nothing is built: the validation alone runs, with the decoder that lies under the same root."""
+    """The engine is current, so only the validation runs, with the decoder under the same root."""
     import build_dit_fp8
 
     root = shutil.copytree(tiny_fp8, tmp_path / "root")

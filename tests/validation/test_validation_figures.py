@@ -1,4 +1,4 @@
-"""The figures of a validation on arrays and sounds whose answers are known, and its gates on reports made by hand."""
+"""Validation figures of arrays and sounds with known values, and gates on constructed reports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stereo(mono: np.ndarray) -> np.ndarray:
 
 
 def notes(*pitches: float, beats: float = 2.0, level: float = 0.3) -> np.ndarray:
-    """Tones that are struck again at every beat, `beats` a second."""
+    """Return tones that are struck at every beat, `beats` per second."""
     struck = np.exp(-6.0 * ((TIME * beats) % 1.0) / beats)
     return stereo(level * struck * sum(np.sin(2 * np.pi * pitch * TIME) for pitch in pitches) / len(pitches))
 
@@ -40,9 +40,9 @@ def test_equal_arrays_are_exactly_equal_and_others_are_not() -> None:
     ("best", "worst", "five_percent"), [(math.inf, 0.0, 5.0), (-math.inf, 100.0, 95.0), (10.0, 100.0, 95.0)]
 )
 def test_the_worst_is_at_the_far_end_from_the_best(best: float, worst: float, five_percent: float) -> None:
-    found = spread([float(value) for value in range(101)], best)
-    assert (found.n, found.worst, found.median, found.mean) == (101, worst, 50.0, 50.0)
-    assert found.p5 == pytest.approx(five_percent, abs=0.6)
+    summary = spread([float(value) for value in range(101)], best)
+    assert (summary.n, summary.worst, summary.median, summary.mean) == (101, worst, 50.0, 50.0)
+    assert summary.p5 == pytest.approx(five_percent, abs=0.6)
 
 
 def test_no_figure_and_nan_give_nan() -> None:
@@ -54,10 +54,10 @@ def test_loudness_is_known_and_half_the_level_is_six_units_softer() -> None:
     tone = stereo(np.sin(2 * np.pi * 997.0 * TIME))
     # ITU-R BS.1770: a full-scale 997 Hz sine in one channel is -3.01 LUFS; in both, 3.01 louder.
     assert hear(tone).loudness == pytest.approx(0.0, abs=0.1)
-    other = sound_apart(notes(440.0), 0.5 * notes(440.0))
-    assert other.loudness == pytest.approx(-6.02, abs=0.05)
-    assert (other.rms, other.chroma) == pytest.approx((1.0, 1.0), abs=0.02)
-    assert other.spectral == pytest.approx(6.02, rel=0.25)
+    distance = sound_apart(notes(440.0), 0.5 * notes(440.0))
+    assert distance.loudness == pytest.approx(-6.02, abs=0.05)
+    assert (distance.rms, distance.chroma) == pytest.approx((1.0, 1.0), abs=0.02)
+    assert distance.spectral == pytest.approx(6.02, rel=0.25)
 
 
 def test_each_figure_hears_what_it_stands_for() -> None:
@@ -72,8 +72,8 @@ def test_clipping_and_silence_are_shares() -> None:
     loud = np.clip(4.0 * notes(440.0), -1.0, 1.0)
     half = notes(440.0).copy()
     half[len(half) // 2 :] = 0.0
-    found = sound_apart(notes(440.0), loud)
-    assert 0.001 < found.clipped < 0.5 and hear(notes(440.0)).clipped == 0.0
+    distance = sound_apart(notes(440.0), loud)
+    assert 0.001 < distance.clipped < 0.5 and hear(notes(440.0)).clipped == 0.0
     assert hear(half).silent == pytest.approx(0.5, abs=0.02)
     nothing = np.zeros_like(half)
     assert hear(nothing).loudness is None and hear(nothing).silent == 1.0

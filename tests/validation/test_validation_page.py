@@ -1,4 +1,4 @@
-"""The page to listen to, in a real browser: it plays, switches without a gap, counts right and fetches nothing."""
+"""The listening page in a real browser: it plays, switches without a gap, counts correctly and fetches nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def document() -> dict[str, Any]:
-    apart = {
+    distance = {
         "rms": 1.0,
         "spectral": 0.1,
         "chroma": None,
@@ -42,7 +42,7 @@ def document() -> dict[str, Any]:
     }
     cases = [
         {"name": f"text {number}", "prompt": EVIL if number == 1 else f"prompt {number}",
-         "rollouts": {"ping_pong": {"candidate": {"cosine": 0.9 + number / 100}}}, "audio": {"candidate": apart},
+         "rollouts": {"ping_pong": {"candidate": {"cosine": 0.9 + number / 100}}}, "audio": {"candidate": distance},
          "heard": {"reference": {"loudness": -14.0}, "candidate": {"loudness": None}}}
         for number in (1, 2, 3)
     ]  # fmt: skip
@@ -52,7 +52,7 @@ def document() -> dict[str, Any]:
 
 
 def until(tab: Any, expression: str) -> None:
-    """Wait for a truth about the page: Playwright's own way evaluates a string there, which the page forbids."""
+    """Wait until an expression is true on the page; Playwright's wait_for_function needs eval, which CSP forbids."""
     for _ in range(500):
         if tab.evaluate(expression):
             return
@@ -62,13 +62,13 @@ def until(tab: Any, expression: str) -> None:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page of three sounds: one tone, half as loud in the candidate."""
+    """Write a page of three sounds: one tone, half as loud in the candidate."""
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     tone = np.stack([np.sin(2 * np.pi * PITCH * time)] * 2, axis=1)
-    found = Found([])
+    page_sounds = Found([])
     for side, level in LEVELS.items():
-        found.sounds[side] = {case["name"]: (level * tone).astype(np.float32) for case in document()["cases"]}
-    return page.write(tmp_path_factory.mktemp("page") / "listen.html", document(), found)
+        page_sounds.sounds[side] = {case["name"]: (level * tone).astype(np.float32) for case in document()["cases"]}
+    return page.write(tmp_path_factory.mktemp("page") / "listen.html", document(), page_sounds)
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +84,12 @@ def browser() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def opened(browser: Any, file: Path, **options: Any) -> Iterator[Any]:
-    """The page open from the disk; at the end nothing may have been complained of or fetched."""
+    """Open the page from the disk; fail at the end on script errors and on requests."""
     context = browser.new_context(viewport={"width": 1000, "height": 800}, accept_downloads=True, **options)
     tab = context.new_page()
     complaints: list[str] = []
     fetched: list[str] = []
-    tab.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
+    tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.on("request", lambda request: fetched.append(request.url))
     tab.goto(file.as_uri())
@@ -101,15 +101,15 @@ def opened(browser: Any, file: Path, **options: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def tab(browser: Any, file: Path) -> Iterator[Any]:
-    with opened(browser, file) as one:
-        yield one
+    with opened(browser, file) as opened_tab:
+        yield opened_tab
 
 
 @pytest.fixture
 def tapped(browser: Any, file: Path) -> Iterator[Any]:
-    """The page with its rule against foreign scripts lifted: a tap on the sound is one."""
-    with opened(browser, file, bypass_csp=True) as one:
-        yield one
+    """Open the page without its content security policy, so that a script can record the sound."""
+    with opened(browser, file, bypass_csp=True) as opened_tab:
+        yield opened_tab
 
 
 TAP = """registerProcessor("tap", class extends AudioWorkletProcessor {
@@ -119,7 +119,7 @@ TAP = """registerProcessor("tap", class extends AudioWorkletProcessor {
   }
 });"""
 # A processor of the audio thread sees every sample that is rendered; one of the page's own thread loses some on a
-# busy machine, which looks like the very jump that is looked for.
+# busy machine, which looks like the discontinuity that the test looks for.
 CAPTURE = """async ([code, act]) => {
   await context.audioWorklet.addModule("data:text/javascript," + encodeURIComponent(code));
   const tap = new AudioWorkletNode(context, "tap"), heard = [];
@@ -136,23 +136,23 @@ CAPTURE = """async ([code, act]) => {
 
 
 def captured(tab: Any, act: str) -> np.ndarray:
-    """Samples that reach the loudspeaker while something is clicked."""
-    heard = np.asarray(tab.evaluate(CAPTURE, [TAP, act]))
-    assert len(heard) > SAMPLE_RATE // 10
-    return heard
+    """Return the samples that reach the output while `act` is clicked."""
+    samples = np.asarray(tab.evaluate(CAPTURE, [TAP, act]))
+    assert len(samples) > SAMPLE_RATE // 10
+    return samples
 
 
 def test_it_plays_and_switches_without_a_gap_at_the_same_place(tapped: Any) -> None:
     tapped.get_by_role("button", name="Play text 1").click()
     tapped.get_by_role("button", name="Pause text 1").wait_for()
     tapped.wait_for_timeout(200)
-    heard = captured(tapped, '[aria-label="text 1: fp8"]')
-    windows = np.abs(heard[: len(heard) // 200 * 200].reshape(-1, 200)).max(axis=1)
+    samples = captured(tapped, '[aria-label="text 1: fp8"]')
+    windows = np.abs(samples[: len(samples) // 200 * 200].reshape(-1, 200)).max(axis=1)
     assert windows[0] == pytest.approx(LEVELS["reference"], rel=0.05)
     assert windows[-1] == pytest.approx(LEVELS["candidate"], rel=0.05)
     assert windows.min() > 0.95 * LEVELS["candidate"]  # no gap of two periods anywhere
     steepest = 2 * math.pi * PITCH / SAMPLE_RATE * LEVELS["reference"]
-    assert np.abs(np.diff(heard)).max() < 1.15 * steepest  # another place in the tone would be a jump
+    assert np.abs(np.diff(samples)).max() < 1.15 * steepest  # another place in the tone would be a jump
     assert tapped.get_by_role("button", name="text 1: fp8").get_attribute("aria-pressed") == "true"
 
 
@@ -177,7 +177,7 @@ def test_the_position_is_kept_by_a_switch_and_moved_by_the_slider(tab: Any) -> N
 
 
 def blind_test(tab: Any, seed: int, wrong: int) -> list[str]:
-    """Go through a test by keyboard with the last `wrong` answers wrong; what X was, trial by trial."""
+    """Go through a test by keyboard with the last `wrong` answers wrong; return X of each trial."""
     tab.get_by_role("button", name="Blind test").click()
     tab.get_by_role("textbox", name="Seed of the order").fill(str(seed))
     tab.get_by_role("button", name="Start").click()
@@ -200,8 +200,8 @@ def test_the_blind_test_counts_right_and_saves_its_result(tab: Any, tmp_path: Pa
     saved = json.loads((tmp_path / "result.json").read_text())
     assert (saved["seed"], saved["right"], saved["of"], saved["A"], saved["B"]) == (7, 8, 10, "fp16mixed", "fp8")
     assert saved["p"] == pytest.approx(p, rel=1e-12)
-    assert [one["x"] for one in saved["trials"]] == truth
-    assert [one["right"] for one in saved["trials"]] == [True] * 8 + [False] * 2
+    assert [trial["x"] for trial in saved["trials"]] == truth
+    assert [trial["right"] for trial in saved["trials"]] == [True] * 8 + [False] * 2
 
 
 def test_the_seed_alone_decides_the_order(tab: Any) -> None:
@@ -219,15 +219,15 @@ def test_x_sounds_as_what_it_is_and_nothing_on_the_screen_tells(tab: Any) -> Non
     tab.get_by_role("textbox", name="Seed of the order").fill("11")
     tab.get_by_role("button", name="Start").click()
     tab.locator("h1").click()
-    seen = set()
+    screens = set()
     for _ in range(10):
         x = tab.evaluate("blind.trials[blind.at].x")
         tab.keyboard.press("x")
         until(tab, "blind.player.running")
         assert tab.evaluate("blind.player.chosen") == "AB".index(x)
-        seen.add((x, tab.locator("#blind-choices").inner_html()))
+        screens.add((x, tab.locator("#blind-choices").inner_html()))
         tab.keyboard.press("1")
-    assert {x for x, _ in seen} == {"A", "B"} and len({shown for _, shown in seen}) == 1
+    assert {x for x, _ in screens} == {"A", "B"} and len({choices for _, choices in screens}) == 1
 
 
 def test_everything_that_is_used_has_a_name(tab: Any) -> None:
