@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     report = json.loads(report_path(fp8).read_text())
     _show(demo, report, built)
     _tell(prompt, wavs)
-    print(f"Both, sound by sound and blind if you like: {page} (open it in a browser)")
+    print(f"To compare FP16-mixed and FP8 by ear, also in a blind test, open {page} in a browser.")
     worst = report["stages"]["parity"]["worst"]
     if not worst >= MIN_COSINE:
         raise GateError(
@@ -155,7 +155,7 @@ def _engines(demo: Demo, root: Path, models: Path) -> str:
         if whole and backend.available() and (backend.builds_elsewhere or arch is not None):
             break
     else:
-        return "no engines: no package that compiles them is installed\n"
+        return "No engines were built: no backend that compiles all of them is installed.\n"
     line = ["--backend", backend.name, "--arch", ARCHES if backend.builds_elsewhere else str(arch)]
     line += ["--onnx-root", str(root), "--models-dir", str(models)]
     return demo.stage("engines", build_from_onnx.main, [*ENGINES, *line], models)
@@ -170,25 +170,26 @@ def asked_for(seconds: float, piece: int = PIECE) -> str:
 
 
 def _tell(prompt: str, wavs: list[Path]) -> None:
-    """Print what was asked for, where the sound is, and what is heard in it."""
+    """Print the prompt, the files, and the tempo and key estimated from each."""
     import soundfile
 
     from sa3_demo import score
 
-    print(f"\nasked for: {prompt}")
+    print(f"\nprompt: {prompt}")
     for wav in wavs:
         samples, rate = soundfile.read(wav, dtype="int16")
         heard = score.shown(score.hear(samples))
         bpm = "no tempo" if heard["bpm"] is None else f"{heard['bpm']:.1f} BPM"
-        print(f"{wav}  {len(samples) / rate:g} s, heard in it: {bpm}, {heard['key'] or 'no key'}")
-    print("The model is a demonstration trained on made-up loops (interface/demo_model/README.md), not Stability's.")
+        print(f"{wav}: {len(samples) / rate:g} s; estimated from the sound: {bpm}, {heard['key'] or 'no key'}")
+    print("Made by a small demonstration model trained on synthetic loops (interface/demo_model/README.md),")
+    print("not by Stable Audio 3.")
 
 
 def _show(demo: Demo, report: dict[str, Any], built: str) -> None:
     from sa3_build.verification.parity import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
 
     print(console.table(("stage", "seconds", "made"), demo.rows))
-    print("\nFP8 against FP16-mixed, denoised latent, on the calibration rows:")
+    print("\nDenoised latent, FP8 compared with FP16-mixed on the calibration rows, by sigma and by kind of row:")
     parity = report["stages"]["parity"]
     print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in parity["parity"]])))
     print(f"\n{console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in parity['by kind']]))}")
