@@ -16,7 +16,7 @@ from sa3_bench import random_dit, random_same
 from sa3_trt_core import shapes
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import Conditioning, ping_pong
-from sa3_trt_core.sampling.upload import uploaded_noise
+from sa3_trt_core.sampling.upload import UploadedNoise
 from sa3_trt_core.torch_models.dit import weights as dit_weights
 from sa3_trt_core.torch_models.dit.model import Dit
 from sa3_trt_core.torch_models.dit.runner import Runner
@@ -109,7 +109,7 @@ class Ours:
         """int16 samples (N, 2) in host memory; `mark(stage)` is called after each stage."""
         mark = mark or _unmarked
         frames, valid = frames_of(seconds)
-        noise = uploaded_noise([seed], shapes.LATENT_CHANNELS, frames, valid, self.device.type)
+        noise = UploadedNoise([seed], shapes.LATENT_CHANNELS, frames, valid, self.device.type)
         ids, mask = token_ids(seed)
         hidden = self._text.hidden_states(ids, mask).cpu()
         mark("text")

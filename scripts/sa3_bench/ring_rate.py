@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RingRate:
-    """Figures of one run; `dit_share` is the part of the elapsed time in which the sampler worked."""
+    """Figures of one run.
+
+    `dit_share` is the part of the elapsed time in which a step of the DiT was under way (on a GPU between CUDA events
+    of its stream), `gap_p50` and `gap_p99` the ms between two steps there (0 on a CPU); `p50`, `p99` are seconds from
+    submission to sound.
+    """
 
     depth: int
     sounds: int
@@ -25,6 +30,8 @@ class RingRate:
     dit_share: float
     p50: float
     p99: float
+    gap_p50: float = 0.0
+    gap_p99: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -40,12 +47,20 @@ def measure_ring(generator: Generator, request: Request, depth: int, count: int)
     times: list[float] = []
     with LiveRing(generator, depth, most_waiting=4 * depth) as ring:
         _drive(ring, request, 2 * depth, depth, [])
+        ring.clock.restart()
         started = time.perf_counter()
         sampled = _drive(ring, request, count, depth, times)
         elapsed = time.perf_counter() - started
+        gaps, busy = sorted(ring.clock.gaps_ms()), ring.clock.busy_ms() / 1e3
     times.sort()
-    p99 = times[min(count - 1, int(0.99 * count))]
-    return RingRate(depth, count, elapsed, sampled / elapsed, times[count // 2], p99)
+    return RingRate(
+        depth, count, elapsed, (busy or sampled) / elapsed, _quantile(times, 0.5), _quantile(times, 0.99),
+        _quantile(gaps, 0.5), _quantile(gaps, 0.99),
+    )  # fmt: skip
+
+
+def _quantile(ordered: list[float], part: float) -> float:
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 
 def _drive(ring: LiveRing, request: Request, count: int, depth: int, times: list[float]) -> float:

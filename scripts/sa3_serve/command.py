@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N", help="as of sa3_trt"
     )
+    model.add_argument("--text-only", action="store_true",
+                       help="do not load the audio encoder, and refuse requests with init_audio")  # fmt: skip
     add_lora_flags(parse)
     _add_limits(parse)
     _add_server(parse)
@@ -85,7 +87,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         most_body=args.max_body, body_seconds=args.body_seconds, drain_seconds=args.drain_seconds,
         window=args.chunk_frames or Settings().window,
         token_digest=None if args.token_file is None else read_token(args.token_file),
-        local=is_local(args.host), log_prompts=args.log_prompts,
+        local=is_local(args.host), log_prompts=args.log_prompts, text_only=args.text_only,
     )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def open_service(args: argparse.Namespace, settings: Settings) -> Service:
     from sa3_trt_core.pipeline import Generator
 
     source = ModelSource.of(args.onnx_root, args.models_dir, None, args.offline)
-    plan = make_plan(args.dit, args.precision, args.backend, source, True, args.chunk_frames)
+    plan = make_plan(args.dit, args.precision, args.backend, source, not args.text_only, args.chunk_frames)
     if args.lora:
         plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases)
     generator = Generator.open(plan)

@@ -72,6 +72,7 @@ class Service(Closing):
             "depth": settings.depth,
             "engines": self.identities,
             "backends": dict(self.generator.engines.plan.backends),
+            "init_audio": not settings.text_only,
             "token": settings.token_digest is not None,
             "loras": self.generator.loras.described(),
             "loras_digest": self.generator.loras.digest,

@@ -22,7 +22,8 @@ class Settings:
     `depth` places in the ring; `most_waiting` requests in the queue before 429; `most_seconds` and `most_steps` of a
     sound; `most_body` bytes of a request, which has `body_seconds` to arrive; `drain_seconds` to finish what was taken
     when the process is to end; `window` latent frames are decoded at a time for ?stream=1; `token_digest` is the
-    SHA-256 of the bearer token, None for none; `local` refuses requests that name another host than this one.
+    SHA-256 of the bearer token, None for none; `local` refuses requests that name another host than this one;
+    `text_only` refuses requests with a sound, for a server that has no audio encoder.
     """
 
     depth: int = 4
@@ -36,6 +37,7 @@ class Settings:
     token_digest: bytes | None = None
     local: bool = True
     log_prompts: bool = False
+    text_only: bool = False
 
     def admits(self, authorization: bytes | None) -> bool:
         """Whether an Authorization header has the token; the time it takes does not depend on where it differs."""

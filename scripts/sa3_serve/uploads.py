@@ -46,6 +46,10 @@ async def read_request(
     try:
         fields, upload = _sorted(form.multi_items())
         asked = parse_form(fields)
+        if upload is not None and settings.text_only:
+            raise ToolError(
+                f"this server takes no {SOUND}", "ask for a sound from text, or start it without --text-only"
+            )
         path = None if upload is None else await run_in_threadpool(_kept, upload, cleanup)
         request = asked.request(settings, path)
         if path is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
@@ -23,9 +24,31 @@ class Conditioning:
     seconds_total: Tensor
     local_add_cond: Tensor
 
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the four tensors."""
+        return (getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def durations(self) -> list[float]:
+        """The seconds of each row. Waits for the GPU the first time, where the tensors lie on one."""
+        return [float(value) for value in self.seconds_total.tolist()]
+
+    @cached_property
+    def keeps(self) -> bool:
+        """True where a row has something to keep: local_add_cond is not zero. Waits for the GPU the first time."""
+        return bool(self.local_add_cond.any())
+
+    def on(self, device: str) -> Self:
+        """Return the conditioning on a device, `durations` and `keeps` known: what follows waits for nothing."""
+        known = self.durations, self.keeps
+        moved = type(self)(*(value.to(device) for value in self.tensors))
+        moved.__dict__["durations"], moved.__dict__["keeps"] = known
+        return moved
+
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Self:
         """The rows of all parts as one batch; their latent frames are equally many."""
         import torch
 
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        return cls(*(torch.cat(values) for values in zip(*(part.tensors for part in parts), strict=True)))

@@ -1,4 +1,8 @@
-"""A ring that takes requests while it runs: made ready, advanced and decoded in three threads of its own."""
+"""Continuous batching: requests enter at the next step; three threads encode, sample and decode.
+
+On a GPU each thread has a CUDA stream. The sampler's thread queues a step while the one before runs and waits for
+neither copies nor checks: conditioning and noise are uploaded by the first thread, latents are checked by the last.
+"""
 
 from __future__ import annotations
 
@@ -6,65 +10,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, cast
 
-from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.engines.base import Closing
-from sa3_trt_core.errors import ToolError
-from sa3_trt_core.sampling.inputs import sigmas_of
-from sa3_trt_core.sampling.ring import Ring, RingRow
+from sa3_trt_core.ring_decoding import decode_tickets
+from sa3_trt_core.ring_requests import ClosedError, Occupancy, OnWindow, QueueFullError, Ticket, settle
+from sa3_trt_core.sampling.ring import Ring
 from sa3_trt_core.shapes import MAX_BATCH
+from sa3_trt_core.streams import Lane, StepClock
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
-    from sa3_trt_core.batch import Batch
     from sa3_trt_core.pipeline import Generator, Result
     from sa3_trt_core.request import Request
 
 READY = 2  # requests whose text is encoded before a place is free: more would only hold memory
 REMEMBERED_SECONDS = 32  # sounds whose time in the ring is averaged
-
-OnWindow = Callable[["Tensor"], None]
-
-
-class QueueFullError(ToolError):
-    """A request that is refused because `most_waiting` others wait; `retry_seconds` is when a place is likely free."""
-
-    def __init__(self, waiting: int, retry_seconds: float) -> None:
-        super().__init__(f"{waiting} requests wait already", f"try again in {retry_seconds:.0f} s")
-        self.retry_seconds = retry_seconds
-
-
-class ClosedError(ToolError):
-    """A request that is refused, or given up, because the ring is closing."""
-
-    def __init__(self) -> None:
-        super().__init__("no more requests are taken: this process is ending", "try again elsewhere, or later")
-
-
-@dataclass(frozen=True)
-class Occupancy:
-    """Requests that wait for a place, that are in the ring, and that are decoded or wait for it."""
-
-    waiting: int
-    ring: int
-    decoding: int
-
-
-@dataclass(eq=False)
-class _Ticket:
-    """One request on its way; `window` latent frames are decoded at a time where `on_window` takes the samples."""
-
-    request: Request
-    window: int
-    on_window: OnWindow | None
-    future: Future[Result] = field(default_factory=Future)
-    job: Batch | None = None
-    row: RingRow | None = None
-    admitted: float = 0.0
 
 
 class LiveRing(Closing):
@@ -85,17 +48,23 @@ class LiveRing(Closing):
         self.steps = 0  # forwards of the whole ring so far
         self.failure: BaseException | None = None  # what ended a thread: nothing is made any more
         self._changed = threading.Condition()
-        self._waiting: deque[_Ticket] = deque()
-        self._ready: deque[_Ticket] = deque()
-        self._inside: dict[_Ticket, None] = {}
-        self._finished: deque[_Ticket] = deque()
-        self._busy: set[_Ticket] = set()  # being made ready, or decoded, right now
+        self._waiting: deque[Ticket] = deque()
+        self._ready: deque[Ticket] = deque()
+        self._inside: dict[Ticket, None] = {}
+        self._finished: deque[Ticket] = deque()
+        self._busy: set[Ticket] = set()  # being made ready, or decoded, right now
         self._times: deque[float] = deque(maxlen=REMEMBERED_SECONDS)
         self._refusing = self._stopping = False
-        work: list[Callable[[], bool]] = [self._prepare_one, self._step, self._decode_one]
+        self._text_lane, self._dit_lane = Lane(velocity.device), Lane(velocity.device)
+        self._decoder_lane = Lane(velocity.device, urgent=True)  # it frees places; the sampler fills what it leaves
+        self._last_step: torch.cuda.Event | None = None
+        self.clock = StepClock(self._dit_lane)
+        work = (
+            (self._prepare_one, self._text_lane), (self._step, self._dit_lane), (self._decode_some, self._decoder_lane)
+        )  # fmt: skip
         self._threads = [
-            threading.Thread(target=self._repeat, args=(one,), name=f"sa3-ring{one.__name__}", daemon=True)
-            for one in work
+            threading.Thread(target=self._repeat, args=(one, lane), name=f"sa3-ring{one.__name__}", daemon=True)
+            for one, lane in work
         ]
         for thread in self._threads:
             thread.start()
@@ -121,7 +90,7 @@ class LiveRing(Closing):
         `on_window(samples)` is called by the decoder's thread with fp32 samples (n, 2) as they are decoded, `window`
         latent frames at a time. Raises QueueFullError or ClosedError.
         """
-        ticket = _Ticket(request, window, on_window)
+        ticket = Ticket(request, window, on_window)
         with self._changed:
             if self._refusing or self.failure is not None:
                 raise ClosedError
@@ -149,7 +118,7 @@ class LiveRing(Closing):
             thread.join()
         self._give_up(ClosedError())
 
-    def _tickets(self) -> list[_Ticket]:
+    def _tickets(self) -> list[Ticket]:
         return [*self._waiting, *self._ready, *self._inside, *self._finished, *self._busy]
 
     def _wake(self, future: Future[Result]) -> None:
@@ -162,13 +131,14 @@ class LiveRing(Closing):
         with self._changed:
             tickets = self._tickets()
         for ticket in tickets:
-            _settle(ticket.future, error)
+            settle(ticket.future, error)
 
-    def _repeat(self, one: Callable[[], bool]) -> None:
+    def _repeat(self, one: Callable[[], bool], lane: Lane) -> None:
         """Do one piece of work after the other; a fault of ours ends everything and is what the requests get."""
         try:
-            while one():
-                pass
+            with lane.active():
+                while one():
+                    pass
         except BaseException as error:
             self.failure = error
             self._give_up(error)
@@ -187,6 +157,7 @@ class LiveRing(Closing):
         try:
             if not ticket.future.cancelled():
                 job, row = self._generator.ring_batch(ticket.request)
+                ticket.prepared = self._text_lane.mark()
         except Exception as caught:
             error = caught
         with self._changed:
@@ -196,11 +167,11 @@ class LiveRing(Closing):
                 self._ready.append(ticket)
             self._changed.notify_all()
         if error is not None:
-            _settle(ticket.future, error)
+            settle(ticket.future, error)
         return True
 
     def _step(self) -> bool:
-        """Let those that are ready in, those that were cancelled out, and advance the ring once."""
+        """Admit those that are ready, remove those that were cancelled, and advance the ring once."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._inside or (self._ready and self._decoder_keeps_up()))
             if self._stopping:
@@ -209,91 +180,81 @@ class LiveRing(Closing):
                 self._ring.remove(ticket)
                 del self._inside[ticket]
             while self._ready and len(self._ring) < self.depth and self._decoder_keeps_up():
-                ticket = self._ready.popleft()
-                if ticket.row is not None and not ticket.future.cancelled():
-                    ticket.admitted = time.perf_counter()
-                    self._ring.admit(ticket, ticket.row)
-                    self._inside[ticket] = None
+                self._admit(self._ready.popleft())
             self._changed.notify_all()
         if not self._ring:
             return True
-        left = [(cast(_Ticket, key), outcome) for key, outcome in self._ring.step()]
+        self.clock.begin()
+        left = [(cast(Ticket, key), outcome) for key, outcome in self._ring.step()]
+        self.clock.end()
+        self._keep_pace()
         with self._changed:
             self.steps += 1
             for ticket, outcome in left:
                 del self._inside[ticket]
-                ticket.row = None
                 if isinstance(outcome, Exception):
+                    ticket.row = None
                     continue
                 self._times.append(time.perf_counter() - ticket.admitted)
                 assert ticket.job is not None
-                ticket.job.latents = outcome
+                ticket.job.latents, ticket.sampled = outcome, self._last_step
                 self._finished.append(ticket)
             self._changed.notify_all()
         for ticket, outcome in left:
             if isinstance(outcome, Exception):
-                _settle(ticket.future, outcome)
+                settle(ticket.future, outcome)
         return True
+
+    def _admit(self, ticket: Ticket) -> None:
+        if ticket.row is None or ticket.future.cancelled():
+            return
+        self._dit_lane.wait(ticket.prepared)
+        self._dit_lane.hold(ticket.row.tensors)
+        ticket.admitted = time.perf_counter()
+        self._ring.admit(ticket, ticket.row)
+        self._inside[ticket] = None
+
+    def _keep_pace(self) -> None:
+        """Wait for the step before the one that was just queued: who comes or leaves must not wait for a long queue."""
+        before, self._last_step = self._last_step, self._dit_lane.mark()
+        if before is not None:
+            before.synchronize()
 
     def _decoder_keeps_up(self) -> bool:
         """Whether fewer sounds wait for the decoder than a ring holds: their latents would pile up otherwise."""
         return len(self._finished) < self.depth
 
-    def _decode_one(self) -> bool:
-        """Decode what left the ring first."""
+    def _decode_some(self) -> bool:
+        """Decode what left the ring first, and with it what has the same length, where the decoder takes rows."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._finished)
             if self._stopping:
                 return False
-            ticket = self._finished.popleft()
-            self._busy.add(ticket)
+            tickets = self._next_decoded()
+            self._busy.update(tickets)
             self._changed.notify_all()
-        outcome: Any = None
-        try:
-            if not ticket.future.cancelled():
-                outcome = _decoded(self._generator, ticket)
-        except Exception as caught:
-            outcome = caught
-        if outcome is not None:
-            _settle(ticket.future, outcome)
+        outcomes = decode_tickets(self._generator, self._decoder_lane, tickets)
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
+            if outcome is not None:
+                settle(ticket.future, outcome)
         with self._changed:
-            self._busy.discard(ticket)
+            self._busy.difference_update(tickets)
             self._changed.notify_all()
         return True
+
+    def _next_decoded(self) -> list[Ticket]:
+        """Take the next tickets to decode in one forward: one, or as many as fit the decoder in one piece."""
+        first = self._finished.popleft()
+        tickets = [first]
+        most = self._generator.decoder_rows(first.request.valid_frames) if first.on_window is None else 1
+        while self._finished and len(tickets) < most:
+            other = self._finished[0]
+            if other.on_window is not None or other.request.valid_frames != first.request.valid_frames:
+                break
+            tickets.append(self._finished.popleft())
+        return tickets
 
 
 def _rows_alone(generator: Generator) -> bool:
     """Whether every request gets a forward of its own: larger batches gain nothing on a CPU."""
     return generator.engines.devices.get("dit") == "cpu"
-
-
-def _decoded(generator: Generator, ticket: _Ticket) -> Result:
-    """The sound of a ticket whose latents are there; its `on_window` gets the samples as they are decoded."""
-    import torch
-
-    from sa3_trt_core.result import Result
-
-    job = ticket.job
-    assert job is not None and job.latents is not None
-    if ticket.on_window is None:
-        return generator.decoded(job)
-    parts = []
-    with torch.inference_mode(), job.meter.stage("decode"):
-        decoder, seconds = generator.engines.engine("decoder"), ticket.request.seconds
-        for part in autoencoder.decode_windows(decoder, job.latents.cpu(), seconds, ticket.window):
-            if ticket.future.cancelled():
-                raise CancelledError
-            ticket.on_window(part)
-            parts.append(part)
-    timings = dict(job.meter.timings)
-    return Result(job.latents, sigmas_of(ticket.request), torch.cat(parts), timings, dict(job.meter.memory))
-
-
-def _settle(future: Future[Result], outcome: Any) -> None:
-    """Give a future its result or its error, unless it was cancelled or has one."""
-    if future.done() or not future.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, BaseException):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)

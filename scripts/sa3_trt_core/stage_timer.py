@@ -23,9 +23,9 @@ class Meter:
         yield
         self.add(name, (time.perf_counter() - started) / self._rows)
 
-    def add(self, name: str, seconds: float) -> None:
-        """Count a row's seconds of a stage that has just ended."""
+    def add(self, name: str, seconds: float, ended: bool = True) -> None:
+        """Count a row's seconds of a stage; the memory is looked at where the stage has `ended` with them."""
         self.timings[name] = self.timings.get(name, 0.0) + seconds
-        used = gpu.memory_in_use()
+        used = gpu.memory_in_use() if ended else None
         if used is not None:
             self.memory[name] = max(used, self.memory.get(name, 0))

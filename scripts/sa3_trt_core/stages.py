@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import text
@@ -19,7 +20,7 @@ from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity
 from sa3_trt_core.sampling.inputs import conditioning, guidance_of, sigmas_of
 from sa3_trt_core.sampling.ring import RingRow
 from sa3_trt_core.sampling.sampler import Trajectory, ping_pong, row_noise
-from sa3_trt_core.sampling.upload import uploaded_noise
+from sa3_trt_core.sampling.upload import UploadedNoise
 from sa3_trt_core.shapes import LATENT_CHANNELS, SAMPLES_PER_FRAME
 from sa3_trt_core.stage_timer import Meter
 
@@ -56,6 +57,21 @@ class Stages(Closing):
     def decoded(self, job: Batch) -> Result:
         """Return the sound of a batch of one whose latents are there. Raises ToolError."""
         return self._decode(job, lambda note: None)[0]
+
+    def decoder_rows(self, frames: int) -> int:
+        """Return how many sounds of so many latent frames the decoder takes in one forward without cutting it up."""
+        return autoencoder.rows_at_once(self.engines.engine("decoder"), frames)
+
+    def decoded_together(self, jobs: Sequence[Batch]) -> list[Result]:
+        """Return the sounds of batches of one, of equally many frames, decoded in one forward. Raises ToolError."""
+        import torch
+
+        latents = torch.cat([job.latents for job in jobs if job.latents is not None])
+        joined = Batch([row for job in jobs for row in job.rows], Meter(len(jobs)), latents=latents)
+        sounds = self._decode(joined, lambda note: None)
+        for job, sound in zip(jobs, sounds, strict=True):
+            sound.timings.update({**job.meter.timings, **sound.timings})
+        return sounds
 
     def _read(self, job: Batch, known: Known, tell: Tell) -> None:
         """The features of every text of a batch, prompts and negative prompts."""
@@ -123,7 +139,7 @@ class Stages(Closing):
             drawn = [row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames
             noise = row_noise(*drawn)
             if velocity.device != "cpu":  # the whole path stays there: latents go to the decoder without a copy
-                noise, start, kept = uploaded_noise(*drawn, velocity.device), *_on(velocity.device, start, kept)
+                noise, start, kept = UploadedNoise(*drawn, velocity.device), *_on(velocity.device, start, kept)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
                     engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
@@ -147,15 +163,15 @@ class Stages(Closing):
         (row,) = job.rows
         with torch.inference_mode():
             cond, start, kept = conditioning(job.rows, job.features, job.inits)
-            drawn, device = (
-                ([row.seed], LATENT_CHANNELS, row.frames, row.valid_frames),
-                self._velocity(job.meter).device,
-            )
-            noise = row_noise(*drawn)
-            if device != "cpu":
-                noise, start, kept = uploaded_noise(*drawn, device), *_on(device, start, kept)
-            path = Trajectory(noise, sigmas_of(row), start, kept)
-            return RingRow(path, cond, self._guidance(job, cond), job.meter)
+            guidance, device = self._guidance(job, cond), self._velocity(job.meter).device
+            drawn = [row.seed], LATENT_CHANNELS, row.frames, row.valid_frames
+            levels, noise = sigmas_of(row), row_noise(*drawn)
+            if device != "cpu":  # all that the steps read, so that none of them waits for a copy
+                noise = ahead = UploadedNoise(*drawn, device)
+                ahead.draw_ahead(len(levels))
+                cond, (start, kept) = cond.on(device), _on(device, start, kept)
+                guidance = None if guidance is None else replace(guidance, null=guidance.null.on(device))
+            return RingRow(Trajectory(noise, levels, start, kept), cond, guidance, job.meter)
 
     def _decode(self, job: Batch, tell: Tell) -> list[Result]:
         """The sounds of a batch: all rows at once where the decoder takes them, else one after the other."""

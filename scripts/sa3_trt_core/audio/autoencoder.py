@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sa3_trt_core.audio.tiling import chunks
 from sa3_trt_core.engines.base import pick
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sa3_trt_core.engines.base import GraphEngine
+
+
+@runtime_checkable
+class RowsDecoder(Protocol):
+    """A decoder that takes any number of rows and bounds its own memory."""
+
+    def rows_at_once(self, frames: int) -> int:
+        """Return the rows of so many latent frames that it decodes without cutting them up."""
+        ...
+
 
 FULL_SCALE = 32767
 LIMITER_CEILING = 1.0  # the value at which that input of some builds changes nothing below full scale
@@ -71,6 +81,11 @@ def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
 def takes_rows(engine: GraphEngine) -> bool:
     """Whether a decoder takes any number of rows at once and bounds its own memory: it is given no windows."""
     return bool(getattr(engine, "takes_rows", False))
+
+
+def rows_at_once(engine: GraphEngine, frames: int) -> int:
+    """Return how many rows of so many latent frames a decoder takes in one piece, at least 1."""
+    return max(1, engine.rows_at_once(frames)) if isinstance(engine, RowsDecoder) else 1
 
 
 def decode_rows(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> list[Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from sa3_trt_core.errors import ToolError
 
@@ -52,6 +52,15 @@ class VelocityEngine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class RowsEngine(Protocol):
+    """A DiT that keeps the conditioning of each row between calls and knows it again by identity."""
+
+    def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
+        """Velocity (R, 256, L) on the engine's device, valid until the next call."""
+        ...
+
+
 class Closing:
     """The context-manager half of an engine: leaving the block closes it."""
 
@@ -87,8 +96,28 @@ class DiTVelocity(Closing):
         }
         return pick(self._graph.run(inputs), "velocity").float()
 
+    def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
+        """`velocity` of rows whose conditioning is given one by one, valid until the next call."""
+        from sa3_trt_core.conditioning import Conditioning
+
+        if isinstance(self._graph, RowsEngine) and self.device != "cpu":
+            return self._graph.rows_velocity(x, t, rows)
+        return self.velocity(x, t, Conditioning.joined(rows))
+
     def close(self) -> None:
         self._graph.close()
+
+
+def rows_velocity(engine: VelocityEngine, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
+    """Velocity (R, 256, L) for x (R, 256, L) and t (R,), the conditioning of each row given as one object of one row.
+
+    An engine that knows its rows again by these objects takes in only those that are new.
+    """
+    from sa3_trt_core.conditioning import Conditioning
+
+    if isinstance(engine, DiTVelocity):
+        return engine.rows_velocity(x, t, rows)
+    return engine.velocity(x, t, Conditioning.joined(rows))
 
 
 def pick(outputs: Mapping[str, Tensor], name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sa3_trt_core.conditioning import Conditioning
     from sa3_trt_core.engines.base import GraphEngine
     from sa3_trt_core.lora.lora_set import LoraSet
     from sa3_trt_core.torch_models.dit.adapters import AdapterSlot
@@ -45,6 +46,15 @@ class TorchEngine(PackedEngine):
         )
         place = inputs["x"].device
         return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
+
+    def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
+        """Velocity (R, 256, L) fp32 of rows whose conditioning lies on the engine's device; see RowsEngine."""
+        if self._runner is None:
+            raise RuntimeError("this engine is closed")
+        runner = self._runner
+        return self.guarded(
+            lambda: runner.rows_velocity(x, t, rows), f"{x.shape[0]} rows of {x.shape[-1]} latent frames"
+        )
 
     def set_loras(self, loras: LoraSet, base: Path, rebuild: str, checkpoint: Path | None = None) -> None:
         """Merge adapters into the loaded weights, in place; an empty set gives the engine's own weights back.

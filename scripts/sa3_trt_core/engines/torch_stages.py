@@ -56,6 +56,10 @@ class TorchDecoder(PackedEngine):
         super().__init__(path, rebuild)
         self._runner: DecoderRunner | None = open_decoder(path, self._place)
 
+    def rows_at_once(self, frames: int) -> int:
+        """Return the rows of so many latent frames that are decoded in one piece."""
+        return _opened(self._runner).rows_at_once(frames)
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"pcm": (R, L * 4096, 2) int16} for latent (R, 256, L) on any device."""
         self.require_inputs(inputs)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from sa3_trt_core.conditioning import Conditioning
+from sa3_trt_core.engines.base import rows_velocity
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.sampling.sampler import Trajectory
+from sa3_trt_core.sampling.sampler import Trajectory, advance_together
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sa3_trt_core.conditioning import Conditioning
     from sa3_trt_core.engines.base import VelocityEngine
     from sa3_trt_core.sampling.guidance import Guidance
     from sa3_trt_core.stage_timer import Meter
@@ -29,6 +30,14 @@ class RingRow:
     meter: Meter
 
     @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor of the row that lies on the sampler's device."""
+        yield from self.path.tensors
+        yield from self.cond.tensors
+        if self.guidance is not None:
+            yield from self.guidance.null.tensors
+
+    @property
     def forward_rows(self) -> int:
         """Rows of the DiT's batch that it takes: itself, and its null row if it is guided."""
         return 1 if self.guidance is None else 2
@@ -41,7 +50,8 @@ class Ring:
     Rows of equally many latent frames share a forward, of at most `most_rows` rows (None: any number); a guided row
     counts as two. With `alone` every row and its null row have a forward of their own: a backend whose products round
     differently in a larger batch then gives the sound of `generate` to the bit. `on_step(sigma)` is called for every
-    row after every forward. Not for use from several threads at once.
+    row after every forward. A row keeps its place in the order of the batch, so that an engine need not take in the
+    conditioning of the others again when one leaves. Not for use from several threads at once.
     """
 
     def __init__(
@@ -50,6 +60,8 @@ class Ring:
     ) -> None:  # fmt: skip
         self._engine, self._on_step, self._most_rows, self._alone = engine, on_step, most_rows, alone
         self._places: dict[Hashable, RingRow] = {}
+        self._order: list[Hashable] = []  # of the rows in a batch: who comes takes the place of who left
+        self._vacant: list[int] = []
         self.depth = depth
 
     def __len__(self) -> int:
@@ -60,15 +72,24 @@ class Ring:
         if len(self._places) >= self.depth:
             raise ValueError(f"all {self.depth} places of the ring are taken")
         self._places[key] = row
+        if self._vacant:
+            self._order[self._vacant.pop(0)] = key
+        else:
+            self._order.append(key)
 
     def remove(self, key: Hashable) -> bool:
         """Free the place of a row before it is finished; return False when it has none."""
-        return self._places.pop(key, None) is not None
+        if self._places.pop(key, None) is None:
+            return False
+        self._vacant.append(self._order.index(key))
+        return True
 
     def step(self) -> list[tuple[Hashable, Tensor | Exception]]:
         """Advance every row once and return those that leave: (key, latents (1, 256, L)), or (key, what failed).
 
-        A velocity that is not finite fails its own row, an engine that fails all rows of that forward.
+        A velocity that is not finite fails its own row, an engine that fails all rows of that forward. On a GPU nothing
+        is waited for: the latents are those of work that is queued on the current stream, and `require_finite` of the
+        row's path is to be called before they are used.
         """
         import torch
 
@@ -79,15 +100,19 @@ class Ring:
         finished = {key: row.path.x for key, row in self._places.items() if key not in failed and row.path.finished}
         left: dict[Hashable, Tensor | Exception] = {**failed, **finished}
         for key in left:
-            del self._places[key]
+            self.remove(key)
         return list(left.items())
 
     def _forwards(self) -> list[list[Hashable]]:
         """The rows of each forward of a step."""
+        for place in sorted(self._vacant, reverse=True):
+            del self._order[place]
+        self._vacant.clear()
         if self._alone:
-            return [[key] for key in self._places]
+            return [[key] for key in self._order]
         lengths: dict[int, list[list[Hashable]]] = {}
-        for key, row in self._places.items():
+        for key in self._order:
+            row = self._places[key]
             groups = lengths.setdefault(row.path.x.shape[-1], [[]])
             taken = sum(self._places[other].forward_rows for other in groups[-1])
             if groups[-1] and self._most_rows is not None and taken + row.forward_rows > self._most_rows:
@@ -104,7 +129,7 @@ class Ring:
             return dict.fromkeys(keys, error)
         share = (time.perf_counter() - started) / len(rows)
         for row in rows:
-            row.meter.add("sample", share)
+            row.meter.add("sample", share, ended=row.path.finished)
         return {key: error for key, error in zip(keys, errors, strict=True) if error is not None}
 
 
@@ -120,15 +145,17 @@ def ring(
     the decoder one at a time. A row is drawn from `rows` when its place is free. `on_step(sigma)` is called for every
     row after every forward. Raises what a forward raises, and ToolError when a velocity is not finite.
     """
-    places = Ring(engine, depth, on_step)
+    places, under_way = Ring(engine, depth, on_step), dict[int, RingRow]()
     while True:
         if len(places) < depth and (joining := next(rows, None)) is not None:
             places.admit(*joining)
+            under_way.update([joining])
         if not places:
             return
         for key, latents in places.step():
             if isinstance(latents, Exception):
                 raise latents
+            under_way.pop(cast(int, key)).path.require_finite()
             yield cast(int, key), latents
 
 
@@ -144,22 +171,28 @@ def _advance(
     guided = [(place, row.guidance) for place, row in enumerate(rows) if row.guidance is not None]
     order = [*range(len(rows)), *(place for place, _ in guided)]
     sigmas = [row.path.sigma for row in rows]
-    found = engine.velocity(
+    velocity = rows_velocity(
+        engine,
         torch.cat([rows[place].path.x for place in order]),
         torch.stack([sigmas[place] for place in order]),
-        Conditioning.joined([*(row.cond for row in rows), *(guidance.null for _, guidance in guided)]),
+        [*(row.cond for row in rows), *(guidance.null for _, guidance in guided)],
     )
-    velocities = list(found.split(1))
-    for number, (place, guidance) in enumerate(guided):
-        null = velocities[len(rows) + number]
-        velocities[place] = guidance.velocity(rows[place].path.x, sigmas[place][None], velocities[place], null)
-    errors: list[ToolError | None] = []
-    for row, velocity, sigma in zip(rows, velocities, sigmas, strict=False):
-        try:
-            row.path.advance(velocity)
-            errors.append(None)
-        except ToolError as error:
-            errors.append(error)
-        if on_step is not None:
+    if guided:
+        parts = list(velocity.split(1))
+        for number, (place, guidance) in enumerate(guided):
+            null = parts[len(rows) + number]
+            parts[place] = guidance.velocity(rows[place].path.x, sigmas[place][None], parts[place], null)
+        velocity = torch.cat(parts[: len(rows)])
+    errors: list[ToolError | None] = [None] * len(rows)
+    if velocity.is_cuda:
+        advance_together([row.path for row in rows], velocity)
+    else:
+        for place, row in enumerate(rows):
+            try:
+                row.path.advance(velocity[place : place + 1])
+            except ToolError as error:
+                errors[place] = error
+    if on_step is not None:
+        for sigma in sigmas:
             on_step(float(sigma))
     return errors

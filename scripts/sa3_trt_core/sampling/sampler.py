@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.errors import ToolError
+from sa3_trt_core.sampling.upload import UploadedNoise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,30 +70,67 @@ class Trajectory:
     def advance(self, velocity: Tensor) -> None:
         """Take one step with the velocity (B, C, L) at `x`, on its device.
 
-        Raises ToolError when a velocity is not finite: at once on a CPU, after the last step on a GPU, which would
-        otherwise wait for the CPU at every step.
+        On a CPU raises ToolError when a velocity is not finite. On a GPU that would wait for the step: see
+        `require_finite`.
         """
         import torch
 
         self._finite.append(torch.isfinite(velocity).all())
-        if velocity.device.type == "cpu" or self.step + 2 == len(self._sigmas):
-            self._require_finite()
+        if velocity.device.type == "cpu":
+            self.require_finite()
         after = self._sigmas[self.step + 1]
-        self.x = (1.0 - after) * denoised(self.x, velocity, self.sigma) + after * next(self._noise)
-        if self._kept is not None:
-            self.x = torch.where(self._kept[1] > 0, self._kept[0], self.x)
-        self.step += 1
+        self._arrive((1.0 - after) * denoised(self.x, velocity, self.sigma) + after * next(self._noise))
 
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
+        """Raise ToolError when a velocity of the steps so far was not finite. Waits for the GPU where `x` lies on one.
+
+        To be called before the latents are used.
+        """
         import torch
 
-        flags = torch.stack(self._finite).tolist()
+        flags = torch.stack(self._finite).tolist() if self._finite else []
         if not all(flags):
             step = flags.index(False)
             raise ToolError(
                 f"the DiT gave values that are not finite at sigma {float(self._sigmas[step]):.4f} (step {step + 1})",
                 "the engine or its ONNX is damaged or overflows: build it again, or try `precision=fp32`",
             )
+
+    def _arrive(self, x: Tensor) -> None:
+        """Stand at the next noise level with `x` (B, C, L), what is to be kept put back."""
+        import torch
+
+        self.x = x if self._kept is None else torch.where(self._kept[1] > 0, self._kept[0], x)
+        self.step += 1
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield every tensor that the coming steps read, but for noise that is not drawn yet."""
+        yield self.x
+        yield from self._kept or ()
+        if isinstance(self._noise, UploadedNoise):
+            yield from self._noise.ahead
+
+
+def advance_together(paths: Sequence[Trajectory], velocities: Tensor) -> None:
+    """Take one step of each path (1, C, L) with its row of `velocities` (R, C, L) on a GPU.
+
+    The arithmetic of `Trajectory.advance`, to the bit, in a launch an operation instead of one a row: with eight rows
+    the launches would otherwise take longer than the gap between two steps may. Waits for nothing.
+    """
+    import torch
+
+    rows = list(velocities.split(1))
+    # 1 - sigma is rounded to fp32 here as it is there.
+    levels = [float(path.sigma) for path in paths]
+    after = [path._sigmas[path.step + 1] for path in paths]
+    clean = torch._foreach_sub([path.x for path in paths], torch._foreach_mul(rows, levels))
+    torch._foreach_mul_(clean, [float(1.0 - level) for level in after])
+    noise = torch._foreach_mul([next(path._noise) for path in paths], [float(level) for level in after])
+    torch._foreach_add_(clean, noise)
+    for path, x, finite in zip(paths, clean, torch.isfinite(velocities).flatten(1).all(1), strict=True):
+        path._finite.append(finite)
+        path._arrive(x)
 
 
 def ping_pong(
@@ -114,4 +152,5 @@ def ping_pong(
         path.advance(engine.velocity(path.x, sigma.expand(path.x.shape[0]).contiguous(), cond))
         if on_step is not None:
             on_step(step, float(sigma))
+    path.require_finite()
     return path.x

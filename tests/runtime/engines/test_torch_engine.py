@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import bench_dit
@@ -22,6 +23,7 @@ import sa3_trt
 from helpers.commands import run
 from sa3_trt_core import paths
 from sa3_trt_core.artifacts.check_rows import check_path
+from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.torch import TorchEngine
@@ -140,6 +142,29 @@ def test_a_row_written_in_place_is_noticed(tiny_models: Path) -> None:
         inputs["t5_hidden"][0] *= -1.0
         after = engine.run(inputs)["velocity"]
     assert not torch.equal(after[0], before[0]) and torch.equal(after[1:], before[1:])
+
+
+def test_rows_given_one_by_one_are_those_of_the_batch_and_only_new_ones_are_taken_in(tiny_models: Path) -> None:
+    inputs, others = inputs_at(0.7), inputs_at(0.7, seed=9)
+    names = [field.name for field in fields(Conditioning)]
+
+    def rows_of(tensors: dict[str, torch.Tensor]) -> list[Conditioning]:
+        return [Conditioning(*(tensors[name][row : row + 1] for name in names)) for row in range(3)]
+
+    def batch(rows: list[Conditioning]) -> torch.Tensor:
+        joined = Conditioning.joined(rows)
+        with TorchEngine(packed(tiny_models, "sa3-m"), "again") as fresh:
+            return fresh.run({"x": x, "t": t, **{name: getattr(joined, name) for name in names}})["velocity"]
+
+    x, t, rows = inputs["x"], inputs["t"], rows_of(inputs)
+    silent = replace(rows[0], local_add_cond=torch.zeros_like(rows[0].local_add_cond))
+    with TorchEngine(packed(tiny_models, "sa3-m"), "again") as engine:
+        for order in (rows, [rows[0], rows_of(others)[1], rows[2]], [silent, silent, silent], rows):
+            assert torch.equal(engine.rows_velocity(x, t, order), batch(order))
+        engine.rows_velocity(x, t, rows)
+        rows[0].t5_hidden.mul_(-1.0)  # the same object: nobody changes one in place, and it is not compared again
+        assert not torch.equal(engine.rows_velocity(x, t, rows), batch(rows))
+        assert torch.equal(engine.rows_velocity(x, t, [replace(rows[0]), *rows[1:]]), batch(rows))
 
 
 def test_rows_do_not_depend_on_their_neighbours(tiny_models: Path) -> None:

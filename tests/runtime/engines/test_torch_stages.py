@@ -27,7 +27,7 @@ from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.torch_stages import TorchDecoder, TorchEncoder, TorchTextEncoder
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.sampling.sampler import row_noise
-from sa3_trt_core.sampling.upload import uploaded_noise
+from sa3_trt_core.sampling.upload import UploadedNoise
 from sa3_trt_core.targets import find_target
 from sa3_trt_core.torch_models.kernels.linear import quantize_rows
 from sa3_trt_core.torch_models.same.model import Same
@@ -213,7 +213,9 @@ def test_a_rotary_pair_lies_half_a_head_apart() -> None:
 
 
 def test_uploaded_noise_is_the_samplers_to_the_bit() -> None:
-    uploaded, drawn = uploaded_noise([3, 9], 4, 24, 17, "cpu"), row_noise([3, 9], 4, 24, 17)
+    uploaded, drawn = UploadedNoise([3, 9], 4, 24, 17, "cpu"), row_noise([3, 9], 4, 24, 17)
+    uploaded.draw_ahead(2)
+    assert len(uploaded.ahead) == 2
     for _ in range(3):
         assert torch.equal(next(uploaded), next(drawn))
 

@@ -24,8 +24,8 @@ from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import count_stages, ring_groups
 from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity, null_conditioning
-from sa3_trt_core.sampling.ring import RingRow, ring
-from sa3_trt_core.sampling.sampler import Trajectory, ping_pong, row_noise
+from sa3_trt_core.sampling.ring import Ring, RingRow, ring
+from sa3_trt_core.sampling.sampler import Trajectory, advance_together, ping_pong, row_noise
 from sa3_trt_core.sampling.schedule import sigmas
 from sa3_trt_core.stage_timer import Meter
 
@@ -105,6 +105,46 @@ def test_rows_stand_at_different_steps_and_places_are_refilled() -> None:
     assert order == list(range(6))
     assert [len(levels) for levels in engine.levels] == [1, 2, 3, 4, 4, 4, 3, 2, 1]
     assert all(len(set(levels)) == len(levels) for levels in engine.levels)
+
+
+def test_rows_advance_together_as_they_do_alone() -> None:
+    kept = (torch.ones(1, CHANNELS, FRAMES), (torch.arange(FRAMES) < 2).float().expand(1, 1, FRAMES))
+
+    def paths() -> list[Trajectory]:
+        noises = [row_noise([number], CHANNELS, FRAMES) for number in range(3)]
+        made = [Trajectory(noise, sigmas(4 + number)) for number, noise in enumerate(noises[:2])]
+        return [*made, Trajectory(noises[2], sigmas(5), kept=kept)]
+
+    together, alone = paths(), paths()
+    for step in range(3):
+        velocities = torch.randn(3, CHANNELS, FRAMES, generator=torch.Generator().manual_seed(step))
+        advance_together(together, velocities)
+        for row, path in enumerate(alone):
+            path.advance(velocities[row : row + 1])
+        assert [path.step for path in together] == [path.step for path in alone]
+        assert all(torch.equal(ours.x, theirs.x) for ours, theirs in zip(together, alone, strict=True))
+    advance_together(together, torch.tensor([0.0, float("nan"), 0.0])[:, None, None].expand(3, CHANNELS, FRAMES))
+    together[0].require_finite()
+    with pytest.raises(ToolError, match="not finite at sigma"):
+        together[1].require_finite()
+
+
+def test_a_row_keeps_its_place_in_the_batch_while_others_leave_and_come() -> None:
+    engine = Wave()
+    places = Ring(engine, 3)
+
+    def row(number: int, steps: int) -> RingRow:
+        return RingRow(Trajectory(row_noise([number], 4, 6), sigmas(steps)), conditioning(number), None, Meter())
+
+    for number, steps in enumerate((6, 1, 6)):
+        places.admit(number, row(number, steps))
+    assert [key for key, _ in places.step()] == [1]
+    places.admit(3, row(3, 9))
+    places.step()
+    assert engine.levels[1] == [float(sigmas(6)[1]), float(sigmas(9)[0]), float(sigmas(6)[1])]
+    assert places.remove(0) and not places.remove(0)
+    places.step()
+    assert engine.levels[2] == [float(sigmas(9)[1]), float(sigmas(6)[2])]
 
 
 @pytest.fixture(scope="module")

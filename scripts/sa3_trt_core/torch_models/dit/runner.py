@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sa3_trt_core.cuda_graph import capture
+from sa3_trt_core.shapes import LOCAL_CHANNELS
 from sa3_trt_core.torch_models.dit.model import Dit, Told
 from sa3_trt_core.torch_models.dit.range_watch import RangeWatch
 from sa3_trt_core.torch_models.kernels.graphs import Captured
+
+if TYPE_CHECKING:
+    from sa3_trt_core.conditioning import Conditioning
 
 KEPT_PLACES = 8  # shapes whose graph, activations and cross keys are kept (a ring runs 1 to 8 rows); the oldest goes
 KEPT_LEVELS = 256  # modulations of (sigma, seconds): 1 MB each at full size
@@ -41,8 +47,24 @@ class Runner:
     def prepared(self, x: Tensor, t: Tensor, told: dict[str, Tensor]) -> Callable[[], Tensor]:
         """What `velocity` runs once everything lies in its place: on a GPU the replay of a graph."""
         place = self._place_of(x, told)
-        for row, level in enumerate(zip(t.tolist(), told["seconds_total"].tolist(), strict=True)):
-            place.modulation[:, :, row].copy_(self._modulation(*level))
+        return self._loaded(place, x, t.tolist(), told["seconds_total"].tolist())
+
+    def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
+        """`velocity` for conditioning (1 row each) on the runner's device that is known again by identity.
+
+        Waits for nothing on a GPU, where t (R,) lies on the CPU.
+        """
+        self._current = None
+        place = self._kept_place(x.shape[0], x.shape[2], any(row.keeps for row in rows))
+        place.tell_rows(rows)
+        return self._loaded(place, x, t.tolist(), [row.durations[0] for row in rows])()
+
+    def _loaded(
+        self, place: _Place, x: Tensor, levels: Sequence[float], seconds: Sequence[float]
+    ) -> Callable[[], Tensor]:
+        """Put x and the modulation of each row into a place; return what runs it."""
+        modulations = [self._modulation(*pair) for pair in zip(levels, seconds, strict=True)]
+        torch.stack(modulations, dim=2, out=place.modulation)
         place.x.copy_(x)
         watch = self._watch
         return place.run if watch is None or watch.steps >= WATCHED_STEPS else partial(place.run_under, watch)
@@ -80,14 +102,19 @@ class Runner:
             if known == versions and all(told[name] is before[name] for name in CONDITIONING):
                 return place
         rows, _, frames = x.shape
-        key = (rows, frames, bool(told["local_add_cond"].any()))
+        place = self._kept_place(rows, frames, bool(told["local_add_cond"].any()))
+        place.tell(told)
+        self._current = place, {name: told[name] for name in CONDITIONING}, versions
+        return place
+
+    def _kept_place(self, rows: int, frames: int, keeps: bool) -> _Place:
+        """The place of a shape, made where it is new; the one that was not used for longest goes."""
+        key = (rows, frames, keeps)
         kept = self._places.pop(key, None)
         place = kept or _Place(self.dit, self._device, *key)
         self._places[key] = place
         while len(self._places) > KEPT_PLACES:
             self._places.popitem(last=False)
-        place.tell(told)
-        self._current = place, {name: told[name] for name in CONDITIONING}, versions
         return place
 
     def _modulation(self, t: float, seconds: float) -> Tensor:
@@ -109,6 +136,8 @@ class _Place:
         sizes = dit.sizes
         self._dit, self._keeps = dit, keeps
         self._heard: dict[str, Tensor] | None = None
+        self._known: list[weakref.ref[Conditioning] | None] = [None] * rows  # of `tell_rows`
+        self._has_no_local = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._velocity: Tensor | None = None
         self._text: Captured | None = None
@@ -126,14 +155,37 @@ class _Place:
         changed = self._changed(told)
         if not changed:
             return
+        self._known = [None] * len(self._known)
         self._tell_text({name: told[name][changed] for name in TEXT}, changed)
         local = told["local_add_cond"]
         if self._keeps:
             self._told.local[:, changed] = self._dit.local(local[changed].to(self.x.device))
-        elif self._heard is None:
-            # One frame of zeros speaks for all: without a kept latent the embedding is one constant a block.
-            self._told.local.copy_(self._dit.local(local[:1, :, :1].to(self.x.device)))
+        else:
+            self._tell_no_local()
         self._heard = {name: told[name].clone() for name in CONDITIONING}
+
+    def tell_rows(self, rows: Sequence[Conditioning]) -> None:
+        """Work out what is new of rows that are known again by identity; all new rows in one product each."""
+        changed = [row for row, kept in enumerate(self._known) if kept is None or kept() is not rows[row]]
+        if not changed:
+            return
+        new = [rows[row] for row in changed]
+        keys = self._dit.keys(*(torch.cat([getattr(row, name) for row in new]) for name in TEXT))
+        for number, row in enumerate(changed):
+            self._told.keys[:, row].copy_(keys[:, number])
+            if self._keeps:
+                self._told.local[:, row].copy_(self._dit.local(new[number].local_add_cond)[:, 0])
+            self._known[row] = weakref.ref(new[number])
+        if not self._keeps:
+            self._tell_no_local()
+        self._heard = None
+
+    def _tell_no_local(self) -> None:
+        """The local embedding of local_add_cond that is zero throughout: one constant a block."""
+        if not self._has_no_local:
+            zero = torch.zeros((1, LOCAL_CHANNELS, 1), device=self.x.device)
+            self._told.local.copy_(self._dit.local(zero))
+            self._has_no_local = True
 
     def run(self) -> Tensor:
         """The velocity of what lies in the places."""
@@ -153,6 +205,8 @@ class _Place:
     def forget(self) -> None:
         """Compute the conditioning of every row again at the next call."""
         self._heard = None
+        self._known = [None] * len(self._known)
+        self._has_no_local = False
 
     def _tell_text(self, given: dict[str, Tensor], changed: list[int]) -> None:
         """Work out the cross keys of some rows: by a graph from the second time on that all rows change."""

@@ -37,6 +37,10 @@ class DecoderRunner:
         torch.cuda.current_stream().synchronize()
         return host
 
+    def rows_at_once(self, frames: int) -> int:
+        """Return how many rows of so many latent frames go through the layers in one piece."""
+        return TOKENS_IN_ONE // (frames * (self.sizes.stride + 1))
+
     def close(self) -> None:
         """Free the graphs."""
         self._seen.clear()

@@ -1,0 +1,82 @@
+"""Decoding of what leaves a live ring: one sound, window by window, or several of one length in one forward."""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING
+
+from sa3_trt_core.audio import autoencoder
+from sa3_trt_core.errors import ToolError
+from sa3_trt_core.sampling.inputs import sigmas_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sa3_trt_core.batch import Batch
+    from sa3_trt_core.pipeline import Generator
+    from sa3_trt_core.result import Result
+    from sa3_trt_core.ring_requests import Ticket
+    from sa3_trt_core.streams import Lane
+
+
+def decode_tickets(generator: Generator, lane: Lane, tickets: Sequence[Ticket]) -> list[Result | Exception | None]:
+    """Return the sound of each ticket, the error that its request gets, or None where it was cancelled.
+
+    Several are decoded in one forward; where that fails, one by one, so that each has its own error.
+    """
+    for ticket in tickets:
+        lane.wait(ticket.sampled)
+    outcomes: dict[Ticket, Result | Exception | None] = {ticket: _latent_error(ticket) for ticket in tickets}
+    whole = [ticket for ticket in tickets if outcomes[ticket] is None and not ticket.future.cancelled()]
+    if len(whole) > 1:
+        try:
+            outcomes.update(zip(whole, generator.decoded_together([_job(each) for each in whole]), strict=True))
+            return list(outcomes.values())
+        except Exception:
+            whole = [ticket for ticket in whole if not ticket.future.cancelled()]
+    for ticket in whole:
+        try:
+            outcomes[ticket] = _decoded(generator, ticket)
+        except CancelledError:
+            outcomes[ticket] = None
+        except Exception as error:
+            outcomes[ticket] = error
+    return list(outcomes.values())
+
+
+def _latent_error(ticket: Ticket) -> ToolError | None:
+    """Return what is wrong with the latents of a ticket, and let go of its row."""
+    row, ticket.row = ticket.row, None
+    assert row is not None
+    try:
+        row.path.require_finite()
+    except ToolError as error:
+        return error
+    return None
+
+
+def _job(ticket: Ticket) -> Batch:
+    assert ticket.job is not None
+    return ticket.job
+
+
+def _decoded(generator: Generator, ticket: Ticket) -> Result:
+    """The sound of a ticket whose latents are there; its `on_window` gets the samples as they are decoded."""
+    import torch
+
+    from sa3_trt_core.result import Result
+
+    job = ticket.job
+    assert job is not None and job.latents is not None
+    if ticket.on_window is None:
+        return generator.decoded(job)
+    parts = []
+    with torch.inference_mode(), job.meter.stage("decode"):
+        decoder, seconds = generator.engines.engine("decoder"), ticket.request.seconds
+        for part in autoencoder.decode_windows(decoder, job.latents.cpu(), seconds, ticket.window):
+            if ticket.future.cancelled():
+                raise CancelledError
+            ticket.on_window(part)
+            parts.append(part)
+    timings = dict(job.meter.timings)
+    return Result(job.latents, sigmas_of(ticket.request), torch.cat(parts), timings, dict(job.meter.memory))
