@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.commands import ROOT
-from helpers.pages import DOCS, KINDS, PAGES, READ_IN_ORDER, anchors, blocks, lines, links, prose, spans
+from helpers.pages import DOCS, KINDS, PAGES, READ_IN_ORDER, anchors, blocks, lines, links, parser_of, prose, spans
 
 README, ARCHITECTURE, TROUBLES = ROOT / "README.md", DOCS / "architecture.md", DOCS / "troubleshooting.md"
 SOURCES = sorted(file for folder in ("build", "scripts", "interface") for file in (ROOT / folder).rglob("*.py"))
@@ -82,17 +82,6 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
         name = words[0].rpartition("/")[2].removesuffix(".py") if words else ""
         if words and (words[0].endswith(".py") or name in ("sa3_trt", "sa3_serve")) and parser_of(name):
             yield name, words[1:]
-
-
-def parser_of(name: str) -> argparse.ArgumentParser | None:
-    """Return the parser of a command of ours, None for another word."""
-    if name == "sa3_serve":
-        name = "sa3_serve.command"
-    elif not any((ROOT / folder / f"{name}.py").is_file() for folder in ("build", "scripts")):
-        return None
-    module = __import__(name, fromlist=["parser"])
-    made: argparse.ArgumentParser = module.parser()
-    return made
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -10,16 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import build_from_onnx
 import numpy as np
 import pytest
 import soundfile
 
-import sa3_trt
 from helpers.commands import ROOT
-from helpers.pages import blocks, lines
+from helpers.pages import blocks, lines, parser_of
 from helpers.service import started
-from sa3_serve import command
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import find_target
 
@@ -33,6 +31,13 @@ def shell(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         line, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
     )
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    """Return what the parser of a command makes of its words."""
+    parser = parser_of(Path(words[0]).stem)
+    assert parser is not None, words
+    return parser.parse_args(words[1:])
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def test_the_python_of_the_pages_runs(demo: str, checkout: Path) -> None:
 def test_the_service_of_the_pages_answers_their_requests(demo: str, checkout: Path) -> None:
     (serve,) = set(lines("sh serve"))
     words = shlex.split(serve)
-    assert words[0] == "sa3_serve" and command.parser().parse_args(words[1:]).port == 8000
+    assert words[0] == "sa3_serve" and parsed(words).port == 8000
     with started([*words[1:], "--port", "0"], checkout) as service:
         for line in lines("sh curl"):
             assert "localhost:8000" in line
@@ -134,10 +139,10 @@ def test_the_commands_for_a_gpu_host_parse() -> None:
     assert gpu
     for line in gpu:
         if line[0] == "sa3_trt":
-            assert sa3_trt.parser().parse_args(line[1:]).prompt
+            assert parsed(line).prompt
         else:
             assert line[:2] == ["python", "build/build_from_onnx.py"]
-            assert all(find_target(name) for name in build_from_onnx.parser().parse_args(line[2:]).names)
+            assert all(find_target(name) for name in parsed(line[1:]).names)
 
 
 def test_the_commands_of_a_contributor_name_what_is_there() -> None:
@@ -162,5 +167,4 @@ def test_every_command_of_the_producer_page_parses() -> None:
     rows = re.findall(r"\| \d \| `(\S+\.py) (.*?)` \|", (ROOT / "build/README.md").read_text())
     assert len(rows) == 4
     for script, flags in rows:
-        module = __import__(script.removesuffix(".py"))
-        assert module.parser().parse_args(shlex.split(flags))
+        assert parsed([script, *shlex.split(flags)])

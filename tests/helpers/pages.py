@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,4 +78,15 @@ def anchors(page: Path) -> set[str]:
         shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).replace("`", "")
         name = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
         made.add(name if name not in made else f"{name}-1")
+    return made
+
+
+def parser_of(name: str) -> argparse.ArgumentParser | None:
+    """Return the parser of a command of ours, None for another word."""
+    if name == "sa3_serve":
+        name = "sa3_serve.command"
+    elif not any((ROOT / folder / f"{name}.py").is_file() for folder in ("build", "scripts")):
+        return None
+    module = __import__(name, fromlist=["parser"])
+    made: argparse.ArgumentParser = (module.make_parser if hasattr(module, "make_parser") else module.parser)()
     return made
