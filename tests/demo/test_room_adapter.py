@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import train_demo_lora
 
-from helpers.commands import ROOT, run
+from helpers.commands import ROOT, run, two_lines
 from reprompt import deployed_text
 from sa3_demo import listen
 from sa3_demo.checkpoint_under_test import Row, Subject
@@ -63,6 +63,12 @@ def test_training_writes_a_native_adapter_that_fits_the_checkpoint(tiny_checkpoi
     assert (adapter.kind.name, adapter.ranks, len(adapter.layers)) == ("lora", [2], 7)
     qkv = adapter.layers["model.transformer.layers.0.self_attn.to_qkv"].tensors
     assert qkv["lora_B"].shape == (640, 2) and bool(qkv["lora_B"].any())
+
+
+def test_a_device_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    line = ["--checkpoint", tiny_checkpoint, "--out", tmp_path / "a.safetensors", "--device", "cuda:99"]
+    two_lines(run(train_demo_lora.main, line), "--device cuda:99")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_wall_halves_nothing_below_its_corner_and_little_is_left_above() -> None:
