@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from sa3_trt_core import adapter_placement, engines, gpu, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.tiling import require_chunk
-from sa3_trt_core.engines.base import Closing, place_of
+from sa3_trt_core.engines.base import Closing
 from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.lora.lora_set import LoraSet
@@ -143,8 +143,8 @@ class EngineSet(Closing):
             for done in as_completed(opening):
                 stage = opening[done]
                 try:
-                    self._open[stage] = done.result()
-                    places[stage] = place_of(self._open[stage])
+                    engine = self._open[stage] = done.result()
+                    places[stage] = engine.device, engine.cpu_reason
                 except Exception as error:  # raised below, when no other is on its way any more
                     failed[stage] = error
                     continue
@@ -161,8 +161,8 @@ class EngineSet(Closing):
         if self._closed:
             raise RuntimeError("these engines are closed")
         if stage not in self._open:
-            self._open[stage] = self._opened(stage)
-            self._note_places({stage: place_of(self._open[stage])})
+            engine = self._open[stage] = self._opened(stage)
+            self._note_places({stage: (engine.device, engine.cpu_reason)})
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:

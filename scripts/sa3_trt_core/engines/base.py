@@ -17,29 +17,24 @@ if TYPE_CHECKING:
 class GraphEngine(Protocol):
     """A loaded graph: named tensors in, named tensors out, on the device of the first input.
 
-    `max_batch` is the largest batch of one run, None where the graph sets no limit.
+    `max_batch` is the largest batch of one run, None where the graph sets no limit. `device` is "cuda" or "cpu",
+    `cpu_reason` why it is the CPU on a machine with a GPU ("" otherwise).
     """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     max_batch: int | None
+    device: str
+    cpu_reason: str
 
+    @property
+    def tensor_device(self) -> str: ...
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-def place_of(engine: GraphEngine) -> tuple[str, str]:
-    """Return the device of an engine, "cuda" or "cpu", and why it is the CPU where there is a GPU ("" otherwise)."""
-    return getattr(engine, "device", "cuda"), getattr(engine, "cpu_reason", "")
-
-
-def home_of(engine: GraphEngine) -> str:
-    """Return the device that an engine takes and gives tensors on without a copy: "cpu" unless it says otherwise."""
-    return "cuda" if getattr(engine, "keeps_device", False) and place_of(engine)[0] == "cuda" else "cpu"
 
 
 class VelocityEngine(Protocol):
@@ -76,13 +71,26 @@ class Closing:
         self.close()
 
 
+class DeviceEngine(Closing):
+    """Base of the graph engines: on a GPU unless the engine sets `device`, tensors by way of the CPU."""
+
+    device: str = "cuda"
+    cpu_reason: str = ""
+    keeps_device: bool = False  # outputs stay on the GPU, and inputs there are not copied
+
+    @property
+    def tensor_device(self) -> str:
+        """The device on which the engine takes and returns tensors without a copy: "cuda" or "cpu"."""
+        return self.device if self.keeps_device else "cpu"
+
+
 class DiTVelocity(Closing):
     """A VelocityEngine on top of any engine that runs the six-input DiT graph; closing it closes the graph."""
 
     def __init__(self, graph: GraphEngine) -> None:
         self._graph = graph
         self.max_batch = graph.max_batch
-        self.device = home_of(graph)
+        self.device = graph.tensor_device
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sa3_trt_core import gpu
 from sa3_trt_core.artifacts.external_data import external_data_names, with_small_tensors
 from sa3_trt_core.engines.backend import Backend
-from sa3_trt_core.engines.base import Closing, run_rows
+from sa3_trt_core.engines.base import DeviceEngine, run_rows
 from sa3_trt_core.errors import ToolError, memory_error
 from sa3_trt_core.targets import Target
 
@@ -36,7 +36,7 @@ class _Input(NamedTuple):
     shape: tuple[Any, ...]
 
 
-class OnnxRuntimeEngine(Closing):
+class OnnxRuntimeEngine(DeviceEngine):
     """One ONNX file in a session, on the GPU if ONNX Runtime and the machine have one, else on the CPU."""
 
     def __init__(self, path: Path, variant: bytes | None = None, low_memory: bool = False) -> None:

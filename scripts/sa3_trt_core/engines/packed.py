@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sa3_trt_core import gpu
 from sa3_trt_core.artifacts import manifest
-from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.engines.base import DeviceEngine
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import CONTRACTS
 
@@ -23,7 +23,7 @@ CACHE_VARIABLE = "TRITON_CACHE_DIR"
 FEWER = "free GPU memory, or ask for fewer `seconds` or a smaller `batch`"
 
 
-class PackedEngine(Closing):
+class PackedEngine(DeviceEngine):
     """One packed network of a contract's `kind`. Not for use from several threads."""
 
     kind: str

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core import gpu
 from sa3_trt_core.engines.backend import Backend
-from sa3_trt_core.engines.base import Closing, run_rows
+from sa3_trt_core.engines.base import DeviceEngine, run_rows
 from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
 from sa3_trt_core.engines.tensorrt_context import BoundContext, Loaded, deserialize, extents, torch_type
 from sa3_trt_core.errors import ToolError
@@ -24,7 +24,7 @@ REBUILD = "python build/build_from_onnx.py NAME --backend {backend} --arch {arch
 MOST_BOUND = 8  # sets of shapes that are kept ready: a ring runs 1 to 8 rows; the one used longest ago goes first
 
 
-class TensorRtEngine(Closing):
+class TensorRtEngine(DeviceEngine):
     """One deserialised engine, ready at the shapes it was last used with; not for use from several threads."""
 
     def __init__(
