@@ -26,13 +26,12 @@ class Weight:
     scale: np.ndarray | None
 
     def plain(self) -> np.ndarray:
-        """(N, K), as the graph has it before any quantizer."""
+        """Return the weight (N, K) without quantizers: E4M3 codes times their scales, one per output channel or one."""
         value = constant(self.stored)
+        value = value.T if self.transposed else value
         if self.scale is not None and value.dtype == E4M3:
-            axis = value.shape.index(self.scale.size) if self.scale.size > 1 else 0
-            shape = [-1 if i == axis else 1 for i in range(value.ndim)] if self.scale.size > 1 else [1] * value.ndim
-            value = value.astype(np.float32) * self.scale.astype(np.float32).reshape(shape)
-        return np.ascontiguousarray(value.T if self.transposed else value)
+            value = value.astype(np.float32) * self.scale.astype(np.float32).reshape(-1, 1)
+        return np.ascontiguousarray(value)
 
     def codes(self) -> np.ndarray:
         """E4M3 codes (N, K): the stored ones, or the nearest of the stored weight."""
