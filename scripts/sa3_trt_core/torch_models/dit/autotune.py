@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
 
 from sa3_trt_core.shapes import MAX_FRAMES
 from sa3_trt_core.torch_models.dit.triton_ops import ByLength, FusedOps, Tile, Tiles
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS, Sizes
+from sa3_trt_core.torch_models.kernels.tuning import fastest
 
 SHORT, LONG = 646, 4096  # latent frames that stand for each kind
 CROSS_TOKENS = 257
@@ -43,16 +44,14 @@ def _best(sizes: Sizes, tokens: int, device: torch.device) -> Tiles:
     calls = _calls(sizes, tokens, device)
     tables = torch.ones((MAX_FRAMES + sizes.memory, HEAD_CHANNELS // 2), device=device)
     for name, candidates in CANDIDATES.items():
-        taken: dict[Tile, float] = {}
-        for tile in candidates:
+
+        def call_with(tile: Tile, name: str = name, tiles: Tiles = tiles) -> Callable[[], Any]:
             chosen = replace(tiles, **{name: tile})
-            operations = FusedOps(tables, tables, ByLength(chosen, chosen))
-            try:
-                taken[tile] = do_bench_cudagraph(lambda ops=operations, call=calls[name]: call(ops), rep=5)
-            except Exception:  # out of shared memory or registers, as the card's compiler words it
-                continue
-        if taken:
-            tiles = replace(tiles, **{name: min(taken, key=taken.__getitem__)})
+            return partial(calls[name], FusedOps(tables, tables, ByLength(chosen, chosen)))
+
+        tile = fastest(candidates, call_with)
+        if tile is not None:
+            tiles = replace(tiles, **{name: tile})
     return tiles
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sa3_trt_core.torch_models.kernels.store import LOG2_E, store
+from sa3_trt_core.torch_models.kernels.store import LOG2_E, load_halves, store
 
 HEAD = tl.constexpr(64)  # channels of a head
 TAIL = tl.constexpr(16)  # keys at a time beyond the last whole block: 257 leave 1, and memory tokens 6
@@ -202,12 +202,6 @@ def gated(
     inside = channel < inner
     mask = (token < count)[:, None] & inside[None, :]
     at = token.to(tl.int64)[:, None] * (2 * inner) + channel[None, :]
-    value = tl.load(sums + at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(sums + at + inner, mask=mask, other=0.0).to(tl.float32)
-    if has_ratio:
-        value *= tl.load(ratio + channel, mask=inside, other=0.0)[None, :]
-        gate *= tl.load(ratio + inner + channel, mask=inside, other=0.0)[None, :]
-    value += tl.load(bias + channel, mask=inside, other=0.0)[None, :]
-    gate += tl.load(bias + inner + channel, mask=inside, other=0.0)[None, :]
+    value, gate = load_halves(sums, ratio, bias, at, channel, mask, inside, inner, has_ratio)
     place = token.to(tl.int64)[:, None] * inner + channel[None, :]
     store(result + place, value * gate * tl.sigmoid(gate), inverse_scale, mask, to_fp8)

@@ -23,6 +23,22 @@ def store(pointers, values, inverse_scale, mask, to_fp8: tl.constexpr):
 
 
 @triton.jit
+def load_halves(stored, ratio, bias, at, channel, mask, inside, inner, has_ratio: tl.constexpr):
+    """Load both halves of a gated linear's result (2 * inner channels) in fp32, with channel scales and bias applied.
+
+    `at` are the offsets of the first half's elements, `channel` their channels, `inside` those below `inner`.
+    """
+    value = tl.load(stored + at, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(stored + at + inner, mask=mask, other=0.0).to(tl.float32)
+    if has_ratio:
+        value *= tl.load(ratio + channel, mask=inside, other=0.0)[None, :]
+        gate *= tl.load(ratio + inner + channel, mask=inside, other=0.0)[None, :]
+    value += tl.load(bias + channel, mask=inside, other=0.0)[None, :]
+    gate += tl.load(bias + inner + channel, mask=inside, other=0.0)[None, :]
+    return value, gate
+
+
+@triton.jit
 def tanh(value, approximate: tl.constexpr):
     """tanh in fp32: to 1e-7 absolute, or by one instruction of the GPU to 5e-4 relative, half a step of fp16."""
     if approximate:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench_cudagraph
 
+from sa3_trt_core.torch_models.kernels.tuning import fastest
 from sa3_trt_core.torch_models.same.triton_ops import Tile, Tiles, TritonOps
 from sa3_trt_core.torch_models.same.weights import Packed
 
@@ -30,15 +31,13 @@ def tuned(packed: Packed) -> Tiles:
     tiles = Tiles()
     calls = _calls(packed)
     for name, candidates in CANDIDATES.items():
-        taken: dict[Tile, float] = {}
-        for tile in candidates:
-            ops = TritonOps(packed.rates, replace(tiles, **{name: tile}))
-            try:
-                taken[tile] = do_bench_cudagraph(lambda ops=ops, call=calls[name]: call(ops), rep=5)
-            except Exception:  # out of shared memory or registers, as the GPU's compiler words it
-                continue
-        if taken:
-            tiles = replace(tiles, **{name: min(taken, key=taken.__getitem__)})
+
+        def call_with(tile: Tile, name: str = name, tiles: Tiles = tiles) -> Callable[[], Any]:
+            return partial(calls[name], TritonOps(packed.rates, replace(tiles, **{name: tile})))
+
+        tile = fastest(candidates, call_with)
+        if tile is not None:
+            tiles = replace(tiles, **{name: tile})
     return tiles
 
 

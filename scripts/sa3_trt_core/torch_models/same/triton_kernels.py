@@ -13,6 +13,7 @@ from sa3_trt_core.torch_models.kernels.store import (
     LOG2_E,
     dynamic_tanh,
     exp2,
+    load_halves,
     rotate,
     sigmoid,
     sin_pi,
@@ -137,13 +138,7 @@ def _gated(
     stored, ratio, bias, at, channel, mask, inside, inner, sinusoidal: tl.constexpr, has_ratio: tl.constexpr,
     approximate: tl.constexpr,
 ):  # fmt: skip
-    value = tl.load(stored + at, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(stored + at + inner, mask=mask, other=0.0).to(tl.float32)
-    if has_ratio:
-        value *= tl.load(ratio + channel, mask=inside, other=0.0)[None, :]
-        gate *= tl.load(ratio + inner + channel, mask=inside, other=0.0)[None, :]
-    value += tl.load(bias + channel, mask=inside, other=0.0)[None, :]
-    gate += tl.load(bias + inner + channel, mask=inside, other=0.0)[None, :]
+    value, gate = load_halves(stored, ratio, bias, at, channel, mask, inside, inner, has_ratio)
     if sinusoidal:
         return value * sin_pi(gate, approximate)
     return value * gate * sigmoid(gate, False)

@@ -1,0 +1,26 @@
+"""Choose a kernel's tile by measuring candidates on this machine's GPU; needs Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from triton.testing import do_bench_cudagraph
+
+Tile = TypeVar("Tile")
+BENCH_MILLISECONDS = 5  # of repetitions for each candidate
+
+
+def fastest(candidates: Sequence[Tile], call_with: Callable[[Tile], Callable[[], Any]]) -> Tile | None:
+    """Return the candidate whose call takes the least time; None if the GPU can run none of them.
+
+    `call_with` returns the call to measure, of the kernel with a candidate's tile.
+    """
+    milliseconds: dict[Tile, float] = {}
+    for tile in candidates:
+        call = call_with(tile)
+        try:
+            milliseconds[tile] = do_bench_cudagraph(call, rep=BENCH_MILLISECONDS)
+        except Exception:  # out of shared memory or registers, as the GPU's compiler words it
+            continue
+    return min(milliseconds, key=milliseconds.__getitem__) if milliseconds else None
