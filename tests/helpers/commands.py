@@ -63,6 +63,11 @@ def listing(folder: Path) -> dict[str, str]:
     }
 
 
+def listing_without_checks(folder: Path) -> dict[str, str]:
+    """Return a folder's listing without the records of passed check rows, which loading an engine writes."""
+    return {name: digest for name, digest in listing(folder).items() if not name.endswith(".checked.json")}
+
+
 @contextlib.contextmanager
 def _captured(name: str) -> Iterator[IO[str]]:
     """Redirect one standard stream to a temporary file, for Python code and for code that writes to the descriptor."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from helpers.commands import ROOT, listing, run, two_lines
+from helpers.commands import ROOT, listing, listing_without_checks, run, two_lines
 from sa3_trt_core.targets import DITS, TARGETS, find_target
 
 DIT, HALF, FP8, TEXT = (find_target(name).onnx[0] for name in ("sa3-m-fp32", "sa3-m", "sa3-m-fp8", "t5gemma"))
@@ -38,16 +38,11 @@ def paths(
 def refused(line: str, paths: dict[str, Path], *words: str) -> str:
     """Run a command line; assert two lines that name `words` and an unchanged working directory."""
     command, *arguments = line.format(**paths).split()
-    before = kept(Path.cwd())
+    before = listing_without_checks(Path.cwd())
     result = run(importlib.import_module(command).main, arguments)
     two_lines(result, *words)
-    assert kept(Path.cwd()) == before
+    assert listing_without_checks(Path.cwd()) == before
     return result.err
-
-
-def kept(folder: Path) -> dict[str, str]:
-    """Return a folder's listing without the records of passed check rows, which a later failure does not remove."""
-    return {name: digest for name, digest in listing(folder).items() if not name.endswith(".checked.json")}
 
 
 @pytest.mark.parametrize(

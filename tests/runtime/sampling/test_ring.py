@@ -18,7 +18,7 @@ from conftest import onnx_of
 from hypothesis import given, settings, strategies as st
 
 import sa3_trt
-from helpers.commands import listing, run, two_lines
+from helpers.commands import listing_without_checks, run, two_lines
 from sa3_trt_core import Generator, Request, Result
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.errors import ToolError
@@ -240,13 +240,11 @@ def one_row(tiny_onnx: Path, tmp_path: Path) -> Path:
 def test_an_engine_of_fewer_rows_says_its_limit(one_row: Path, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     argv = ["--prompt", "a", "--prompt", "b", "--onnx-root", one_row, "--backend", "onnxruntime", "--seconds", 1]
-    for answers in one_row.rglob("*.checked.json"):
-        answers.unlink()
-    before = listing(tmp_path)
+    before = listing_without_checks(tmp_path)
     result = run(sa3_trt.main, [*argv, "--quiet", "--steps", 1, "--depth", 2, "--out-dir", "d"])
     two_lines(result, "ring of 2", "takes 1 rows a forward")
     assert "--depth 1 to 1" in result.err
-    assert {name: digest for name, digest in listing(tmp_path).items() if not name.endswith(".checked.json")} == before
+    assert listing_without_checks(tmp_path) == before
     with (
         Generator.load(backend="onnxruntime", onnx_root=one_row) as generator,
         pytest.raises(ToolError, match="1 rows"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from sa3_trt_core.shapes import MAX_FRAMES
 from sa3_trt_core.torch_models.dit.triton_ops import ByLength, FusedOps, Tile, Tiles
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS, Sizes
-from sa3_trt_core.torch_models.kernels.tuning import fastest
+from sa3_trt_core.torch_models.kernels.autotune import fastest
 
 SHORT, LONG = 646, 4096  # latent frames that stand for each kind
 CROSS_TOKENS = 257

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa3_trt_core.torch_models.kernels.tuning import fastest
+from sa3_trt_core.torch_models.kernels.autotune import fastest
 from sa3_trt_core.torch_models.same.triton_ops import Tile, Tiles, TritonOps
 from sa3_trt_core.torch_models.same.weights import Packed
 
