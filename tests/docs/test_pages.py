@@ -110,6 +110,15 @@ def test_every_flag_alone_is_one_of_some_command(page: Path) -> None:
     assert used - known == set()
 
 
+@pytest.mark.parametrize("name", ["sa3_trt", "sa3_serve"])
+def test_every_flag_of_the_users_commands_is_explained(name: str) -> None:
+    parser = parser_of(name)
+    assert parser is not None
+    explained = {flag for page in ("generating", "serving") for span in spans(DOCS / f"{page}.md")
+                 for flag in re.findall(r"--[a-z][a-z0-9-]*", span)}  # fmt: skip
+    assert {flag for flag in flags_of(parser) if flag.startswith("--")} - explained - {"--help"} == set()
+
+
 def texts(file: Path) -> str:
     """Return the string literals of a source file; what is formatted into one stands as an ellipsis."""
     found = []
