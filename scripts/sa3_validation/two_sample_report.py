@@ -83,7 +83,7 @@ def _kept(decibels: Mapping[str, float]) -> str:
     """What in-painting does to the parts that were to be kept, by arm."""
     arms = {"reference_inpainted": "reference", "candidate_inpainted": "candidate",
             "published_inpainted": "published recipe's choices"}  # fmt: skip
-    shares = [f"{label} {decibels[arm]:.1f} dB" for arm, label in arms.items() if arm in decibels]
+    shares = [f"{label} {decibels[arm]:.2f} dB" for arm, label in arms.items() if arm in decibels]
     return (
         "In-painting is compared with the sound that it was made from too, where that was to be kept; half of the "
         f"in-paintings are off there, over all mel bands, by less than: {', '.join(shares)}."
