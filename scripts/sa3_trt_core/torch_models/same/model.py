@@ -11,7 +11,7 @@ from torch import Tensor
 from sa3_trt_core.torch_models.kernels.linear import Product, result, sums
 from sa3_trt_core.torch_models.same.weights import DynamicTanh, Layer, Packed
 
-TOKENS_AT_ONCE = 11264  # of all rows together: what a layer's widest activations are made for
+TOKENS_AT_ONCE = 4096  # of all rows together: what a layer's widest activations are made for
 TOKENS_IN_ONE = 24576  # up to here in one piece
 
 
@@ -71,6 +71,7 @@ class Same:
         entered = result(latents.to(torch.float16).transpose(1, 2).flatten(0, 1), self.packed.input)
         hidden = torch.empty((rows * frames, sizes.stride + 1, sizes.width), dtype=torch.float16, device=latents.device)
         hidden[:, 0] = entered
+        del entered
         hidden[:, 1:] = self.packed.token
         flat = hidden.flatten(0, 1)
         self._run(flat, frames)
