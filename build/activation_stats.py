@@ -16,7 +16,7 @@ from sa3_trt_core.errors import ToolError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="activation_stats.py", description=__doc__)
     line.add_argument(
         "--input", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="the FP16-mixed DiT graph"
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from sa3_build.recipes import activation_stats as library
 
-    subjects = [library.Subject(source, calibration, args.rows) for source, calibration in pairs]
+    subjects = [library.MeasuredDit(source, calibration, args.rows) for source, calibration in pairs]
     measured = [(subject, subject.measure(DEFAULT_HEADROOM)) for subject in subjects]
     if args.json or args.out is not None:
         document = json.dumps(library.document(measured, DEFAULT_HEADROOM), indent=2, allow_nan=False)

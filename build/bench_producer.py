@@ -32,7 +32,7 @@ class Measured:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="bench_producer.py", description=__doc__)
     line.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder for everything (kept)")
     line.add_argument(
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def steps(args: argparse.Namespace, work: Path) -> list[tuple[str, list[str]]]:
-    """The chain as command lines, in order."""
+    """Return the chain as command lines, in order."""
     checkpoint, root, calibration = work / "checkpoint", work / "onnx", work / "sa3-m.calib.npz"
     dit, half, fp8 = (root / targets.dit_target("medium", p).onnx[0] for p in ("fp32", "fp16mixed", "fp8"))
     export = ["export_onnx.py", "--model-dir", checkpoint, "--onnx-root", root]
@@ -112,7 +112,7 @@ def measure(step: str, line: list[str], work: Path) -> Measured:
 
 
 def _bytes_under(folder: Path, hidden: bool) -> int:
-    """Bytes of files under a folder that are (or are not) temporary: below or themselves a dotted name."""
+    """Return bytes of files under a folder that are (or are not) temporary: below or themselves a dotted name."""
     total = 0
     for base, _, names in os.walk(folder):
         below = any(part.startswith(".") for part in Path(base).relative_to(folder).parts)

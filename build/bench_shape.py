@@ -40,7 +40,7 @@ class ShapeCost:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="bench_shape.py", description=__doc__)
     line.add_argument("--input", type=Path, required=True, metavar="dit.onnx", help="an fp32 DiT graph")
     line.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -54,11 +54,11 @@ def measured(source: Path, path: Path, name: str, shaping: Shaping) -> ShapeCost
     """
     from sa3_build.export import torch_to_onnx
     from sa3_build.graph import io as graph_io, query
-    from sa3_build.recipes.fp16_mixed import build_half
+    from sa3_build.recipes.fp16_mixed import build_fp16_mixed
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
     from sa3_trt_core.shapes import CONTRACTS
 
-    made = build_half(source, path, 0.0, shaping=shaping)
+    made = build_fp16_mixed(source, path, 0.0, shaping=shaping)
     assert made is not None, "an artefact was there already"
     model = graph_io.load(path)
     kinds = [node.op_type for node in model.graph]
@@ -70,7 +70,7 @@ def measured(source: Path, path: Path, name: str, shaping: Shaping) -> ShapeCost
             started = time.perf_counter()
             engine.run(inputs)
             seconds.append(time.perf_counter() - started)
-    products = sum(kind in query.PRODUCTS for kind in kinds)
+    products = sum(kind in query.GEMM_OPS for kind in kinds)
     best = min(seconds) * 1000
     return ShapeCost(
         name, len(kinds), products, kinds.count("Softmax"), made.counts["norms"], made.bytes, made.worst, best

@@ -17,7 +17,7 @@ States = list[tuple[targets.Target, dict[str, status.State]]]  # by backend, the
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="build.py", description=__doc__)
     line.add_argument("--list", action="store_true", help="show every target and its state, and leave")
     line.add_argument("--missing", action="store_true", help="build all that is missing (opt-in targets are left out)")
@@ -82,7 +82,7 @@ def _document(state: status.State) -> dict[str, Any]:
 
 
 def _text(by_backend: dict[str, status.State]) -> str:
-    """The state for the backend to build for, then those of other backends' engines where there are any."""
+    """Return the state for the backend to build for, then those of other backends' engines where there are any."""
     first, *others = by_backend.items()
     return "; ".join([str(first[1]), *(f"{name} {state}" for name, state in others if state.bytes)])
 
@@ -93,7 +93,7 @@ def _size(by_backend: dict[str, status.State]) -> str:
 
 
 def _ask(states: States, missing: list[targets.Target]) -> list[targets.Target]:
-    """The menu. Opt-in targets have their own number and are in no other choice."""
+    """Return the menu. Opt-in targets have their own number and are in no other choice."""
     for number, (target, by_backend) in enumerate(states, 1):
         print(f"{number:3}  {target.name:<20} {target.summary:<38} {_text(by_backend)} {_size(by_backend)}")
     print(f"  m  build all missing ({len(missing)})\n  q  quit")

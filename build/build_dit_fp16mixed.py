@@ -11,7 +11,7 @@ from sa3_trt_core.cli.arguments import Parser, number_type, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="build_dit_fp16mixed.py", description=__doc__)
     line.add_argument("--input", type=Path, required=True, metavar="dit.onnx", help="the fp32 DiT graph")
     line.add_argument("--onnx", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="graph to write")
@@ -32,14 +32,14 @@ def main(argv: list[str] | None = None) -> int:
 
     files.require_writable(args.onnx, "graph")
 
-    from sa3_build.recipes.fp16_mixed import build_half
+    from sa3_build.recipes.fp16_mixed import build_fp16_mixed
     from sa3_trt_core import console
 
-    made = build_half(args.input, args.onnx, args.min_cosine, args.free_batch, shaping.from_flags(args))
+    made = build_fp16_mixed(args.input, args.onnx, args.min_cosine, args.free_batch, shaping.from_flags(args))
     if made is None:
         print(f"{args.onnx} is current")
         return 0
-    for one in made.shape:
+    for one in made.rewrites:
         print(f"{one.name}: {', '.join(f'{count} {name}' for name, count in one.counts.items())}")
         for note in one.notes:
             print(f"  {note}")

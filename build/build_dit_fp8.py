@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from sa3_build.recipes.fp8 import Fp8Recipe
 
 DEFAULT_HEADROOM = 2.0
-SHOWN = ("free-batch", "lift-to-fp32", "null-row", "bake-rope", "stack-attention", "pad-k")  # passes with a line each
+SHOWN = ("free-batch", "widen-fp16", "null-row", "bake-rope", "stack-attention", "pad-k")  # passes with a line each
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="build_dit_fp8.py", description=__doc__)
     line.add_argument(
         "--input", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="the FP16-mixed DiT graph"
@@ -139,7 +139,7 @@ def _show_plan(recipe: Fp8Recipe, why: str, current: bool) -> None:
     print(console.table(("stage", "leaves"), [list(stage) for stage in recipe.plan]))
     needs = recipe.needs
     print(f"--ptq {recipe.settings.ptq}: {why}")
-    sizes = (f"{name} {console.format_bytes(size)}" for name, size in needs.by_name.items())
+    sizes = (f"{name} {console.format_bytes(size)}" for name, size in needs.as_dict.items())
     print(f"about: {', '.join(sizes)}; working folder {recipe.work}")
     print("the artefact is current: nothing would be done" if current else "nothing was written")
 
@@ -158,19 +158,19 @@ def _print(report: dict[str, Any], artefact: Path) -> None:
             counts = ", ".join(f"{count} {name}" for name, count in one.items() if name not in ("name", "notes"))
             print("\n  ".join([f"{one['name']}: {counts}", *one.get("notes", ())]))
     for check in stages["scales"]["proof"]:
-        print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['looked at']} looked at)")
+        print(f"proof: {check['claim']}: {'holds' if check['holds'] else 'FAILS'} ({check['checked']} looked at)")
     if "rounding" in stages:
         found = stages["rounding"]
-        fitted = f"{found['rows']} rows, {found['rows also in the parity']} of them also in the parity below"
-        print(f"weights rounded by GPTQ on {fitted}; {found['codes not nearest']:.0%} of the codes are not the nearest")
+        fitted = f"{found['rows']} rows, {found['rows_also_in_parity']} of them also in the parity below"
+        print(f"weights rounded by GPTQ on {fitted}; {found['codes_not_nearest']:.0%} of the codes are not the nearest")
     if "sensitivity" in stages:
         kept, forwards = len(stages["sensitivity"]["kept"]), stages["sensitivity"]["forwards"]
         print(f"{kept} products stay in 16 bits for the target cosine ({forwards} forwards)")
-    share = stages["quantize"]["fp8 share of token products"]
-    print(f"{stages['quantize']['quantised products']} products in FP8, {share:.1%} of the trunk's multiply-adds")
+    share = stages["quantize"]["fp8_share_of_token_macs"]
+    print(f"{stages['quantize']['quantized_linears']} products in FP8, {share:.1%} of the trunk's multiply-adds")
     parity = [SigmaParity(**p) for p in stages["parity"]["parity"]]
     print(console.table(PARITY_HEADER, parity_rows(parity)))
-    print(console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in stages["parity"]["by kind"]])))
+    print(console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in stages["parity"]["by_kind"]])))
     if "rollouts" in stages:
         controls, candidate = stages["rollouts"]["controls"], stages["rollouts"]["candidates"][0]
         print(console.table(CONTROL_HEADER, control_rows(controls)))

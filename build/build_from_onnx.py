@@ -17,7 +17,7 @@ MOST_BUILDS = 20
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="build_from_onnx.py", description=__doc__, epilog=EXITS)
     line.add_argument("names", nargs="*", metavar="NAME", help="targets or groups; --list shows them")
     line.add_argument("--backend", choices=tuple(engines.BUILT), default=None, help="default: tensorrt if installed")

@@ -17,7 +17,7 @@ from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="compare_rollouts.py", description=__doc__)
     line.add_argument(
         "--reference", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="what is drifted from"
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     calibration = CalibrationSet.open(args.calib)
     calibration.check_values()
     starts = starts_of(calibration)[: args.prompts]
-    study = rollouts.DriftStudy(calibration, starts, args.rows, args.perturb)
+    study = rollouts.RolloutComparison(calibration, starts, args.rows, args.perturb)
     controls, found = study.run(args.reference, args.candidate)
     if args.json is not None:
         document = rollouts.document(controls, found, args.perturb)

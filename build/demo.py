@@ -27,7 +27,7 @@ MIN_COSINE = 0.99
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="demo.py", description=__doc__)
     line.add_argument("--out", type=Path, default=Path("output"), help="folder of the WAV files (default output/)")
     line.add_argument("--seconds", type=number_type(1, 120, "seconds"), default=10.0, help="of sound (default 10)")
@@ -121,7 +121,7 @@ def _sound(demo: Demo, args: argparse.Namespace, prompt: str, precision: str, ro
 
 
 def _validation(demo: Demo, root: Path, half: Path, fp8: Path) -> Path:
-    """A short validation of the two DiTs, and its page to listen to; nothing is done where both are current."""
+    """Return a short validation of the two DiTs, and its page to listen to; nothing is done where both are current."""
     import validate_fp8
 
     from sa3_trt_core.artifacts import manifest
@@ -162,7 +162,7 @@ def _engines(demo: Demo, root: Path, models: Path) -> str:
 
 
 def asked_for(seconds: float, piece: int = PIECE) -> str:
-    """The caption of a piece that the model has not seen, at this length."""
+    """Return the caption of a piece that the model has not seen, at this length."""
     from reprompt import deployed_text
     from sa3_demo.music import FIRST_HELD_OUT, draw_piece
 
@@ -192,7 +192,7 @@ def _show(demo: Demo, report: dict[str, Any], built: str) -> None:
     print("\nDenoised latent, FP8 compared with FP16-mixed on the calibration rows, by sigma and by kind of row:")
     parity = report["stages"]["parity"]
     print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in parity["parity"]])))
-    print(f"\n{console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in parity['by kind']]))}")
+    print(f"\n{console.table(KIND_HEADER, parity_rows([KindParity(**p) for p in parity['by_kind']]))}")
     if built:
         print(f"\n{built}", end="")
 

@@ -18,7 +18,7 @@ PARTS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="export_onnx.py", description=__doc__)
     line.add_argument("--model-dir", type=Path, required=True, metavar="DIR", help="a native checkpoint")
     line.add_argument("--onnx-root", type=Path, required=True, metavar="ROOT", help="folder to write the graphs into")

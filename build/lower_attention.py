@@ -10,7 +10,7 @@ from sa3_trt_core.cli.arguments import Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="lower_attention.py", description=__doc__)
     line.add_argument(
         "--input", type=Path, required=True, metavar="dec.onnx", help="the graph with samel::diff_attn_swa"

@@ -19,7 +19,7 @@ two in build_dit_fp8.py."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="make_calib.py", description=__doc__, epilog=EPILOG)
     line.add_argument(
         "--model-config", type=Path, required=True, metavar="F", help="the checkpoint's model_config.json"

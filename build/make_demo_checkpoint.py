@@ -18,7 +18,7 @@ RANDOM_DEFAULTS = {"geometry": "small", "width": 256, "depth": 3}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="make_demo_checkpoint.py", description=__doc__)
     line.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it is a demo checkpoint)")
     line.add_argument(

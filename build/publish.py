@@ -12,7 +12,7 @@ from sa3_trt_core.cli.arguments import Parser, run_command
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="publish.py", description=__doc__)
     line.add_argument("--onnx", type=Path, required=True, metavar="F", help="dit_fp8.onnx, with manifest and report")
     line.add_argument("--target-repo", default=targets.HUB_REPOSITORY, metavar="R", help="default: %(default)s")
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     if args.send:
         sent = publish.send(parcel, args.target_repo, args.branch, args.message)
-        document["sent"] = {"commit": sent.commit, "address": sent.address, "read back": sent.read_back}
+        document["sent"] = {"commit": sent.commit, "address": sent.address, "read_back": sent.read_back}
     if args.json:
         print(json.dumps(document, indent=2))
         return 0

@@ -28,7 +28,7 @@ LABELS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="score_demo_model.py", description=__doc__)
     line.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a native checkpoint")
     line.add_argument("--onnx-root", type=Path, metavar="ROOT", help="also compare its fp32 and FP16-mixed DiT there")
@@ -121,7 +121,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(document: dict[str, Any]) -> Iterator[str]:
-    """The document for people, one table a part."""
+    """Yield the document for people, one table a part."""
     from sa3_trt_core.console import format_seconds, table
 
     settings, coded, painted = (document[name] for name in ("settings", "autoencoder", "inpainting"))
@@ -157,12 +157,12 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
 
 
 def cell(value: float | None) -> str:
-    """A figure in a table."""
+    """Return a figure in a table."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def percent(rate: float | None) -> str:
-    """A rate in a table."""
+    """Return a rate in a table."""
     return "-" if rate is None else f"({100 * rate:.1f} %)"
 
 

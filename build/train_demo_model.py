@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     line = Parser(prog="train_demo_model.py", description=__doc__)
     line.add_argument("--work", type=Path, required=True, help="folder of the training state and of the encoded loops")
     line.add_argument(

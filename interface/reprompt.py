@@ -235,10 +235,11 @@ MUSIC_EXAMPLES: tuple[MusicExample, ...] = (
 
 
 def deployed_text(example: MusicExample) -> str:
-    """The caption that the model reads for an example: one line of ASCII, the same seven parts for every example.
+    """Return the caption that the model reads for an example: one line of ASCII, the same seven parts for every
+    example.
 
-    A whole number of seconds is written without a fraction. ValueError when a field holds a line break or anything
-    else outside printable ASCII, since such a prompt would not have the deployed form.
+    A whole number of seconds is written without a fraction. ValueError when a field holds a line break or anything else
+    outside printable ASCII, since such a prompt would not have the deployed form.
     """
     text = (
         f"Genre: {example.genre}. Instruments: {', '.join(example.instruments)}. Rhythm: {example.rhythm}. "
@@ -251,7 +252,7 @@ def deployed_text(example: MusicExample) -> str:
 
 
 def calibration_prompts(count: int | None = None) -> list[str]:
-    """The prompts that calibration runs: the first `count` deployed captions, or all of them.
+    """Return the prompts that calibration runs: the first `count` deployed captions, or all of them.
 
     Any prefix mixes styles, tempi and text lengths, so a small `count` still calibrates broadly. Each caption states
     its example's own length, whatever length is then generated. ValueError when `count` is below 1 or above the number

@@ -1,4 +1,4 @@
-"""This machine's free memory, and handing freed memory back to the system."""
+"""Query this machine's free memory and return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import gc
 from pathlib import Path
 
 
-def return_memory() -> None:
-    """Hand freed memory back to the system.
+def release_to_os() -> None:
+    """Return freed memory to the system.
 
-    glibc keeps freed blocks that lie between others: 2 GB at full size after the forwards of a stage, beside which the
-    next session maps its weights. Graphs are cycles, which only the collector frees. A C library without malloc_trim
-    keeps what it likes.
+    glibc keeps freed blocks that lie between used ones: 2 GB at full size after the forwards of a stage, in addition to
+    the weights that the next session maps. Graphs contain reference cycles, which only the garbage collector frees.
+    Without malloc_trim (other C libraries) only the collector runs.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -21,13 +21,13 @@ def return_memory() -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take: the machine's, or less where its control group has a limit."""
-    found = []
+    """Return the bytes that this process may still allocate: the machine's, or its control group's limit."""
+    limits = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
         group = Path("/sys/fs/cgroup")
-        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     except (OSError, ValueError):  # no Linux, no control group, or one without a limit ("max")
         pass
-    return max(min(found), 0) if found else None
+    return max(min(limits), 0) if limits else None

@@ -156,7 +156,7 @@ def _native_state(geometry: Geometry) -> dict[str, torch.Tensor]:
 def native_tensors(
     dit: nn.Module, duration: nn.Module, autoencoder: Any, geometry: Geometry
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a native model.safetensors, by its native name, from the diffusers modules."""
+    """Yield every tensor of a native model.safetensors, by its native name, from the diffusers modules."""
     levels = len(geometry.autoencoder.strides)
     for key, tensor in dit.state_dict().items():
         yield native.native_dit_key(key), _native_layout(key, tensor)

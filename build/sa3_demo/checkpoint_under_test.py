@@ -102,7 +102,7 @@ class Subject:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> Pcm:
-        """The finished samples (N, 2) of latents (1, 256, L)."""
+        """Return the finished samples (N, 2) of latents (1, 256, L)."""
         samples = self._decoder(latents.to(self.device))[0].to("cpu", torch.int16)
         pcm: Pcm = autoencoder.finish(samples, float(self.seconds)).numpy()
         return pcm

@@ -59,7 +59,7 @@ class DemoModel(nn.Module):
     def velocity(
         self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, duration: torch.Tensor, local: torch.Tensor
     ) -> torch.Tensor:
-        """The DiT's velocity (B, 256, L), fp32; `local` is local_add_cond (B, 257, L)."""
+        """Return the DiT's velocity (B, 256, L), fp32; `local` is local_add_cond (B, 257, L)."""
         out: torch.Tensor = self.dit(
             x, t, encoder_hidden_states=context, global_hidden_states=duration, local_add_cond=local, return_dict=False
         )[0]
@@ -79,7 +79,7 @@ class DemoModel(nn.Module):
 
 
 def geometry_of(size: DemoSize, folder: Path) -> Geometry:
-    """The geometry of a demo size, through the config file that a checkpoint of it has."""
+    """Return the geometry of a demo size, through the config file that a checkpoint of it has."""
     import json
 
     path = folder / native.CONFIG_FILE
@@ -88,7 +88,7 @@ def geometry_of(size: DemoSize, folder: Path) -> Geometry:
 
 
 def tokenizer_of(folder: Path, texts: list[str], vocabulary: int) -> Any:
-    """The tokenizer in `folder`, trained on `texts` when there is none yet; a `tokenizers.Tokenizer`."""
+    """Return the tokenizer in `folder`, trained on `texts` when there is none yet; a `tokenizers.Tokenizer`."""
     import tempfile
 
     from tokenizers import Tokenizer

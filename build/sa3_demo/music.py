@@ -95,7 +95,7 @@ class Piece:
         return f"{TONICS[self.tonic]} {self.mode}"
 
     def example(self) -> MusicExample:
-        """The facts in the form that deployed captions are written from."""
+        """Return the facts in the form that deployed captions are written from."""
         return MusicExample(
             request=self.request(),
             genre=self.groove.genre,
@@ -128,7 +128,7 @@ class Piece:
 
 
 def draw_piece(seed: int, seconds: int | None = None) -> Piece:
-    """The piece of a seed; the same seed gives the same piece on every machine. `seconds` overrides the length."""
+    """Return the piece of a seed, equal on every machine. `seconds` overrides its length."""
     generator = np.random.default_rng((seed, 0))
 
     def pick(options: tuple[Any, ...]) -> Any:

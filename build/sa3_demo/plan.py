@@ -63,7 +63,8 @@ FULL = TrainingPlan(
 
 
 def shortened(plan: TrainingPlan, stage: str, steps: int, rows: int, loops: int) -> TrainingPlan:
-    """A plan whose `stage` has so many steps of so many rows from the first `loops` pieces, for machines without a GPU.
+    """Return a plan whose `stage` has so many steps of so many rows from the first `loops` pieces, for machines without
+    a GPU.
 
     The learning rate falls with the root of the rows; the warm-up is a tenth of the steps. Nothing is compiled.
     """

@@ -20,7 +20,7 @@ FULL_SCALE = 32767.0
 
 
 def training_piece(seed: int, lengths: tuple[int, ...]) -> Piece:
-    """The piece of a training seed; `lengths`, when there are any, replace its own in turn."""
+    """Return the piece of a training seed; `lengths`, when there are any, replace its own in turn."""
     return draw_piece(seed, lengths[seed % len(lengths)] if lengths else None)
 
 
@@ -64,7 +64,7 @@ class LoopPool:
             time.sleep(0.05)
 
     def loop(self, index: int) -> NDArray[np.int16]:
-        """The samples (N, 2) of one loop."""
+        """Return the samples (N, 2) of one loop."""
         return self.samples[self.offsets[index] : self.offsets[index + 1]]
 
     def on_device(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

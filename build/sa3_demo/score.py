@@ -58,13 +58,13 @@ class Loop:
 
 
 def held_out_captions(count: int, seconds: int, form: str) -> list[str]:
-    """The captions of the first `count` held-out pieces of that length: in the deployed form, or as requests."""
+    """Return the captions of the first `count` held-out pieces of that length: in the deployed form, or as requests."""
     pieces = [draw_piece(FIRST_HELD_OUT + index, seconds) for index in range(count)]
     return [deployed_text(piece.example()) if form == "deployed" else piece.request() for piece in pieces]
 
 
 def held_out_loops(subject: Subject, count: int, form: str) -> list[Loop]:
-    """The first `count` held-out pieces of the subject's length, through its autoencoder."""
+    """Return the first `count` held-out pieces of the subject's length, through its autoencoder."""
     found = []
     with Progress("autoencoder", count, "loops") as progress:
         for index in range(count):
@@ -229,7 +229,7 @@ def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict
 
 
 def rollout_graphs(onnx_root: Path) -> list[Path]:
-    """The fp32 and the FP16-mixed DiT under a root. Raises ToolError when one is absent."""
+    """Return the fp32 and the FP16-mixed DiT under a root. Raises ToolError when one is absent."""
     source = ModelSource.of(onnx_root)
     return [
         resolve.resolve_onnx(targets.dit_target("medium", precision), source) for precision in ("fp32", "fp16mixed")
@@ -265,7 +265,7 @@ def rollout_score(subject: Subject, loops: Sequence[Loop], seed: int, graphs: Se
 
 
 def number(value: float, digits: int = 6) -> float | None:
-    """A figure as JSON can hold it, rounded; None when it is not finite."""
+    """Return a figure as JSON can hold it, rounded; None when it is not finite."""
     return float(f"{value:.{digits}g}") if np.isfinite(value) else None
 
 

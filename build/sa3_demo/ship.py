@@ -114,12 +114,12 @@ def require_shipped(shipped: Path) -> None:
 
 
 def shipped_files(shipped: Path) -> list[Path]:
-    """Every file that a checkpoint is made from."""
+    """Return every file that a checkpoint is made from."""
     return [shipped / name for name in (TRAINING_FILE, TOKENIZER_FILE, *(f"{part}.safetensors" for part in PARTS))]
 
 
 def shipped_bytes(shipped: Path) -> int:
-    """The size of the shipped weights on disk."""
+    """Return the size of the shipped weights on disk."""
     return sum((shipped / f"{part}.safetensors").stat().st_size for part in PARTS)
 
 

@@ -18,7 +18,7 @@ HUBER = 0.03
 
 
 def warped(u: torch.Tensor) -> torch.Tensor:
-    """The sampler's noise level at position u of 0..1, its ends set to 0 and 1 (schedule.py)."""
+    """Return the sampler's noise level at position u of 0..1, its ends set to 0 and 1 (schedule.py)."""
     sigma = torch.sigmoid(schedule.SLOPE * u + schedule.OFFSET)
     return torch.where(u >= 1.0, torch.ones_like(u), torch.where(u <= 0.0, torch.zeros_like(u), sigma))
 
@@ -114,7 +114,7 @@ def _target(
     teacher: DemoModel, student: DemoModel, x: torch.Tensor, now: torch.Tensor, after: torch.Tensor, batch: Batch,
     guidance: float,
 ) -> torch.Tensor:  # fmt: skip
-    """The denoised latent at the next level, reached by a midpoint step of the guided teacher."""
+    """Return the denoised latent at the next level, reached by a midpoint step of the guided teacher."""
     context, duration = teacher.context(batch.ids, batch.mask, batch.seconds)
 
     def slope(at: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ class TrainingState:
     kept: dict[str, Any] = field(default_factory=dict)
 
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors under a prefix, without it, in fp32."""
+        """Return the tensors under a prefix, without it, in fp32."""
         start = f"{prefix}/"
         return {key[len(start) :]: value.float() for key, value in self.tensors.items() if key.startswith(start)}
 
@@ -76,7 +76,7 @@ def save(folder: Path, state: TrainingState) -> None:
 
 
 def load(folder: Path) -> TrainingState:
-    """The state in `folder`, or a new one when there is none."""
+    """Return the state in `folder`, or a new one when there is none."""
     from safetensors.torch import load_file
 
     if not (folder / INDEX).is_file():

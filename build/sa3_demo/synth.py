@@ -26,7 +26,7 @@ REVERB_GAIN = {"dry": 0.0, "roomy": 0.25, "spacious": 0.35}
 
 
 def render(piece: Piece) -> Sound:
-    """The sound of a piece: float32 (2, seconds * 44100) within +-1; the same piece gives the same samples."""
+    """Return the sound of a piece: float32 (2, seconds * 44100) within +-1; the same piece gives the same samples."""
     length = piece.seconds * SAMPLE_RATE
     step = 60.0 / piece.bpm / 4.0
     bars = int(np.ceil(piece.seconds / (step * STEPS)))
@@ -99,7 +99,7 @@ def _add(out: Sound, note: Sound, start: float, duration: float, pan: float) -> 
 
 @lru_cache(maxsize=4096)
 def tone_of(timbre: str, midi: int, colour: str) -> Sound:
-    """One held note of an instrument, (samples,) float32, LONGEST_NOTE seconds, peak about 1."""
+    """Return one held note of an instrument, (samples,) float32, LONGEST_NOTE seconds, peak about 1."""
     time = np.arange(int(LONGEST_NOTE * SAMPLE_RATE), dtype=np.float32) / np.float32(SAMPLE_RATE)
     frequency = 440.0 * 2.0 ** ((midi - 69) / 12)
     wave = np.zeros_like(time)
@@ -148,7 +148,7 @@ def _partials(timbre: str) -> list[tuple[float, float, float]]:
 
 @lru_cache(maxsize=64)
 def drum(kit: str, voice: str) -> Sound:
-    """One hit of a drum, (samples,) float32, peak about 1."""
+    """Return one hit of a drum, (samples,) float32, peak about 1."""
     generator = np.random.default_rng((_SEED, sum(map(ord, kit + voice))))
     tight = {"drum machine": 1.0, "acoustic drum kit": 1.4, "soft brushes": 2.0}[kit]
     seconds = {"kick": 0.32, "snare": 0.22, "hat": 0.07, "open": 0.24}[voice]
@@ -173,7 +173,7 @@ def drum(kit: str, voice: str) -> Sound:
 
 
 def _high(noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A first difference: noise without its low half, at about its level."""
+    """Return a first difference: noise without its low half, at about its level."""
     return np.diff(noise, prepend=0.0) / np.sqrt(2.0)
 
 
@@ -199,7 +199,7 @@ def _reverb(send: Sound, space: str) -> Sound:
 
 
 def _fast_size(least: int) -> int:
-    """The least 2^a 3^b 5^c that is not below `least`: a transform of such a length is quick."""
+    """Return the least 2^a 3^b 5^c that is not below `least`: a transform of such a length is quick."""
     best = 1 << (least - 1).bit_length()
     five = 1
     while five < best:

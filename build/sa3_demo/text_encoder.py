@@ -37,7 +37,7 @@ class DemoSize:
 
 
 def text_config(size: DemoSize, vocabulary: int) -> Any:
-    """The T5GemmaConfig of a demo size; its decoder, which nothing here runs, has one layer."""
+    """Return the T5GemmaConfig of a demo size; its decoder, which nothing here runs, has one layer."""
     from transformers import T5GemmaConfig
 
     part = {
@@ -57,7 +57,7 @@ def text_config(size: DemoSize, vocabulary: int) -> Any:
 
 
 def random_text_model(size: DemoSize, vocabulary: int) -> Any:
-    """A T5Gemma (encoder and decoder) with random weights from torch's generator."""
+    """Return a T5Gemma (encoder and decoder) with random weights from torch's generator."""
     from transformers import T5GemmaForConditionalGeneration
 
     model = T5GemmaForConditionalGeneration(text_config(size, vocabulary))

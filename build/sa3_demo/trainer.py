@@ -43,12 +43,12 @@ def learning_rate(plan: StagePlan, step: int, first: int) -> float:
 
 
 def running_mean(module: nn.Module, decay: float) -> AveragedModel:
-    """An exponential running mean of a module's weights, to be updated after every step."""
+    """Return an exponential running mean of a module's weights, to be updated after every step."""
     return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def seeded(device: torch.device, seed: int, stage: str, step: int) -> torch.Generator:
-    """The random numbers of one step: a run that was interrupted draws what it would have drawn."""
+    """Return the random numbers of one step: a run that was interrupted draws what it would have drawn."""
     return torch.Generator(device).manual_seed(((seed * 7 + STAGE_NUMBERS[stage]) << 32) + step)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.torch import TorchEngine
 
 
-NULL_ROW_GATE = "null row"  # of the manifests of DiTs
+NULL_ROW_GATES = ("null_row", "null row")  # gate of a DiT's manifest; the second key is that of earlier manifests
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class EngineSet(Closing):
     def has_null_rule(self) -> bool:
         """Return True if the DiT's manifest says that it zeroes all cross tokens of guidance's null row."""
         found = manifest.read_manifest(self._source("dit"))
-        return found is not None and found.gates.get(NULL_ROW_GATE) is True
+        return found is not None and any(found.gates.get(name) is True for name in NULL_ROW_GATES)
 
     @property
     def open_stages(self) -> tuple[str, ...]:

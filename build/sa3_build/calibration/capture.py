@@ -40,7 +40,7 @@ class CaptureSettings:
         return generations(len(self.prompts), self.seconds, self.seed, self.cover)
 
     def rows(self) -> list[Generation]:
-        """The generation of every row, in order."""
+        """Return the generation of every row, in order."""
         return [one for turn in self.generations for one in turn for _ in range(self.steps)]
 
 
@@ -164,7 +164,7 @@ def _generate(
 
 
 def choose_prompts(available: Sequence[str], count: int | None) -> tuple[str, ...]:
-    """The first `count` prompts, or all. Raises ToolError when there are not so many."""
+    """Return the first `count` prompts, or all. Raises ToolError when there are not so many."""
     if count is not None and count > len(available):
         raise ToolError(f"--prompts {count}: there are {len(available)}", "add examples to interface/reprompt.py")
     return tuple(available if count is None else available[:count])

@@ -129,7 +129,7 @@ def require_all(outcomes: Sequence[Outcome]) -> None:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The table for people."""
+    """Return the table for people."""
     rows = []
     for outcome in outcomes:
         built = outcome.built

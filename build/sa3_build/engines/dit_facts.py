@@ -17,12 +17,12 @@ def dit_facts(onnx: Path, target: Target) -> dict[str, bool]:
 
     Both are false for other graphs; a DiT whose structure is not recognised is said to have no such rule.
     """
-    facts = {"one row": False, "null row": False}
+    facts = {"one_row": False, "null_row": False}
     if target.kind != "dit":
         return facts
     model = graph_io.load(onnx)
-    facts["one row"] = any(value.shape is not None and value.shape[0] == 1 for value in model.graph.inputs)
+    facts["one_row"] = any(value.shape is not None and value.shape[0] == 1 for value in model.graph.inputs)
     with contextlib.suppress(GraphNotRecognised):
-        canonicalize.adopt(model, free_batch=False)
-        facts["null row"] = has_null_row(model)
+        canonicalize.canonicalize(model, free_batch=False)
+        facts["null_row"] = has_null_row(model)
     return facts

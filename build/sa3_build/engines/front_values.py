@@ -30,7 +30,7 @@ class Duration:
 
 
 def frequencies(run: PartialRun, model: ir.Model, given: str) -> np.ndarray:
-    """The one table of frequencies behind the cosine of an input's features, as stored."""
+    """Return the one table of frequencies behind the cosine of an input's features, as stored."""
     _, tables = _angle(model, given)
     if len(tables) != 1:
         raise GraphNotRecognised(f"no one table of frequencies of {given}")
@@ -38,7 +38,7 @@ def frequencies(run: PartialRun, model: ir.Model, given: str) -> np.ndarray:
 
 
 def duration_features(run: PartialRun, model: ir.Model) -> Duration:
-    """The features of seconds_total, from the angles of one second and of more than there can be."""
+    """Return the features of seconds_total, from the angles of one second and of more than there can be."""
     angle, _ = _angle(model, "seconds_total")
     table = frequencies(run, model, "seconds_total")
     seconds = next(value for value in model.graph.inputs if value.name == "seconds_total")
@@ -55,7 +55,7 @@ def duration_features(run: PartialRun, model: ir.Model) -> Duration:
 
 
 def padding(run: PartialRun, model: ir.Model) -> np.ndarray:
-    """The embedding of a masked text position: the cross token of a row with text and no mask."""
+    """Return the embedding of a masked text position: the cross token of a row with text and no mask."""
     tokens = cross_tokens(model)
     if tokens is None:
         raise GraphNotRecognised("no product was found that reads the cross tokens")
@@ -72,7 +72,7 @@ def padding(run: PartialRun, model: ir.Model) -> np.ndarray:
 
 def _angle(model: ir.Model, given: str) -> tuple[ir.Value, list[np.ndarray]]:
     """What the first cosine of an input's features reads, and the tables that it is made of."""
-    behind = query.graph_inputs_behind(model)
+    behind = query.input_dependencies(model)
     waves = [node for node in model.graph if node.op_type == "Cos" and behind[node] == {given}]
     if not waves or waves[0].inputs[0] is None:
         raise GraphNotRecognised(f"no Fourier features of {given} were found")

@@ -54,7 +54,7 @@ class EngineReport:
 
 
 def inspect(path: Path, backend: str) -> EngineReport:
-    """The report of an engine file on this machine's GPU. Raises ToolError without one."""
+    """Return the report of an engine file on this machine's GPU. Raises ToolError without one."""
     module = gpu.tensorrt_module(backend)
     if module is None or gpu.current_arch() is None:
         raise ToolError("--engine-report loads the engine, and that needs its GPU", "run it on the machine of the GPU")
@@ -66,7 +66,7 @@ def inspect(path: Path, backend: str) -> EngineReport:
 
 
 def read_report(text: str) -> EngineReport:
-    """The counts of what the inspector wrote. Raises ToolError if it is in neither dialect or has no details."""
+    """Return the counts of what the inspector wrote. Raises ToolError if it is in neither dialect or has no details."""
     try:
         document = json.loads(text)
         layers = document["Layers"]

@@ -60,7 +60,7 @@ class _Reader:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._behind = query.graph_inputs_behind(model)
+        self._behind = query.input_dependencies(model)
         self._weights = {node: found for node in model.graph if (found := weight_of(node)) is not None}
         self._tensors: dict[str, torch.Tensor] = {}
         self._run = PartialRun(model)
@@ -162,7 +162,7 @@ class _Reader:
                     self._tensors[key] = plain[rows].view(stored.dtype).contiguous()
 
     def _front(self, width: int) -> front_values.Duration:
-        """The embeddings of t and of the duration; returns what is known of the latter's features."""
+        """Return the embeddings of t and of the duration; returns what is known of the latter's features."""
         for inputs, names in (
             ({"t"}, ("time.0", "time.2")),
             ({"seconds_total"}, ("seconds", "global.0", "global.2")),
@@ -267,7 +267,7 @@ class _Reader:
         return None
 
     def _norm(self, value: ir.Value | None, reader: ir.Node) -> Norm:
-        """The norm before a value, seen through modulation, rotation and scale."""
+        """Return the norm before a value, seen through modulation, rotation and scale."""
         above = self._above(value)
         gammas = [held for node in above if node.op_type == "Mul" and self._behind[node] for side in node.inputs
                   if (held := constant_behind(side)) is not None and held.size > 1
@@ -280,15 +280,15 @@ class _Reader:
 
     def _above(self, value: ir.Value | None) -> set[ir.Node]:
         """Everything that a value is made of, up to the products (included) that come before."""
-        return query.ancestors([value], stop=lambda node: node.op_type in query.PRODUCTS or query.gives_sizes(node))
+        return query.ancestors([value], stop=lambda node: node.op_type in query.GEMM_OPS or query.gives_sizes(node))
 
     def _put(self, name: str, value: np.ndarray, dtype: torch.dtype) -> None:
         self._tensors[name] = torch.from_numpy(np.array(value, dtype=np.float32)).to(dtype).contiguous()
 
 
 def read_graph(path: Path) -> ir.Model:
-    """A graph file in the form that the recipes work on, its weights left on the disk."""
+    """Return a graph file in the form that the recipes work on, its weights left on the disk."""
     model = graph_io.load(path)
     with naming(path):
-        canonicalize.adopt(model)
+        canonicalize.canonicalize(model)
     return model

@@ -37,7 +37,7 @@ class _Reader:
 
     def __init__(self, model: ir.Model, kind: str, order: Sequence[int]) -> None:
         self._model, self._kind, self._order = model, kind, order
-        behind = query.graph_inputs_behind(model)
+        behind = query.input_dependencies(model)
         self._free = {node for node in model.graph if not behind[node]}
         self._stream = [node for node in model.graph if node not in self._free and _is_product(node)]
         self._tensors: dict[str, torch.Tensor] = {}
@@ -228,7 +228,7 @@ class _Reader:
 
     @staticmethod
     def _bias_node(node: ir.Node) -> ir.Node | None:
-        """The Add of a MatMul's bias."""
+        """Return the Add of a MatMul's bias."""
         users = [use.node for use in node.outputs[0].uses()]
         if node.op_type != "MatMul" or len(users) != 1 or users[0].op_type != "Add":
             return None
@@ -247,7 +247,7 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _weight(node: ir.Node) -> np.ndarray:
-    """The weight (N, K) of a product or of a 1x1 convolution."""
+    """Return the weight (N, K) of a product or of a 1x1 convolution."""
     if node.op_type == "Conv":
         return constant(node.inputs[1]).squeeze(-1)
     held = weight_of(node)
@@ -256,7 +256,7 @@ def _weight(node: ir.Node) -> np.ndarray:
 
 
 def _scalars_above(node: ir.Node) -> set[float]:
-    """The constant factor of a value that a node reads, seen through casts."""
+    """Return the constant factor of a value that a node reads, seen through casts."""
     value = node.inputs[0]
     while value is not None and (maker := value.producer()) is not None:
         if maker.op_type == "Mul":
@@ -268,7 +268,7 @@ def _scalars_above(node: ir.Node) -> set[float]:
 
 
 def _vectors(nodes: set[ir.Node], op_type: str, width: int) -> list[np.ndarray]:
-    """The different constants of so many elements that nodes of a type take."""
+    """Return the different constants of so many elements that nodes of a type take."""
     found: dict[bytes, np.ndarray] = {}
     for node in nodes:
         if node.op_type == op_type:
@@ -279,7 +279,7 @@ def _vectors(nodes: set[ir.Node], op_type: str, width: int) -> list[np.ndarray]:
 
 
 def _channels(held: np.ndarray, width: int, node: ir.Node) -> np.ndarray:
-    """A factor or addend of every channel (width,)."""
+    """Return a factor or addend of every channel (width,)."""
     if held.size not in (1, width):
         raise GraphNotRecognised(f"{described(node)} has a constant of {held.size} elements, not 1 or {width}")
     return np.broadcast_to(held.astype(np.float64).reshape(-1), (width,))

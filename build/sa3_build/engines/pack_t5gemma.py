@@ -32,7 +32,7 @@ class _Reader:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._behind = query.graph_inputs_behind(model)
+        self._behind = query.input_dependencies(model)
         self._tensors: dict[str, torch.Tensor] = {}
 
     def read(self) -> tuple[Sizes, dict[str, torch.Tensor]]:
@@ -69,7 +69,7 @@ class _Reader:
         return "input_ids" in self._behind[node]
 
     def _embedding(self) -> tuple[np.ndarray, float]:
-        """The table, and the factor of its rows."""
+        """Return the table, and the factor of its rows."""
         found = [node for node in self._model.graph if node.op_type == "Gather" and self._behind[node] == {"input_ids"}
                  and (held := query.constant_of(node.inputs[0])) is not None and held.ndim == 2]  # fmt: skip
         if len(found) != 1:
@@ -99,7 +99,7 @@ class _Reader:
         return scale, cap, _weight(q).shape[0], _weight(k).shape[0], _weight(down).shape[1]
 
     def _gate(self, down: ir.Node, rest: set[ir.Node]) -> tuple[ir.Node, ir.Node]:
-        """The gate, which goes through tanh, and what it multiplies."""
+        """Return the gate, which goes through tanh, and what it multiplies."""
         pair = self._above(down.inputs[0]) & rest
         bends = [node for node in self._above(down.inputs[0]) if node.op_type in ("Tanh", "Gelu")]
         bent = set().union(*(self._above(node.inputs[0]) & pair for node in bends)) if bends else set()
@@ -109,12 +109,12 @@ class _Reader:
     def _scores(self, scoring: ir.Node, mixing: ir.Node) -> tuple[float, float]:
         """Factor of q k before the tanh and factor after it."""
         between = query.ancestors(
-            [mixing.inputs[0]], stop=lambda node: node is scoring or node.op_type in query.PRODUCTS
+            [mixing.inputs[0]], stop=lambda node: node is scoring or node.op_type in query.GEMM_OPS
         )
         bends = [node for node in between if node.op_type == "Tanh"]
         if len(bends) != 1:
             raise GraphNotRecognised(f"no cap of the scores after {described(scoring)}")
-        before = query.ancestors(bends[0].inputs, stop=lambda node: node.op_type in query.PRODUCTS)
+        before = query.ancestors(bends[0].inputs, stop=lambda node: node.op_type in query.GEMM_OPS)
         sides = self._above(scoring.inputs[0]) | self._above(scoring.inputs[1])
         scale, cap = _factor(before | sides), _factor(between - before - {bends[0]})
         return scale, cap
@@ -145,7 +145,7 @@ class _Reader:
         return int(cosines[0].shape[-1])
 
     def _norms(self, depth: int, width: int) -> float:
-        """The weights of every norm along the stream; returns their epsilon."""
+        """Return the weights of every norm along the stream; returns their epsilon."""
         means = [node for node in self._model.graph if node.op_type == "ReduceMean" and self._sees_text(node)]
         if len(means) != len(NORMS) * depth + 1:
             raise GraphNotRecognised(f"{len(means)} norms in {depth} layers")
@@ -181,14 +181,14 @@ class _Reader:
 
     def _above(self, value: ir.Value | None) -> set[ir.Node]:
         """Everything that a value is made of, up to the products (included) that come before."""
-        return query.ancestors([value], stop=lambda node: node.op_type in query.PRODUCTS)
+        return query.ancestors([value], stop=lambda node: node.op_type in query.GEMM_OPS)
 
     def _put(self, name: str, value: np.ndarray) -> None:
         self._tensors[name] = torch.from_numpy(np.array(value, dtype=np.float32)).contiguous()
 
 
 def _shortest(value: np.ndarray) -> torch.Tensor:
-    """A tensor in bf16 where that loses nothing, as of a checkpoint in bf16, else in fp32."""
+    """Return a tensor in bf16 where that loses nothing, as of a checkpoint in bf16, else in fp32."""
     wide = torch.from_numpy(np.array(value, dtype=np.float32))
     short = wide.to(torch.bfloat16)
     return short if torch.equal(short.float(), wide) else wide
@@ -207,13 +207,13 @@ def _one(found: set[ir.Node], what: str, near: ir.Node) -> ir.Node:
 
 
 def _scalar(node: ir.Node) -> float | None:
-    """The one-element constant that a node takes."""
+    """Return the one-element constant that a node takes."""
     found = [float(value.reshape(-1)[0]) for value in constants(node) if value.size == 1 and value.dtype.kind == "f"]
     return found[0] if found else None
 
 
 def _factor(nodes: Iterable[ir.Node]) -> float:
-    """The product of the one-element factors of nodes."""
+    """Return the product of the one-element factors of nodes."""
     result = 1.0
     for node in nodes:
         if node.op_type in FACTORS and (number := _scalar(node)) is not None:
@@ -222,7 +222,9 @@ def _factor(nodes: Iterable[ir.Node]) -> float:
 
 
 def _evaluated(value: ir.Value | None) -> np.ndarray | None:
-    """A constant, or what an exporter left of constants in the graph: sums (1 + weight) and moved tables of angles."""
+    """Return a constant, or what an exporter left of constants in the graph: sums (1 + weight) and moved tables of
+    angles.
+    """
     held = query.constant_of(value)
     if held is not None or value is None or (maker := value.producer()) is None or maker.op_type not in FOLDED:
         return held

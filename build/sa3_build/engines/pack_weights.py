@@ -45,7 +45,7 @@ class Weight:
 
 
 def weight_of(node: ir.Node) -> Weight | None:
-    if node.op_type not in query.PRODUCTS:
+    if node.op_type not in query.GEMM_OPS:
         return None
     value, scale, turned = node.inputs[1], None, node.op_type == "MatMul" or not node.attributes.get_int("transB", 0)
     while value is not None and not value.is_initializer():
@@ -61,7 +61,7 @@ def weight_of(node: ir.Node) -> Weight | None:
 
 
 def activation_scale(node: ir.Node) -> float | None:
-    """The scale of the quantizer on a product's data side, None without one."""
+    """Return the scale of the quantizer on a product's data side, None without one."""
     maker = node.inputs[0].producer() if node.inputs[0] is not None else None
     while maker is not None and maker.op_type == "Cast":
         maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
@@ -71,12 +71,12 @@ def activation_scale(node: ir.Node) -> float | None:
 
 
 def cores(product: ir.Node) -> list[ir.Node]:
-    """The first attention products below a product: those that read its q on their left side."""
-    return [user for user, index in query.products_below(product) if index == 0 and weight_of(user) is None]
+    """Return the first attention products below a product: those that read its q on their left side."""
+    return [user for user, index in query.gemms_below(product) if index == 0 and weight_of(user) is None]
 
 
 def only(found: list[ir.Node], what: str, near: ir.Node) -> ir.Node:
-    """The first of one or two halves, which share norms and sources."""
+    """Return the first of one or two halves, which share norms and sources."""
     if len(found) not in (1, 2):
         raise GraphNotRecognised(f"no {what} {described(near)}")
     return found[0]
@@ -100,7 +100,7 @@ def constants(node: ir.Node) -> list[np.ndarray]:
 
 
 def constant_behind(value: ir.Value | None) -> np.ndarray | None:
-    """The constant that a value repeats, seen through what only moves it."""
+    """Return the constant that a value repeats, seen through what only moves it."""
     while value is not None:
         found = query.constant_of(value)
         if found is not None:

@@ -48,5 +48,5 @@ def take(
                 os.link(path.resolve(), temporary)  # no second copy of some gigabytes where one disk holds both
             except OSError:
                 shutil.copyfile(path, temporary)
-        draft.finish([out], {"run on a GPU": False})
+        draft.finish([out], {"run_on_gpu": False})
     return out.stat().st_size, False

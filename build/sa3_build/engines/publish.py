@@ -64,7 +64,7 @@ class Parcel:
 
 
 def check(onnx: Path) -> Parcel:
-    """The parcel of a finished FP8 DiT, every byte of it compared with its manifest.
+    """Return the parcel of a finished FP8 DiT, every byte of it compared with its manifest.
 
     Raises ToolError for a file that is not one, is torn, or has another name than the published; GateError for one
     whose own gates do not hold, or that was made to compare with and not to use.
@@ -94,7 +94,7 @@ def check(onnx: Path) -> Parcel:
         for name in (onnx.name, wanted, onnx.name + REPORT_SUFFIX, check_path(onnx).name)
     ]
     inputs = {name: digest for name, digest in record.inputs.items() if name.endswith(".npz")}
-    summary = {"calibration": report["calibration"], "calibration sets": inputs, "settings": record.settings}
+    summary = {"calibration": report["calibration"], "calibration_sets": inputs, "settings": record.settings}
     data = (json.dumps(summary, indent=2, sort_keys=True) + "\n").encode()
     items.append(Item(f"{folder}/{CALIBRATION}", data, hashlib.sha256(data).hexdigest(), len(data)))
     return Parcel(tuple(items), dict(record.gates))
@@ -142,7 +142,9 @@ def _report(onnx: Path, record: manifest.Manifest) -> dict[str, Any]:
 
 
 def _require_gates(onnx: Path, record: manifest.Manifest) -> None:
-    worst, least = record.gates.get("worst denoised cosine"), record.settings.get("min_cosine")
+    earlier = record.gates.get("worst denoised cosine")  # the key of manifests before report format 2
+    worst = record.gates.get("worst_denoised_cosine", earlier)
+    least = record.settings.get("min_cosine")
     if record.gates.get("proof") != "holds":
         raise GateError(f"{onnx} is not proved: {record.gates.get('proof')}", "build it again and see its report")
     if not isinstance(worst, int | float) or not isinstance(least, int | float) or not worst >= least:

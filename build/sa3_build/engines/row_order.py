@@ -31,7 +31,7 @@ class Calls:
 
 
 def calls_behind(product: ir.Node) -> Calls:
-    """The one or two attention calls that read a projection's q, the one that is subtracted last."""
+    """Return the one or two attention calls that read a projection's q, the one that is subtracted last."""
     found = cores(product)
     if len(found) not in (1, 2):
         raise GraphNotRecognised(f"{len(found)} attention calls behind {described(product)}, not one or two")
@@ -45,7 +45,7 @@ def calls_behind(product: ir.Node) -> Calls:
 
 
 def rows_of(run: PartialRun, product: ir.Node, operands: Sequence[ir.Value], tokens: int) -> np.ndarray:
-    """The rows (N,) of a projection in the order in which its heads stand in `operands`, one after another.
+    """Return the rows (N,) of a projection in the order in which its heads stand in `operands`, one after another.
 
     `tokens` is the number of rows of the product's data. Raises GraphNotRecognised when an operand's head is not made
     of one head of the projection.
@@ -98,14 +98,14 @@ def _decoded(bits: np.ndarray, groups: int, operand: ir.Value, product: ir.Node)
 
 
 def _by_head(array: np.ndarray, tokens: int) -> np.ndarray:
-    """An operand as (heads, tokens, channels); k comes with its last two axes the other way round."""
+    """Return an operand as (heads, tokens, channels); k comes with its last two axes the other way round."""
     if array.shape[-2] != tokens:
         array = np.swapaxes(array, -1, -2)
     return array.reshape(-1, tokens, array.shape[-1])
 
 
 def _second_product(core: ir.Node) -> ir.Node:
-    """The product with v that reads what a Softmax makes of this one."""
+    """Return the product with v that reads what a Softmax makes of this one."""
     node = core
     for _ in range(8):  # a scale, a Cast, the Softmax
         users = [use for use in node.outputs[0].uses()]

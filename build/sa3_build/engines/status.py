@@ -28,7 +28,7 @@ class State:
 
 
 def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_root: Path | None = None) -> State:
-    """The state of one engine, by its manifest alone.
+    """Return the state of one engine, by its manifest alone.
 
     Stale: torn, built by another TensorRT than the installed one, for another contract, or of another graph than the
     one in `onnx_root`, as far as that graph's own manifest tells. Foreign: a file without a manifest, which somebody
@@ -43,7 +43,7 @@ def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_
 
 
 def state_of_path(path: Path, target: Target, arch: str, backend: str, onnx_root: Path | None = None) -> State:
-    """The same for an engine file of any name."""
+    """Return the same for an engine file of any name."""
     if not path.is_file():
         return State(MISSING)
     size = path.stat().st_size

@@ -73,7 +73,7 @@ def require_arch(target: Target, backend: str, arch: str) -> None:
 
 
 def load_backend(backend: str) -> Any:
-    """The Python module of a TensorRT backend. Raises ToolError when it is not installed."""
+    """Return the Python module of a TensorRT backend. Raises ToolError when it is not installed."""
     module = gpu.tensorrt_module(backend)
     if module is None:
         package = backend.replace("_", "-")
@@ -131,14 +131,14 @@ def compile_engine(
     require_arch(target, backend, arch)
     check_graph(onnx, target)
     facts = dit_facts(onnx, target)
-    settings = build_settings(target, backend, arch, facts["one row"])
+    settings = build_settings(target, backend, arch, facts["one_row"])
     sources = [onnx, *(onnx.parent / name for name in resolve.external_data_names(onnx))]
     inputs = {file.name: _digest(file) for file in sources}
     with build(out, "engine", inputs, settings, force) as draft:
         if draft is None:
             return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
         requirements_check.require_build(sum(file.stat().st_size for file in sources), out.parent)
-        return _built(onnx, target, draft, best_of, facts["null row"])
+        return _built(onnx, target, draft, best_of, facts["null_row"])
 
 
 def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: bool) -> Built:
@@ -146,10 +146,10 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
     out, backend, arch = draft.output, draft.settings["backend"], draft.settings["arch"]
     started, module = time.monotonic(), load_backend(backend)
     gates: dict[str, Any] = {
-        "compiled": True, "run on a GPU": False, "attention lowered": lower_plugins.lowered(onnx) is not None
+        "compiled": True, "run_on_gpu": False, "attention_lowered": lower_plugins.lowered(onnx) is not None
     }  # fmt: skip
     if target.kind == "dit":
-        gates["null row"] = null_row
+        gates["null_row"] = null_row
     # What was timed before is not timed again; several builds are to differ, so they share nothing. A builder that
     # needs no GPU times nothing.
     timed = best_of == 1 and not engines.BACKENDS[backend].builds_elsewhere
@@ -160,7 +160,7 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
             plans = [plan, *(_plan(module, onnx, target, backend, arch, None) for _ in range(best_of - 1))]
             measured = [timing_cache.milliseconds(module, one, target) for one in plans]
             plan = plans[measured.index(min(measured))]
-            gates |= {"run on a GPU": True, "milliseconds": [round(one, 4) for one in measured]}
+            gates |= {"run_on_gpu": True, "milliseconds": [round(one, 4) for one in measured]}
     draft.retire()
     with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
         stream.write(plan)
@@ -171,7 +171,10 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
 
 
 def _digest(file: Path) -> str:
-    """The SHA-256 of a source. Raises ToolError for a file of the hub's cache that is no more what was downloaded."""
+    """Return the SHA-256 of a source.
+
+    Raises ToolError for a file of the hub's cache that is no more what was downloaded.
+    """
     found, expected = files.sha256_of(file), download.expected_sha256(file)
     if expected is not None and found != expected:
         raise ToolError(
@@ -182,7 +185,7 @@ def _digest(file: Path) -> str:
 
 
 def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None) -> Any:
-    """The serialised engine, as an object with the buffer protocol; `cache` keeps what TensorRT timed."""
+    """Return the serialised engine, as an object with the buffer protocol; `cache` keeps what TensorRT timed."""
     logger = gpu.tensorrt_logger(module)
     logger.last = ""
     builder = module.Builder(logger)

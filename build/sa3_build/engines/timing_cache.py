@@ -14,7 +14,7 @@ WARM_UP, RUNS = 10, 50
 
 
 def cache_path(out: Path, backend: str, version: str) -> Path:
-    """One timing cache an architecture and TensorRT version: models/<arch>/.timing-...; it is never needed."""
+    """Return one timing cache an architecture and TensorRT version: models/<arch>/.timing-...; it is never needed."""
     return out.parent.parent / f".timing-{backend}-{version}.cache"
 
 
@@ -34,7 +34,7 @@ def write_cache(config: Any, path: Path) -> None:
 
 
 def milliseconds(module: Any, plan: Any, target: Target) -> float:
-    """The median of RUNS forwards of a serialised engine at the middle of its profile, inputs zero.
+    """Return the median of RUNS forwards of a serialised engine at the middle of its profile, inputs zero.
 
     Raises ToolError if this machine's GPU cannot run it.
     """

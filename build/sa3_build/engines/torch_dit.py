@@ -39,7 +39,7 @@ def make(onnx: Path, target: Target, out: Path) -> dict[str, Any]:
     Raises ToolError when the graph is not recognised, GateError when the packed DiT is not the graph's.
     """
     null_row = _write(onnx, target, out)
-    return {**_compare(onnx, out, target), "null row": null_row}
+    return {**_compare(onnx, out, target), "null_row": null_row}
 
 
 def _write(onnx: Path, target: Target, out: Path) -> bool:
@@ -57,7 +57,7 @@ def _write(onnx: Path, target: Target, out: Path) -> bool:
 
 
 def _compare(onnx: Path, out: Path, target: Target) -> dict[str, float]:
-    """The gates of the packed DiT against ONNX Runtime on the graph, over the sampler's noise levels.
+    """Return the gates of the packed DiT against ONNX Runtime on the graph, over the sampler's noise levels.
 
     Raises GateError: the denoised cosine in 16 bits, in FP8 the distance as a share of what NUDGE does to the graph.
     """
@@ -76,9 +76,9 @@ def _compare(onnx: Path, out: Path, target: Target) -> dict[str, float]:
                 off = inputs | {"x": inputs["x"] + NUDGE * torch.randn(inputs["x"].shape, generator=generator)}
                 apart += float((ours - theirs).double().square().sum())
                 nudged += float((reference.run(off)["velocity"] - theirs).double().square().sum())
-    gates = {"worst denoised cosine with ONNX Runtime": worst}
+    gates = {"worst_denoised_cosine_vs_onnxruntime": worst}
     if target.precision == "fp8":
-        gates["apart, of what a nudge does"] = share = math.sqrt(apart / nudged) if nudged else math.inf
+        gates["error_vs_input_noise_1e-4"] = share = math.sqrt(apart / nudged) if nudged else math.inf
         wrong = (
             f"it is {share:.2f} times as far away as {NUDGE:g} of noise on x takes the graph, more than {MOST_APART}"
         )
@@ -93,7 +93,10 @@ def _compare(onnx: Path, out: Path, target: Target) -> dict[str, float]:
 
 
 def _inputs(sigma: float, generator: torch.Generator, inpaint: bool) -> dict[str, torch.Tensor]:
-    """The six inputs of a batch: random latents and text, and where asked a mask that keeps half of the frames."""
+    """Return the six inputs of a batch: random latents and text.
+
+    With `inpaint`, local_add_cond has a mask that keeps half of the frames.
+    """
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
@@ -110,7 +113,7 @@ def _inputs(sigma: float, generator: torch.Generator, inpaint: bool) -> dict[str
 
 
 def tune(packed: Path, out: Path) -> dict[str, Any] | None:
-    """The tiles measured on this machine's GPU for an engine that is to lie at `out`."""
+    """Return the tiles measured on this machine's GPU for an engine that is to lie at `out`."""
     os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(out)))
     from sa3_trt_core.torch_models.dit.autotune import tuned
 

@@ -79,5 +79,5 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
             made.append(tiles_path(out))
         if here:
             recipe.warm(out)
-        draft.finish(made, gates | {"tuned on a GPU": here})
+        draft.finish(made, gates | {"tuned_on_gpu": here})
     return Built(out, time.monotonic() - started, out.stat().st_size, reused=False, why=draft.why)

@@ -56,7 +56,7 @@ def make_text(onnx: Path, target: Target, out: Path) -> dict[str, float]:
 
 
 def make_decoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
-    """The same for a SAME decoder."""
+    """Return the same for a SAME decoder."""
 
     def compare(reference: OnnxRuntimeEngine, generator: torch.Generator) -> float:
         latent = torch.randn((1, shapes.LATENT_CHANNELS, CHECKED_FRAMES), generator=generator)
@@ -74,7 +74,7 @@ def make_decoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
 
 
 def make_encoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
-    """The same for a SAME encoder."""
+    """Return the same for a SAME encoder."""
 
     def compare(reference: OnnxRuntimeEngine, generator: torch.Generator) -> float:
         samples = CHECKED_FRAMES * shapes.SAMPLES_PER_FRAME
@@ -86,7 +86,7 @@ def make_encoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
 
 
 def tune_same(packed: Path, out: Path) -> dict[str, Any] | None:
-    """The tiles measured on this machine's GPU for a decoder that is to lie at `out`."""
+    """Return the tiles measured on this machine's GPU for a decoder that is to lie at `out`."""
     os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(out)))
     from sa3_trt_core.torch_models.same.autotune import tuned
 
@@ -95,7 +95,7 @@ def tune_same(packed: Path, out: Path) -> dict[str, Any] | None:
 
 
 def no_tiles(packed: Path, out: Path) -> dict[str, Any] | None:
-    """None: nothing is measured for this kind."""
+    """Return none: nothing is measured for this kind."""
     return None
 
 

@@ -147,10 +147,10 @@ class Exporter:
         written, nodes = graph_io.save(model, path), len(list(model.graph))
         clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
         # The module and its graph are of one size with the session to come: never both in memory.
-        graph_io.forget_weights(model)
+        graph_io.release_weights(model)
         del module, model, forward
         self._weights.release()
-        memory.return_memory()
+        memory.release_to_os()
         measure = max_error if target.kind == "dit" else relative_error
         if target.kind == "same-decoder":
             found = self._run_samples(path, clip, self._examples(target))
@@ -189,10 +189,10 @@ class Exporter:
 
     @staticmethod
     def _run_samples(path: Path, clip: str, examples: list[list[torch.Tensor]]) -> list[np.ndarray]:
-        """The decoder's samples (1, 2, N) in front of its Clip."""
+        """Return the decoder's samples (1, 2, N) in front of its Clip."""
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        with OnnxRuntimeEngine(path, graph_io.observed(path, {"samples": clip}), low_memory=True) as engine:
+        with OnnxRuntimeEngine(path, graph_io.with_probe_outputs(path, {"samples": clip}), low_memory=True) as engine:
             return [engine.run({"latent": latent})["samples"].numpy() for (latent,) in examples]
 
     @staticmethod
@@ -230,7 +230,7 @@ def _keep(target: Target, draft: Draft, written: list[Path], nodes: int, error: 
         )
     gates: dict[str, Any] = {"error": error}
     if target.kind == "dit":  # it gets check rows when it is made FP16-mixed and FP8
-        gates["null row"] = has_null_row(graph_io.mapped(draft.output))
+        gates["null_row"] = has_null_row(graph_io.mapped(draft.output))
     else:
         written = [*written, write_check_rows(draft.output, target.kind, target.precision)]
     draft.finish(written, gates)

@@ -50,7 +50,7 @@ _SAME_NAMES = (
 
 
 def native_dit_key(key: str) -> str:
-    """The native name of a tensor of `StableAudio3DiTModel`."""
+    """Return the native name of a tensor of `StableAudio3DiTModel`."""
     if key == "prompt_padding_embedding":
         return PADDING_KEY
     for ours, native in _DIT_NAMES:
@@ -61,10 +61,10 @@ def native_dit_key(key: str) -> str:
 
 
 def native_autoencoder_key(key: str, levels: int) -> str:
-    """The native name of a tensor of `AutoencoderSAME` with `levels` resampling blocks a side.
+    """Return the native name of a tensor of `AutoencoderSAME` with `levels` resampling blocks a side.
 
-    Natively the encoder is [block] * levels, Transpose, Linear; the decoder is Transpose, Linear, Transpose,
-    [block] * levels, all in one list `layers`.
+    Natively the encoder is [block] * levels, Transpose, Linear; the decoder is Transpose, Linear, Transpose, [block] *
+    levels, all in one list `layers`.
     """
     side, _, rest = key.partition(".")
     if side in ("encoder", "decoder"):
@@ -84,7 +84,7 @@ def regroup_qkv(weight: torch.Tensor) -> torch.Tensor:
 
 
 def ungroup_qkv(weight: torch.Tensor) -> torch.Tensor:
-    """The inverse of `regroup_qkv`: for writing a native checkpoint."""
+    """Return the inverse of `regroup_qkv`: for writing a native checkpoint."""
     q, q2, k, k2, v = weight.chunk(5, dim=0)
     return torch.cat([q, k, v, q2, k2], dim=0)
 
@@ -110,7 +110,7 @@ class TimestepFourier(nn.Module):
 
 
 def build_dit(geometry: DitGeometry) -> StableAudio3DiTModel:
-    """An uninitialised DiT (tensors on the meta device) with native norms and exact timestep features."""
+    """Return an uninitialised DiT (tensors on the meta device) with native norms and exact timestep features."""
     from diffusers import StableAudio3DiTModel
 
     with torch.device("meta"):
@@ -140,7 +140,7 @@ def use_native_numerics(dit: StableAudio3DiTModel) -> None:
 
 
 def build_autoencoder(geometry: AutoencoderGeometry) -> AutoencoderSAME:
-    """An autoencoder of this geometry with diffusers' own initial values."""
+    """Return an autoencoder of this geometry with diffusers' own initial values."""
     from diffusers import AutoencoderSAME
 
     with hushed():  # its weight normalisation is PyTorch's deprecated kind
@@ -163,7 +163,7 @@ def build_autoencoder(geometry: AutoencoderGeometry) -> AutoencoderSAME:
 
 
 def build_duration_embedder(geometry: ConditionerGeometry) -> nn.Module:
-    """The module that turns seconds (B,) into a token and global vector (B, cond_dim)."""
+    """Return the module that turns seconds (B,) into a token and global vector (B, cond_dim)."""
     from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 
     embedder: nn.Module = StableAudio3DurationEmbedder(
@@ -190,7 +190,7 @@ def check(weights: NativeWeights, geometry: Geometry) -> None:
 
 
 def load_dit(weights: NativeWeights, geometry: DitGeometry) -> StableAudio3DiTModel:
-    """The DiT with the checkpoint's weights, fp32, strict in both directions."""
+    """Return the DiT with the checkpoint's weights, fp32, strict in both directions."""
     dit = build_dit(geometry)
     fill(dit, weights, native_dit_key, geometry.differential)
     weights.refuse_leftovers(DIT_PREFIX, map(native_dit_key, dit.state_dict()))
@@ -198,7 +198,7 @@ def load_dit(weights: NativeWeights, geometry: DitGeometry) -> StableAudio3DiTMo
 
 
 def load_autoencoder(weights: NativeWeights, geometry: AutoencoderGeometry) -> AutoencoderSAME:
-    """The SAME autoencoder with the checkpoint's weights, fp32, strict in both directions."""
+    """Return the SAME autoencoder with the checkpoint's weights, fp32, strict in both directions."""
     autoencoder = build_autoencoder(geometry)
     levels = len(geometry.strides)
 
@@ -211,7 +211,7 @@ def load_autoencoder(weights: NativeWeights, geometry: AutoencoderGeometry) -> A
 
 
 def load_duration_embedder(weights: NativeWeights, geometry: ConditionerGeometry) -> nn.Module:
-    """The duration embedder with the checkpoint's weights, fp32; its frequencies are computed, not stored."""
+    """Return the duration embedder with the checkpoint's weights, fp32; its frequencies are computed, not stored."""
     embedder = build_duration_embedder(geometry)
     linear = embedder.get_submodule("linear")
     fill(linear, weights, lambda key: DURATION_PREFIX + key, differential=False)

@@ -155,7 +155,7 @@ class _Reader:
         return tuple(value)
 
     def conditioner(self, name: str) -> _Reader:
-        """The config of the conditioner whose id is `name`."""
+        """Return the config of the conditioner whose id is `name`."""
         entries = self.get("model.conditioning.configs")
         if not isinstance(entries, list):
             raise self._complain("model.conditioning.configs", "must be a list")

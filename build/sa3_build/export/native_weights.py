@@ -79,13 +79,15 @@ class NativeWeights:
         return self._opened
 
     def take(self, key: str, shape: torch.Size) -> torch.Tensor:
-        """One tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
+        """Return one tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
         self.require(key, shape)
         tensor: torch.Tensor = self._file.get_tensor(key)
         return self._adapted(key, tensor.to(torch.float32))
 
     def copy(self, key: str, shape: torch.Size) -> torch.Tensor:
-        """One tensor in fp32, read instead of mapped: for one that is rearranged, or it would lie in memory twice."""
+        """Return one tensor in fp32, read instead of mapped: for one that is rearranged, or it would lie in memory
+        twice.
+        """
         self.require(key, shape)
         if self._file.get_slice(key).get_dtype() != "F32":
             return self.take(key, shape)
@@ -97,7 +99,7 @@ class NativeWeights:
         return self._adapted(key, tensor)
 
     def _adapted(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A weight with the adapters in it; a convolution's is merged as the matrix that it is."""
+        """Return a weight with the adapters in it; a convolution's is merged as the matrix that it is."""
         layer = layer_of_checkpoint_key(key)
         if layer is None or layer not in self._loras.layers:
             return tensor

@@ -16,7 +16,7 @@ from sa3_trt_core.errors import ToolError
 
 
 def load_text_encoder(folder: Path) -> nn.Module:
-    """The encoder half of the T5Gemma in `folder`, offline, fp32 (bf16 features are 0.04 off), eager attention.
+    """Return the encoder half of the T5Gemma in `folder`, offline, fp32 (bf16 features are 0.04 off), eager attention.
 
     Raises ToolError when the folder is absent, is no T5Gemma, or lacks a tensor.
     """
@@ -43,7 +43,7 @@ def load_text_encoder(folder: Path) -> nn.Module:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer shipped in `folder`, offline; padding side and BOS are as its files say."""
+    """Return the tokenizer shipped in `folder`, offline; padding side and BOS are as its files say."""
     from transformers import AutoTokenizer
 
     try:

@@ -27,7 +27,7 @@ OPSET = 19
 
 
 def export_module(module: nn.Module, kind: str, inputs: Sequence[torch.Tensor]) -> ir.Model:
-    """One module as an ONNX graph of the contract `kind`, its symbolic axes dynamic.
+    """Return one module as an ONNX graph of the contract `kind`, its symbolic axes dynamic.
 
     `inputs` are example tensors in the contract's order; a symbolic axis must have at least 2 there, because the
     exporter takes an axis of 1 for a constant.

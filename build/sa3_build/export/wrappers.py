@@ -89,7 +89,7 @@ class DecoderContract(nn.Module):
         return samples
 
     def _resample(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """One resampling block in decoder form: (1, C, T) -> (1, C', T * stride)."""
+        """Return one resampling block in decoder form: (1, C, T) -> (1, C', T * stride)."""
         frames = hidden.transpose(1, 2).unsqueeze(2)  # (1, T, 1, C)
         batch, count, _, channels = frames.shape
         fresh = block.new_tokens.unsqueeze(0).expand(batch, count, block.stride, channels)
@@ -121,7 +121,7 @@ class EncoderContract(nn.Module):
         return latent
 
     def _resample(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """One resampling block in encoder form: (1, C, T * stride) -> (1, C', T)."""
+        """Return one resampling block in encoder form: (1, C, T * stride) -> (1, C', T)."""
         frames = block.mapping(hidden).transpose(1, 2).unflatten(1, (-1, block.stride))  # (1, T, stride, C')
         batch, count, _, channels = frames.shape
         fresh = block.new_tokens.unsqueeze(0).expand(batch, count, 1, channels)
@@ -129,7 +129,9 @@ class EncoderContract(nn.Module):
 
 
 def windowed(block: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The transformer layers of a resampling block on its segments. tokens (1, T, 1 + stride, C) -> the same shape."""
+    """Return the transformer layers of a resampling block on its segments. tokens (1, T, 1 + stride, C) -> the same
+    shape.
+    """
     count, segment = tokens.shape[1], tokens.shape[2]
     masks = window_masks(count, segment, block.sliding_window, tokens)
     rotary = block.transformers[0].attn.rope(count * segment, tokens.device)
@@ -189,7 +191,7 @@ def rotate(heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> tor
 
 
 def neighbours(heads: torch.Tensor, window: int) -> torch.Tensor:
-    """Each segment with its `window` neighbours a side: (1, T, H, S, D) -> (1, T, H, (2 window + 1) S, D)."""
+    """Return each segment with its `window` neighbours a side: (1, T, H, S, D) -> (1, T, H, (2 window + 1) S, D)."""
     count = heads.shape[1]
     padded = functional.pad(heads, (0, 0, 0, 0, 0, 0, window, window))
     return torch.cat([padded[:, shift : shift + count] for shift in range(2 * window + 1)], dim=3)

@@ -1,4 +1,4 @@
-"""Check rows beside graphs and engines: made by ONNX Runtime for a graph, copied for an engine built from it."""
+"""Write the check rows beside graphs and engines: computed by ONNX Runtime for a graph, copied for an engine."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sa3_trt_core.targets import Target
 
 
 def digests_of(onnx: Path) -> list[str]:
-    """The sha256 of a graph and of each of its sidecars."""
+    """Return the sha256 of a graph and of each of its sidecars."""
     return [files.sha256_of(file) for file in graph_io.files_of(onnx)]
 
 
 def write_check_rows(onnx: Path, kind: str, precision: str, out: Path | None = None) -> Path:
-    """Run a graph on the check rows of its contract and write them, beside it unless `out` is given.
+    """Run a graph on the check rows of its contract and write them beside it, or beside `out`.
 
     Raises ToolError for a graph that ONNX Runtime does not run, GateError for one whose output is not finite.
     """
@@ -34,16 +34,16 @@ def write_check_rows(onnx: Path, kind: str, precision: str, out: Path | None = N
 
 
 def engine_check_rows(onnx: Path, target: Target, engine: Path) -> list[Path]:
-    """Put the check rows of a graph beside an engine that is built from it; made here if it brings none of its own.
+    """Write the check rows of a graph beside the engine built from it, computing them if the graph has none.
 
-    Returns their path in a list; an empty one for a graph that ONNX Runtime does not run. Raises ToolError when the
+    Returns their path in a list, which is empty for a graph that ONNX Runtime does not run. Raises ToolError when the
     graph's rows are damaged.
     """
-    path, known = check_path(engine), check_path(onnx)
+    path, graph_rows = check_path(engine), check_path(onnx)
     path.unlink(missing_ok=True)
-    if known.is_file() and list(check_rows.read(known).graph) == sorted(digests_of(onnx)):
+    if graph_rows.is_file() and list(check_rows.read(graph_rows).graph) == sorted(digests_of(onnx)):
         with files.atomic_path(path) as temporary:
-            shutil.copyfile(known, temporary)
+            shutil.copyfile(graph_rows, temporary)
         return [path]
     try:
         return [write_check_rows(onnx, target.kind, target.precision, engine)]
@@ -52,8 +52,8 @@ def engine_check_rows(onnx: Path, target: Target, engine: Path) -> list[Path]:
         return []
 
 
-def place_check_rows(made: Path, onnx: Path) -> Path:
-    """Put rows that were made before a graph was put in place beside it, with the digests that it has there."""
-    checks = check_rows.read(made)
+def place_check_rows(rows: Path, onnx: Path) -> Path:
+    """Write check rows, computed before the graph was moved into place, beside it with its final digests."""
+    checks = check_rows.read(rows)
     check_rows.write(check_path(onnx), replace(checks, graph=tuple(sorted(digests_of(onnx)))))
     return check_path(onnx)

@@ -1,4 +1,4 @@
-"""The error of a graph that was not recognised, with the node named."""
+"""Errors of a graph whose structure was not recognised; they name the node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HINT = "give a DiT exported by build/export_onnx.py, or one of the published sty
 
 
 class GraphNotRecognised(ToolError):
-    """A graph without the structure that a pass looks for: refused whole, never half converted."""
+    """Raised for a graph without the structure that a pass requires; nothing is converted."""
 
     def __init__(self, what: str, hint: str = HINT) -> None:
         super().__init__(f"the graph was not recognised: {what}", hint)
@@ -22,7 +22,7 @@ class GraphNotRecognised(ToolError):
 
 @contextlib.contextmanager
 def naming(source: Path) -> Iterator[None]:
-    """Say in a refusal which file the graph came from."""
+    """Add the path of the graph's file to a GraphNotRecognised raised inside."""
     try:
         yield
     except GraphNotRecognised as error:
@@ -30,6 +30,6 @@ def naming(source: Path) -> Iterator[None]:
 
 
 def described(node: ir.Node) -> str:
-    """A node as a refusal names it: its own name, or its first output's when it has none, and its op."""
+    """Return the text that names a node in messages: its name (or its first output's) and its op type."""
     domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
     return f"node {node.name or node.outputs[0].name} ({domain}{node.op_type})"

@@ -1,8 +1,8 @@
-"""Find, by structure and never by name, the parts of a graph that must stay in fp32.
+"""Find, by structure and not by name, the parts of a graph that must stay in fp32.
 
-Each finder takes a sorted graph and returns nodes. Why these (build/FACTS.md, Precision): the variance
-of an RMSNorm overflows fp16; Fourier angles reach 62,832 rad; rotary angles are unsafe below fp32; and near
-sigma = 1 the timestep features flush to one value in 16 bits.
+Each finder takes a topologically sorted graph and returns nodes. Reasons (build/FACTS.md, Precision): the variance of
+an RMSNorm overflows fp16; Fourier angles reach 62,832 rad; rotary angles are unsafe below fp32; and near sigma = 1 the
+timestep features round to one value in 16 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOVERS = frozenset(
         "Tile",
     )
 )
-# What a trunk is made of besides them. Anything else may need fp32 for a reason that nobody has looked into.
+# Other ops of a trunk. An op outside this list may need fp32 and has not been studied, so it is refused.
 TRUNK_OPS = MOVERS | {
     "Abs",
     "Add",
@@ -60,7 +60,7 @@ NORM_OPS = ("ReduceMean", "Pow", "Sqrt", "Reciprocal")
 
 @dataclass(frozen=True)
 class Islands:
-    """Nodes that stay fp32, by what they belong to."""
+    """Nodes that stay fp32, grouped by the part of the network."""
 
     norms: frozenset[ir.Node]
     norm_count: int
@@ -69,45 +69,45 @@ class Islands:
     other: frozenset[ir.Node] = frozenset()
 
     def all(self) -> frozenset[ir.Node]:
-        """Every island node."""
+        """Return every island node."""
         return self.norms | self.front_end | self.rotary | self.other
 
 
 def find_dit_islands(model: ir.Model) -> Islands:
-    """The fp32 islands of a DiT.
+    """Return the fp32 islands of a DiT.
 
-    Raises GraphNotRecognised when one kind is absent, or when a node of the trunk is none that a DiT has: then it is no
-    DiT that we know, and what would become of its precision is a guess.
+    Raises GraphNotRecognised when one of the parts is absent, or when the trunk contains an op that a DiT does not
+    have: the precision that such a graph needs is unknown.
     """
-    behind = query.graph_inputs_behind(model)
+    dependencies = query.input_dependencies(model)
     norms, count = rms_norms(model)
     front_end = frozenset(
         node
         for node in model.graph
-        if behind[node] and behind[node] <= SCALAR_INPUTS and is_float(node) and not _leaves_fp32(node)
+        if dependencies[node] and dependencies[node] <= SCALAR_INPUTS and is_float(node) and not _leaves_fp32(node)
     )
-    rotary = rotary_rotations(model, behind)
+    rotary = rotary_rotations(model, dependencies)
     if not norms:
         raise GraphNotRecognised("no RMSNorm chain (x^2, ReduceMean, Add, Sqrt, divide, multiply) was found")
     if not any(node.op_type == "Sin" for node in front_end):
         raise GraphNotRecognised("no Fourier features of t and seconds_total were found")
     if not rotary:
         raise GraphNotRecognised("no rotary position embedding was found")
-    constants = _constants_of(front_end | rotary | norms, behind)
-    found = Islands(norms, count, front_end, rotary, constants)
-    _require_known_trunk(model, behind, found.all())
-    return found
+    constants = _constants_of(front_end | rotary | norms, dependencies)
+    islands = Islands(norms, count, front_end, rotary, constants)
+    _require_known_trunk(model, dependencies, islands.all())
+    return islands
 
 
 def find_decoder_islands(model: ir.Model) -> Islands:
-    """The fp32 islands of a SAME decoder: rotation, sin(pi g) gates, and all from the last Conv to the samples."""
-    behind = query.graph_inputs_behind(model)
-    rotary = rotary_rotations(model, behind)
-    gates = {node for node in model.graph if node.op_type == "Sin" and behind[node]}
+    """Return the fp32 islands of a SAME decoder: rotations, sin(pi g) gates and everything from the last Conv on."""
+    dependencies = query.input_dependencies(model)
+    rotary = rotary_rotations(model, dependencies)
+    gates = {node for node in model.graph if node.op_type == "Sin" and dependencies[node]}
     around = {use.node for gate in gates for use in gate.outputs[0].uses()}
-    # The product that makes the gate's angle stays too: rounding of g to fp16 is multiplied by pi and carried on.
+    # The GEMM that computes the gate's angle stays too: the fp16 rounding error of g would be multiplied by pi.
     angles = query.ancestors(
-        [gate.inputs[0] for gate in gates], stop=lambda node: node.op_type in query.PRODUCTS or node.op_type == "Tanh"
+        [gate.inputs[0] for gate in gates], stop=lambda node: node.op_type in query.GEMM_OPS or node.op_type == "Tanh"
     )
     convs = [node for node in model.graph if node.op_type == "Conv"]
     if not convs or not rotary:
@@ -122,10 +122,9 @@ def find_decoder_islands(model: ir.Model) -> Islands:
 
 
 def rms_norms(model: ir.Model) -> tuple[frozenset[ir.Node], int]:
-    """Nodes of every RMSNorm chain from x^2 to the product with gamma, and the number of chains.
+    """Return the nodes of every RMSNorm chain, from x^2 to the multiplication by gamma, and the number of chains.
 
-    Casts are seen through.
-    x^2 is Pow(x, 2) or Mul(x, x); the inverse root is Sqrt + Reciprocal, Sqrt + Div, or Pow(-0.5).
+    Casts are skipped. x^2 is Pow(x, 2) or Mul(x, x); the inverse root is Sqrt + Reciprocal, Sqrt + Div, or Pow(-0.5).
     """
     nodes: set[ir.Node] = set()
     count = 0
@@ -143,12 +142,15 @@ def rms_norms(model: ir.Model) -> tuple[frozenset[ir.Node], int]:
     return frozenset(nodes), count
 
 
-def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) -> frozenset[ir.Node]:
-    """The rotary table (float nodes that depend on no data) and the products and sums that rotate by it."""
+def rotary_rotations(model: ir.Model, dependencies: Mapping[ir.Node, frozenset[str]]) -> frozenset[ir.Node]:
+    """Return the rotary table and the Mul and Add nodes that rotate by it.
+
+    The table consists of float nodes that depend on no graph input.
+    """
     tables = {
         node
         for node in model.graph
-        if not behind[node]
+        if not dependencies[node]
         and is_float(node)
         and node.op_type not in ("Constant", "ConstantOfShape")
         and not _leaves_fp32(node)
@@ -156,7 +158,7 @@ def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) 
     trig = {node for node in tables if node.op_type in ("Cos", "Sin") or reads_baked_table(node)}
     if not trig:
         return frozenset()
-    # A length is read from rotated tensors too: what Shape gives is made of no table.
+    # Lengths are read from rotated tensors too: the output of Shape does not depend on the table's values.
     made_of_trig = {
         node for node in tables if node in trig or query.ancestors(node.inputs, stop=query.gives_sizes) & trig
     }
@@ -164,7 +166,9 @@ def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) 
     rotations = {
         node
         for node in model.graph
-        if node.op_type == "Mul" and behind[node] and any(_producer(value) in made_of_trig for value in node.inputs)
+        if node.op_type == "Mul"
+        and dependencies[node]
+        and any(_producer(value) in made_of_trig for value in node.inputs)
     }
     sums = {
         node
@@ -175,46 +179,62 @@ def rotary_rotations(model: ir.Model, behind: Mapping[ir.Node, frozenset[str]]) 
 
 
 def is_float(node: ir.Node) -> bool:
-    """Does this node give floating point numbers?"""
+    """Return True if an output of the node is floating point."""
     return any(value.dtype is not None and value.dtype.is_floating_point() for value in node.outputs)
 
 
-def _constants_of(islands: frozenset[ir.Node], behind: Mapping[ir.Node, frozenset[str]]) -> frozenset[ir.Node]:
-    """Float nodes that depend on no data and feed an island: a frequency table behind an Unsqueeze must not round."""
-    found: set[ir.Node] = set()
+def _constants_of(islands: frozenset[ir.Node], dependencies: Mapping[ir.Node, frozenset[str]]) -> frozenset[ir.Node]:
+    """Return float nodes that depend on no graph input and feed an island.
+
+    A frequency table before an Unsqueeze, say, must not be rounded to fp16.
+    """
+    constants: set[ir.Node] = set()
     queue = list(islands)
     while queue:
         for value in queue.pop().inputs:
             node = _producer(value)
-            if node is None or node in found | islands or behind[node] or not is_float(node) or _leaves_fp32(node):
+            if (
+                node is None
+                or node in constants | islands
+                or dependencies[node]
+                or not is_float(node)
+                or _leaves_fp32(node)
+            ):
                 continue
-            found.add(node)
+            constants.add(node)
             queue.append(node)
-    return frozenset(found)
+    return frozenset(constants)
 
 
 def _require_known_trunk(
-    model: ir.Model, behind: Mapping[ir.Node, frozenset[str]], islands: frozenset[ir.Node]
+    model: ir.Model, dependencies: Mapping[ir.Node, frozenset[str]], islands: frozenset[ir.Node]
 ) -> None:
+    """Raise GraphNotRecognised for a trunk node outside the islands with an op that a DiT does not have."""
     for node in model.graph:
         if node.domain not in ("", "ai.onnx"):
-            raise GraphNotRecognised(f"{described(node)} is an op of its own kind")
-        if node.op_type == "Range" and _is_short(node.outputs[0]):
-            raise GraphNotRecognised(f"{described(node)} counts in {node.outputs[0].dtype}, which ends at 2048")
-        if node in islands or not behind[node] or behind[node] <= SCALAR_INPUTS or not is_float(node):
+            raise GraphNotRecognised(f"{described(node)} is an op of a custom domain")
+        if node.op_type == "Range" and _is_16_bit(node.outputs[0]):
+            dtype = node.outputs[0].dtype
+            raise GraphNotRecognised(f"{described(node)}: Range in {dtype} is exact only up to {_exact_limit(dtype)}")
+        if node in islands or not dependencies[node] or dependencies[node] <= SCALAR_INPUTS or not is_float(node):
             continue
         if node.op_type in NORM_OPS:
-            raise GraphNotRecognised(f"{described(node)} belongs to no RMSNorm chain that is known")
+            raise GraphNotRecognised(f"{described(node)} is not part of a recognised RMSNorm chain")
         if node.op_type not in TRUNK_OPS:
-            raise GraphNotRecognised(f"{described(node)} is no op that the trunk of a DiT has")
+            raise GraphNotRecognised(f"{described(node)} is not an op of a DiT's trunk")
 
 
-def _is_short(value: ir.Value) -> bool:
+def _exact_limit(dtype: ir.DataType | None) -> int:
+    """Return the largest n for which a 16-bit float type represents every integer 0..n."""
+    return 256 if dtype == ir.DataType.BFLOAT16 else 2048
+
+
+def _is_16_bit(value: ir.Value) -> bool:
     return value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def _leaves_fp32(node: ir.Node) -> bool:
-    """A Cast to 16 bits is the shore of an island, not a part of it."""
+    """Return True for a Cast from fp32 to fp16 or bf16; it ends an fp32 region and is excluded from it."""
     return node.op_type == "Cast" and node.outputs[0].dtype != ir.DataType.FLOAT
 
 
@@ -242,7 +262,7 @@ def _users(node: ir.Node) -> list[ir.Node]:
 
 
 def _squared(node: ir.Node) -> ir.Value | None:
-    """x when the node is x^2, else None."""
+    """Return x if the node computes x^2, else None."""
     if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
         return _origin(node.inputs[0])
     if node.op_type == "Pow" and _is_scalar(node.inputs[1], 2.0):
@@ -251,7 +271,7 @@ def _squared(node: ir.Node) -> ir.Value | None:
 
 
 def _norm_tail(mean: ir.Node, source: ir.Value) -> list[ir.Node] | None:
-    """The nodes from the epsilon to the product with gamma, or None when this mean is no RMSNorm."""
+    """Return the nodes from the epsilon to the multiplication by gamma, or None if this mean is not an RMSNorm's."""
     add = _single(_users(mean), "Add")
     root = _single(_users(add), "Sqrt") if add is not None else None
     if add is None or root is None:
@@ -280,6 +300,6 @@ def _single(nodes: list[ir.Node], op_type: str) -> ir.Node | None:
     return matches[0] if len(matches) == 1 else None
 
 
-def _is_scalar(value: ir.Value | None, wanted: float) -> bool:
+def _is_scalar(value: ir.Value | None, number: float) -> bool:
     array = query.constant_of(_origin(value))
-    return array is not None and array.size == 1 and bool(np.isclose(float(array.reshape(())), wanted))
+    return array is not None and array.size == 1 and bool(np.isclose(float(array.reshape(())), number))

@@ -1,7 +1,7 @@
-"""Load, check, save and walk ONNX graphs: what every pass and command needs of a graph.
+"""Load, check, save and extend ONNX graphs.
 
-Tensors stay in their sidecar file and are read each time they are used, so that a graph of several gigabytes never lies
-in memory: a mapped file would stay resident once its weights have been looked at.
+Tensors stay in their sidecar file and are read each time they are used, so that memory does not grow with the graph. A
+memory-mapped file would stay resident once its weights have been read.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 
 SIDECAR_THRESHOLD = 1024  # bytes; smaller tensors stay in the graph file, as in the published ones
-Watch = Callable[[ir.Value], list[ir.Node]]  # the nodes that make a new output of a value; the last one gives it
+Reduce = Callable[[ir.Value], list[ir.Node]]  # nodes from a value to a probe output; the last one's output is it
 
 
 def load(path: Path) -> ir.Model:
-    """Read a graph; its sidecar names are checked first.
+    """Return a graph from its file, after checking its sidecar names.
 
     Raises ToolError when the file is absent, is not ONNX, or names external data outside its folder.
     """
@@ -38,7 +38,7 @@ def load(path: Path) -> ir.Model:
 
 
 class StoredTensor(ir.LazyTensor):
-    """A tensor in a sidecar; `numpy` reads it from the file every time and nothing is kept."""
+    """Tensor in a sidecar file; `numpy` reads it from the file every time and caches nothing."""
 
     def __init__(self, stored: ir.ExternalTensor) -> None:
         self.stored = stored
@@ -51,38 +51,40 @@ class StoredTensor(ir.LazyTensor):
 
 
 def _cause(error: BaseException) -> str:
-    """The words of the error that the others were raised from: a name that stands twice, say."""
+    """Return the message of the exception's root cause, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
 
 
 def mapped(path: Path) -> ir.Model:
-    """Load a graph whose weights are mapped from their file, for one that is not kept. Raises ToolError."""
+    """Return a graph whose weights are memory-mapped, for short use. Raises ToolError like `load`."""
     if not path.is_file():
         raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
     resolve.external_data_names(path)
     try:
         model = ir.load(path)
-    except Exception as error:  # the protobuf and onnx_ir parsers raise many kinds, all meaning the same
-        raise ToolError(f"{path} is not a whole ONNX graph ({_cause(error)})", "download or make it again") from None
+    except Exception as error:  # the protobuf and onnx_ir parsers raise many types for an invalid file
+        raise ToolError(
+            f"{path} is not a complete ONNX graph ({_cause(error)})", "download or export it again"
+        ) from None
     _require_whole_sidecars(model, path)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         small = isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= SIDECAR_THRESHOLD
         if isinstance(tensor, ir.ExternalTensor) and small and tensor.dtype.bitwidth >= 8:
-            # Other exporters put these into the sidecar too; shapes and axes are needed before any sidecar is opened.
-            # Read here: onnx_ir itself refuses a sidecar of two names, as a working folder's links make it.
+            # Some exporters put these into the sidecar; shapes and axes are needed before any sidecar is opened.
+            # Read here: onnx_ir refuses a sidecar with several hard links, as working folders have.
             array = StoredTensor(tensor).numpy()
             value.const_value = ir.Tensor(array, tensor.dtype, shape=tensor.shape, name=tensor.name)
     return model
 
 
 def save(model: ir.Model, path: Path) -> list[Path]:
-    """Write graph and sidecar (`<name>.data`), whole or not at all; returns the files written.
+    """Write graph and sidecar (`<name>.data`) atomically; return the files written.
 
-    Both are made in a temporary folder beside the target and renamed, the sidecar first; an older manifest is removed
-    before, so that a kill between the renames leaves an artefact that every reader takes for incomplete.
+    Both are written in a temporary folder beside the target and renamed, the sidecar first. An older manifest is
+    removed before, so that a kill between the renames leaves an artefact that every reader treats as incomplete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp", dir=path.parent))
@@ -94,10 +96,10 @@ def save(model: ir.Model, path: Path) -> list[Path]:
 
 
 def save_linked(model: ir.Model, path: Path) -> None:
-    """Write a graph for a working folder: weights that lie in a file stay there and are linked, the others are written.
+    """Write a graph into a working folder: weights that are in a file are hard-linked, the others are written.
 
-    A graph of several gigabytes so costs no disk as long as its weights are another's. On a disk that cannot link,
-    the sidecar is copied once.
+    A graph of several gigabytes so needs no disk space while its weights are unchanged. On a file system without hard
+    links the sidecar is copied once.
     """
     stored = {v: v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
     fresh = [v for v, t in stored.items() if not isinstance(t, StoredTensor) and t.nbytes > SIDECAR_THRESHOLD]
@@ -132,12 +134,12 @@ def _linked(stored: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
 
 
 def move(made: Path, path: Path) -> list[Path]:
-    """Put a graph of the same name that `save` wrote elsewhere on the disk in place; returns the files.
+    """Move a graph that `save` wrote to another folder, under the same name, into place; return the files.
 
-    An older manifest goes before, and a marker stands while the two are replaced: a kill between leaves an old graph
-    with a new sidecar, which only the marker tells every reader not to take.
+    An older manifest is removed first. A marker file exists while the two files are replaced: a kill in between leaves
+    an old graph with a new sidecar, and readers refuse a graph with a marker.
     """
-    assert made.name == path.name, "the sidecar's name stands in the graph"
+    assert made.name == path.name, "the graph contains the sidecar's name"
     written = [file for file in (made.with_name(sidecar_of(made.name)), made) if file.exists()]
     for file in written:
         _sync(file)
@@ -155,38 +157,40 @@ def move(made: Path, path: Path) -> list[Path]:
 
 
 def sidecar_of(name: str) -> str:
-    """The name of the sidecar that `save` writes beside a graph."""
+    """Return the name of the sidecar that `save` writes beside a graph."""
     return f"{name}.data"
 
 
-def observed(path: Path, watched: Mapping[str, str], watch: Watch | None = None, alone: bool = False) -> bytes:
-    """A graph file with more outputs, for a session that looks inside: nothing is written, weights stay where they are.
+def with_probe_outputs(
+    path: Path, probes: Mapping[str, str], reduce: Reduce | None = None, only_probes: bool = False
+) -> bytes:
+    """Return the bytes of a graph with added outputs; nothing is written, weights stay in their files.
 
-    `watched` maps the name of each new output to the name of a value; a value that has such a name already is renamed.
-    `watch` gives the nodes from a value to its output (default: the value as it is). `alone`: the other outputs go, and
-    with them what only they need.
+    `probes` maps the name of each new output to the name of a value; a value that already has such a name is renamed.
+    `reduce` returns the nodes from a value to its output (default: Identity). With `only_probes` the graph's own
+    outputs, and nodes that only they need, are removed.
     """
     model = mapped(path)
     values = {value.name: value for value in model.graph.inputs}
     values.update((value.name, value) for node in model.graph for value in node.outputs)
-    for name in watched.keys() & values.keys():  # an exporter may have called a value of its own so
+    for name in probes.keys() & values.keys():  # an exporter may have used a probe's name
         values[name].name = f"{name}_inside"
-    if alone:
+    if only_probes:
         model.graph.outputs.clear()
-    for output in watched.keys() & values.keys():  # exporters number their values too: amax, amax_1
+    for output in probes.keys() & values.keys():  # exporters number values with the same scheme: amax, amax_1
         values[output].name = f"{output}_of_the_graph"
-    for output, name in watched.items():
-        chain = (watch or _as_it_is)(values[name])
+    for output, name in probes.items():
+        chain = (reduce or _as_it_is)(values[name])
         chain[-1].outputs[0].name = output
         model.graph.extend(chain)
         model.graph.outputs.append(chain[-1].outputs[0])
-    if alone:
+    if only_probes:
         RemoveUnusedNodesPass()(model)
     return ir.to_proto(model).SerializeToString()
 
 
 def serialized(model: ir.Model) -> bytes:
-    """A loaded graph, its weights left in their sidecar: copied into it they would not fit a protobuf's 2 GB."""
+    """Return the bytes of a loaded graph with its weights left in their sidecar: a protobuf is limited to 2 GB."""
     stored = {v: v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, StoredTensor)}
     try:
         for value, tensor in stored.items():
@@ -198,19 +202,19 @@ def serialized(model: ir.Model) -> bytes:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The graph file and every sidecar that it names."""
+    """Return the graph file and every sidecar that it names."""
     return [path, *(path.parent / name for name in resolve.external_data_names(path))]
 
 
 def bytes_of(path: Path) -> int:
-    """The size of a graph with its sidecars. Raises ToolError when one is absent."""
+    """Return the size of a graph with its sidecars, in bytes. Raises ToolError when the graph is absent."""
     if not path.is_file():
         raise ToolError(f"no such ONNX file: {path}", "name an existing .onnx file")
     return sum(file.stat().st_size for file in files_of(path) if file.is_file())
 
 
 def drop_exporter_notes(model: ir.Model) -> None:
-    """Remove source paths, stack traces and doc strings: they tell about the maker's machine and change every run."""
+    """Remove source paths, stack traces and doc strings, which depend on the exporting machine and run."""
     model.metadata_props.clear()
     model.doc_string = None
     model.producer_name, model.producer_version = "sa3-trt", None
@@ -224,20 +228,20 @@ def drop_exporter_notes(model: ir.Model) -> None:
                 value.doc_string = None
 
 
-def forget_weights(model: ir.Model) -> None:
-    """Let go of every tensor of a graph that is not needed any more; rewrite rules of onnxscript keep graphs alive."""
+def release_weights(model: ir.Model) -> None:
+    """Drop every tensor of a graph that is no longer needed; rewrite rules of onnxscript keep graphs alive."""
     for value in model.graph.initializers.values():
         value.const_value = None
 
 
 def _as_it_is(value: ir.Value) -> list[ir.Node]:
-    twin = ir.node("Identity", [value])
-    twin.outputs[0].type, twin.outputs[0].shape = value.type, value.shape
-    return [twin]
+    copy = ir.node("Identity", [value])
+    copy.outputs[0].type, copy.outputs[0].shape = value.type, value.shape
+    return [copy]
 
 
 def _require_whole_sidecars(model: ir.Model, path: Path) -> None:
-    """Raise ToolError when a sidecar is missing or ends before the tensors that it should hold."""
+    """Raise ToolError when a sidecar is missing or is shorter than its tensors require."""
     needed: dict[str, int] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value
@@ -247,10 +251,12 @@ def _require_whole_sidecars(model: ir.Model, path: Path) -> None:
             needed[name] = max(needed.get(name, 0), end)
     for name, end in needed.items():
         sidecar = path.parent / name
-        found = sidecar.stat().st_size if sidecar.is_file() else None
-        if found is None or found < end:
-            what = "is missing" if found is None else f"has {found} bytes, {end} are needed"
-            raise ToolError(f"{path} keeps its weights in {name}, which {what}", "get or make both files again")
+        size = sidecar.stat().st_size if sidecar.is_file() else None
+        if size is None or size < end:
+            problem = "is missing" if size is None else f"has {size} bytes instead of {end}"
+            raise ToolError(
+                f"{path} keeps its weights in {name}, which {problem}", "download or export both files again"
+            )
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rules of shape inference: the shapes that one node gives, from those of its inputs."""
+"""Shape inference rules, one per op: output shapes of a node from its input shapes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, product, quot
 
 
 class Shapes(Protocol):
-    """What is known of a graph's values so far: shape_inference.Shapes."""
+    """Shapes and integer values that have been inferred so far: shape_inference.Shapes."""
 
     def shape(self, value: ir.Value | None) -> Shape | None: ...
     def numbers(self, value: ir.Value | None) -> Numbers | None: ...
 
 
 def broadcast_all(shapes: Sequence[Shape | None]) -> Shape:
+    """Return the broadcast of several shapes, ignoring unknown ones. Raises ValueError if they are incompatible."""
     known = [shape for shape in shapes if shape is not None]
     rank = max(len(shape) for shape in known)
     result: list[Length | None] = [Length(1)] * rank
@@ -46,29 +47,32 @@ def _reduce(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 def _squeeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axes = _axes(shapes, node, len(shape))
     if axes is not None and any(shape[axis] not in (None, Length(1)) for axis in axes):
-        raise ValueError(f"an axis of {', '.join(str(shape[axis]) for axis in sorted(axes))} is squeezed away")
+        raise ValueError(f"Squeeze removes an axis of {', '.join(str(shape[axis]) for axis in sorted(axes))}")
     return [None if axes is None else tuple(length for axis, length in enumerate(shape) if axis not in axes)]
 
 
 def _unsqueeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
-    found = whole(shapes.numbers(node.inputs[1])) if len(node.inputs) > 1 else None
-    if found is None:
+    unsqueezed = whole(shapes.numbers(node.inputs[1])) if len(node.inputs) > 1 else None
+    if unsqueezed is None:
         return [None]
-    rank, rest = len(shape) + len(found), list(shape)
-    axes = {axis % rank for axis in found}
+    rank, rest = len(shape) + len(unsqueezed), list(shape)
+    axes = {axis % rank for axis in unsqueezed}
     return [tuple(Length(1) if axis in axes else rest.pop(0) for axis in range(rank))]
 
 
 def _axes(shapes: Shapes, node: ir.Node, rank: int) -> set[int] | None:
-    """The axes that a node names, as an input or (before opset 18) as an attribute; all of them where it names none."""
+    """Return the axes that a node names, as an input or (before opset 18) as an attribute.
+
+    A reduction that names none reduces all of them. None if they are unknown.
+    """
     if len(node.inputs) > 1 and node.inputs[1] is not None:
-        found = whole(shapes.numbers(node.inputs[1]))
+        axes = whole(shapes.numbers(node.inputs[1]))
     else:
         stated = node.attributes.get("axes")
-        found = list(stated.as_ints()) if stated is not None else None
+        axes = list(stated.as_ints()) if stated is not None else None
         if stated is None and node.op_type.startswith("Reduce"):
-            found = [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))
-    return None if found is None else {axis % rank for axis in found}
+            axes = [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))
+    return None if axes is None else {axis % rank for axis in axes}
 
 
 def _reshape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
@@ -102,7 +106,7 @@ def _slice(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 
 
 def _span(size: Length | None, start: Length | None, end: Length | None) -> Length | None:
-    """How much of an axis of this size lies between start and end; None when that is not certain."""
+    """Return the length of the slice [start, end) of an axis of this size; None if it is unknown."""
     if size is None or start is None or end is None:
         return None
     first, last = (_position(size, bound) for bound in (start, end))
@@ -113,7 +117,7 @@ def _span(size: Length | None, start: Length | None, end: Length | None) -> Leng
 
 
 def _position(size: Length, bound: Length) -> Length | None:
-    """A slice's bound counted from the beginning, within the axis; -(L + 64) counts L + 64 from the end."""
+    """Return a slice bound counted from the beginning and clipped to the axis; -(L + 64) counts from the end."""
     if any(count < 0 for _, count in bound.terms) or (bound.number or 0) < 0:
         bound = size + bound
     beyond = (bound - size).number
@@ -128,12 +132,12 @@ def _split(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axis = node.attributes.get_int("axis", 0) % len(shape)
     count, length = len(node.outputs), shape[axis]
     if len(node.inputs) > 1 and node.inputs[1] is not None:
-        found = shapes.numbers(node.inputs[1])
-        parts = list(found) if found is not None else [None] * count
+        sizes = shapes.numbers(node.inputs[1])
+        parts = list(sizes) if sizes is not None else [None] * count
     else:
         parts = [length.over(count) if length is not None else None] * count
         if length is not None and length.number is not None and length.number % count:
-            each = -(-length.number // count)  # the last part is the smaller one
+            each = -(-length.number // count)  # the last part is the smallest
             parts = [Length(max(0, min(each, length.number - each * index))) for index in range(count)]
     return [(*shape[:axis], part, *shape[axis + 1 :]) for part in parts]
 
@@ -153,10 +157,10 @@ def _concat(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     for part in known:
         length = part[axis]
         total = None if total is None or length is None else total + length
-    for other in range(len(shape)):
-        if other != axis and len({part[other] for part in known} - {None}) > 1:
-            raise ValueError(f"axes {', '.join(str(part[other]) for part in known)} do not go together")
-    merged = [next((part[other] for part in known if part[other] is not None), None) for other in range(len(shape))]
+    for index in range(len(shape)):
+        if index != axis and len({part[index] for part in known} - {None}) > 1:
+            raise ValueError(f"axes {', '.join(str(part[index]) for part in known)} are incompatible")
+    merged = [next((part[index] for part in known if part[index] is not None), None) for index in range(len(shape))]
     return [(*merged[:axis], total, *merged[axis + 1 :])]
 
 
@@ -166,7 +170,7 @@ def _expand(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 
 
 def _pad(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
-    """Each axis with what is put before and behind it; a negative pad cuts."""
+    """Return each axis with its padding before and after; a negative pad removes entries."""
     pads = shapes.numbers(node.inputs[1]) if len(node.inputs) > 1 else None
     axes: list[int] | None = list(range(len(shape)))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
@@ -174,10 +178,10 @@ def _pad(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     if pads is None or axes is None or pads.size != 2 * len(axes):
         return [(None,) * len(shape)]
     result = list(shape)
-    for place, axis in enumerate(axes):
-        length, before, behind = shape[axis], pads.reshape(-1)[place], pads.reshape(-1)[place + len(axes)]
-        known = length is not None and isinstance(before, Length) and isinstance(behind, Length)
-        result[axis] = length + before + behind if known else None
+    for index, axis in enumerate(axes):
+        length, before, after = shape[axis], pads.reshape(-1)[index], pads.reshape(-1)[index + len(axes)]
+        known = length is not None and isinstance(before, Length) and isinstance(after, Length)
+        result[axis] = length + before + after if known else None
     return [tuple(result)]
 
 
@@ -201,18 +205,18 @@ def _constant_of_shape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shap
 
 
 def _matmul(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
-    other = shapes.shape(node.inputs[1])
-    if other is None or len(shape) < 2 or len(other) < 2:
+    second = shapes.shape(node.inputs[1])
+    if second is None or len(shape) < 2 or len(second) < 2:
         return [None]
-    broadcast(shape[-1], other[-2])
-    return [(*broadcast_all([shape[:-2], other[:-2]]), shape[-2], other[-1]) if len(shape) + len(other) > 4 else
-            (shape[0], other[1])]  # fmt: skip
+    broadcast(shape[-1], second[-2])
+    return [(*broadcast_all([shape[:-2], second[:-2]]), shape[-2], second[-1]) if len(shape) + len(second) > 4 else
+            (shape[0], second[1])]  # fmt: skip
 
 
 def _gemm(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
-    other = shapes.shape(node.inputs[1])
+    second = shapes.shape(node.inputs[1])
     rows = shape[1 if node.attributes.get_int("transA", 0) else 0]
-    return [None if other is None else (rows, other[0 if node.attributes.get_int("transB", 0) else 1])]
+    return [None if second is None else (rows, second[0 if node.attributes.get_int("transB", 0) else 1])]
 
 
 def _conv(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
@@ -225,21 +229,21 @@ def _conv(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 
 def _range(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     start, end, step = (shapes.numbers(value) for value in node.inputs)
-    counts = [found is not None and isinstance(found.reshape(-1)[0], Length) for found in (start, end, step)]
+    counts = [bound is not None and isinstance(bound.reshape(-1)[0], Length) for bound in (start, end, step)]
     if not all(counts) or whole(start) != [0] or whole(step) != [1] or end is None:
         return [(None,)]
     return [(end.reshape(-1)[0],)]
 
 
 def _einsum(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
-    left, _, right = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    terms, _, output = node.attributes["equation"].as_string().replace(" ", "").partition("->")
     known: dict[str, Length | None] = {}
-    for term, value in zip(left.split(","), node.inputs, strict=True):
-        found = shapes.shape(value)
-        if found is None or len(found) != len(term):
+    for term, value in zip(terms.split(","), node.inputs, strict=True):
+        axes = shapes.shape(value)
+        if axes is None or len(axes) != len(term):
             return [None]
-        known.update(zip(term, found, strict=True))
-    return [tuple(known[letter] for letter in right)]
+        known.update(zip(term, axes, strict=True))
+    return [tuple(known[letter] for letter in output)]
 
 
 RULES: dict[str, Callable[[Shapes, ir.Node, Shape], Sequence[Shape | None]]] = {

@@ -1,4 +1,4 @@
-"""Compute single values of a graph by ONNX's reference evaluator, from values that are given and a length."""
+"""Compute single values of a graph by ONNX's reference evaluator, from known values and a length."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ ROWS = 1
 
 
 class NotComputable(Exception):
-    """A value depends on something that is neither given nor known; the message names it."""
+    """Raised when a value depends on an unknown value; the message names it."""
 
 
 class PartialRun:
-    """Computes values of a sorted graph for one row, without what lies behind the values that are given.
+    """Computes values of a sorted graph for one row, stopping at values that are known.
 
-    Sizes are known from the shapes, so that no data is computed only to be measured.
+    Sizes come from shape inference, so that no data is computed only to be measured.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self.shapes = followed(model)
         self._opset = model.opset_imports.get("", 0)
 
-    def run(self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, np.ndarray], frames: int) -> list[np.ndarray]:
-        """The values `wanted`, from `given` ones and a latent of so many frames. Raises NotComputable."""
-        nodes = self.nodes_behind(wanted, given)
+    def run(self, values: Sequence[ir.Value], known: Mapping[ir.Value, np.ndarray], frames: int) -> list[np.ndarray]:
+        """Return `values`, computed from `known` values and a latent of `frames` frames. Raises NotComputable."""
+        nodes = self.nodes_needed_for(values, known)
         made = {value for node in nodes for value in node.outputs}
-        feeds = {str(value.name): array for value, array in given.items()}
-        for value in {value for node in nodes for value in node.inputs if value is not None} | set(wanted):
-            if value not in made and value not in given:
+        feeds = {str(value.name): array for value, array in known.items()}
+        for value in {value for node in nodes for value in node.inputs if value is not None} | set(values):
+            if value not in made and value not in known:
                 feeds[str(value.name)] = self._known(value, frames)
-        computed = [value for value in wanted if value in made]
-        found = dict(zip(computed, self._evaluated(nodes, computed, feeds), strict=True)) if computed else {}
-        return [found[value] if value in found else feeds[str(value.name)] for value in wanted]
+        unknown = [value for value in values if value in made]
+        computed = dict(zip(unknown, self._evaluated(nodes, unknown, feeds), strict=True)) if unknown else {}
+        return [computed[value] if value in computed else feeds[str(value.name)] for value in values]
 
-    def nodes_behind(
-        self, wanted: Sequence[ir.Value], given: Mapping[ir.Value, np.ndarray] | None = None
+    def nodes_needed_for(
+        self, values: Sequence[ir.Value], known: Mapping[ir.Value, np.ndarray] | None = None
     ) -> list[ir.Node]:
-        """The nodes that compute values, in order, but for what is given and for the arithmetic of lengths."""
+        """Return the nodes that compute `values`, in order, without what is known and without length arithmetic."""
         ordered: dict[ir.Node, None] = {}
-        waiting: list[tuple[ir.Value | None, bool]] = [(value, False) for value in wanted]
+        waiting: list[tuple[ir.Value | None, bool]] = [(value, False) for value in values]
         while waiting:
             value, done = waiting.pop()
             node = value.producer() if value is not None else None
-            if node is None or node in ordered or (given and value in given) or self._numbers(value) is not None:
+            if node is None or node in ordered or (known and value in known) or self._numbers(value) is not None:
                 continue
             if query.gives_sizes(node):
-                raise NotComputable(f"{described(node)} gives a size that is not known")
+                raise NotComputable(f"{described(node)} returns a size that is not known")
             if done:
                 ordered[node] = None
             else:
@@ -65,14 +65,14 @@ class PartialRun:
         return list(ordered)
 
     def _evaluated(
-        self, nodes: list[ir.Node], wanted: list[ir.Value], feeds: Mapping[str, np.ndarray]
+        self, nodes: list[ir.Node], values: list[ir.Value], feeds: Mapping[str, np.ndarray]
     ) -> list[np.ndarray]:
         used = {str(value.name) for node in nodes for value in node.inputs if value is not None}
         part = onnx.helper.make_graph(
             [ir.to_proto(node) for node in nodes], "part",
             [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
              for name, array in feeds.items() if name in used],
-            [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.UNDEFINED, None) for value in wanted],
+            [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.UNDEFINED, None) for value in values],
         )  # fmt: skip
         whole = onnx.helper.make_model(part, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
         results = ReferenceEvaluator(whole).run(None, {name: array for name, array in feeds.items() if name in used})
@@ -80,7 +80,7 @@ class PartialRun:
         return [np.asarray(result) for result in results]
 
     def _numbers(self, value: ir.Value | None) -> Numbers | None:
-        """The entries of a value when every one is known."""
+        """Return the entries of an integer value if all of them are known, else None."""
         numbers = self.shapes.numbers(value)
         return None if numbers is None or any(entry is None for entry in numbers.reshape(-1)) else numbers
 
@@ -90,13 +90,13 @@ class PartialRun:
             return constant
         numbers = self._numbers(value)
         if numbers is None or value.dtype is None:
-            raise NotComputable(f"{value.name} is neither given nor known")
+            raise NotComputable(f"{value.name} is not known")
         entries = [_at(entry, frames) for entry in numbers.reshape(-1)]
         return np.array(entries, value.dtype.numpy()).reshape(numbers.shape)
 
 
 def _at(entry: object, frames: int) -> object:
-    """An entry as a number, when the latent has so many frames."""
+    """Return an entry as a number for a latent of `frames` frames. Raises NotComputable."""
     if not isinstance(entry, Length):
         return entry
     number = entry.at("L", frames).at("B", ROWS).number

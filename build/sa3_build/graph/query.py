@@ -1,4 +1,4 @@
-"""Read a graph: constants, weighted products and what a node depends on."""
+"""Query a graph: constants, weights of linear layers, dependencies of nodes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-PRODUCTS = ("MatMul", "Gemm")
+GEMM_OPS = ("MatMul", "Gemm")
 
 
 def constant_of(value: ir.Value | None) -> np.ndarray | None:
-    """The value of an initializer or of a Constant node's output; None for anything computed."""
+    """Return the array of an initializer or a Constant node's output; None for a computed value."""
     if value is None:
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()
 
 
-def weight_of(product: ir.Node) -> ir.Value | None:
-    """The weight behind a MatMul or Gemm, seen through Transpose and Cast; None when both sides are data."""
-    if product.op_type not in PRODUCTS:
+def weight_of(linear: ir.Node) -> ir.Value | None:
+    """Return the weight initializer of a MatMul or Gemm, through Transpose and Cast; None when both sides are data."""
+    if linear.op_type not in GEMM_OPS:
         return None
-    value = product.inputs[1]
+    value = linear.inputs[1]
     while value is not None and not value.is_initializer():
         node = value.producer()
         if node is None or node.op_type not in ("Transpose", "Cast"):
@@ -31,8 +31,8 @@ def weight_of(product: ir.Node) -> ir.Value | None:
     return value
 
 
-def weighted_products(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
-    """Every MatMul or Gemm with a weight, in graph order."""
+def linear_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
+    """Yield every MatMul or Gemm with a weight and that weight, in graph order."""
     for node in model.graph:
         weight = weight_of(node)
         if weight is not None:
@@ -40,60 +40,63 @@ def weighted_products(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
 
 
 def ancestors(values: Iterable[ir.Value | None], stop: Callable[[ir.Node], bool] = lambda _: False) -> set[ir.Node]:
-    """Every node that the values depend on, not looking behind nodes for which `stop` holds (those are included)."""
-    found: set[ir.Node] = set()
+    """Return every node that the values depend on.
+
+    The search does not pass nodes for which `stop` returns True; these are included.
+    """
+    visited: set[ir.Node] = set()
     queue = [value.producer() for value in values if value is not None]
     while queue:
         node = queue.pop()
-        if node is None or node in found:
+        if node is None or node in visited:
             continue
-        found.add(node)
+        visited.add(node)
         if not stop(node):
             queue.extend(value.producer() for value in node.inputs if value is not None)
-    return found
+    return visited
 
 
-def products_below(node: ir.Node) -> list[tuple[ir.Node, int]]:
-    """The nearest products below a node that read what it gives, each with the number of the input that does."""
+def gemms_below(node: ir.Node) -> list[tuple[ir.Node, int]]:
+    """Return the nearest MatMul and Gemm nodes downstream of a node, each with the index of the input it feeds."""
     seen: set[ir.Node | tuple[ir.Node, int]] = set()
-    queue, found = [node], []
+    queue, gemms = [node], []
     while queue:
         for value in queue.pop().outputs:
             for user, index in value.uses():
-                is_product = user.op_type in PRODUCTS
-                reader = (user, index) if is_product else user
+                is_gemm = user.op_type in GEMM_OPS
+                reader = (user, index) if is_gemm else user
                 if reader in seen or gives_sizes(user):
                     continue
                 seen.add(reader)
-                if is_product:
-                    found.append((user, index))
+                if is_gemm:
+                    gemms.append((user, index))
                 else:
                     queue.append(user)
-    return found
+    return gemms
 
 
 def users(node: ir.Node, through: Collection[str]) -> list[ir.Node]:
-    """The users of a node's first output, seen through nodes of the op types `through`."""
-    found: list[ir.Node] = []
+    """Return the users of a node's first output, skipping nodes of the op types `through`."""
+    result: list[ir.Node] = []
     queue = [use.node for use in node.outputs[0].uses()]
     while queue:
         user = queue.pop(0)
         if user.op_type in through:
             queue.extend(use.node for use in user.outputs[0].uses())
         else:
-            found.append(user)
-    return found
+            result.append(user)
+    return result
 
 
 def gives_sizes(node: ir.Node) -> bool:
-    """Does this node say how large a tensor is? Behind it there is no data."""
+    """Return True for Shape and Size nodes: their output depends on no data."""
     return node.op_type in ("Shape", "Size")
 
 
-def graph_inputs_behind(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
-    """For every node of a sorted graph: the names of the graph inputs that it depends on through data."""
+def input_dependencies(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
+    """Return, for every node of a sorted graph, the names of the graph inputs that it depends on through data."""
     names = {value: frozenset([str(value.name)]) for value in model.graph.inputs}
-    behind: dict[ir.Node, frozenset[str]] = {}
+    dependencies: dict[ir.Node, frozenset[str]] = {}
     for node in model.graph:
         union: frozenset[str] = frozenset()
         if not gives_sizes(node):
@@ -101,7 +104,9 @@ def graph_inputs_behind(model: ir.Model) -> dict[ir.Node, frozenset[str]]:
                 if value is not None:
                     producer = value.producer()
                     union |= (
-                        behind.get(producer, frozenset()) if producer is not None else names.get(value, frozenset())
+                        dependencies.get(producer, frozenset())
+                        if producer is not None
+                        else names.get(value, frozenset())
                     )
-        behind[node] = union
-    return behind
+        dependencies[node] = union
+    return dependencies

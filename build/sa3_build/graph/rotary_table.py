@@ -1,4 +1,4 @@
-"""Recognise a rotary table that is a constant already: there is no Cos or Sin to find it by."""
+"""Recognise a rotary table stored as a constant, in a graph without Cos and Sin."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import onnx_ir as ir
 
 from sa3_build.graph import query
 
-MOVING = ("Cast", "Unsqueeze", "Squeeze", "Reshape")  # what lies between the slice and its product
+MOVING = ("Cast", "Unsqueeze", "Squeeze", "Reshape")  # ops between the slice and the Mul
 
 
 def reads_baked_table(node: ir.Node) -> bool:
-    """Is this a slice, as long as the run, of a constant of cosines or sines: floats within 1, more than one axis?"""
+    """Return True for a Slice of a constant table of cosines or sines whose end is the latent length.
+
+    The table is floating point, has more than one axis, and its entries are within [-1, 1].
+    """
     if node.op_type != "Slice" or len(node.inputs) < 3:
         return False
     if all(user.op_type != "Mul" for user in query.users(node, MOVING)):

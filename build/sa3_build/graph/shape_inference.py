@@ -1,4 +1,4 @@
-"""The shapes of a graph with its axes as symbols: where the batch is in every tensor, and what lengths are known."""
+"""Shape inference with symbolic axes: the batch axis of every tensor, and the lengths that are known."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ ELEMENTWISE = frozenset(
 
 
 class Shapes:
-    """Shapes and small integer values of a sorted graph, as far as they follow from its inputs' shapes.
+    """Shapes and small integer values of a sorted graph, inferred from its inputs' shapes.
 
-    `step` follows one node; a caller that changes the graph on the way calls it again for what it has changed.
+    `step` infers one node; a caller that edits the graph calls it again for the nodes that it changed.
     """
 
     def __init__(self, model: ir.Model, inputs: dict[str, Shape]) -> None:
@@ -37,7 +37,7 @@ class Shapes:
             self._shapes[value] = inputs[str(value.name)]
 
     def shape(self, value: ir.Value | None) -> Shape | None:
-        """The shape of a value, or None when not even its number of axes is known."""
+        """Return the shape of a value, or None when its rank is unknown."""
         if value is None:
             return None
         if value.is_initializer() and value.const_value is not None:
@@ -45,22 +45,22 @@ class Shapes:
         return self._shapes.get(value)
 
     def numbers(self, value: ir.Value | None) -> Numbers | None:
-        """The entries of a small integer value, or of a single float, as far as they are known."""
+        """Return the entries of a small integer value or of a single float; unknown entries are None."""
         if value is None:
             return None
         return shape_values.of_constant(value) if value.is_initializer() else self._numbers.get(value)
 
     def step(self, node: ir.Node) -> None:
-        """Follow one node. Raises ValueError when its inputs' shapes do not go together."""
-        found: Numbers | None
+        """Infer the outputs of one node. Raises ValueError when its inputs' shapes are incompatible."""
+        numbers: Numbers | None
         if query.gives_sizes(node):
-            found = _sizes(node, self.shape(node.inputs[0]))
+            numbers = _sizes(node, self.shape(node.inputs[0]))
         else:
-            found = shape_values.of_node(node, self.numbers, self._opset)
+            numbers = shape_values.of_node(node, self.numbers, self._opset)
         result = node.outputs[0]
-        if found is not None:
-            self._numbers[result] = found
-            self._shapes[result] = tuple(Length(size) for size in found.shape)
+        if numbers is not None:
+            self._numbers[result] = numbers
+            self._shapes[result] = tuple(Length(size) for size in numbers.shape)
             return
         shapes = self._outputs(node)
         for value, shape in zip(node.outputs, shapes, strict=False):
@@ -78,13 +78,13 @@ class Shapes:
 
 
 def _sizes(node: ir.Node, shape: Shape | None) -> Numbers | None:
-    """The numbers of Shape (with its start and end) or Size."""
+    """Return the output of a Shape (with its start and end) or Size node."""
     if shape is None:
         return None
     if node.op_type == "Size":
-        found = np.empty((), dtype=object)
-        found[()] = product(shape)
-        return found
+        size = np.empty((), dtype=object)
+        size[()] = product(shape)
+        return size
     return _objects(list(shape)[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))])
 
 
@@ -95,13 +95,13 @@ def _objects(entries: list[Length | None]) -> Numbers:
 
 
 def declared(value: ir.Value) -> Shape:
-    """The shape that a graph input states."""
+    """Return the shape that a graph input declares."""
     assert value.shape is not None
     return tuple(Length(axis) if isinstance(axis, int) else symbol(str(axis)) for axis in value.shape)
 
 
 def follow(shapes: Shapes, node: ir.Node) -> None:
-    """Follow one node. Raises GraphNotRecognised naming it when its inputs' shapes do not go together."""
+    """Infer one node. Raises GraphNotRecognised with its name when its inputs' shapes are incompatible."""
     try:
         shapes.step(node)
     except ValueError as error:
@@ -109,7 +109,7 @@ def follow(shapes: Shapes, node: ir.Node) -> None:
 
 
 def followed(model: ir.Model) -> Shapes:
-    """The shapes of every value, as far as they follow from the inputs'."""
+    """Return the shapes of every value, as far as they follow from the inputs' shapes."""
     shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
     for node in model.graph:
         follow(shapes, node)

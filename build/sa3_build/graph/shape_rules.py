@@ -1,4 +1,4 @@
-"""Rules of shape arithmetic: what one node makes of small integer values, entry by entry."""
+"""Shape arithmetic rules, one per op: the small integer values that a node computes, entry by entry."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 from sa3_build.graph.symbolic_dim import Length
 
-MOST = 64  # entries; nothing longer is a shape
+MAX_ENTRIES = 64  # entries; longer integer tensors are data, not shapes
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 Numbers = np.ndarray  # of Length, float, bool or None (not known), of any rank
 
 
 def each(function: Callable[..., object], *arrays: np.ndarray) -> Numbers:
-    """A function of single entries on arrays that broadcast; unknown in, unknown out."""
+    """Return `function` applied entry by entry to arrays that broadcast; None where an entry is None."""
     spread = np.broadcast_arrays(*(np.asarray(array, dtype=object) for array in arrays))
     result = np.empty(spread[0].shape, dtype=object)
     for index in np.ndindex(result.shape):
@@ -27,17 +27,18 @@ def each(function: Callable[..., object], *arrays: np.ndarray) -> Numbers:
 
 
 def array_of(entries: list[object], shape: tuple[int, ...]) -> Numbers:
+    """Return an object array of this shape with the entries in order."""
     result = np.empty(len(entries), dtype=object)
     for index, entry in enumerate(entries):
         result[index] = entry
     return result.reshape(shape)
 
 
-def whole(found: Numbers | None) -> list[int] | None:
-    """Numbers as plain integers, or None when one is not known or is a symbol."""
-    if found is None:
+def whole(numbers: Numbers | None) -> list[int] | None:
+    """Return numbers as plain integers, or None when one is unknown or symbolic."""
+    if numbers is None:
         return None
-    plain = [entry.number if isinstance(entry, Length) else None for entry in found.reshape(-1)]
+    plain = [entry.number if isinstance(entry, Length) else None for entry in numbers.reshape(-1)]
     return None if None in plain else [number for number in plain if number is not None]
 
 
@@ -52,23 +53,23 @@ def _gather(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
 
 
 def _slice(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    bounds = [whole(found) for found in inputs[1:]]
-    if any(found is None for found in bounds):
+    bounds = [whole(numbers) for numbers in inputs[1:]]
+    if any(bound is None for bound in bounds):
         return None
-    starts, ends, *rest = [found for found in bounds if found is not None]
+    starts, ends, *rest = [bound for bound in bounds if bound is not None]
     axes = rest[0] if rest else list(range(len(starts)))
     steps = rest[1] if len(rest) > 1 else [1] * len(starts)
     cuts: list[slice] = [slice(None)] * inputs[0].ndim
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         size = inputs[0].shape[axis]
-        # A bound before the first entry means "all of it" when counting down; Python would count it from the end.
+        # A negative step with an end before the first entry runs to the start; Python would count it from the end.
         last = None if step < 0 and end < -size else end
         cuts[axis] = slice(start, last, step)
     return inputs[0][tuple(cuts)]
 
 
 def _concat(node: ir.Node, inputs: list[Numbers]) -> Numbers:
-    return np.concatenate([np.atleast_1d(found) for found in inputs], axis=node.attributes.get_int("axis", 0))
+    return np.concatenate([np.atleast_1d(numbers) for numbers in inputs], axis=node.attributes.get_int("axis", 0))
 
 
 def _reshape(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
@@ -97,25 +98,25 @@ def _transpose(node: ir.Node, inputs: list[Numbers]) -> Numbers:
 
 def _expand(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
     target = whole(inputs[1])
-    if target is None or np.prod(target) > MOST:
+    if target is None or np.prod(target) > MAX_ENTRIES:
         return None
     return np.broadcast_to(inputs[0], np.broadcast_shapes(inputs[0].shape, tuple(target)))
 
 
 def _tile(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
     repeats = whole(inputs[1])
-    return None if repeats is None or np.prod(repeats) > MOST else np.tile(inputs[0], repeats)
+    return None if repeats is None or np.prod(repeats) > MAX_ENTRIES else np.tile(inputs[0], repeats)
 
 
 def _cast(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    wanted = ir.DataType(node.attributes["to"].as_int())
-    if wanted in INTEGERS[:2]:
+    dtype = ir.DataType(node.attributes["to"].as_int())
+    if dtype in INTEGERS[:2]:
         return each(lambda entry: entry if isinstance(entry, Length) else Length(int(entry)), inputs[0])
-    if wanted == ir.DataType.BOOL:
+    if dtype == ir.DataType.BOOL:
         return each(_truth, inputs[0])
-    if not wanted.is_floating_point():
+    if not dtype.is_floating_point():
         return None
-    return each(lambda entry: _float(entry, wanted), inputs[0])
+    return each(lambda entry: _float(entry, dtype), inputs[0])
 
 
 def _truth(entry: object) -> bool | None:
@@ -123,15 +124,15 @@ def _truth(entry: object) -> bool | None:
     return None if number is None else bool(number)
 
 
-def _float(entry: object, wanted: ir.DataType) -> object:
-    """A float of the type; a length that is no number stays one, so that T / T is known to be 1."""
+def _float(entry: object, dtype: ir.DataType) -> object:
+    """Return an entry as a float of the type; a symbolic length is kept, so that T / T is known to be 1."""
     number = entry.number if isinstance(entry, Length) else entry
-    return entry if number is None else wanted.numpy().type(number)
+    return entry if number is None else dtype.numpy().type(number)
 
 
 def _constant_of_shape(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
     shape, fill = whole(inputs[0]), node.attributes.get("value")
-    if shape is None or np.prod(shape) > MOST or fill is None or fill.as_tensor().dtype not in INTEGERS[:2]:
+    if shape is None or np.prod(shape) > MAX_ENTRIES or fill is None or fill.as_tensor().dtype not in INTEGERS[:2]:
         return None
     count = int(np.prod(shape))
     return array_of([Length(int(fill.as_tensor().numpy().reshape(-1)[0]))] * count, tuple(shape))
@@ -142,7 +143,7 @@ def _where(node: ir.Node, inputs: list[Numbers]) -> Numbers:
 
 
 def _reduced(function: Callable[[Length, Length], Length]) -> Callable[[ir.Node, list[Numbers]], Numbers | None]:
-    """A rule for a reduction over all axes, by its function of two lengths."""
+    """Return the rule for a reduction over all axes, from its function of two lengths."""
 
     def rule(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
         entries = list(inputs[0].reshape(-1))
@@ -155,20 +156,20 @@ def _reduced(function: Callable[[Length, Length], Length]) -> Callable[[ir.Node,
 
 
 def _arithmetic(lengths: Callable, floats: Callable) -> Callable[[ir.Node, list[Numbers]], Numbers]:
-    """A rule for a function of two (or one) entries: lengths, or floats, or a length that no float holds."""
+    """Return the rule for an elementwise op on lengths or on floats; mixed operands are unknown."""
 
-    def one(dtype: ir.DataType | None, *entries: object) -> object:
+    def entry_rule(dtype: ir.DataType | None, *entries: object) -> object:
         plain = [entry for entry in entries if not isinstance(entry, Length)]
         if not plain and (dtype is None or not dtype.is_floating_point()):
             return lengths(*entries)
         if len(plain) == len(entries):
             return floats(*entries)
-        # Of lengths in floats nothing is known but that a thing is once itself.
+        # The only float result that is known for symbolic lengths is T / T = 1.
         same = floats is operator.truediv and not plain and entries[0] == entries[1]
         return dtype.numpy().type(1) if same and dtype is not None else None
 
     def rule(node: ir.Node, inputs: list[Numbers]) -> Numbers:
-        return each(functools.partial(one, node.outputs[0].dtype), *inputs)
+        return each(functools.partial(entry_rule, node.outputs[0].dtype), *inputs)
 
     return rule
 
@@ -184,36 +185,36 @@ def _modulo(first: Length, second: Length) -> Length | None:
 
 
 def _extreme(sign: int) -> Callable[[ir.Node, list[Numbers]], Numbers]:
-    """A rule for Max (1) or Min (-1) of lengths, where their difference is a number."""
+    """Return the rule for Max (sign 1) or Min (-1) of lengths whose difference is a number."""
 
-    def one(*entries: object) -> object:
+    def rule(*entries: object) -> object:
         if not all(isinstance(entry, Length) for entry in entries):
             return None
         best = entries[0]
         for entry in entries[1:]:
-            apart = (entry - best).number  # type: ignore[operator]
-            if apart is None:
+            difference = (entry - best).number  # type: ignore[operator]
+            if difference is None:
                 return None
-            best = entry if sign * apart > 0 else best
+            best = entry if sign * difference > 0 else best
         return best
 
-    return lambda node, inputs: each(one, *inputs)
+    return lambda node, inputs: each(rule, *inputs)
 
 
 def _compared(holds: Callable[[int], bool]) -> Callable[[ir.Node, list[Numbers]], Numbers]:
-    """A rule for an order of two lengths, where their difference is a number."""
+    """Return the rule for a comparison of two lengths whose difference is a number."""
 
-    def one(first: object, second: object) -> object:
+    def rule(first: object, second: object) -> object:
         if not isinstance(first, Length) or not isinstance(second, Length):
             return None
-        apart = (first - second).number
-        return None if apart is None else holds(apart)
+        difference = (first - second).number
+        return None if difference is None else holds(difference)
 
-    return lambda node, inputs: each(one, *inputs)
+    return lambda node, inputs: each(rule, *inputs)
 
 
 def _equal(first: object, second: object) -> bool | None:
-    """Two lengths that are symbols may be equal all the same; that a symbol is no -1 is certain."""
+    """Return whether two entries are equal; None if two symbolic lengths may be. A symbol is never negative."""
     if first == second:
         return True
     if not isinstance(first, Length) or not isinstance(second, Length):

@@ -1,4 +1,4 @@
-"""Represent the length of an axis that is not a number yet: a polynomial of symbols, like L + 64 or B * L."""
+"""Symbolic lengths of axes: polynomials of symbols, like L + 64 or B * L."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Monomial = tuple[str, ...]  # the symbols that are multiplied, in order; () is t
 
 @dataclass(frozen=True)
 class Length:
-    """constant + sum of factor * product of symbols, in a normal form: equal lengths compare equal."""
+    """Polynomial constant + sum of factor * product of symbols, in normal form: equal lengths compare equal."""
 
     constant: int
     terms: tuple[tuple[Monomial, int], ...] = ()
@@ -26,15 +26,15 @@ class Length:
         return Length(0)._plus(self, -1)
 
     def times(self, other: Length | int) -> Length:
-        """The product with a number or another length."""
+        """Return the product with a number or another length."""
         product: Counter[Monomial] = Counter()
-        for mine, count in self._factors():
-            for theirs, factor in _length(other)._factors():
-                product[tuple(sorted(mine + theirs))] += count * factor
+        for names, count in self._factors():
+            for other_names, factor in _length(other)._factors():
+                product[tuple(sorted(names + other_names))] += count * factor
         return _normal(product)
 
     def over(self, divisor: Length | int) -> Length | None:
-        """The quotient: rounded down by a number, exact by a length; None when it is no length of this kind."""
+        """Return the quotient: rounded down for a number, exact for a length; None if it is not a length."""
         divided = _length(divisor)
         if divided.number is None:
             return self._exactly_over(divided)
@@ -43,25 +43,25 @@ class Length:
         return _normal({name: count // divided.number for name, count in self._factors()})
 
     def at(self, symbol_name: str, size: int) -> Length:
-        """The length when a symbol is a number."""
-        found: Counter[Monomial] = Counter()
+        """Return the length with a symbol replaced by a number."""
+        terms: Counter[Monomial] = Counter()
         for names, count in self._factors():
             rest = tuple(name for name in names if name != symbol_name)
-            found[rest] += count * size ** (len(names) - len(rest))
-        return _normal(found)
+            terms[rest] += count * size ** (len(names) - len(rest))
+        return _normal(terms)
 
     def has(self, symbol_name: str) -> bool:
-        """True when the length depends on a symbol."""
+        """Return True when the length depends on a symbol."""
         return any(symbol_name in names for names, _ in self.terms)
 
     @property
     def symbols(self) -> frozenset[str]:
-        """The symbols that the length depends on."""
+        """Symbols that the length depends on."""
         return frozenset(name for names, _ in self.terms for name in names)
 
     @property
     def number(self) -> int | None:
-        """The length as a number, when it is one."""
+        """The length as a number, or None if it is symbolic."""
         return None if self.terms else self.constant
 
     def __str__(self) -> str:
@@ -72,17 +72,17 @@ class Length:
         return [*self.terms, ((), self.constant)]
 
     def _exactly_over(self, divisor: Length) -> Length | None:
-        """Division of polynomials by their leading terms, as long as nothing is left."""
-        (lead, factor), rest, found = divisor.terms[-1], self, Length(0)
+        """Return the polynomial quotient, or None if there is a remainder."""
+        (lead, factor), rest, quotient = divisor.terms[-1], self, Length(0)
         while rest.terms:
             names, count = rest.terms[-1]
-            left = Counter(names)
-            left.subtract(lead)
-            if count % factor or min(left.values()) < 0:
+            powers = Counter(names)
+            powers.subtract(lead)
+            if count % factor or min(powers.values()) < 0:
                 return None
-            step = _normal({tuple(sorted(left.elements())): count // factor})
-            found, rest = found + step, rest - divisor.times(step)
-        return found if rest == Length(0) else None
+            step = _normal({tuple(sorted(powers.elements())): count // factor})
+            quotient, rest = quotient + step, rest - divisor.times(step)
+        return quotient if rest == Length(0) else None
 
     def _plus(self, other: Length, sign: int) -> Length:
         total = Counter(dict(self._factors()))
@@ -95,24 +95,24 @@ Shape = tuple[Length | None, ...]  # None: not known
 
 
 def symbol(name: str) -> Length:
-    """A length that is one symbol."""
+    """Return the length that is one symbol."""
     return Length(0, (((name,), 1),))
 
 
 def broadcast(first: Length | None, second: Length | None) -> Length | None:
-    """The axis of a sum of two tensors with these axes; None when it is not known. Raises ValueError if none fits."""
+    """Return the broadcast of two axes, or None if it is unknown. Raises ValueError if they are incompatible."""
     if first == second or second == Length(1):
         return first
     if first == Length(1):
         return second
-    for one, other in ((first, second), (second, first)):
-        if one is None and other is not None:
-            return other if (other.number or 0) > 1 else None  # a symbol may be 1, and then the other one counts
-    raise ValueError(f"axes of {first} and {second} do not go together")
+    for unknown, axis in ((first, second), (second, first)):
+        if unknown is None and axis is not None:
+            return axis if (axis.number or 0) > 1 else None  # a symbol may be 1; the unknown axis then decides
+    raise ValueError(f"axes of {first} and {second} are incompatible")
 
 
 def product(lengths: Sequence[Length | None]) -> Length | None:
-    """The number of elements of a shape; None when an axis is not known."""
+    """Return the number of elements of a shape, or None when an axis is unknown."""
     total = Length(1)
     for length in lengths:
         if length is None:
@@ -122,15 +122,15 @@ def product(lengths: Sequence[Length | None]) -> Length | None:
 
 
 def quotient(whole: Sequence[Length | None], parts: Sequence[Length | None]) -> Length | None:
-    """Product of `whole` over product of `parts`, or None when that is no single length."""
-    left, open_parts = Counter(whole), []
+    """Return product(whole) / product(parts), or None when it is not a length."""
+    remaining, divisors = Counter(whole), []
     for part in parts:
-        if left[part] > 0:  # an axis that is not known cancels against nothing but itself
-            left[part] -= 1
+        if remaining[part] > 0:  # an unknown axis cancels only against itself
+            remaining[part] -= 1
         else:
-            open_parts.append(part)
-    over, under = product(list(left.elements())), product(open_parts)
-    return None if over is None or under is None else over.over(under)
+            divisors.append(part)
+    numerator, denominator = product(list(remaining.elements())), product(divisors)
+    return None if numerator is None or denominator is None else numerator.over(denominator)
 
 
 def _length(value: Length | int) -> Length:

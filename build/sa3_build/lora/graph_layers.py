@@ -87,7 +87,7 @@ class _Finder:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._behind = query.graph_inputs_behind(model)
+        self._behind = query.input_dependencies(model)
         self._weighted = [node for node in model.graph if weight_of(node) is not None]
 
     def nodes(self) -> dict[str, ir.Node]:
@@ -139,7 +139,7 @@ class _Finder:
             found[f"{block}local_in"] = one(self._above(out.inputs[0]) & local, "first local product before", out)
 
     def _above(self, value: ir.Value | None) -> set[ir.Node]:
-        return query.ancestors([value], stop=lambda node: node.op_type in query.PRODUCTS or query.gives_sizes(node))
+        return query.ancestors([value], stop=lambda node: node.op_type in query.GEMM_OPS or query.gives_sizes(node))
 
 
 def _weight(node: ir.Node) -> Weight:
@@ -236,7 +236,7 @@ def _values_of(core: ir.Node) -> ir.Value:
     while queue:
         for value in queue.pop(0).outputs:
             for use in value.uses():
-                if use.node.op_type in query.PRODUCTS and use.idx == 0 and use.node.inputs[1] is not None:
+                if use.node.op_type in query.GEMM_OPS and use.idx == 0 and use.node.inputs[1] is not None:
                     return use.node.inputs[1]
                 if use.node not in seen and not query.gives_sizes(use.node):
                     seen.add(use.node)

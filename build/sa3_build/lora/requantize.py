@@ -70,14 +70,14 @@ def fitted_codes(merged_graph: Path, calibration: Path, layers: frozenset[str], 
     The activations are those of the merged FP16-mixed graph on the calibration rows.
     """
     model = graph_io.load(merged_graph)
-    canonicalize.adopt(model)
-    canonicalize.remix(model)
+    canonicalize.canonicalize(model)
+    canonicalize.convert_foreign_fp16(model)
     run_passes(model, [FoldWeights(), RenameNodes()])
     clean = work / "clean.onnx"
     graph_io.save_linked(model, clean)
     _, found = find_layers(clean)
     chosen = {str(layer.node.name): layer for name, layer in found.items() if name in layers}
-    whole = quantization_selection.select_products(graph_io.load(clean))
+    whole = quantization_selection.select_linears(graph_io.load(clean))
     products = tuple(product for product in whole.quantized if product.node in chosen)
     selection = quantization_selection.Selection(products, whole.excluded, whole.token_macs_elsewhere)
     calibrated = CalibrationSet.open(calibration)

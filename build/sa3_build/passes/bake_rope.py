@@ -1,4 +1,4 @@
-"""Make the rotary table a constant: cos and sin of every position there can be, read up to the length of the run."""
+"""Replace the rotary table by a constant: cos and sin of every position, sliced to the length at run time."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from sa3_trt_core.shapes import MAX_FRAMES
 
 TRIG = {"Cos": np.cos, "Sin": np.sin}
 FEW_FRAMES = 5  # a table of another length must begin with the same rows
-MOST_TOKENS = 4096  # in front of the latent; more would be no memory tokens
+MAX_TOKENS = 4096  # memory tokens before the latent frames
 
 
-class Left(Exception):
-    """Why a place is left as it is."""
+class NotMatched(Exception):
+    """Raised when a pattern does not match; the message is the reason."""
 
 
 class BakeRope(Pass):
     """Replace Cos and Sin of a rotary angle by a slice 0..T of a constant table; T stays a value of the graph.
 
-    Angles are computed as the graph does, step by step in its own types, and their cosines in float64: the table is
-    the graph's own to a rounding of fp32. Every angle that depends on no data is baked, or none is.
+    Angles are computed as in the graph, op by op in its own types, and their cosines in float64: the table equals the
+    graph's up to fp32 rounding. Either every angle that depends on no data is baked, or none of them.
     """
 
     name = "bake-rope"
 
     def call(self, model: ir.Model) -> PassResult:
-        behind = query.graph_inputs_behind(model)
-        trig = [node for node in model.graph if node.op_type in TRIG and not behind[node]]
+        dependencies = query.input_dependencies(model)
+        trig = [node for node in model.graph if node.op_type in TRIG and not dependencies[node]]
         before = len(model.graph)
         tables: list[tuple[np.ndarray, ir.Value]] = []
         try:
             angles = _Angles(model)
-            found = [(node, *angles.table(node)) for node in trig]
-        except (Left, NotComputable) as why:
-            return PassResult(self.name, {"baked": 0, "left": len(trig)}, (str(why),))
+            baked = [(node, *angles.table(node)) for node in trig]
+        except (NotMatched, NotComputable) as reason:
+            return PassResult(self.name, {"baked": 0, "not_matched": len(trig)}, (str(reason),))
         starts: dict[tuple[int, Length], ir.Value] = {}
-        for node, table, length, limit in found:
+        for node, table, length, limit in baked:
             index = _index_of(tables, table, model)
             if (index, length) not in starts:
                 starts[index, length] = _sliced(model, node, tables[index][1], limit)
@@ -52,12 +52,12 @@ class BakeRope(Pass):
         if trig:
             RemoveUnusedNodesPass()(model)
             drop_unused_initializers(model)
-        counts = {"baked": len(trig), "tables": len(tables), "nodes removed": before - len(model.graph)}
-        return PassResult(self.name, counts, () if trig else ("no Cos or Sin of a position was found",))
+        counts = {"baked": len(trig), "tables": len(tables), "nodes_removed": before - len(model.graph)}
+        return PassResult(self.name, counts, () if trig else ("no Cos or Sin of a position",))
 
 
 class _Angles:
-    """Evaluates what stands behind a Cos or Sin, at lengths of our choosing."""
+    """Evaluator of the inputs of Cos and Sin nodes, for chosen latent lengths."""
 
     def __init__(self, model: ir.Model) -> None:
         self._partial = PartialRun(model)
@@ -65,33 +65,37 @@ class _Angles:
         self._done: dict[tuple[ir.Value, int], np.ndarray] = {}
 
     def table(self, trig: ir.Node) -> tuple[np.ndarray, Length, ir.Value]:
-        """The table of one Cos or Sin for the most frames, its length at run time, and the value that holds that."""
+        """Return the table of one Cos or Sin for MAX_FRAMES frames, its length and the value of that length.
+
+        The length is L plus memory tokens, the value an integer of the graph. Raises NotMatched when the angle is not a
+        table with one row per position.
+        """
         angle = trig.inputs[0]
         assert angle is not None
-        nodes = self._partial.nodes_behind([angle])
+        nodes = self._partial.nodes_needed_for([angle])
         limits = {self._limit(node) for node in nodes if node.op_type == "Range"}
         if len(limits) != 1:
-            raise Left(f"{described(trig)} depends on {len(limits)} Range nodes")
+            raise NotMatched(f"{described(trig)} depends on {len(limits)} Range nodes")
         length, limit = limits.pop()
-        few, most = (self._evaluated(angle, frames) for frames in (FEW_FRAMES, MAX_FRAMES))
+        short, longest = (self._evaluated(angle, frames) for frames in (FEW_FRAMES, MAX_FRAMES))
         sizes = (length.constant + FEW_FRAMES, length.constant + MAX_FRAMES)
-        if (len(few), len(most)) != sizes or not np.array_equal(few, most[: len(few)]):
-            raise Left(f"{described(trig)} is no table with one row a position")
-        table = TRIG[trig.op_type](most.astype(np.float64))
+        if (len(short), len(longest)) != sizes or not np.array_equal(short, longest[: len(short)]):
+            raise NotMatched(f"{described(trig)} is not a table with one row per position")
+        table = TRIG[trig.op_type](longest.astype(np.float64))
         return table.astype(np.float32), length, limit
 
     def _limit(self, counter: ir.Node) -> tuple[Length, ir.Value]:
-        """How far a Range counts: L and the memory tokens, as an integer value."""
+        """Return the end of a Range (L plus memory tokens) as a length and as an integer value. Raises NotMatched."""
         value = counter.inputs[1]
-        while value is not None and (maker := value.producer()) is not None and maker.op_type == "Cast":
-            value = maker.inputs[0]
+        while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
+            value = producer.inputs[0]
         numbers = self._shapes.numbers(value)
         length = numbers.reshape(-1)[0] if numbers is not None and numbers.size == 1 else None
-        start, step = (_single(self._shapes, counter.inputs[place]) for place in (0, 2))
+        start, step = (_single(self._shapes, counter.inputs[index]) for index in (0, 2))
         if value is None or not isinstance(length, Length) or (start, step) != (0.0, 1.0):
-            raise Left(f"{described(counter)} does not count 0, 1, ... to a length that is known")
-        if length != FRAMES + length.constant or not 0 <= length.constant <= MOST_TOKENS:
-            raise Left(f"{described(counter)} counts to {length}, not to the frames and some tokens")
+            raise NotMatched(f"{described(counter)} does not count 0, 1, ... up to a known length")
+        if length != FRAMES + length.constant or not 0 <= length.constant <= MAX_TOKENS:
+            raise NotMatched(f"{described(counter)} counts to {length} instead of the latent length plus memory tokens")
         return length, value
 
     def _evaluated(self, angle: ir.Value, frames: int) -> np.ndarray:
@@ -108,7 +112,7 @@ def _single(shapes: Shapes, value: ir.Value | None) -> float | None:
 
 
 def _index_of(tables: list[tuple[np.ndarray, ir.Value]], table: np.ndarray, model: ir.Model) -> int:
-    """Which table this is; a new one becomes an initializer."""
+    """Return the index of a table among those already stored; a new one becomes an initializer."""
     for index, (known, _) in enumerate(tables):
         if known.shape == table.shape and np.array_equal(known, table):
             return index
@@ -122,11 +126,11 @@ def _index_of(tables: list[tuple[np.ndarray, ir.Value]], table: np.ndarray, mode
 def _sliced(model: ir.Model, node: ir.Node, table: ir.Value, limit: ir.Value) -> ir.Value:
     name = f"{table.name}_{node.outputs[0].name}"
     length = ir.node("Reshape", [limit, integers(model, f"{name}_flat", [-1])], name=f"{name}_length")
-    axes = [integers(model, f"{name}_{which}", [0]) for which in ("from", "axis")]
+    axes = [integers(model, f"{name}_{role}", [0]) for role in ("from", "axis")]
     rows = ir.node("Slice", [table, axes[0], length.outputs[0], axes[1]], name=f"{name}_rows")
     length.outputs[0].shape, rows.outputs[0].shape = ir.Shape([1]), node.outputs[0].shape
-    for one, like in ((length, limit), (rows, node.outputs[0])):
-        one.outputs[0].name = f"{one.name}_value"
-        type_like(one.outputs[0], like)
+    for added, like in ((length, limit), (rows, node.outputs[0])):
+        added.outputs[0].name = f"{added.name}_value"
+        type_like(added.outputs[0], like)
     model.graph.insert_before(node, [length, rows])
     return rows.outputs[0]

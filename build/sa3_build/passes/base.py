@@ -1,4 +1,4 @@
-"""What every pass is: requirements, one change, a count, a promise."""
+"""Pass protocol: preconditions, one rewrite with counts, postconditions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 @dataclass(frozen=True)
 class PassResult:
-    """What one pass did: counts by name, and remarks worth a line in the report."""
+    """Result of one pass: counts by name, and notes for the report."""
 
     name: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -19,42 +19,45 @@ class PassResult:
 
     @property
     def as_dict(self) -> dict[str, Any]:
-        """Name, counts and, where there are any, notes: as the report holds them."""
+        """Name, counts and, if any, notes: the form of the report."""
         return {"name": self.name, **self.counts, **({"notes": list(self.notes)} if self.notes else {})}
 
 
 class Pass(Protocol):
-    """One change of a graph, in place. A subclass takes a sorted graph and leaves one, unless it says otherwise."""
+    """One rewrite of a graph, in place.
+
+    Input and output are topologically sorted unless a subclass states otherwise.
+    """
 
     name: str
 
     def requires(self, model: ir.Model) -> None:
-        """Raise ToolError, naming the node, when the graph is not one that this pass can take."""
+        """Raise ToolError, naming the node, when the pass does not support the graph."""
         check_sorted(model)
 
     def call(self, model: ir.Model) -> PassResult:
-        """Change the graph and say what was done."""
+        """Rewrite the graph and return the counts of what was changed."""
 
     def ensures(self, model: ir.Model) -> None:
-        """Raise AssertionError when the graph is not what this pass promises: that is our bug."""
+        """Raise AssertionError when a postcondition fails, which is a bug of the pass."""
         check_sorted(model)
 
 
 def run_passes(model: ir.Model, passes: Iterable[Pass]) -> list[PassResult]:
-    """Run passes in order; each one's promise is checked before the next begins."""
+    """Run passes in order and return their results; postconditions are checked before the next pass starts."""
     results = []
-    for one in passes:
-        one.requires(model)
-        results.append(one.call(model))
-        one.ensures(model)
+    for graph_pass in passes:
+        graph_pass.requires(model)
+        results.append(graph_pass.call(model))
+        graph_pass.ensures(model)
     return results
 
 
 def check_sorted(model: ir.Model) -> None:
-    """Raise AssertionError when a node stands before a node that it reads from."""
+    """Raise AssertionError when a node precedes a node that it reads from."""
     seen: set[ir.Node] = set()
     for node in model.graph:
         for value in node.inputs:
             producer = value.producer() if value is not None else None
-            assert producer is None or producer in seen, f"{node.name} stands before {producer.name}"
+            assert producer is None or producer in seen, f"{node.name} precedes {producer.name}, which it reads"
         seen.add(node)

@@ -1,4 +1,4 @@
-"""Take a DiT graph of any exporter that we know to the form that the recipes work on."""
+"""Convert a DiT graph of any supported exporter to the form that the recipes require."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from sa3_build.passes.lift_constants import LiftConstants
 from sa3_build.passes.lower_fused import LowerFused
 from sa3_build.passes.name_axes import NameAxes
 from sa3_build.passes.null_row import cross_tokens, has_null_row
-from sa3_build.passes.pad_k import odd_products
+from sa3_build.passes.pad_k import unaligned_linears
 from sa3_build.passes.remove_casts import DropDeadCasts
 from sa3_build.passes.rewrites import passes_of
 from sa3_build.passes.shaping import Shaping
 from sa3_build.passes.stack_attention import count_pairs
 from sa3_build.passes.topological_sort import SortTopologically
-from sa3_build.passes.widen_fp16 import LiftToSingle, reasons_to_lift
+from sa3_build.passes.widen_fp16 import WidenFp16, fp16_mismatches
 
 SHAPED = Shaping()
-NAMED = 3  # reasons that are spelled out in the report; the others are counted
+NAMED = 3  # reasons written to the report in full; the others are counted
 
 
 @dataclass(frozen=True)
-class Adopted:
-    """What was done to a graph before any recipe, and whether it is another exporter's."""
+class Canonicalized:
+    """Pass results of a canonicalised graph, and whether another exporter wrote it."""
 
     results: list[PassResult]
     foreign: bool
 
 
-def adopt(model: ir.Model, free_batch: bool = True) -> Adopted:
-    """Order, names of axes, opset, constants, types, casts, batch axis and fixed sizes.
+def canonicalize(model: ir.Model, free_batch: bool = True) -> Canonicalized:
+    """Convert a graph's node order, axis names, opset, constants, types, casts, batch axis and fixed sizes.
 
-    Changes nothing in a graph that build/export_onnx.py made. Raises GraphNotRecognised naming the node.
+    Does not change a graph of build/export_onnx.py. Raises GraphNotRecognised naming the node.
     """
-    order = run_passes(model, [SortTopologically()])
+    sorting = run_passes(model, [SortTopologically()])
     results = run_passes(
         model, [NameAxes(), ConvertOpset(), LiftConstants(), LowerFused(), InferTypes(), DropDeadCasts()]
     )
@@ -55,36 +55,36 @@ def adopt(model: ir.Model, free_batch: bool = True) -> Adopted:
     foreign = any(count for result in results for count in result.counts.values())
     if foreign:
         results += run_passes(model, [FoldShapes()])
-    return Adopted(order + results, foreign)
+    return Canonicalized(sorting + results, foreign)
 
 
-def remix(model: ir.Model, shaping: Shaping = SHAPED) -> list[PassResult]:
-    """Make an adopted FP16-mixed graph of another recipe one of ours: lift it to fp32, rewrite it and mix it again.
+def convert_foreign_fp16(model: ir.Model, shaping: Shaping = SHAPED) -> list[PassResult]:
+    """Convert a canonicalised FP16-mixed graph of another recipe: widen it to fp32, rewrite and mix it again.
 
-    Does nothing to a graph whose islands are fp32, whose attention core is one type and which has nothing left to
-    rewrite. Raises GraphNotRecognised.
+    Does nothing to a graph whose islands are fp32, whose attention core has one type and which lacks no rewrite. Raises
+    GraphNotRecognised.
     """
-    reasons = [*reasons_to_lift(model, find_dit_islands(model)), *reasons_to_rewrite(model, shaping)]
+    reasons = [*fp16_mismatches(model, find_dit_islands(model)), *missing_rewrites(model, shaping)]
     if not reasons:
         return []
-    lifted, *rewritten, mixed = run_passes(
-        model, [LiftToSingle(), FoldWeights(), *passes_of(shaping), MixPrecision(find_dit_islands)]
+    widened, *rewritten, mixed = run_passes(
+        model, [WidenFp16(), FoldWeights(), *passes_of(shaping), MixPrecision(find_dit_islands)]
     )
     more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
-    return [PassResult(lifted.name, lifted.counts, (*reasons[:NAMED], *more)), *rewritten, mixed]
+    return [PassResult(widened.name, widened.counts, (*reasons[:NAMED], *more)), *rewritten, mixed]
 
 
-def reasons_to_rewrite(model: ir.Model, shaping: Shaping) -> list[str]:
-    """The rewritings that are switched on and that a graph lacks, each as a reason to lift it; none changes it here."""
-    behind = query.graph_inputs_behind(model)
-    trig = [node for node in model.graph if node.op_type in TRIG and not behind[node]]
-    found = []
+def missing_rewrites(model: ir.Model, shaping: Shaping) -> list[str]:
+    """Return the enabled rewrites that a graph lacks, one sentence each; the graph is not changed."""
+    dependencies = query.input_dependencies(model)
+    trig = [node for node in model.graph if node.op_type in TRIG and not dependencies[node]]
+    reasons = []
     if shaping.null_row and cross_tokens(model) is not None and not has_null_row(model):
-        found.append("it has no rule for the null row of guidance")
+        reasons.append("guidance's null row is not implemented")
     if shaping.bake_rope and trig:
-        found.append(f"{described(trig[0])} and {len(trig) - 1} more compute a rotary table at every run")
+        reasons.append(f"{described(trig[0])} and {len(trig) - 1} more compute a rotary table in every run")
     if shaping.stack_attention and (pairs := count_pairs(model)):
-        found.append(f"{pairs} pairs of attention calls are two calls each")
-    if shaping.pad_k and (odd := odd_products(model)):
-        found.append(f"{described(odd[0])} has a K that is no multiple of 16")
-    return found
+        reasons.append(f"{pairs} pairs of attention calls are not stacked")
+    if shaping.pad_k and (unaligned := unaligned_linears(model)):
+        reasons.append(f"{described(unaligned[0])} has a K that is not a multiple of 16")
+    return reasons

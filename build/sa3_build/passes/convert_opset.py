@@ -1,4 +1,4 @@
-"""Bring a graph of an older opset to the first one with FP8 types, by rewriting what has changed in between."""
+"""Convert a graph of an older opset to 19, the first one with FP8 types, by rewriting the ops that changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.passes.base import PassResult
 
 FP8_OPSET = 19
-OLDEST = 13  # before it Squeeze, Unsqueeze and ReduceSum took their axes as attributes as well
+MIN_OPSET = 13  # before it Squeeze, Unsqueeze and ReduceSum too had their axes as attributes
 # Ops with a new version in 14..19 that reads old nodes as before: types were added, or attributes with a default.
 COMPATIBLE = frozenset(
     (
@@ -28,30 +28,30 @@ AXES_BECAME_INPUT = frozenset(
 
 
 class ConvertOpset:
-    """Opset 13..18 becomes 19; a graph of 19 or later is left as it is.
+    """Convert opset 13..18 to 19; a graph of opset 19 or later is not changed.
 
-    A bare change of the number breaks the file: since 18 the Reduce ops take their axes as an input and Split says in
-    how many parts. An op whose meaning may have changed otherwise is refused by name. ONNX's own converter is not used:
-    it serialises the weights and loses what it does not know.
+    Changing only the number would break the file: since 18 the Reduce ops have their axes as an input and Split states
+    its number of parts. Other ops whose definition changed are refused by name. ONNX's converter is not used: it
+    serialises the weights and drops what it does not know.
     """
 
     name = "opset"
 
     def requires(self, model: ir.Model) -> None:
-        found = model.opset_imports.get("") or 0
-        if found < OLDEST:
-            raise GraphNotRecognised(f"opset {found}; {OLDEST} or later is needed")
+        opset = model.opset_imports.get("") or 0
+        if opset < MIN_OPSET:
+            raise GraphNotRecognised(f"unsupported opset {opset} (supported: >={MIN_OPSET})")
         for node in model.graph:
             if node.domain not in ("", "ai.onnx"):
-                continue  # whoever looks for islands says which ops of other domains are none of a DiT
+                continue  # find_dit_islands refuses ops of custom domains
             if node.op_type in COMPATIBLE | AXES_BECAME_INPUT | {"Split"}:
                 continue
-            if _version(node.op_type, found) != _version(node.op_type, max(found, FP8_OPSET)):
-                raise GraphNotRecognised(f"{described(node)} has another meaning at opset {FP8_OPSET} than at {found}")
+            if _version(node.op_type, opset) != _version(node.op_type, max(opset, FP8_OPSET)):
+                raise GraphNotRecognised(f"{described(node)} differs between opset {opset} and opset {FP8_OPSET}")
 
     def call(self, model: ir.Model) -> PassResult:
-        found = model.opset_imports.get("") or 0
-        if found >= FP8_OPSET:
+        opset = model.opset_imports.get("") or 0
+        if opset >= FP8_OPSET:
             return PassResult(self.name, {"converted": 0})
         changed = 0
         for node in model.graph:
@@ -69,7 +69,9 @@ class ConvertOpset:
     def ensures(self, model: ir.Model) -> None:
         assert (model.opset_imports.get("") or 0) >= FP8_OPSET
         for node in model.graph:
-            assert not (node.op_type in AXES_BECAME_INPUT and "axes" in node.attributes), f"{node.name} has axes still"
+            assert not (node.op_type in AXES_BECAME_INPUT and "axes" in node.attributes), (
+                f"{node.name} still has the attribute axes"
+            )
 
 
 def _axes_to_input(model: ir.Model, node: ir.Node) -> None:
@@ -85,4 +87,4 @@ def _version(op_type: str, opset: int) -> int | None:
     try:
         return int(onnx.defs.get_schema(op_type, opset).since_version)
     except onnx.defs.SchemaError:
-        return None  # an op that ONNX does not know means the same, nothing, at both
+        return None  # unknown to ONNX at both opsets

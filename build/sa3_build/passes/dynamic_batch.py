@@ -1,4 +1,4 @@
-"""Free a batch axis that is fixed at 1: published graphs run one row, ours up to eight."""
+"""Make a batch axis that is fixed at 1 dynamic: published graphs run one row, these up to eight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sa3_build.graph.symbolic_dim import Length, Shape, symbol
 from sa3_build.passes.base import PassResult, check_sorted
 from sa3_trt_core.shapes import CONTRACTS, GraphContract
 
-CURE = "export it with a dynamic batch axis, or keep it at one row with --no-free-batch"
+HINT = "export it with a dynamic batch axis, or keep it at one row with --no-free-batch"
 BATCH = symbol("B")
 ONE = Length(1)
 # Ops that work along their `axis`, and where it is by default.
@@ -25,11 +25,11 @@ ALONG_AN_AXIS = {
 
 
 class FreeBatch:
-    """Make the batch axis of a DiT dynamic, following it through every node.
+    """Make the batch axis of a DiT dynamic, inferring it through every node.
 
-    Two things are changed on the way: a Reshape to a first axis of 1 copies that axis instead, and a constant that is
-    joined to the data (memory tokens) is repeated for every row. A node that mixes rows, or behind which the batch is
-    no axis of its own, is refused by name. A graph whose batch is free is left as it is.
+    Two kinds of node are changed: a Reshape to a first axis of 1 copies that axis instead, and a constant that is
+    concatenated to the data (memory tokens) is repeated for every row. A node that mixes rows, or whose output has no
+    separate batch axis, is refused by name. A graph with a dynamic batch is not changed.
     """
 
     name = "free-batch"
@@ -42,7 +42,7 @@ class FreeBatch:
         for value in model.graph.inputs:
             first = value.shape[0] if value.shape is not None and len(value.shape) else 1
             if isinstance(first, int) and first != 1:
-                raise _refusal(f"input {value.name} is fixed at {first} rows")
+                raise _refusal(f"input {value.name} has a fixed batch of {first} rows")
 
     def call(self, model: ir.Model) -> PassResult:
         if not is_fixed(model):
@@ -51,37 +51,37 @@ class FreeBatch:
         shapes = Shapes(model, inputs)
         changed = 0
         for node in list(model.graph):
-            for one in (*_fit(model, node, shapes), node):
+            for current in (*_fit(model, node, shapes), node):
                 try:
-                    follow(shapes, one)
+                    follow(shapes, current)
                 except GraphNotRecognised as error:
                     raise _refusal(error.message.partition(": ")[2]) from None
-                changed += one is not node
+                changed += current is not node
             _require_rows_apart(node, shapes)
         for value, spec in zip(model.graph.outputs, self._contract.outputs, strict=True):
             if shapes.shape(value) != tuple(Length(dim) if isinstance(dim, int) else symbol(dim) for dim in spec.dims):
-                raise _refusal(f"output {value.name} comes out as {_words(shapes.shape(value))}")
+                raise _refusal(f"output {value.name} has the shape {_words(shapes.shape(value))}")
         self._state(model, shapes)
-        return PassResult(self.name, {"freed": 1, "nodes added": changed})
+        return PassResult(self.name, {"freed": 1, "nodes_added": changed})
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
-        assert not is_fixed(model), "the batch axis is fixed still"
+        assert not is_fixed(model), "the batch axis is still fixed"
 
     def _state(self, model: ir.Model, shapes: Shapes) -> None:
-        """Write down the shapes that were found, over those for one row."""
+        """Store the inferred shapes in the graph, replacing those for one row."""
         for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
-            found = shapes.shape(value)
-            value.shape = None if found is None else ir.Shape([_stated(length) for length in found])
+            shape = shapes.shape(value)
+            value.shape = None if shape is None else ir.Shape([_stated(length) for length in shape])
 
 
 def is_fixed(model: ir.Model) -> bool:
-    """Is the batch axis of the inputs a number?"""
+    """Return True when the batch axis of an input is a number."""
     return any(isinstance(value.shape[0], int) for value in model.graph.inputs if value.shape is not None)
 
 
 def _fit(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
-    """Change a node that was made for one row; returns the nodes that were put in front of it."""
+    """Adapt a node that was exported for one row; return the nodes that were inserted before it."""
     if node.op_type == "Reshape":
         return _for_every_row(model, node, shapes)
     if node.op_type == "Concat":
@@ -90,31 +90,32 @@ def _fit(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
 
 
 def _for_every_row(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir.Node]:
-    """Let a Reshape to a first axis that was counted for one row give that axis times the rows.
+    """Multiply the first axis of a Reshape's target by the batch; return the inserted nodes.
 
-    Rows come first in memory: the first axis takes them, wherever a -1 stands, and one of -1 or 0 does so itself.
+    Rows come first in memory, so the first axis follows the batch, wherever a -1 is. A first axis of -1 or 0 already
+    does.
     """
     shape, target = shapes.shape(node.inputs[0]), shapes.numbers(node.inputs[1])
     first = target.reshape(-1)[0] if target is not None and target.size else None
     if not shape or target is None or not isinstance(first, Length) or not _counts(shape[0]):
         return []
-    if (first.number or 0) < 1:  # -1 and 0 take the rows themselves; a length would be no axis of its own
+    if (first.number or 0) < 1:  # -1 and 0 already follow the batch; a symbolic first axis is checked later
         return []
     if node.attributes.get_int("allowzero", 0):
         if Length(0) in list(target.reshape(-1)):
-            raise _refusal(f"{described(node)} reshapes to one row and takes a zero for a size")
+            raise _refusal(f"{described(node)} reshapes to one row with allowzero=1 and a size of 0")
         node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-    asked, name = node.inputs[1], f"{node.outputs[0].name}_any_rows"
-    ends = [integers(model, f"{name}_{at}", [at]) for at in (0, 1)]
-    added = [ir.node("Slice", [asked, ends[1], integers(model, f"{name}_to", [2**31 - 1])])]
+    target_value, name = node.inputs[1], f"{node.outputs[0].name}_any_rows"
+    bounds = [integers(model, f"{name}_{bound}", [bound]) for bound in (0, 1)]
+    added = [ir.node("Slice", [target_value, bounds[1], integers(model, f"{name}_to", [2**31 - 1])])]
     if first == ONE and shape[0] == BATCH:
         start = integers(model, f"{name}_copy", [0])
     else:
-        own = ir.node("Slice", [asked, *ends])
+        first_axis = ir.node("Slice", [target_value, *bounds])
         rows = ir.node("Shape", [model.graph.inputs[0]], {"start": 0, "end": 1})
-        times = ir.node("Mul", [own.outputs[0], rows.outputs[0]])
-        start = times.outputs[0]
-        added = [*added, own, rows, times]
+        total = ir.node("Mul", [first_axis.outputs[0], rows.outputs[0]])
+        start = total.outputs[0]
+        added = [*added, first_axis, rows, total]
     added.append(ir.node("Concat", [start, added[0].outputs[0]], {"axis": 0}, name=name))
     return _in_front(model, node, 1, added, name)
 
@@ -142,20 +143,20 @@ def _repeat_constants(model: ir.Model, node: ir.Node, shapes: Shapes) -> list[ir
 
 
 def _in_front(model: ir.Model, node: ir.Node, index: int, added: list[ir.Node], name: str) -> list[ir.Node]:
-    """Insert nodes in front of one; the last of them becomes its input."""
-    for number, one in enumerate(added):
-        one.name = one.name or f"{name}_{number}"
-        one.outputs[0].name = f"{name}_value_{number}"
-        one.outputs[0].dtype = one.outputs[0].dtype or ir.DataType.INT64
+    """Insert nodes before `node` and make the last one its input `index`; return them."""
+    for number, new in enumerate(added):
+        new.name = new.name or f"{name}_{number}"
+        new.outputs[0].name = f"{name}_value_{number}"
+        new.outputs[0].dtype = new.outputs[0].dtype or ir.DataType.INT64
     model.graph.insert_before(node, added)
     node.replace_input_with(index, added[-1].outputs[0])
     return added
 
 
 def _require_rows_apart(node: ir.Node, shapes: Shapes) -> None:
-    """A node that reads rows must give rows: the batch one axis of its own, and nothing computed across it."""
+    """Raise GraphNotRecognised if a node that reads the batch mixes rows or loses the batch axis."""
     if node.op_type == "Range" and _has_batch(shapes.shape(node.outputs[0])):
-        raise _refusal(f"{described(node)} counts rows, so that a row would depend on its place")
+        raise _refusal(f"{described(node)} counts rows, so that a row would depend on its index")
     if node.op_type == "Cast" and _counts_rows(node, shapes):
         raise _refusal(f"{described(node)} computes with the number of rows")
     if query.gives_sizes(node):
@@ -166,25 +167,25 @@ def _require_rows_apart(node: ir.Node, shapes: Shapes) -> None:
             continue
         axis = ALONG_AN_AXIS.get(node.op_type)
         if axis is not None and _counts(shape[node.attributes.get_int("axis", axis)]):
-            raise _refusal(f"{described(node)} works across the batch axis")
+            raise _refusal(f"{described(node)} operates across the batch axis")
         for result in node.outputs:
             if not result.uses() and not result.is_graph_output():
                 continue
-            found = shapes.shape(result)
-            if found is None or not _has_rows_apart(found):
+            result_shape = shapes.shape(result)
+            if result_shape is None or not _has_rows_apart(result_shape):
                 raise _refusal(
-                    f"{described(node)} makes {_words(found)} of {_words(shape)}: the batch is no axis of its own there"
+                    f"{described(node)} maps {_words(shape)} to {_words(result_shape)} without a separate batch axis"
                 )
 
 
 def _has_rows_apart(shape: Shape) -> bool:
-    """Is the batch one axis, or the outer part of one?"""
+    """Return True if exactly one axis contains the batch, as its outermost factor."""
     rows = [length for length in shape if length is None or _counts(length)]
     return len(rows) == 1 and rows[0] is not None and rows[0].over(BATCH) is not None
 
 
 def _counts(length: object) -> bool:
-    """Does a length depend on the number of rows?"""
+    """Return True if a length depends on the batch."""
     return isinstance(length, Length) and length.has("B")
 
 
@@ -195,7 +196,7 @@ def _counts_rows(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def _refusal(what: str) -> GraphNotRecognised:
-    return GraphNotRecognised(f"its batch axis cannot be freed: {what}", CURE)
+    return GraphNotRecognised(f"its batch axis cannot be freed: {what}", HINT)
 
 
 def _has_batch(shape: Shape | None) -> bool:
@@ -203,7 +204,7 @@ def _has_batch(shape: Shape | None) -> bool:
 
 
 def _stated(length: Length | None) -> int | str | None:
-    """How a graph writes an axis: a number, a symbol of the contract, or nothing."""
+    """Return an axis as a graph declares it: a number, a symbol of the contract, or None."""
     if length is None:
         return None
     if length.number is not None:

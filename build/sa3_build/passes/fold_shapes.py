@@ -1,4 +1,4 @@
-"""Compute once what a graph computes from its own fixed sizes at every run: widths of slices, the attention scale."""
+"""Constant-fold what a graph computes from its fixed sizes in every run: widths of slices, the attention scale."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sa3_build.passes.base import Pass, PassResult
 
 
 class FoldShapes(Pass):
-    """Replace a value that follows from fixed sizes alone by an initializer, and remove what nothing reads any more.
+    """Replace values that depend on fixed sizes only by initializers, and remove nodes that become unused.
 
-    The older exporter writes sqrt(1 / sqrt(64)) as six nodes behind a Shape, in front of every product of the attention
-    core: an fp32 or run-time scale there keeps it from fusing. What depends on the length stays as it is, and so does
-    every weight: a float is folded only where it comes from a size, or a constant that somebody has rounded to 16 bits
-    would no longer be seen to be one.
+    The older exporter writes sqrt(1 / sqrt(64)) as six nodes after a Shape, before every MatMul of the attention core:
+    an fp32 or run-time scale there prevents fusion. Values that depend on the length stay, and so do weights: a float
+    is folded only if it is computed from a size. Otherwise a constant that was rounded to 16 bits could no longer be
+    detected.
     """
 
     name = "fold-shapes"
@@ -30,12 +30,12 @@ class FoldShapes(Pass):
             result = node.outputs[0]
             if query.gives_sizes(node) or any(value in from_sizes for value in node.inputs if value is not None):
                 from_sizes.add(result)
-            found = shapes.numbers(result)
-            if found is None or result.dtype is None or result.is_graph_output():
+            numbers = shapes.numbers(result)
+            if numbers is None or result.dtype is None or result.is_graph_output():
                 continue
             if result.dtype.is_floating_point() and result not in from_sizes:
                 continue
-            array = shape_values.as_constant(found, result.dtype)
+            array = shape_values.as_constant(numbers, result.dtype)
             if array is not None:
                 name = f"{result.name}_folded"
                 constant = ir.val(name, const_value=ir.tensor(array, name=name))
@@ -46,7 +46,7 @@ class FoldShapes(Pass):
                 folded += 1
         removed = _remove_unread(model)
         drop_unused_initializers(model)
-        return PassResult(self.name, {"folded": folded, "nodes removed": removed, "nodes": before - removed})
+        return PassResult(self.name, {"folded": folded, "nodes_removed": removed, "nodes": before - removed})
 
 
 def _remove_unread(model: ir.Model) -> int:

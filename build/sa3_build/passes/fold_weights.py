@@ -1,4 +1,4 @@
-"""Passes that make a private copy fit for a quantizer: order, names, direct weights."""
+"""Make weights direct initializers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sa3_build.passes.base import PassResult
 
 
 class FoldWeights:
-    """Make the weight of every product a direct initializer, through Transpose and Cast.
+    """Make the weight of every linear layer a direct initializer, through Transpose and Cast.
 
     ModelOpt scales a weight per output channel only when it is a direct initializer.
     """
@@ -23,7 +23,7 @@ class FoldWeights:
 
     def call(self, model: ir.Model) -> PassResult:
         folded = 0
-        for node, source in list(query.weighted_products(model)):
+        for node, source in list(query.linear_nodes(model)):
             value = node.inputs[1]
             if value is None or value is source:
                 continue
@@ -31,15 +31,18 @@ class FoldWeights:
                 node.replace_input_with(1, self._folded(model, value, source))
                 folded += 1
         removed = _drop_unused(model)
-        return PassResult(self.name, {"folded": folded, "nodes removed": removed})
+        return PassResult(self.name, {"folded": folded, "nodes_removed": removed})
 
     def ensures(self, model: ir.Model) -> None:
-        for node, weight in query.weighted_products(model):
-            assert node.inputs[1] is weight, f"{node.name} still has its weight behind another node"
+        for node, weight in query.linear_nodes(model):
+            assert node.inputs[1] is weight, f"the weight of {node.name} is not a direct initializer"
 
     @staticmethod
     def _folded(model: ir.Model, value: ir.Value, source: ir.Value) -> ir.Value:
-        """The weight as the product reads it; computed when it is written, so that no second copy lies in memory."""
+        """Return the weight in the layout that the MatMul reads, computed when it is written.
+
+        No second copy of the weights stays in memory.
+        """
         chain: list[ir.Node] = []
         while value is not source:
             node = value.producer()
@@ -59,7 +62,7 @@ class FoldWeights:
         def fold() -> ir.TensorProtocol:
             array = stored.numpy()
             for node in chain:
-                if node.op_type == "Cast":  # every one of them: a chain may round on its way
+                if node.op_type == "Cast":  # all of them: an intermediate Cast may round
                     array = array.astype(ir.DataType(node.attributes["to"].as_int()).numpy())
             return ir.tensor(np.ascontiguousarray(np.transpose(array, order)), name=name)
 
@@ -72,8 +75,8 @@ class FoldWeights:
 
 
 def _drop_unused(model: ir.Model) -> int:
-    before, held = len(list(model.graph)), dict(model.graph.initializers)
+    before, initializers = len(list(model.graph)), dict(model.graph.initializers)
     RemoveUnusedNodesPass()(model)
-    for name in held.keys() - model.graph.initializers.keys():
-        held[name].const_value = None  # whoever still holds the value would hold the weight
+    for name in initializers.keys() - model.graph.initializers.keys():
+        initializers[name].const_value = None  # a remaining reference to the value would keep the weight in memory
     return before - len(list(model.graph))

@@ -1,4 +1,4 @@
-"""Make a graph FP16-mixed: a 16-bit trunk around fp32 islands, with casts on the edges between them only."""
+"""Convert a graph to FP16-mixed: a 16-bit trunk around fp32 islands, with casts only on the edges between them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import onnx_ir as ir
 from sa3_build.graph.errors import GraphNotRecognised
 from sa3_build.graph.fp32_islands import MOVERS, Islands, is_float
 from sa3_build.passes.base import PassResult, check_sorted
-from sa3_build.passes.remove_casts import HALF, SINGLE
+from sa3_build.passes.remove_casts import FP16, FP32
 from sa3_trt_core.number_formats import FP16_MAX
 
-_NAMES = {HALF: "half", SINGLE: "float"}
-# Ops whose type is theirs to say, not their inputs'.
+_NAMES = {FP16: "half", FP32: "float"}
+# Ops whose output type is an attribute, independent of their inputs.
 _TYPED_BY_ATTRIBUTE = ("Cast", "ConstantOfShape")
 
 
 class MixPrecision:
-    """Turn an fp32 graph into an FP16-mixed one; graph inputs and outputs keep their types.
+    """Convert an fp32 graph to FP16-mixed; graph inputs and outputs keep their types.
 
-    Needs a sorted fp32 graph whose islands `find` recognises. Leaves one Cast a value and direction. A node that only
-    moves fp32 data stays fp32 as well, or it would round an angle on its way between two island nodes.
+    Requires a sorted fp32 graph whose islands `find` recognises. Inserts one Cast per value and direction. A node that
+    only moves fp32 data stays fp32 too; otherwise it would round an angle between two island nodes.
     """
 
     name = "fp16-mixed"
@@ -36,29 +36,29 @@ class MixPrecision:
         for node in model.graph:
             for value in node.outputs:
                 if value.dtype is None:
-                    raise GraphNotRecognised(f"the type of {value.name}, an output of {node.name}, is not known")
-                if value.dtype in (HALF, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
-                    raise GraphNotRecognised(f"{node.name} gives {value.dtype}; an fp32 graph is needed")
+                    raise GraphNotRecognised(f"unknown type of {value.name}, an output of {node.name}")
+                if value.dtype in (FP16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE):
+                    raise GraphNotRecognised(f"{node.name} returns {value.dtype}; an fp32 graph is required")
 
     def call(self, model: ir.Model) -> PassResult:
         self._islands = self._find(model)
-        stay = self._staying(model, self._islands.all())
+        fp32_nodes = self._staying(model, self._islands.all())
         caster = _Caster(model)
-        halves = 0
+        fp16_nodes = 0
         for node in list(model.graph):
-            wanted = SINGLE if node in stay else HALF
+            dtype = FP32 if node in fp32_nodes else FP16
             if not is_float(node) and not _reads_float(node):
                 continue
             if not is_float(node):
-                wanted = SINGLE  # comparisons and shapes: nothing is gained by rounding their operands
-            halves += wanted == HALF
-            self._retype(node, wanted, caster)
+                dtype = FP32  # comparisons and shapes: rounding their operands gains nothing
+            fp16_nodes += dtype == FP16
+            self._retype(node, dtype, caster)
         for value in model.graph.outputs:
             caster.restore_output(value)
         caster.drop_unused_initializers()
         counts = {
-            "fp16 nodes": halves,
-            "fp32 nodes": len(stay),
+            "fp16_nodes": fp16_nodes,
+            "fp32_nodes": len(fp32_nodes),
             "casts": caster.casts,
             "norms": self._islands.norm_count,
         }
@@ -69,37 +69,37 @@ class MixPrecision:
         check_sorted(model)
         for node in self._islands.all():
             for value in node.outputs:
-                assert value.dtype != HALF, f"island node {node.name} is fp16"
+                assert value.dtype != FP16, f"island node {node.name} is fp16"
 
     @staticmethod
     def _staying(model: ir.Model, islands: frozenset[ir.Node]) -> set[ir.Node]:
-        """The islands and every mover between or behind fp32 values."""
-        stay = set(islands)
+        """Return the islands and every data movement node between or after fp32 values."""
+        fp32_nodes = set(islands)
         for node in model.graph:
-            if node in stay or node.op_type not in MOVERS or not is_float(node):
+            if node in fp32_nodes or node.op_type not in MOVERS or not is_float(node):
                 continue
-            data = [v for v in node.inputs if v is not None and v.dtype == SINGLE and not v.is_initializer()]
-            if data and all(v.is_graph_input() or v.producer() in stay for v in data):
-                stay.add(node)
-        return stay
+            data = [v for v in node.inputs if v is not None and v.dtype == FP32 and not v.is_initializer()]
+            if data and all(v.is_graph_input() or v.producer() in fp32_nodes for v in data):
+                fp32_nodes.add(node)
+        return fp32_nodes
 
     @staticmethod
-    def _retype(node: ir.Node, wanted: ir.DataType, caster: _Caster) -> None:
+    def _retype(node: ir.Node, dtype: ir.DataType, caster: _Caster) -> None:
         for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in (HALF, SINGLE) and node.op_type != "Cast":
-                caster.feed(node, index, wanted)
-        if wanted == HALF:
+            if value is not None and value.dtype in (FP16, FP32) and node.op_type != "Cast":
+                caster.feed(node, index, dtype)
+        if dtype == FP16:
             if node.op_type in _TYPED_BY_ATTRIBUTE:
                 _retype_attribute(node)
             elif node.op_type == "Constant":
                 raise GraphNotRecognised(f"float Constant node {node.name}; it must be an initializer")
             for value in node.outputs:
-                if value.dtype == SINGLE:
-                    value.dtype = HALF
+                if value.dtype == FP32:
+                    value.dtype = FP16
 
 
 class _Caster:
-    """Gives a node an input in the type it wants, with one Cast or one converted initializer a value."""
+    """Casts node inputs to a type, with one Cast or one converted initializer per value."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
@@ -109,40 +109,40 @@ class _Caster:
         self.casts = 0
 
     def _unused(self, name: str) -> str:
-        """Return a name that no value has: a graph that is mixed a second time has those of the first."""
+        """Return a value name that is not in use: a graph that is mixed twice already has the first run's names."""
         while name in self._names:
             name = f"{name}_"
         self._names.add(name)
         return name
 
-    def feed(self, node: ir.Node, index: int, wanted: ir.DataType) -> None:
+    def feed(self, node: ir.Node, index: int, dtype: ir.DataType) -> None:
         value = node.inputs[index]
         assert value is not None
-        if value.dtype == wanted:
+        if value.dtype == dtype:
             return
-        key = (value, wanted)
+        key = (value, dtype)
         if key not in self._done:
-            self._done[key] = self._converted(value) if value.is_initializer() else self._cast(value, wanted)
+            self._done[key] = self._converted(value) if value.is_initializer() else self._cast(value, dtype)
         node.replace_input_with(index, self._done[key])
 
     def restore_output(self, value: ir.Value) -> None:
-        if value.dtype != HALF:
+        if value.dtype != FP16:
             return
         outputs = self._model.graph.outputs
         name = value.name
         value.name = self._unused(f"{name}_half")
-        outputs[outputs.index(value)] = self._cast(value, SINGLE, str(name))
+        outputs[outputs.index(value)] = self._cast(value, FP32, str(name))
 
     def drop_unused_initializers(self) -> None:
         for name, value in list(self._model.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 self._model.graph.initializers.pop(name)
 
-    def _cast(self, value: ir.Value, wanted: ir.DataType, name: str | None = None) -> ir.Value:
-        cast = ir.node("Cast", [value], {"to": int(wanted)}, name=f"{value.name}_to_{_NAMES[wanted]}")
+    def _cast(self, value: ir.Value, dtype: ir.DataType, name: str | None = None) -> ir.Value:
+        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{value.name}_to_{_NAMES[dtype]}")
         result = cast.outputs[0]
-        result.name = name or self._unused(f"{value.name}_as_{_NAMES[wanted]}")
-        result.dtype, result.shape = wanted, value.shape
+        result.name = name or self._unused(f"{value.name}_as_{_NAMES[dtype]}")
+        result.dtype, result.shape = dtype, value.shape
         producer = value.producer()
         if producer is None:
             self._model.graph.insert_before(self._model.graph[0], cast)
@@ -152,7 +152,10 @@ class _Caster:
         return result
 
     def _converted(self, value: ir.Value) -> ir.Value:
-        """An fp16 twin of an initializer, converted when it is written, so that no second copy lies in memory."""
+        """Return an fp16 copy of an initializer, converted when it is written.
+
+        No second copy of the weights stays in memory. Raises GraphNotRecognised for a value outside fp16's range.
+        """
         source = value.const_value
         assert source is not None
 
@@ -163,19 +166,19 @@ class _Caster:
             return ir.tensor(source.numpy().astype(np.float16), name=name)
 
         name, shape = self._unused(f"{value.name}_half"), ir.Shape(source.shape.numpy())
-        tensor = ir.LazyTensor(convert, dtype=HALF, shape=shape, name=name)
-        twin = ir.val(name, dtype=HALF, shape=shape, const_value=tensor)
-        self._model.graph.register_initializer(twin)
-        return twin
+        tensor = ir.LazyTensor(convert, dtype=FP16, shape=shape, name=name)
+        copy = ir.val(name, dtype=FP16, shape=shape, const_value=tensor)
+        self._model.graph.register_initializer(copy)
+        return copy
 
 
 def _reads_float(node: ir.Node) -> bool:
-    return any(value is not None and value.dtype in (HALF, SINGLE) for value in node.inputs)
+    return any(value is not None and value.dtype in (FP16, FP32) for value in node.inputs)
 
 
 def _retype_attribute(node: ir.Node) -> None:
     if node.op_type == "Cast":
-        node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+        node.attributes["to"] = ir.AttrInt64("to", int(FP16))
         return
     fill = node.attributes.get("value")
     if fill is None:

@@ -1,4 +1,4 @@
-"""Put Q/DQ pairs around chosen products by our own rule: what ModelOpt does, without its memory."""
+"""Insert Q/DQ pairs on the inputs of selected linear layers: what ModelOpt does, with less memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import onnx_ir as ir
 from sa3_build.graph.errors import GraphNotRecognised
 from sa3_build.passes.base import PassResult, check_sorted
 
-FIRST_OPSET = 19  # the first with FP8 types
+FIRST_OPSET = 19  # first opset with FP8 types
 
 
 class InsertQuantizers:
-    """One pair on every activation (shared by the products that read it), one a weight, scales of one for now.
+    """Insert one Q/DQ pair per activation (shared by the layers that read it) and one per weight, with scales of 1.
 
-    `products` maps a product's node name to the axis of its output channels in the weight, or to None for one scale
-    for all of it. Needs direct fp16 or fp32 weights. The caller sets the scales.
+    `products` maps a linear layer's node name to the axis of its output channels in the weight, or to None for one
+    scale per weight tensor. Requires direct fp16 or fp32 weights. The caller sets the scales.
     """
 
     name = "insert-qdq"
@@ -28,7 +28,7 @@ class InsertQuantizers:
 
     def requires(self, model: ir.Model) -> None:
         if (model.opset_imports.get("") or 0) < FIRST_OPSET:
-            raise GraphNotRecognised(f"opset {model.opset_imports.get('')}; FP8 needs {FIRST_OPSET}")
+            raise GraphNotRecognised(f"opset {model.opset_imports.get('')}; FP8 requires >={FIRST_OPSET}")
 
     def call(self, model: ir.Model) -> PassResult:
         shared: dict[ir.Value, ir.Value] = {}
@@ -43,7 +43,7 @@ class InsertQuantizers:
             node.replace_input_with(1, _pair(model, node, weight, self._products[str(node.name)]))
             pairs += 1
         model.graph.sort()
-        return PassResult(self.name, {"pairs": pairs, "shared activations": len(self._products) * 2 - pairs})
+        return PassResult(self.name, {"pairs": pairs, "shared_activations": len(self._products) * 2 - pairs})
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
@@ -57,10 +57,10 @@ class InsertQuantizers:
 
 
 def _pair(model: ir.Model, before: ir.Node, value: ir.Value, axis: int | None) -> ir.Value:
-    """QuantizeLinear and DequantizeLinear of one value; per tensor, or per channel along `axis`."""
+    """Return the dequantised value of a new Q/DQ pair; per tensor, or per channel along `axis`."""
     assert value.dtype is not None
     shape: tuple[int, ...] = ()
-    if axis is not None:  # a weight; the shape of an activation need not be known
+    if axis is not None:  # a weight; the shape of an activation may be unknown
         assert value.shape is not None
         shape = (int(value.shape.numpy()[axis]),)
     scale = _constant(model, f"{value.name}_scale", np.ones(shape, value.dtype.numpy()))

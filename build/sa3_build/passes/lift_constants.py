@@ -10,10 +10,10 @@ from sa3_build.passes.base import PassResult, check_sorted
 
 
 class LiftConstants:
-    """Turn Constant nodes into initializers, and take away Identity nodes and whatever nothing reads.
+    """Convert Constant nodes to initializers and remove Identity nodes and unused nodes.
 
-    The older exporter writes every number as a Constant node, and an Identity in front of a weight that layers share:
-    behind it a weight would not be seen. A graph of our own exporter has neither.
+    The older exporter writes every number as a Constant node, and an Identity before a weight that layers share, which
+    would hide the weight. Graphs of this project's exporter have neither.
     """
 
     name = "lift-constants"
@@ -21,11 +21,11 @@ class LiftConstants:
     def requires(self, model: ir.Model) -> None:
         check_sorted(model)
         for function in model.functions.values():
-            raise GraphNotRecognised(f"it holds the function {function.name}")
+            raise GraphNotRecognised(f"the graph contains the function {function.name}")
         for node in model.graph:
             for attribute in node.attributes.values():
                 if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                    raise GraphNotRecognised(f"{described(node)} holds a graph of its own")
+                    raise GraphNotRecognised(f"{described(node)} contains a subgraph")
 
     def call(self, model: ir.Model) -> PassResult:
         before = len(model.graph)
@@ -34,8 +34,8 @@ class LiftConstants:
         IdentityEliminationPass()(model)
         if len(model.graph) != before:
             RemoveUnusedNodesPass()(model)
-        return PassResult(self.name, {"constants": constants, "nodes removed": before - len(model.graph)})
+        return PassResult(self.name, {"constants": constants, "nodes_removed": before - len(model.graph)})
 
     def ensures(self, model: ir.Model) -> None:
         for node in model.graph:
-            assert node.op_type != "Constant", f"{node.name} is a Constant node still"
+            assert node.op_type != "Constant", f"{node.name} is still a Constant node"

@@ -1,4 +1,4 @@
-"""Lower the window attention plug-in of published autoencoders to plain ops, so that every backend runs the graph."""
+"""Lower the window attention plug-in of published autoencoders to standard ONNX ops, which every backend supports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sa3_build.graph.rewrite import drop_unused_initializers
 from sa3_build.passes.base import PassResult, check_sorted
 
 DOMAIN, OP = "samel", "diff_attn_swa"
-SEGMENT = 17  # tokens a latent frame, and how far attention reaches: N = 17 L
-OLDEST_OPSET, CASTLIKE_OPSET = 13, 15
-SPLIT_SAYS_PARTS = 18  # since this opset Split names the number of its parts
-# Added to what must not be attended to, once for the band and once beyond an end: the sum still fits fp16.
+SEGMENT = 17  # tokens per latent frame, and the reach of attention in tokens: N = 17 L
+MIN_OPSET, CASTLIKE_OPSET = 13, 15
+SPLIT_NUM_OUTPUTS_OPSET = 18  # since this opset Split states its number of parts
+# Added to masked scores, once outside the band and once beyond an end of the sequence; the sum still fits fp16.
 BLOCKED = -3e4
 END = 2**63 - 1
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -23,47 +23,47 @@ IGNORED = ("num_heads", "plugin_version", "plugin_namespace", "plugin_id")
 
 
 class LowerAttention:
-    """Turn every samel::diff_attn_swa(q, k, v, num_heads) into products, softmax and data movement.
+    """Replace every samel::diff_attn_swa(q, k, v, num_heads) by MatMul, Softmax and data movement.
 
     q, k, v are (B, N, 2H, D) of one float type, N = 17 L. The result (B, N, H, D) is the first H heads minus the last H
-    of softmax(q k^T / sqrt(D)) v over the keys with |i - j| <= 17. A segment of 17 queries meets only the 51 keys of
-    the previous, its own and the next one, so that the block form is exact, and linear in L.
-    Source: build/FACTS.md, Contracts and Autoencoder.
+    of softmax(q k^T / sqrt(D)) v over the keys with |i - j| <= 17. A segment of 17 queries attends only to the 51 keys
+    of the previous, the same and the next segment, so that the block form is exact, and linear in L. Source:
+    build/FACTS.md, Contracts and Autoencoder.
     """
 
     name = "lower-attention"
 
     def requires(self, model: ir.Model) -> None:
         check_sorted(model)
-        if plugged(model) and (model.opset_imports.get("") or 0) < OLDEST_OPSET:
-            raise _refusal(f"opset {model.opset_imports.get('')}; {OLDEST_OPSET} or later is needed")
+        if plugged(model) and (model.opset_imports.get("") or 0) < MIN_OPSET:
+            raise _refusal(f"unsupported opset {model.opset_imports.get('')} (supported: >={MIN_OPSET})")
         for node in plugged(model):
             _require_known(node)
             if (model.opset_imports.get("") or 0) < CASTLIKE_OPSET and _type(node) is None:
-                raise _refusal(f"the type of {described(node)} is not stated")
+                raise _refusal(f"{described(node)} has no declared type")
 
     def call(self, model: ir.Model) -> PassResult:
-        found = plugged(model)
-        for number, node in enumerate(found):
+        plugins = plugged(model)
+        for number, node in enumerate(plugins):
             _Lowering(model, node, f"window_attention_{number}").replace()
-        if found:
+        if plugins:
             model.opset_imports.pop(DOMAIN, None)
             model.graph.sort()
             drop_unused_initializers(model)
-        return PassResult(self.name, {"lowered": len(found)})
+        return PassResult(self.name, {"lowered": len(plugins)})
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
-        assert not plugged(model), "a plug-in is left"
+        assert not plugged(model), "a plug-in was not lowered"
 
 
 def plugged(model: ir.Model) -> list[ir.Node]:
-    """The plug-in nodes of a graph, in its order."""
+    """Return the plug-in nodes of a graph, in its order."""
     return [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OP)]
 
 
 class _Lowering:
-    """One node on its way to plain ops; values are named after `prefix`."""
+    """Lowering of one plug-in node; values are named after `prefix`."""
 
     def __init__(self, model: ir.Model, node: ir.Node, prefix: str) -> None:
         self._model, self._node, self._prefix = model, node, prefix
@@ -73,7 +73,7 @@ class _Lowering:
         self._width = next((w for w in map(_width, known) if w is not None), None)
 
     def replace(self) -> None:
-        """Put the plain ops in the node's place."""
+        """Replace the node by standard ops."""
         q, k, v = self._node.inputs[:3]
         assert q is not None and k is not None and v is not None
         query = self._op("Transpose", [self._segments(self._scaled(q))], perm=[0, 2, 1, 3])  # (BL, 2H, 17, D)
@@ -90,7 +90,7 @@ class _Lowering:
         self._model.graph.remove(self._node, safe=True)
 
     def _scaled(self, q: ir.Value) -> ir.Value:
-        """q / sqrt(D): the scale stands on q, before the product, where an attention kernel looks for it."""
+        """Return q / sqrt(D): attention kernels expect the scale on q, before the MatMul."""
         if self._width is not None and self._type is not None:
             number = np.array(self._width**-0.5, self._type.numpy())
             return self._op("Mul", [q, self._constant(f"scale_{self._width}_{self._type}", number)])
@@ -99,7 +99,7 @@ class _Lowering:
         return self._op("Mul", [q, self._like(self._op("Reciprocal", [root]), q)])
 
     def _mask(self, q: ir.Value) -> ir.Value:
-        """(BL, 1, 17, 51): the band |i - j| <= 17, and nothing beyond either end of the sequence."""
+        """Return the additive mask (BL, 1, 17, 51): the band |i - j| <= 17, without positions outside the sequence."""
         query, key = np.arange(SEGMENT)[:, None], np.arange(-SEGMENT, 2 * SEGMENT)[None, :]
         band = np.where(np.abs(key - query) <= SEGMENT, 0.0, BLOCKED).astype(np.float32)
         sizes = self._op("Slice", [self._op("Shape", [q]), *self._vectors("rows", [0], [2])])
@@ -108,36 +108,36 @@ class _Lowering:
         pads = self._constant("ends", np.array([0, SEGMENT, 0, SEGMENT]))
         blocked = self._constant("blocked", np.array(BLOCKED, np.float32))
         padded = self._op("Pad", [inside, pads, blocked])
-        beyond = self._windows(padded, self._constant("flat", np.array([-1, SEGMENT])))  # (BL, 51)
-        beyond = self._op("Reshape", [beyond, self._constant("spread", np.array([-1, 1, 1, 3 * SEGMENT]))])
-        return self._like(self._op("Add", [beyond, self._constant("band", band)]), q)
+        outside = self._windows(padded, self._constant("flat", np.array([-1, SEGMENT])))  # (BL, 51)
+        outside = self._op("Reshape", [outside, self._constant("spread", np.array([-1, 1, 1, 3 * SEGMENT]))])
+        return self._like(self._op("Add", [outside, self._constant("band", band)]), q)
 
     def _neighbours(self, value: ir.Value) -> ir.Value:
-        """Every segment with the one before and the one after it: (B, N, 2H, D) -> (BL, 51, 2H, D)."""
+        """Return every segment with the previous and the next one: (B, N, 2H, D) -> (BL, 51, 2H, D)."""
         pads = self._constant("around", np.array([0, SEGMENT, 0, 0, 0, SEGMENT, 0, 0]))
         return self._windows(self._op("Pad", [value, pads]), self._segment_shape())
 
     def _windows(self, padded: ir.Value, shape: ir.Value) -> ir.Value:
         parts = []
-        for place, (start, end) in enumerate(((0, -2 * SEGMENT), (SEGMENT, -SEGMENT), (2 * SEGMENT, END))):
-            cut = self._op("Slice", [padded, *self._vectors(f"window_{place}", [start], [end], [1])])
+        for index, (start, end) in enumerate(((0, -2 * SEGMENT), (SEGMENT, -SEGMENT), (2 * SEGMENT, END))):
+            cut = self._op("Slice", [padded, *self._vectors(f"window_{index}", [start], [end], [1])])
             parts.append(self._op("Reshape", [cut, shape]))
         return self._op("Concat", parts, axis=1)
 
     def _segments(self, value: ir.Value) -> ir.Value:
-        """(B, N, 2H, D) -> (BL, 17, 2H, D)."""
+        """Return the segments (BL, 17, 2H, D) of a value (B, N, 2H, D)."""
         return self._op("Reshape", [value, self._segment_shape()])
 
     def _segment_shape(self) -> ir.Value:
         return self._constant("segments", np.array([-1, SEGMENT, 0, 0]))  # 0 leaves an axis as it is
 
     def _halves(self, value: ir.Value) -> list[ir.Value]:
-        parts = {"num_outputs": 2} if (self._model.opset_imports.get("") or 0) >= SPLIT_SAYS_PARTS else {}
+        parts = {"num_outputs": 2} if (self._model.opset_imports.get("") or 0) >= SPLIT_NUM_OUTPUTS_OPSET else {}
         node = ir.node("Split", [value], {"axis": 1, **parts}, num_outputs=2)
         return self._keep(node)
 
     def _rows_and_tokens(self, q: ir.Value) -> ir.Value:
-        """The shape (B, N, as it is, as it is), without arithmetic where B is known."""
+        """Return the Reshape target (B, N, copy, copy), a constant where B is known."""
         rows = q.shape[0] if q.shape is not None else None
         if isinstance(rows, int):
             return self._constant(f"tokens_of_{rows}", np.array([rows, -1, 0, 0]))
@@ -145,7 +145,7 @@ class _Lowering:
         return self._op("Concat", [sizes, self._constant("as_it_is", np.array([0, 0]))], axis=0)
 
     def _like(self, value: ir.Value, like: ir.Value) -> ir.Value:
-        """An fp32 value in the type of the data: a graph without stated types says it when it runs."""
+        """Return an fp32 value in the type of the data: at run time (CastLike) if the graph declares no types."""
         if self._type == ir.DataType.FLOAT:
             return value
         if self._type is None:
@@ -153,10 +153,10 @@ class _Lowering:
         return self._op("Cast", [value], to=int(self._type))
 
     def _vectors(self, name: str, *numbers: list[int]) -> list[ir.Value]:
-        return [self._constant(f"{name}_{place}", np.array(each)) for place, each in enumerate(numbers)]
+        return [self._constant(f"{name}_{index}", np.array(entries)) for index, entries in enumerate(numbers)]
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer that all lowered nodes share."""
+        """Return an initializer that all lowered nodes share."""
         name = f"window_attention_{name}"
         if name not in self._model.graph.initializers:
             self._model.graph.register_initializer(ir.val(name, const_value=ir.tensor(array, name=name)))
@@ -167,37 +167,37 @@ class _Lowering:
 
     def _keep(self, node: ir.Node) -> list[ir.Value]:
         node.name = f"{self._prefix}_{len(self._made):02d}_{node.op_type}"
-        for place, value in enumerate(node.outputs):
-            value.name = f"{node.name}_{place}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_{index}"
         self._made.append(node)
         return list(node.outputs)
 
 
 def _require_known(node: ir.Node) -> None:
-    """Refuse a node of another kind than the one described, naming what is unknown about it."""
+    """Raise GraphNotRecognised, naming the difference, for a node that is not of the described form."""
     values = node.inputs[:3]
     if len(values) < 3 or None in values or len(node.inputs) > 4 or len(node.outputs) != 1:
-        raise _refusal(f"{described(node)} does not take q, k and v and give one result")
+        raise _refusal(f"{described(node)} does not have inputs q, k, v and one output")
     for attribute in node.attributes:
         if attribute not in IGNORED:
-            raise _refusal(f"{described(node)} has the attribute {attribute}, which is not known")
+            raise _refusal(f"{described(node)} has the unknown attribute {attribute}")
     types = {value.dtype for value in (*values, *node.outputs) if value is not None and value.dtype is not None}
     if len(types) > 1 or not types <= set(FLOATS):
-        raise _refusal(f"{described(node)} works on {', '.join(sorted(map(str, types)))}")
+        raise _refusal(f"unsupported types of {described(node)}: {', '.join(sorted(map(str, types)))}")
     shapes = [value.shape for value in values if value is not None and value.shape is not None]
     for shape in shapes:
         tokens, heads = (shape[1], shape[2]) if len(shape) == 4 else (None, 1)
         if isinstance(heads, int) and heads % 2:
-            raise _refusal(f"{described(node)} has an input of shape {list(shape)}, not (B, N, 2H, D)")
+            raise _refusal(f"{described(node)} has an input of shape {list(shape)}, expected (B, N, 2H, D)")
         if isinstance(tokens, int) and tokens % SEGMENT:
-            raise _refusal(f"{described(node)} has {tokens} tokens, no multiple of {SEGMENT}")
-    said, known = _num_heads(node), [shape[2] for shape in shapes if isinstance(shape[2], int)]
-    if said is not None and known and said not in (known[0], known[0] // 2):
-        raise _refusal(f"{described(node)} says {said} heads and has {known[0]}")
+            raise _refusal(f"{described(node)} has {tokens} tokens, which is not a multiple of {SEGMENT}")
+    declared, actual = _num_heads(node), [shape[2] for shape in shapes if isinstance(shape[2], int)]
+    if declared is not None and actual and declared not in (actual[0], actual[0] // 2):
+        raise _refusal(f"{described(node)} declares {declared} heads and has {actual[0]}")
 
 
 def _num_heads(node: ir.Node) -> int | None:
-    """What a node says of its heads, as an attribute or as a fourth input."""
+    """Return the number of heads that a node declares, as an attribute or as a fourth input; None if it does not."""
     if "num_heads" in node.attributes:
         return node.attributes["num_heads"].as_int()
     number = graph_query.constant_of(node.inputs[3]) if len(node.inputs) > 3 else None
@@ -205,7 +205,7 @@ def _num_heads(node: ir.Node) -> int | None:
 
 
 def _type(node: ir.Node) -> ir.DataType | None:
-    """The float type of a node's data, where it is stated."""
+    """Return the declared float type of a node's data, or None."""
     values = [value for value in (*node.inputs[:3], *node.outputs) if value is not None]
     return next((value.dtype for value in values if value.dtype is not None), None)
 

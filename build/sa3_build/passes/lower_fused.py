@@ -1,4 +1,4 @@
-"""Write fused ops of newer opsets and of ONNX Runtime's optimiser as the plain ones that they stand for."""
+"""Lower fused ops of newer opsets and of ONNX Runtime's optimiser to the ops that they replace."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sa3_build.graph.shape_inference import Shapes, declared
 from sa3_build.passes.base import PassResult, check_sorted
 
 PLAIN = ("", "ai.onnx")
-CURE = (
+HINT = (
     "give the graph as it was exported (torch.onnx.export with optimize=True), or optimised at ONNX Runtime's BASIC "
     "level at most"
 )
@@ -24,7 +24,7 @@ MOVES_SEQUENCES = ("SplitToSequence", "SequenceAt", "ConcatFromSequence", "Seque
 class LowerFused:
     """Lower RMSNormalization and Attention (opset 23), and ONNX Runtime's norm, QuickGelu and FusedMatMul.
 
-    An op of another domain that is none of these is refused by name: what it computes nobody says.
+    Other ops of custom domains are refused by name: their definition is unknown.
     """
 
     name = "lower-fused"
@@ -34,7 +34,7 @@ class LowerFused:
         for node in model.graph:
             fused = node.op_type in RULES
             if (node.domain not in PLAIN and not fused) or node.op_type in MOVES_SEQUENCES:
-                raise GraphNotRecognised(f"{described(node)} is an op of its own kind", CURE)
+                raise GraphNotRecognised(f"{described(node)} is an op of a custom domain", HINT)
 
     def call(self, model: ir.Model) -> PassResult:
         shapes = Shapes(model, {str(value.name): declared(value) for value in model.graph.inputs})
@@ -47,7 +47,7 @@ class LowerFused:
             RULES[node.op_type](writer)
             replace_uses(node.outputs[0], writer.last)
             if node.outputs[0].is_graph_output():
-                raise GraphNotRecognised(f"{described(node)} gives a graph output", CURE)
+                raise GraphNotRecognised(f"{described(node)} computes a graph output", HINT)
             model.graph.remove(node, safe=True)
             lowered += 1
         if lowered:
@@ -57,57 +57,57 @@ class LowerFused:
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
-        assert not any(node.op_type in RULES for node in model.graph), "a fused op is left"
+        assert not any(node.op_type in RULES for node in model.graph), "a fused op was not lowered"
 
 
 class _Writer:
-    """Puts nodes in front of the one that they replace."""
+    """Inserts nodes before the node that they replace."""
 
     def __init__(self, model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
         self._model, self.node, self.shapes = model, node, shapes
         self._count = 0
         self.last = node.outputs[0]
 
-    def input(self, place: int) -> ir.Value:
-        value = self.node.inputs[place] if place < len(self.node.inputs) else None
+    def input(self, index: int) -> ir.Value:
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
         if value is None:
-            raise GraphNotRecognised(f"{described(self.node)} has no input {place}", CURE)
+            raise GraphNotRecognised(f"{described(self.node)} has no input {index}", HINT)
         return value
 
     def add(self, op_type: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
         self._count += 1
         name = f"{self.node.outputs[0].name}_plain_{self._count}"
-        made = ir.node(op_type, inputs, attributes, name=name)
-        made.outputs[0].name = f"{name}_value"
-        type_like(made.outputs[0], self.node.outputs[0])
-        self._model.graph.insert_before(self.node, made)
-        _step(self.shapes, made)
-        self.last = made.outputs[0]
+        node = ir.node(op_type, inputs, attributes, name=name)
+        node.outputs[0].name = f"{name}_value"
+        type_like(node.outputs[0], self.node.outputs[0])
+        self._model.graph.insert_before(self.node, node)
+        _step(self.shapes, node)
+        self.last = node.outputs[0]
         return self.last
 
     def number(self, entry: float | list[int]) -> ir.Value:
-        """A constant: a float of the node's type, or integers."""
+        """Return a constant: a float of the node's type, or int64 numbers."""
         self._count += 1
         stated = self.node.outputs[0].dtype
-        wide = np.float32 if stated is None else stated.numpy()
-        array = np.array(entry, np.int64) if isinstance(entry, list) else np.array(entry, wide)
+        dtype = np.float32 if stated is None else stated.numpy()
+        array = np.array(entry, np.int64) if isinstance(entry, list) else np.array(entry, dtype)
         name = f"{self.node.outputs[0].name}_constant_{self._count}"
         value = ir.val(name, const_value=ir.tensor(array, name=name))
         self._model.graph.register_initializer(value)
         return value
 
     def swapped(self, value: ir.Value) -> ir.Value:
-        """A value with its last two axes the other way round."""
+        """Return a value with its last two axes transposed."""
         rank = len(self.shapes.shape(value) or ())
         if rank < 2:
-            raise GraphNotRecognised(f"{described(self.node)} turns a value whose rank is not known", CURE)
+            raise GraphNotRecognised(f"{described(self.node)} transposes a value of unknown rank", HINT)
         return self.add("Transpose", [value], perm=[*range(rank - 2), rank - 1, rank - 2])
 
-    def require(self, **wanted: int) -> None:
-        """Refuse a node with an attribute of another value than the only one that is understood."""
-        for name, value in wanted.items():
+    def require(self, **values: int) -> None:
+        """Raise GraphNotRecognised if an attribute has a value other than the supported one."""
+        for name, value in values.items():
             if self.node.attributes.get_int(name, value) != value:
-                raise GraphNotRecognised(f"{described(self.node)} has {name} other than {value}", CURE)
+                raise GraphNotRecognised(f"{described(self.node)} has an unsupported {name} (supported: {value})", HINT)
 
 
 def _rms_norm(write: _Writer) -> None:
@@ -121,13 +121,13 @@ def _rms_norm(write: _Writer) -> None:
 
 def _attention(write: _Writer) -> None:
     write.require(is_causal=0, qk_matmul_output_mode=0)
-    shapes = [write.shapes.shape(write.input(place)) for place in range(3)]
+    shapes = [write.shapes.shape(write.input(index)) for index in range(3)]
     width = shapes[0][-1] if shapes[0] else None
     extra = [value for value in write.node.inputs[3:] if value is not None]
     if extra or any(shape is None or len(shape) != 4 for shape in shapes) or width is None or width.number is None:
-        raise GraphNotRecognised(f"{described(write.node)} has a mask, a cache, or no axis of heads", CURE)
+        raise GraphNotRecognised(f"{described(write.node)} has a mask, a cache, or no axis of heads", HINT)
     if write.node.attributes.get_float("softcap", 0.0):
-        raise GraphNotRecognised(f"{described(write.node)} has a soft cap", CURE)
+        raise GraphNotRecognised(f"{described(write.node)} has a soft cap", HINT)
     scale = write.node.attributes.get_float("scale", 1.0 / math.sqrt(width.number))
     root = write.number(math.sqrt(scale))
     q = write.add("Mul", [write.input(0), root])
@@ -145,8 +145,8 @@ def _quick_gelu(write: _Writer) -> None:
 def _fused_matmul(write: _Writer) -> None:
     write.require(transBatchA=0, transBatchB=0)
     sides = [
-        write.swapped(write.input(place)) if write.node.attributes.get_int(flag, 0) else write.input(place)
-        for place, flag in enumerate(("transA", "transB"))
+        write.swapped(write.input(index)) if write.node.attributes.get_int(flag, 0) else write.input(index)
+        for index, flag in enumerate(("transA", "transB"))
     ]
     alpha = write.node.attributes.get_float("alpha", 1.0)
     if alpha != 1.0:  # on the first side, where the attention core takes its scale
@@ -158,7 +158,7 @@ def _step(shapes: Shapes, node: ir.Node) -> None:
     try:
         shapes.step(node)
     except ValueError:
-        return  # whoever needs the shape says so, by name
+        return  # a pass that needs the shape refuses the node by name
 
 
 RULES: dict[str, Callable[[_Writer], None]] = {

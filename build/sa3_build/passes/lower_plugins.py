@@ -1,4 +1,4 @@
-"""Graphs of published autoencoders without their plug-in: for a compiler, or as a file for every backend."""
+"""Lower the plug-ins of published autoencoder graphs: in memory for a compiler, or to a file for every backend."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["lower_file", "lowered", "plugged"]
 
 
 def lowered(path: Path) -> bytes | None:
-    """The graph of a file with plain ops in place of its plug-ins, weights left in the sidecar; None if it has none.
+    """Return the graph of a file with its plug-ins lowered, weights left in the sidecar; None if it has none.
 
-    Raises ToolError: a plug-in that is not recognised.
+    Raises ToolError for a plug-in that is not recognised.
     """
     model = graph_io.mapped(path)
     if not plugged(model):
@@ -31,7 +31,7 @@ def lowered(path: Path) -> bytes | None:
 
 
 def plain_graph(path: Path) -> ir.Model:
-    """A graph file, sorted, with plain ops in place of its plug-ins. Raises ToolError."""
+    """Return the sorted graph of a file with its plug-ins lowered. Raises ToolError."""
     model = graph_io.load(path)
     if plugged(model):
         _lower(model, path)
@@ -40,9 +40,9 @@ def plain_graph(path: Path) -> ir.Model:
 
 
 def lower_file(source: Path, output: Path) -> int:
-    """Write a graph whose plug-ins are lowered, with its sidecar and manifest; returns how many there were.
+    """Write a graph with its plug-ins lowered, its sidecar and manifest; return the number of plug-ins.
 
-    0: the file is there already and was made of this one. Raises ToolError.
+    Returns 0 if the output is current. Raises ToolError.
     """
     inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(source)}
     with build(output, "onnx", inputs, {"lowered": LowerAttention.name}) as draft:
@@ -50,9 +50,9 @@ def lower_file(source: Path, output: Path) -> int:
             return 0
         model = graph_io.load(source)
         if not plugged(model):
-            raise ToolError(f"{source} holds no plug-in to lower", "use it as it is")
+            raise ToolError(f"{source} contains no plug-in to lower", "use it without this step")
         if output.resolve() == source.resolve():
-            raise ToolError(f"{output} is the graph that is read", "give --onnx another name")
+            raise ToolError(f"--onnx {output} is also the input", "choose another path for --onnx")
         count = _lower(model, source)
         draft.finish(graph_io.save(model, output), {"lowered": count})
     return count

@@ -1,4 +1,4 @@
-"""Remove casts that change no number."""
+"""Remove casts that change no values."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import onnx_ir as ir
 from sa3_build.graph.rewrite import remove_unused, replace_uses
 from sa3_build.passes.base import Pass, PassResult, check_sorted
 
-HALF, SINGLE = ir.DataType.FLOAT16, ir.DataType.FLOAT
+FP16, FP32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
-_HOLDS = {HALF: (HALF, SINGLE, ir.DataType.DOUBLE), SINGLE: (SINGLE, ir.DataType.DOUBLE)}
+_HOLDS = {FP16: (FP16, FP32, ir.DataType.DOUBLE), FP32: (FP32, ir.DataType.DOUBLE)}
 
 
 class DropDeadCasts(Pass):
-    """Remove casts that change no number, and make one of several equal ones.
+    """Remove casts that change no values, and merge equal casts.
 
-    Dead are a cast to the type that is there already, and the widening in a chain like fp16 -> fp32 -> fp16: the second
-    cast then reads what stood before the chain. A cast that rounds stays.
+    Removed are a Cast to the type that its input already has, and the widening in a chain like fp16 -> fp32 -> fp16:
+    the second Cast then reads the chain's input. A Cast that rounds stays.
     """
 
     name = "dead-casts"
@@ -27,12 +27,12 @@ class DropDeadCasts(Pass):
         for node in list(model.graph):
             if node.op_type != "Cast" or node.inputs[0] is None:
                 continue
-            source, wanted = _before_widening(node.inputs[0]), node.attributes["to"].as_int()
+            source, dtype = _before_widening(node.inputs[0]), node.attributes["to"].as_int()
             if source is not node.inputs[0]:
                 node.replace_input_with(0, source)
-            twin = source if source.dtype == wanted else seen.setdefault((source, wanted), node.outputs[0])
-            if twin is not node.outputs[0] and not node.outputs[0].is_graph_output():
-                replace_uses(node.outputs[0], twin)
+            equal = source if source.dtype == dtype else seen.setdefault((source, dtype), node.outputs[0])
+            if equal is not node.outputs[0] and not node.outputs[0].is_graph_output():
+                replace_uses(node.outputs[0], equal)
         remove_unused(model, lambda node: node.op_type == "Cast")
         return PassResult(self.name, {"removed": before - len(model.graph)})
 
@@ -41,11 +41,11 @@ class DropDeadCasts(Pass):
         for node in model.graph:
             if node.op_type == "Cast" and not node.outputs[0].is_graph_output():
                 source = node.inputs[0]
-                assert source is None or source.dtype != node.outputs[0].dtype, f"{node.name} changes nothing"
+                assert source is None or source.dtype != node.outputs[0].dtype, f"{node.name} changes no values"
 
 
 def _before_widening(value: ir.Value) -> ir.Value:
-    """What stands before the casts that only widened a value."""
+    """Return the value before the casts that only widened it."""
     node = value.producer()
     while node is not None and node.op_type == "Cast" and node.inputs[0] is not None:
         source = node.inputs[0]

@@ -1,4 +1,4 @@
-"""Give nodes names that ModelOpt can tell apart."""
+"""Give nodes names that ModelOpt can distinguish."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sa3_build.passes.base import PassResult
 
 
 class RenameNodes:
-    """Give every node a unique name of one width with no pattern character in it.
+    """Give every node a unique name of one width without regular expression characters.
 
-    ModelOpt reads an excluded name as the beginning of a regular expression: `linear` also excludes `linear_10`.
+    ModelOpt treats an excluded name as the prefix of a regular expression: `linear` also excludes `linear_10`.
     """
 
     name = "rename"
@@ -31,6 +31,6 @@ class RenameNodes:
     def ensures(self, model: ir.Model) -> None:
         names = [str(node.name) for node in model.graph]
         assert len(set(names)) == len(names), "node names are not unique"
-        assert all(re.fullmatch(r"\w+", name) for name in names), "a node name holds a pattern character"
+        assert all(re.fullmatch(r"\w+", name) for name in names), "a node name contains a pattern character"
         ordered = sorted(names)
-        assert not any(b.startswith(a) for a, b in itertools.pairwise(ordered)), "a name begins another"
+        assert not any(b.startswith(a) for a, b in itertools.pairwise(ordered)), "a name is a prefix of another"

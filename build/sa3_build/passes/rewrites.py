@@ -1,4 +1,4 @@
-"""The rewritings of a DiT graph, in the order in which they help one another."""
+"""The rewrites of a DiT graph, in their order of application."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from sa3_build.passes.stack_attention import StackAttention
 
 
 def passes_of(shaping: Shaping) -> list[Pass]:
-    """The passes that are switched on. All take an fp32 graph whose weights are direct."""
+    """Return the enabled rewrites. All take an fp32 graph with direct weights."""
     all_passes: tuple[Pass, ...] = (AddNullRow(), BakeRope(), StackAttention(), PadK())
-    return [one for one, field in zip(all_passes, fields(shaping), strict=True) if getattr(shaping, field.name)]
+    return [rewrite for rewrite, field in zip(all_passes, fields(shaping), strict=True) if getattr(shaping, field.name)]

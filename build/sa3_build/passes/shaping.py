@@ -1,4 +1,4 @@
-"""The rewritings of a DiT graph that are on by default, and the flags that leave one out; no third-party package."""
+"""Switches of the DiT graph rewrites and their command-line flags; needs no third-party package."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import argparse
 from dataclasses import dataclass, fields
 
 HELP = {
-    "null_row": "add the rule of the null row of guidance to a graph that has none",
-    "bake_rope": "make the rotary table a constant, read up to the length of the run",
-    "stack_attention": "one attention call for both halves of differential attention",
-    "pad_k": "pad products whose K is no multiple of 16 (the local embedding: 257) with zeros",
+    "null_row": "implement guidance's null row in a graph that lacks it",
+    "bake_rope": "replace the computed rotary table by a constant",
+    "stack_attention": "compute both halves of differential attention in one call",
+    "pad_k": "pad K of linear layers to a multiple of 16 (local embedding: 257)",
 }
 
 
 @dataclass(frozen=True)
 class Shaping:
-    """One switch a rewriting; what a graph does not have is left alone."""
+    """One switch per rewrite; a rewrite that does not apply changes nothing."""
 
     null_row: bool = True
     bake_rope: bool = True
@@ -23,13 +23,13 @@ class Shaping:
     pad_k: bool = True
 
 
-def add_flags(line: argparse.ArgumentParser) -> None:
-    """Add a switch for each rewriting to a command line."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per rewrite to a parser."""
     for name, what in HELP.items():
         flag = f"--{name.replace('_', '-')}"
-        line.add_argument(flag, action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=True, help=f"{what} (default: yes)")
 
 
 def from_flags(args: argparse.Namespace) -> Shaping:
-    """The switches of a command line."""
+    """Return the switches that the parsed arguments select."""
     return Shaping(**{field.name: getattr(args, field.name) for field in fields(Shaping)})

@@ -1,4 +1,4 @@
-"""Let one attention call serve both halves of differential attention: twice the heads, one softmax."""
+"""Compute both halves of differential attention in one call: twice the heads, one softmax."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from sa3_build.graph.errors import described
 from sa3_build.graph.rewrite import drop_unused_initializers, replace_uses, type_like
 from sa3_build.graph.shape_inference import Shapes, followed
 from sa3_build.graph.symbolic_dim import Length
-from sa3_build.passes.bake_rope import Left
+from sa3_build.passes.bake_rope import NotMatched
 from sa3_build.passes.base import Pass, PassResult
 from sa3_build.passes.stack_nodes import Stacker
 
-HEADS = 1  # q, k^T and v are [B, heads, ., .] in front of the products
+HEADS = 1  # axis of the heads in q, k^T and v: [B, heads, ., .]
 
 
 @dataclass(frozen=True)
-class Half:
+class AttentionCall:
     """One attention call: softmax(q k^T) v."""
 
     q: ir.Value
@@ -32,9 +32,9 @@ class Half:
 class StackAttention(Pass):
     """Rewrite attention(q1, k1, v) - attention(q2, k2, v) as one call over [q1, q2], [k1, k2] and [v, v].
 
-    Heads are never mixed, so that each half is the same numbers. Stacking begins as far up as both halves are made
-    alike: norm, rotation and scale of q1 and q2 become one each. A k that is transposed by two Reshapes gets a plain
-    Transpose first. A call that is no such half is left as it is.
+    Heads are not mixed, so that each half has the same values as before. Stacking starts as far upstream as both halves
+    have equal nodes: norm, rotation and scale of q1 and q2 become one node each. A k that is transposed by two Reshapes
+    is first rewritten to a single Transpose. Calls that do not match stay.
     """
 
     name = "stack-attention"
@@ -43,39 +43,41 @@ class StackAttention(Pass):
         softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
         before = len(model.graph)
         shapes = followed(model)
-        straightened = sum(_straighten(node, shapes, model) for node in list(model.graph) if node.op_type == "Reshape")
+        simplified = sum(
+            _simplify_transpose(node, shapes, model) for node in list(model.graph) if node.op_type == "Reshape"
+        )
         stacker, notes, pairs = Stacker(model, shapes), [], 0
-        halves: dict[ir.Node, Half] = {}
+        calls: dict[ir.Node, AttentionCall] = {}
         for softmax in softmaxes:
             try:
-                half = _half(softmax, shapes)
-                halves[half.result] = half
-            except Left as why:
-                notes.append(str(why))
-        for node in [one for one in model.graph if one.op_type == "Sub"]:
+                call = _attention_call(softmax, shapes)
+                calls[call.result] = call
+            except NotMatched as reason:
+                notes.append(str(reason))
+        for node in [node for node in model.graph if node.op_type == "Sub"]:
             sides = [_behind_transpose(value) for value in node.inputs]
-            found = [halves.get(side) for side, _ in sides if side is not None]
-            if len(found) != 2 or found[0] is None or found[1] is None:
+            pair = [calls.get(side) for side, _ in sides if side is not None]
+            if len(pair) != 2 or pair[0] is None or pair[1] is None:
                 continue
             try:
-                _stack(model, stacker, node, (found[0], found[1]), [perm for _, perm in sides], shapes)
+                _stack(model, stacker, node, (pair[0], pair[1]), [perm for _, perm in sides], shapes)
                 pairs += 1
-                del halves[found[0].result], halves[found[1].result]
-            except Left as why:
-                notes.append(str(why))
-        if halves:
-            first = described(next(iter(halves.values())).softmax)
-            notes.append(f"{first} has no second half to be stacked with, and {len(halves) - 1} more have none")
-        if pairs or straightened:
+                del calls[pair[0].result], calls[pair[1].result]
+            except NotMatched as reason:
+                notes.append(str(reason))
+        if calls:
+            first = described(next(iter(calls.values())).softmax)
+            notes.append(f"{first} and {len(calls) - 1} more attention calls have no partner to be stacked with")
+        if pairs or simplified:
             RemoveUnusedNodesPass()(model)
             model.graph.sort()
             drop_unused_initializers(model)
-        counts = {"stacked": pairs, "left": len(softmaxes) - 2 * pairs, "straightened": straightened}
-        return PassResult(self.name, {**counts, "nodes removed": before - len(model.graph)}, tuple(notes))
+        counts = {"stacked": pairs, "not_matched": len(softmaxes) - 2 * pairs, "simplified": simplified}
+        return PassResult(self.name, {**counts, "nodes_removed": before - len(model.graph)}, tuple(notes))
 
 
 def count_pairs(model: ir.Model) -> int:
-    """How many differences of two attention calls a graph of any precision holds; nothing is changed."""
+    """Return the number of differences of two attention calls in a graph of any precision, without changing it."""
 
     def calls(value: ir.Value | None) -> bool:
         node = _before(value, ("Cast", "Transpose"))
@@ -88,47 +90,47 @@ def count_pairs(model: ir.Model) -> int:
 
 
 def _before(value: ir.Value | None, seen_through: tuple[str, ...]) -> ir.Node | None:
-    """What makes a value, seen through some ops."""
+    """Return the producer of a value, skipping nodes of the op types `seen_through`."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in seen_through:
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
     return node
 
 
-def _half(softmax: ir.Node, shapes: Shapes) -> Half:
-    """The attention call around a Softmax. Raises Left when it is none over [B, heads, ., .]."""
+def _attention_call(softmax: ir.Node, shapes: Shapes) -> AttentionCall:
+    """Return the attention call around a Softmax. Raises NotMatched if it is not over [B, heads, ., .]."""
     scores = softmax.inputs[0].producer() if softmax.inputs[0] is not None else None
     users = [use.node for use in softmax.outputs[0].uses()]
     if scores is None or scores.op_type != "MatMul" or len(users) != 1 or users[0].op_type != "MatMul":
-        raise Left(f"{described(softmax)} is not between two products")
+        raise NotMatched(f"{described(softmax)} is not between two MatMul nodes")
     operands = (*scores.inputs, users[0].inputs[1])
     if len(scores.outputs[0].uses()) != 1 or users[0].inputs[0] is not softmax.outputs[0]:
-        raise Left(f"{described(softmax)} is not the only one that reads its scores")
+        raise NotMatched(f"{described(softmax)} has scores that another node reads")
     q, k, v = operands
     if q is None or k is None or v is None or softmax.attributes.get_int("axis", -1) not in (-1, 3):
-        raise Left(f"{described(softmax)} works along another axis than the last")
-    found = [shapes.shape(value) for value in (q, k, v)]
-    heads = {shape[HEADS] for shape in found if shape is not None and len(shape) == 4}
-    if any(shape is None or len(shape) != 4 for shape in found) or len(heads) != 1:
-        raise Left(f"{described(softmax)} has no heads that are known")
+        raise NotMatched(f"{described(softmax)} is not along the last axis")
+    operand_shapes = [shapes.shape(value) for value in (q, k, v)]
+    heads = {shape[HEADS] for shape in operand_shapes if shape is not None and len(shape) == 4}
+    if any(shape is None or len(shape) != 4 for shape in operand_shapes) or len(heads) != 1:
+        raise NotMatched(f"{described(softmax)} has unknown heads")
     (count,) = heads
-    if count is None or count.number is None or found[0] is None or found[0][HEADS] != count:
-        raise Left(f"{described(softmax)} has no number of heads that is known")
-    return Half(q, k, v, softmax, users[0])
+    if count is None or count.number is None or operand_shapes[0] is None or operand_shapes[0][HEADS] != count:
+        raise NotMatched(f"{described(softmax)} has an unknown number of heads")
+    return AttentionCall(q, k, v, softmax, users[0])
 
 
 def _stack(
-    model: ir.Model, stacker: Stacker, difference: ir.Node, halves: tuple[Half, Half],
+    model: ir.Model, stacker: Stacker, difference: ir.Node, calls: tuple[AttentionCall, AttentionCall],
     perms: list[tuple[int, ...] | None], shapes: Shapes,
 ) -> None:  # fmt: skip
-    first, second = halves
+    first, second = calls
     if first.v is not second.v:
-        raise Left(f"{described(difference)} subtracts two calls that have each a v of its own")
+        raise NotMatched(f"{described(difference)} subtracts two calls with different v")
     if perms[0] != perms[1]:
-        raise Left(f"{described(difference)} subtracts two calls that are transposed differently")
-    for mine, theirs in ((first.q, second.q), (first.k, second.k)):
-        if shapes.shape(mine) != shapes.shape(theirs):
-            raise Left(f"{described(difference)} subtracts two calls of different shapes")
+        raise NotMatched(f"{described(difference)} subtracts two calls that are transposed differently")
+    for a, b in ((first.q, second.q), (first.k, second.k)):
+        if shapes.shape(a) != shapes.shape(b):
+            raise NotMatched(f"{described(difference)} subtracts two calls of different shapes")
     heads = (shapes.shape(first.v) or ())[HEADS]
     assert heads is not None and heads.number is not None
     q, k, v = (stacker.stacked(a, b, HEADS) for a, b in ((first.q, second.q), (first.k, second.k), (first.v, first.v)))
@@ -138,13 +140,15 @@ def _stack(
     both = ir.node("MatMul", [softmax.outputs[0], v], name=f"{name}_values")
     sizes = stacker.vector([heads.number] * 2)
     parts = ir.node("Split", [both.outputs[0], sizes], {"axis": HEADS}, num_outputs=2, name=f"{name}_halves")
-    rest = ir.node("Sub", parts.outputs, name=f"{name}_difference")
-    chain = [scores, softmax, both, parts, rest]
+    difference_of_parts = ir.node("Sub", parts.outputs, name=f"{name}_difference")
+    chain = [scores, softmax, both, parts, difference_of_parts]
     if perms[0] is not None:
-        chain.append(ir.node("Transpose", rest.outputs, {"perm": list(perms[0])}, name=f"{name}_transpose"))
+        chain.append(
+            ir.node("Transpose", difference_of_parts.outputs, {"perm": list(perms[0])}, name=f"{name}_transpose")
+        )
     for node in chain:
-        for place, value in enumerate(node.outputs):
-            value.name = f"{node.name}_value_{place}"
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_value_{index}"
             type_like(value, difference.outputs[0])
     chain[-1].outputs[0].shape = difference.outputs[0].shape
     model.graph.extend(chain)
@@ -152,7 +156,7 @@ def _stack(
 
 
 def _behind_transpose(value: ir.Value | None) -> tuple[ir.Node | None, tuple[int, ...] | None]:
-    """What makes a value, seen through one Transpose, and how that permutes."""
+    """Return the producer of a value, skipping one Transpose, and the permutation (None without one)."""
     node = value.producer() if value is not None else None
     perm = node.attributes.get("perm") if node is not None and node.op_type == "Transpose" else None
     if node is None or perm is None or node.inputs[0] is None:
@@ -160,31 +164,38 @@ def _behind_transpose(value: ir.Value | None) -> tuple[ir.Node | None, tuple[int
     return node.inputs[0].producer(), tuple(perm.as_ints())
 
 
-def _straighten(last: ir.Node, shapes: Shapes, model: ir.Model) -> bool:
-    """Reshape [B, H, T, D] -> [BH, T, D], Transpose, Reshape -> [B, H, D, T] is one Transpose; make it that."""
-    turn = last.inputs[0].producer() if last.inputs[0] is not None else None
-    flat = turn.inputs[0].producer() if turn is not None and turn.op_type == "Transpose" and turn.inputs[0] else None
-    if turn is None or flat is None or flat.op_type != "Reshape" or flat.inputs[0] is None:
+def _simplify_transpose(last: ir.Node, shapes: Shapes, model: ir.Model) -> bool:
+    """Replace Reshape [B, H, T, D] -> [BH, T, D], Transpose, Reshape -> [B, H, D, T] by one Transpose.
+
+    Returns True if the nodes matched.
+    """
+    transpose = last.inputs[0].producer() if last.inputs[0] is not None else None
+    flatten = (
+        transpose.inputs[0].producer()
+        if transpose is not None and transpose.op_type == "Transpose" and transpose.inputs[0]
+        else None
+    )
+    if transpose is None or flatten is None or flatten.op_type != "Reshape" or flatten.inputs[0] is None:
         return False
-    source, middle, result = (shapes.shape(node) for node in (flat.inputs[0], flat.outputs[0], last.outputs[0]))
+    source, middle, result = (shapes.shape(node) for node in (flatten.inputs[0], flatten.outputs[0], last.outputs[0]))
     if source is None or middle is None or result is None or len(source) != 4 or len(middle) != 3 or None in source:
         return False
-    perm = turn.attributes.get("perm")
+    perm = transpose.attributes.get("perm")
     if perm is None or tuple(perm.as_ints()) != (0, 2, 1) or middle[1:] != source[2:]:
         return False
     if result != (*source[:2], source[3], source[2]):
         return False
-    before = flat.inputs[0].producer()
-    order, data = [0, 1, 3, 2], flat.inputs[0]
+    before = flatten.inputs[0].producer()
+    order, data = [0, 1, 3, 2], flatten.inputs[0]
     earlier = before.attributes.get("perm") if before is not None and before.op_type == "Transpose" else None
     if before is not None and earlier is not None and before.inputs[0] is not None:
         order, data = [list(earlier.as_ints())[axis] for axis in order], before.inputs[0]
-    plain = ir.node("Transpose", [data], {"perm": order}, name=f"{last.outputs[0].name}_plain")
-    value = plain.outputs[0]
-    value.name = f"{plain.name}_value"
+    simplified = ir.node("Transpose", [data], {"perm": order}, name=f"{last.outputs[0].name}_plain")
+    value = simplified.outputs[0]
+    value.name = f"{simplified.name}_value"
     type_like(value, last.outputs[0])
-    value.shape = ir.Shape([one.number if isinstance(one, Length) else None for one in result])
-    model.graph.insert_before(last, plain)
+    value.shape = ir.Shape([axis.number if isinstance(axis, Length) else None for axis in result])
+    model.graph.insert_before(last, simplified)
     replace_uses(last.outputs[0], value)
-    shapes.step(plain)
+    shapes.step(simplified)
     return True

@@ -1,4 +1,4 @@
-"""Put every node after the nodes that it reads."""
+"""Sort the nodes of a graph topologically."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sa3_build.passes.base import Pass, PassResult
 
 
 class SortTopologically(Pass):
-    """Put every node after the nodes it reads from; published graphs have casts appended behind their users."""
+    """Move every node after the nodes it reads from; the sort is stable. Published graphs append casts at the end."""
 
     name = "sort"
 

@@ -1,4 +1,12 @@
-"""Measure the largest magnitude of every activation, row by row."""
+"""Measure amax, the largest magnitude, of every activation in every calibration row.
+
+An FP8 activation has one scale for the whole tensor:
+    scale = headroom * amax / 448
+where amax = max |x| over every calibration row, token and channel. It must be known before the engine is built, because
+the scale is a constant of the graph. The maximum is taken over rows of every sigma and kind (text, in-painting,
+guidance, ...): an activation that is larger than any in the calibration set saturates at 448 * scale. amax is stored
+per row (R, A), so that the report can show which sigma and kind set each scale.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +27,7 @@ from sa3_trt_core.console import Progress
 
 
 def measure(build: Workspace) -> Mapping[str, Any]:
-    """Write amax of every candidate's activation in every row, and return it by activation, sigma and kind of row."""
+    """Write amax of every candidate's activation in every row; return it by activation, sigma and kind of row."""
     amax = measure_amax(build.clean, build.candidates, build.rows)
     with files.atomic_path(build.amax) as temporary:
         np.save(temporary, amax)
@@ -27,21 +35,23 @@ def measure(build: Workspace) -> Mapping[str, Any]:
 
 
 def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet) -> np.ndarray:
-    """The largest magnitude of every quantised activation in every row: (R, A), fp32, in `selection.activations` order.
+    """Return amax of every quantised activation in every row: (R, A), fp32, in the order of `selection.activations`.
 
-    The graph gets one ReduceMax(Abs) output an activation, so that no activation is ever fetched.
+    Adds one ReduceMax(Abs) output per activation to the graph, so that no activation is fetched.
     """
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-    watched = {f"activation_amax_{index}": name for index, name in enumerate(selection.activations)}
-    amax = np.zeros((calibration.rows, len(watched)), np.float32)
+    probes = {f"activation_amax_{index}": name for index, name in enumerate(selection.activations)}
+    amax = np.zeros((calibration.rows, len(probes)), np.float32)
     with (
-        OnnxRuntimeEngine(source, graph_io.observed(source, watched, _largest_magnitude), low_memory=True) as engine,
+        OnnxRuntimeEngine(
+            source, graph_io.with_probe_outputs(source, probes, _largest_magnitude), low_memory=True
+        ) as engine,
         Progress("activation amax", calibration.rows) as progress,
     ):
         for index, row in enumerate(calibration):
-            found = engine.run(tensors(row))
-            amax[index] = [float(found[name]) for name in watched]
+            outputs = engine.run(tensors(row))
+            amax[index] = [float(outputs[name]) for name in probes]
             progress.advance()
     return amax
 
@@ -49,6 +59,6 @@ def measure_amax(source: Path, selection: Selection, calibration: CalibrationSet
 def _largest_magnitude(value: ir.Value) -> list[ir.Node]:
     magnitude = ir.node("Abs", [value])
     largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
-    single = ir.node("Cast", largest.outputs, {"to": int(ir.DataType.FLOAT)})
-    single.outputs[0].dtype, single.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
-    return [magnitude, largest, single]
+    as_fp32 = ir.node("Cast", largest.outputs, {"to": int(ir.DataType.FLOAT)})
+    as_fp32.outputs[0].dtype, as_fp32.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+    return [magnitude, largest, as_fp32]

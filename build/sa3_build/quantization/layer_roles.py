@@ -1,4 +1,4 @@
-"""What each quantised product of a DiT does, and in which layer: read from the graph, which keeps no module names."""
+"""Role and layer of each quantised linear layer of a DiT, derived from the graph, which has no module names."""
 
 from __future__ import annotations
 
@@ -25,67 +25,68 @@ KINDS = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a product does, and in which layer; None where it belongs to no layer."""
+class LayerRole:
+    """Role of a linear layer, and the index of its transformer layer; None outside the layers."""
 
     kind: str
     layer: int | None
 
 
-def places(model: ir.Model, selection: Selection) -> dict[str, Place]:
-    """The place of every quantised product, by node name, in a sorted graph.
+def roles_of(model: ir.Model, selection: Selection) -> dict[str, LayerRole]:
+    """Return the role of every quantised linear layer, by node name, in a sorted graph.
 
-    A product is known by its nearest products up and down the data. Into the attention core go q, k and v; out of it
-    comes the input of the attention's own output product; attention is cross-attention when an operand of its core
-    does not depend on the latent. The rest of the text path depends on no latent. A feed-forward's second product has
-    one product above it, its first: every other one reads the residual stream, which many have written to.
+    The role follows from the nearest MatMul and Gemm nodes upstream and downstream. q, k and v feed the attention core;
+    the attention's output layer reads it. Attention is cross-attention if an operand of its core does not depend on the
+    latent. The other layers that do not depend on the latent are the text path. The second layer of a feed-forward has
+    one GEMM upstream, the first; all others read the residual stream, which many write to.
     """
-    by_name = {str(node.name): node for node in model.graph}
-    products = [by_name[product.node] for product in selection.quantized]
-    finder = _Finder(model, frozenset(products))
-    kinds = {node: finder.kind(node) for node in products}
+    nodes = {str(node.name): node for node in model.graph}
+    linears = [nodes[linear.node] for linear in selection.quantized]
+    finder = _Finder(model, frozenset(linears))
+    kinds = {node: finder.kind(node) for node in linears}
     ends = {node for node, kind in kinds.items() if kind == "feed-forward out"}
-    found = {}
+    roles = {}
     for node, kind in kinds.items():
         inside = kind.startswith(("self", "cross", "feed"))
         readers = finder.cores_below(node) or [node]
         layer = len(query.ancestors(value for reader in readers for value in reader.inputs) & ends)
-        found[str(node.name)] = Place(kind, layer if inside else None)
-    return found
+        roles[str(node.name)] = LayerRole(kind, layer if inside else None)
+    return roles
 
 
 class _Finder:
-    """The relations between the products of one graph."""
+    """Relations between the GEMM nodes of one graph."""
 
     def __init__(self, model: ir.Model, quantised: frozenset[ir.Node]) -> None:
-        self._behind = query.graph_inputs_behind(model)
+        self._dependencies = query.input_dependencies(model)
         self._quantised = quantised
 
     def kind(self, node: ir.Node) -> str:
-        above = {one for one in query.ancestors(node.inputs[:1], stop=_stops) if one.op_type in query.PRODUCTS}
-        sees_latent = LATENT in self._behind[node]
-        fed = self.cores_below(node)
-        if fed and not sees_latent:
+        """Return the role of a linear layer, one of KINDS."""
+        upstream = {gemm for gemm in query.ancestors(node.inputs[:1], stop=_stops) if gemm.op_type in query.GEMM_OPS}
+        sees_latent = LATENT in self._dependencies[node]
+        cores = self.cores_below(node)
+        if cores and not sees_latent:
             return "cross-attention kv"
-        if fed:
-            return "cross-attention q" if self._is_cross(fed) else "self-attention qkv"
-        if above and all(_is_core(one) for one in above):
-            return "cross-attention out" if self._is_cross(above) else "self-attention out"
+        if cores:
+            return "cross-attention q" if self._is_cross(cores) else "self-attention qkv"
+        if upstream and all(_is_core(gemm) for gemm in upstream):
+            return "cross-attention out" if self._is_cross(upstream) else "self-attention out"
         if not sees_latent:
-            return "text out" if above & self._quantised else "text in"
-        return "feed-forward out" if len(above) == 1 else "feed-forward in"
+            return "text out" if upstream & self._quantised else "text in"
+        return "feed-forward out" if len(upstream) == 1 else "feed-forward in"
 
     def cores_below(self, node: ir.Node) -> list[ir.Node]:
-        """The attention products that read what this product gives, with no other product between."""
-        return [one for one in dict.fromkeys(user for user, _ in query.products_below(node)) if _is_core(one)]
+        """Return the attention core GEMMs that read this node's output without another GEMM between."""
+        return [gemm for gemm in dict.fromkeys(user for user, _ in query.gemms_below(node)) if _is_core(gemm)]
 
     def _is_cross(self, cores: Iterable[ir.Node]) -> bool:
         producers = [value.producer() for core in cores for value in core.inputs if value is not None]
-        return any(producer is not None and LATENT not in self._behind[producer] for producer in producers)
+        return any(producer is not None and LATENT not in self._dependencies[producer] for producer in producers)
 
 
 def _stops(node: ir.Node) -> bool:
-    return node.op_type in query.PRODUCTS or query.gives_sizes(node)
+    return node.op_type in query.GEMM_OPS or query.gives_sizes(node)
 
 
 def _is_core(node: ir.Node) -> bool:

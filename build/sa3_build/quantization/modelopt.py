@@ -1,4 +1,4 @@
-"""ModelOpt's FP8 PTQ, called so that everything but the Q/DQ pairs stays as it was. The only module that imports it."""
+"""ModelOpt's FP8 PTQ, restricted to inserting Q/DQ pairs. This is the only module that imports ModelOpt."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sa3_trt_core.console import Progress
 
 
 def scratch_folder(work: Path) -> Path:
-    """An empty folder for ModelOpt: in the working folder, else in the system's temporary one.
+    """Return an empty folder for ModelOpt: in the working folder, else in the system's temporary folder.
 
-    ModelOpt makes its file names by replacing ".onnx" everywhere in a path, so no folder above may have it in its name.
+    ModelOpt derives file names by replacing ".onnx" everywhere in a path, so no parent folder may contain it.
     """
     scratch = work / "modelopt"
     if ".onnx" in str(scratch):
@@ -32,10 +32,10 @@ def scratch_folder(work: Path) -> Path:
 
 
 def quantize_fp8(source: Path, output: Path, selection: Selection, calibration: CalibrationSet) -> None:
-    """ModelOpt FP8 PTQ with `max` over every calibration row; `source` must be a private copy, for it is written to.
+    """Run ModelOpt's FP8 PTQ with `max` calibration over every row; `source` is modified and must be a private copy.
 
-    `output` must be absolute and must not exist, nor its `_data`: ModelOpt appends to what it finds. `fp32` as the high
-    precision type is what keeps the islands: its default lowers them all.
+    `output` must be absolute and must not exist, nor its `_data`: ModelOpt appends to existing files. `fp32` as high
+    precision type preserves the fp32 islands, which the default would lower.
     """
     from modelopt.onnx.quantization import quantize
 
@@ -59,7 +59,7 @@ def quantize_fp8(source: Path, output: Path, selection: Selection, calibration: 
 
 
 class _RowReader:
-    """What ModelOpt asks of a calibration reader: rows one at a time, from the start again, and the first one."""
+    """Calibration reader with ModelOpt's interface: rows one at a time, rewind, and the first row."""
 
     def __init__(self, calibration: CalibrationSet) -> None:
         self._calibration = calibration
@@ -81,7 +81,7 @@ class _RowReader:
 
 @contextlib.contextmanager
 def _quiet_modelopt() -> Iterator[None]:
-    """ModelOpt and its helpers print their steps on stdout; keep stdout for results and let errors through."""
+    """Suppress what ModelOpt and its dependencies print on stdout and below level error; exceptions pass."""
     before = os.environ.get("POLYGRAPHY_LOG_VERBOSITY")
     os.environ["POLYGRAPHY_LOG_VERBOSITY"] = "error"
     root = logging.getLogger("modelopt")

@@ -1,4 +1,4 @@
-"""Write the clean graph with a Q/DQ pair on both sides of every selected product: by ModelOpt, or by our own pass."""
+"""Insert a Q/DQ pair on both inputs of every selected linear layer, by ModelOpt or by this project's pass."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from sa3_build.quantization.workspace import Workspace
 
 
 def place(build: Workspace) -> Mapping[str, Any]:
-    """Write the graph with its pairs, their scales not yet ours; returns how many products and which share."""
+    """Write the graph with Q/DQ pairs whose scales are not final; return the number of layers and their FP8 share."""
     selection = build.selection
     if build.settings.ptq == "modelopt":
         _by_modelopt(build)
     else:
         model = graph_io.load(build.clean)
-        run_passes(model, [InsertQuantizers({product.node: product.channel_axis for product in selection.quantized})])
+        run_passes(model, [InsertQuantizers({linear.node: linear.channel_axis for linear in selection.quantized})])
         graph_io.save_linked(model, build.quantized)
-    return {"quantised products": len(selection.quantized), "fp8 share of token products": selection.fp8_share}
+    return {"quantized_linears": len(selection.quantized), "fp8_share_of_token_macs": selection.fp8_share}
 
 
 def _by_modelopt(build: Workspace) -> None:
     scratch = modelopt.scratch_folder(build.folder)
-    private, written = scratch / "source.onnx", scratch / "quantized.onnx"
-    graph_io.save(graph_io.load(build.clean), private)
-    modelopt.quantize_fp8(private, written, build.selection, build.calibration)
+    private_copy, written = scratch / "source.onnx", scratch / "quantized.onnx"
+    graph_io.save(graph_io.load(build.clean), private_copy)
+    modelopt.quantize_fp8(private_copy, written, build.selection, build.calibration)
     model = graph_io.load(written)
     graph_io.drop_exporter_notes(model)
     model.graph.sort()

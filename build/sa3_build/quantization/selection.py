@@ -1,7 +1,11 @@
-"""FP8 post-training quantization of a clean FP16-mixed DiT: which products, which scales, and ModelOpt in between.
+"""Selection of the linear layers that are quantised to FP8, by structure.
 
-ModelOpt places the Q/DQ pairs (its `max` calibration over every row); the scales it stores are then replaced by ours,
-because it leaves a fixed headroom of 12.4x and calibrates nothing per sigma.
+A DiT spends almost all of its time in the linear layers (MatMul or Gemm with a constant weight) of its trunk: attention
+projections and feed-forwards. These run in FP8: activation and weight are rounded to E4M3 codes with a scale each
+(e4m3.py, scales.py), which halves the weights and doubles the throughput of the matrix units. Layers whose errors reach
+the output unattenuated, or whose input range does not fit one scale per tensor, stay in 16 bits or fp32 (see
+select_linears). Layers are identified by the graph inputs that they depend on, because graphs of other exporters have
+other names.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.fp32_islands import LATENT, SCALAR_INPUTS
 from sa3_build.graph.quantizers import dequantizers, stored_weight
 
-KEPT = "kept: target cosine"  # why a product that could be quantised is not
+KEPT = "kept: target cosine"  # exclusion reason of a layer that could be quantised
 
 
 @dataclass(frozen=True)
-class Product:
-    """One weighted product of the graph: node, weight and activation by name, K and N.
+class Linear:
+    """One linear layer (MatMul or Gemm with a weight): node, weight and activation by name, K and N.
 
-    `channel_axis` is the weight's axis of output channels, None when the whole weight has one scale.
+    `channel_axis` is the weight's axis of output channels, None if the whole weight has one scale.
     """
 
     node: str
@@ -37,74 +41,80 @@ class Product:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which products are quantised, and why each other one is not."""
+    """The linear layers that are quantised, and for each other one the reason why it is not.
 
-    quantized: tuple[Product, ...]
+    `token_macs_elsewhere` counts the multiply-adds per token of layers that are not quantised.
+    """
+
+    quantized: tuple[Linear, ...]
     excluded: dict[str, str]
     token_macs_elsewhere: int
 
     @property
     def activations(self) -> tuple[str, ...]:
-        """The distinct activations to scale, in graph order; products that share an input share a scale."""
-        return tuple(dict.fromkeys(product.activation for product in self.quantized))
+        """Distinct activations to scale, in graph order; layers that share an input share a scale."""
+        return tuple(dict.fromkeys(linear.activation for linear in self.quantized))
 
     @property
     def fp8_share(self) -> float:
-        """Share of the weighted multiply-adds of one token that run in FP8 (the front end runs once a row)."""
-        fp8 = sum(product.k * product.n for product in self.quantized)
+        """Share of a token's multiply-adds in linear layers that run in FP8.
+
+        The front end runs once per row and is not counted.
+        """
+        fp8 = sum(linear.k * linear.n for linear in self.quantized)
         return fp8 / (fp8 + self.token_macs_elsewhere)
 
 
 def fp8_share(model: ir.Model) -> float:
-    """The same share, counted in a quantised graph."""
+    """Return the share of a token's multiply-adds that run in FP8, counted in a quantised graph."""
     model.graph.sort()
-    behind = query.graph_inputs_behind(model)
-    fp8 = everything = 0
+    dependencies = query.input_dependencies(model)
+    fp8 = total = 0
     for node in model.graph:
         weight = stored_weight(node)
-        if weight is not None and not behind[node] <= SCALAR_INPUTS:
+        if weight is not None and not dependencies[node] <= SCALAR_INPUTS:
             macs = int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
-            everything += macs
+            total += macs
             fp8 += macs if all(dequantizers(node)) else 0
-    return fp8 / everything if everything else 0.0
+    return fp8 / total if total else 0.0
 
 
-def select_products(model: ir.Model) -> Selection:
-    """Choose the GEMM trunk by structure: what each product depends on, never what it is called.
+def select_linears(model: ir.Model) -> Selection:
+    """Return the trunk's linear layers, selected by the inputs that each depends on, not by name.
 
-    Stay out: products of two activations (the attention core), the front end (only t and seconds_total behind it: a row
-    a batch entry, and near sigma = 1 its features need fp32), the local embedding (its 0/1 mask has no FP8 scale
-    when calibration holds no in-painting), and the first and last product: they are a thousandth of the work, all of
-    the latent passes through the one and the other's rounding is the velocity's own (two thirds of all FP8 error on
-    trained weights, NOTES).
+    Excluded are: products of two activations (the attention core); the front end (depends only on t and seconds_total,
+    runs once per batch entry, and its features near sigma = 1 need fp32); the local embedding (its 0/1 mask has no FP8
+    scale if calibration contains no in-painting); and the first and last layer. These two are a thousandth of the work.
+    All of the latent passes through the first, and the rounding error of the last is added to the velocity directly
+    (two thirds of all FP8 error on trained weights, build/NOTES.md).
     """
-    behind = query.graph_inputs_behind(model)
-    last = _last_products(model)
+    dependencies = query.input_dependencies(model)
+    last = _last_gemms(model)
     quantized, excluded, elsewhere = [], {}, 0
     for node in model.graph:
-        if node.op_type not in query.PRODUCTS:
+        if node.op_type not in query.GEMM_OPS:
             continue
         weight = query.weight_of(node)
         if weight is None:
-            _require_two_activations(node, behind)
+            _require_two_activations(node, dependencies)
             excluded[str(node.name)] = "attention core: no weight"
-        elif behind[node] <= SCALAR_INPUTS:
+        elif dependencies[node] <= SCALAR_INPUTS:
             excluded[str(node.name)] = "front end: timestep and duration embedding"
-        elif behind[node] == {"local_add_cond"}:
+        elif dependencies[node] == {"local_add_cond"}:
             excluded[str(node.name)] = "local embedding"
             elsewhere += int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
-        elif behind[node] == {LATENT} or node in last:
+        elif dependencies[node] == {LATENT} or node in last:
             excluded[str(node.name)] = "velocity out" if node in last else "latent in"
             elsewhere += int(np.prod(weight.shape.numpy())) if weight.shape is not None else 0
         else:
-            quantized.append(product_of(node, weight))
+            quantized.append(linear_of(node, weight))
     if not quantized:
-        raise GraphNotRecognised("no weighted product of the trunk was found")
+        raise GraphNotRecognised("no linear layer of the trunk")
     return Selection(tuple(quantized), excluded, elsewhere)
 
 
-def product_of(node: ir.Node, weight: ir.Value, per_channel: bool = True) -> Product:
-    """A weighted product as a selection names it."""
+def linear_of(node: ir.Node, weight: ir.Value, per_channel: bool = True) -> Linear:
+    """Return the record of a linear layer."""
     k, n = weight.shape.numpy() if weight.shape is not None else (0, 0)
     transposed = bool(node.attributes.get_int("transB", 0))
     if transposed:
@@ -112,54 +122,54 @@ def product_of(node: ir.Node, weight: ir.Value, per_channel: bool = True) -> Pro
     axis = (0 if transposed else 1) if per_channel else None
     activation = node.inputs[0]
     assert activation is not None
-    return Product(str(node.name), str(weight.name), str(activation.name), k, n, axis)
+    return Linear(str(node.name), str(weight.name), str(activation.name), k, n, axis)
 
 
 def keep(selection: Selection, nodes: Collection[str]) -> Selection:
-    """A selection with some of its products left in 16 bits, because a target cosine asks for it."""
-    kept = [product for product in selection.quantized if product.node in nodes]
-    quantized = tuple(product for product in selection.quantized if product.node not in nodes)
-    excluded = {**selection.excluded, **dict.fromkeys((product.node for product in kept), KEPT)}
-    return Selection(quantized, excluded, selection.token_macs_elsewhere + sum(one.k * one.n for one in kept))
+    """Return a selection with the layers `nodes` left in 16 bits, for a target cosine."""
+    kept = [linear for linear in selection.quantized if linear.node in nodes]
+    quantized = tuple(linear for linear in selection.quantized if linear.node not in nodes)
+    excluded = {**selection.excluded, **dict.fromkeys((linear.node for linear in kept), KEPT)}
+    return Selection(quantized, excluded, selection.token_macs_elsewhere + sum(linear.k * linear.n for linear in kept))
 
 
-def in_groups(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    """Names in order, as many together as `most` allows of their sizes, and one at least."""
+def in_groups(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Yield names in order, in groups whose sizes sum to at most `limit`, at least one name each."""
     group: list[str] = []
-    held = 0
+    total = 0
     for name, size in sizes.items():
-        if group and held + size > most:
+        if group and total + size > limit:
             yield group
-            group, held = [], 0
+            group, total = [], 0
         group.append(name)
-        held += size
+        total += size
     yield group
 
 
-def columns(measured: Selection, wanted: Selection) -> list[int]:
-    """Where the activations of `wanted` stand among those that `measured` gave amax for."""
-    place = {name: column for column, name in enumerate(measured.activations)}
-    return [place[name] for name in wanted.activations]
+def columns(measured: Selection, selected: Selection) -> list[int]:
+    """Return the indices of the activations of `selected` among those of `measured`."""
+    column_of = {name: index for index, name in enumerate(measured.activations)}
+    return [column_of[name] for name in selected.activations]
 
 
-def _last_products(model: ir.Model) -> set[ir.Node]:
-    """The products that feed no other product of a sorted graph."""
+def _last_gemms(model: ir.Model) -> set[ir.Node]:
+    """Return the MatMul and Gemm nodes without another one downstream, in a sorted graph."""
     feeding: set[ir.Node] = set()
     last = set()
     for node in reversed(model.graph):
         users = {use.node for value in node.outputs for use in value.uses()}
-        if any(user.op_type in query.PRODUCTS or user in feeding for user in users):
+        if any(user.op_type in query.GEMM_OPS or user in feeding for user in users):
             feeding.add(node)
-        elif node.op_type in query.PRODUCTS:
+        elif node.op_type in query.GEMM_OPS:
             last.add(node)
     return last
 
 
-def _require_two_activations(node: ir.Node, behind: Mapping[ir.Node, frozenset[str]]) -> None:
-    """A product without a weight that we see must not have one all the same, or it would stay in 16 bits unnoticed."""
+def _require_two_activations(node: ir.Node, dependencies: Mapping[ir.Node, frozenset[str]]) -> None:
+    """Raise GraphNotRecognised if an operand is computed from constants: such a weight would stay in 16 bits."""
     for value in node.inputs[:2]:
         producer = value.producer() if value is not None else None
-        fixed = not behind[producer] if producer is not None else value is not None and value.is_initializer()
-        if fixed and value is not None:
-            made_by = described(producer) if producer is not None else f"initializer {value.name}"
-            raise GraphNotRecognised(f"{described(node)} takes a weight from where none is known: {made_by}")
+        constant = not dependencies[producer] if producer is not None else value is not None and value.is_initializer()
+        if constant and value is not None:
+            origin = described(producer) if producer is not None else f"initializer {value.name}"
+            raise GraphNotRecognised(f"{described(node)} has a computed weight: {origin}")

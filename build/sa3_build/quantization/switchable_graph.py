@@ -1,4 +1,4 @@
-"""A DiT whose quantizers can be switched while a session runs: one session serves every choice of products."""
+"""A DiT graph whose quantizers can be switched at run time: one session evaluates every choice of layers."""
 
 from __future__ import annotations
 
@@ -18,55 +18,55 @@ from sa3_build.passes.insert_qdq import InsertQuantizers
 from sa3_build.quantization import scales, selection as quantization_selection
 from sa3_trt_core.artifacts.calibration_set import Row, tensors
 
-SWITCHES = "quantised"  # the further graph input: int64 (U,), 1 for each unit that shall run in FP8
+SWITCHES = "quantised"  # additional graph input: int64 (U,), 1 for each quantizer group that runs in FP8
 
 
 @dataclass(frozen=True)
-class Unit:
-    """The products that read one activation: they are switched together.
+class QuantizerGroup:
+    """The linear layers that read one activation; they are switched together.
 
-    A quantizer belongs to the activation. If one of its readers stayed in 16 bits, an engine would have to write the
-    activation in both types, which costs what the FP8 of the others saves.
+    The quantizer belongs to the activation. If one of its readers stayed in 16 bits, an engine would have to write the
+    activation in both types, which costs what FP8 saves in the others.
     """
 
     activation: str
-    products: tuple[quantization_selection.Product, ...]
+    linears: tuple[quantization_selection.Linear, ...]
 
     @property
     def macs(self) -> int:
         """Multiply-adds of one token."""
-        return sum(product.k * product.n for product in self.products)
+        return sum(linear.k * linear.n for linear in self.linears)
 
 
-def units_of(selection: quantization_selection.Selection) -> tuple[Unit, ...]:
-    """The units of a selection, in graph order."""
+def groups_of(selection: quantization_selection.Selection) -> tuple[QuantizerGroup, ...]:
+    """Return the groups of a selection, in graph order."""
     return tuple(
-        Unit(name, tuple(product for product in selection.quantized if product.activation == name))
+        QuantizerGroup(name, tuple(linear for linear in selection.quantized if linear.activation == name))
         for name in selection.activations
     )
 
 
 class SwitchableDit:
-    """One session of a clean FP16-mixed DiT in which every unit can be quantised or not, anew at each run."""
+    """One session of a clean FP16-mixed DiT in which every quantizer group can be switched on or off in each run."""
 
     def __init__(
         self, source: Path, selection: quantization_selection.Selection, amax: np.ndarray, headroom: float,
         codes: Mapping[str, Codes] | None = None,
     ) -> None:  # fmt: skip
-        """`amax` is (R, A) as `ptq.measure_amax` gives it; `codes` lie in files below `source`'s folder.
+        """`amax` is (R, A) from `amax.measure_amax`; `codes` are files below `source`'s folder.
 
-        The graph is held in memory only, weights stay on disk.
+        The graph exists in memory only; weights stay on disk.
         """
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
-        self.units = units_of(selection)
+        self.groups = groups_of(selection)
         self._engine = OnnxRuntimeEngine(
             source, switchable(source, selection, amax, headroom, codes or {}), low_memory=True
         )
         self.forwards = 0
 
     def denoised(self, row: Row, quantised: Sequence[bool]) -> np.ndarray:
-        """x - sigma v (1, 256, L) in fp64 of one calibration row, with the named units in FP8."""
+        """Return x - sigma v (1, 256, L) in fp64 of one calibration row, with the groups `quantised` in FP8."""
         import torch
 
         switches = torch.tensor([int(on) for on in quantised], dtype=torch.int64)
@@ -90,50 +90,54 @@ def switchable(
     headroom: float,
     codes: Mapping[str, Codes],
 ) -> bytes:
-    """The graph of a `SwitchableDit`, serialised; its weights are those of `source`'s sidecar.
+    """Return the graph of a `SwitchableDit`, serialised; its weights are those of `source`'s sidecar.
 
-    Each Q/DQ pair moves into the branch of an If, so that a pair which is off costs no rounding and no time. A weight's
-    waits for its unit's activation: a session runs what is ready, and would else hold a copy of every weight.
+    Each Q/DQ pair moves into a branch of an If, so that a pair that is off costs neither rounding nor time. The
+    weight's If depends on its group's activation: a session runs nodes as soon as they are ready, and would otherwise
+    keep a copy of every weight.
     """
     model = graph_io.load(source)
-    run_passes(model, [InsertQuantizers({product.node: product.channel_axis for product in selection.quantized})])
+    run_passes(model, [InsertQuantizers({linear.node: linear.channel_axis for linear in selection.quantized})])
     scales.apply_scales(model, selection, amax, headroom, calibrated=False)
     switches = _input(model, len(selection.activations))
-    by_name = {str(node.name): node for node in model.graph}
+    nodes = {str(node.name): node for node in model.graph}
     first = next(iter(model.graph))
-    for index, unit in enumerate(units_of(selection)):
-        chosen = _switch(model, first, switches, index)
-        pairs = [quantizers.dequantizers(by_name[product.node]) for product in unit.products]
-        activation = _put_in_branch(model, chosen, pairs[0][0], codes, source.parent)  # one for all products of a unit
-        later = _after(model, activation, chosen)
+    for index, group in enumerate(groups_of(selection)):
+        switch = _switch(model, first, switches, index)
+        pairs = [quantizers.dequantizers(nodes[linear.node]) for linear in group.linears]
+        activation = _put_in_branch(model, switch, pairs[0][0], codes, source.parent)  # shared by all layers of a group
+        weight_switch = _after(model, activation, switch)
         for _, weight in pairs:
-            _put_in_branch(model, later, weight, codes, source.parent)
+            _put_in_branch(model, weight_switch, weight, codes, source.parent)
     return graph_io.serialized(model)
 
 
-def _input(model: ir.Model, units: int) -> ir.Value:
-    value = ir.val(SWITCHES, ir.DataType.INT64, [units])
+def _input(model: ir.Model, groups: int) -> ir.Value:
+    value = ir.val(SWITCHES, ir.DataType.INT64, [groups])
     model.graph.inputs.append(value)
     return value
 
 
 def _switch(model: ir.Model, before: ir.Node, switches: ir.Value, index: int) -> ir.Value:
-    """The switch of one unit, as the scalar that an If takes."""
-    place = ir.val(f"unit_{index}", const_value=ir.tensor(np.array(index, np.int64), name=f"unit_{index}"))
-    model.graph.register_initializer(place)
-    number = ir.node("Gather", [switches, place], name=f"unit_{index}_gather")
-    chosen = ir.node("Cast", number.outputs, {"to": int(ir.DataType.BOOL)}, name=f"unit_{index}_chosen")
-    model.graph.insert_before(before, _named([number, chosen]))
-    return chosen.outputs[0]
+    """Return the switch of one group, as the scalar condition of an If."""
+    position = ir.val(f"group_{index}", const_value=ir.tensor(np.array(index, np.int64), name=f"group_{index}"))
+    model.graph.register_initializer(position)
+    number = ir.node("Gather", [switches, position], name=f"group_{index}_gather")
+    switch = ir.node("Cast", number.outputs, {"to": int(ir.DataType.BOOL)}, name=f"group_{index}_chosen")
+    model.graph.insert_before(before, _named([number, switch]))
+    return switch.outputs[0]
 
 
 def _after(model: ir.Model, switched: ir.Node, chosen: ir.Value) -> ir.Value:
-    """The same switch, known only when the activation behind it is: its size is never zero."""
+    """Return the switch with a data dependency on the activation, so that the weight branch is not run early.
+
+    `Size > 0` is always true.
+    """
     size = ir.node("Size", switched.outputs, name=f"{switched.name}_size")
-    there = ir.node("Cast", size.outputs, {"to": int(ir.DataType.BOOL)}, name=f"{switched.name}_there")
-    later = ir.node("And", [chosen, there.outputs[0]], name=f"{switched.name}_later")
-    model.graph.insert_after(switched, _named([size, there, later]))
-    return later.outputs[0]
+    computed = ir.node("Cast", size.outputs, {"to": int(ir.DataType.BOOL)}, name=f"{switched.name}_there")
+    delayed = ir.node("And", [chosen, computed.outputs[0]], name=f"{switched.name}_later")
+    model.graph.insert_after(switched, _named([size, computed, delayed]))
+    return delayed.outputs[0]
 
 
 def _named(nodes: list[ir.Node]) -> list[ir.Node]:
@@ -145,13 +149,13 @@ def _named(nodes: list[ir.Node]) -> list[ir.Node]:
 def _put_in_branch(
     model: ir.Model, chosen: ir.Value, dequantize: ir.Node | None, codes: Mapping[str, Codes], folder: Path
 ) -> ir.Node:
-    """Replace a Q/DQ pair by an If: if chosen then the pair, or the codes of a weight, else the value as it is."""
+    """Replace a Q/DQ pair by an If: `chosen` selects the pair (or a weight's codes) or the unquantised value."""
     assert dequantize is not None
     quantize = dequantize.inputs[0].producer() if dequantize.inputs[0] is not None else None
     assert quantize is not None and quantize.inputs[0] is not None
     source, result = quantize.inputs[0], dequantize.outputs[0]
-    same, switched = ir.node("Identity", [source]), ir.node("If", [chosen])
-    for node, suffix in ((same, "plain"), (switched, "switched")):
+    unquantised, switched = ir.node("Identity", [source]), ir.node("If", [chosen])
+    for node, suffix in ((unquantised, "plain"), (switched, "switched")):
         node.name = f"{result.name}_{suffix}"
         node.outputs[0].name, node.outputs[0].type = f"{node.name}_value", source.type
     model.graph.insert_after(dequantize, switched)
@@ -164,7 +168,7 @@ def _put_in_branch(
         model.graph.register_initializer(stored)
         dequantize.replace_input_with(0, stored)
         pair = [dequantize]
-    for branch, outputs, nodes in (("then", [result], pair), ("else", same.outputs, [same])):
+    for branch, outputs, nodes in (("then", [result], pair), ("else", unquantised.outputs, [unquantised])):
         body = ir.Graph([], outputs, nodes=nodes, name=f"{result.name}_{branch}")
         switched.attributes[f"{branch}_branch"] = ir.AttrGraph(f"{branch}_branch", body)
     return switched

@@ -1,4 +1,4 @@
-"""Inputs, settings and intermediate files of one FP8 build: what every stage of the recipe reads and writes."""
+"""Inputs, settings and intermediate files of one FP8 build, shared by the stages of the recipe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representativ
 
 @dataclass
 class Workspace:
-    """One build of `output` from `source` and `calibration`, and the files between its stages, in `folder`.
+    """One build of `output` from `source` and `calibration`, with the intermediate files in `folder`.
 
-    `clean` is the source sorted, folded and named; `amax` (R, A) that of every candidate's activation in every row;
-    `codes` the folder of the E4M3 codes that GPTQ chose, a file a weight; `quantized` the clean graph with Q/DQ pairs,
-    scales not yet set; `result` the finished graph until it moves to `output`, its sidecar already named like that.
-    `done` holds the results of the finished stages, by name.
+    `clean`: the source sorted, folded and named. `amax`: (R, A) of every candidate's activation in every row. `codes`:
+    the folder of E4M3 codes chosen by GPTQ, one file per weight. `quantized`: the clean graph with Q/DQ pairs whose
+    scales are not final. `result`: the finished graph until it is moved to `output`; its sidecar already has the final
+    name. `done`: the results of finished stages, by name.
     """
 
     folder: Path
@@ -38,23 +38,23 @@ class Workspace:
 
     @cached_property
     def candidates(self) -> quantization_selection.Selection:
-        """The products that can be quantised."""
+        """The linear layers that can be quantised."""
         chosen_by = reference_recipe if self.settings.recipe == "reference" else quantization_selection
-        return chosen_by.select_products(graph_io.load(self.clean))
+        return chosen_by.select_linears(graph_io.load(self.clean))
 
     @cached_property
     def selection(self) -> quantization_selection.Selection:
-        """The products that are quantised: the candidates without those that the search keeps in 16 bits."""
+        """The layers that are quantised: the candidates without those that the search keeps in 16 bits."""
         kept = self.done["sensitivity"]["kept"] if self.settings.target_cosine is not None else ()
         return quantization_selection.keep(self.candidates, kept)
 
     @cached_property
     def rows(self) -> CalibrationSet:
-        """The rows that scales are measured on."""
+        """The calibration rows that scales are measured on."""
         whole = self.calibration
         return reference_recipe.rows_of(whole) if self.settings.recipe == "reference" else whole
 
     @cached_property
     def parity_rows(self) -> CalibrationSet:
-        """The rows that source and result are compared on."""
+        """The calibration rows on which source and result are compared."""
         return representative(self.calibration, self.settings.parity_rows)

@@ -1,4 +1,4 @@
-"""The FP16-mixed recipe: convert, check the ONNX, compare with the fp32 graph, and only then put it in place."""
+"""FP16-mixed recipe: convert an fp32 DiT, check the ONNX, compare it with the source, then move it into place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sa3_build.graph.check_row_files import write_check_rows
 from sa3_build.graph.errors import GraphNotRecognised, described, naming
 from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes.base import PassResult, run_passes
-from sa3_build.passes.canonicalize import adopt
+from sa3_build.passes.canonicalize import canonicalize
 from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.fp16_mixed import MixPrecision
 from sa3_build.passes.null_row import has_null_row
@@ -29,27 +29,26 @@ from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import GateError, ToolError
 
 SHAPED = Shaping()
-GIVE_SINGLE = "give it to build/build_dit_fp8.py as it is, or give the fp32 dit.onnx here"
+HINT = "pass it to build/build_dit_fp8.py without this step, or give the fp32 dit.onnx"
 
 
 @dataclass(frozen=True)
-class Half:
-    """What a conversion did."""
+class MixedResult:
+    """Result of a conversion: counts, the rewrites applied, worst denoised cosine, bytes written."""
 
     counts: dict[str, int]
-    shape: tuple[PassResult, ...]
+    rewrites: tuple[PassResult, ...]
     worst: float
     bytes: int
 
 
-def build_half(
+def build_fp16_mixed(
     source: Path, output: Path, min_cosine: float, free_batch: bool = True, shaping: Shaping = SHAPED
-) -> Half | None:
-    """Write the FP16-mixed twin of an fp32 DiT; None when the one that is there is current.
+) -> MixedResult | None:
+    """Write the FP16-mixed version of an fp32 DiT; return None if the existing one is current.
 
-    A batch axis fixed at 1 is freed unless `free_batch` says no; `shaping` says which parts are rewritten.
-
-    Raises ToolError for a graph that is no fp32 DiT, GateError when the result is too far from it.
+    `free_batch` makes a batch axis that is fixed at 1 dynamic; `shaping` selects the graph rewrites. Raises ToolError
+    for a graph that is not an fp32 DiT, GateError when the result differs too much from it.
     """
     model = graph_io.load(source)
     contract.require_contract(model, "dit", source)
@@ -62,12 +61,12 @@ def build_half(
 
 def _convert(
     model: ir.Model, source: Path, draft: Draft, min_cosine: float, free_batch: bool, shaping: Shaping
-) -> Half:
-    """Convert, check, compare with the source, and only then put graph and manifest in place."""
+) -> MixedResult:
+    """Convert, check and compare with the source, then move graph and manifest into place."""
     output = draft.output
     with naming(source):
-        _require_single(model)
-        adopted = adopt(model, free_batch)
+        _require_fp32(model)
+        canonical = canonicalize(model, free_batch)
         results = run_passes(model, [FoldWeights(), *passes_of(shaping), MixPrecision(find_dit_islands)])
     graph_io.drop_exporter_notes(model)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -82,32 +81,32 @@ def _convert(
             reference = verification_parity.denoise_rows(engine, check_rows())
         with OnnxRuntimeEngine(trial, low_memory=True) as engine:
             candidate = verification_parity.denoise_rows(engine, check_rows())
-        if adopted.foreign and free_batch:
+        if canonical.foreign and free_batch:
             require_rows_alike(trial)
         parity = verification_parity.parity_by_sigma(reference, candidate)
         worst = min(p.worst_cosine for p in parity)
         if not worst >= min_cosine:
             raise GateError(
-                f"worst denoised cosine {worst:.8f} is under {min_cosine:g}; nothing was written",
+                f"worst denoised cosine {worst:.8f} (required >= {min_cosine:g}); nothing was written",
                 "a weight may not fit 16 bits; build the fp32 engine instead, or lower --min-cosine if you know why",
             )
         gates = {
-            "worst denoised cosine": worst,
+            "worst_denoised_cosine": worst,
             "parity": [asdict(p) for p in parity],
-            "null row": has_null_row(model),
-            "shape": [{"pass": one.name, "counts": one.counts, "notes": list(one.notes)} for one in results[1:-1]],
+            "null_row": has_null_row(model),
+            "rewrites": [{"pass": r.name, "counts": r.counts, "notes": list(r.notes)} for r in results[1:-1]],
         }
         written = graph_io.move(trial, output)
         written.append(write_check_rows(output, "dit", "fp16mixed"))
         draft.finish(written, gates)
-    return Half(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))
+    return MixedResult(results[-1].counts, tuple(results[1:-1]), worst, sum(file.stat().st_size for file in written))
 
 
-def _require_single(model: ir.Model) -> None:
-    """Raise GraphNotRecognised for a graph that is FP16-mixed, or quantised, already."""
+def _require_fp32(model: ir.Model) -> None:
+    """Raise GraphNotRecognised for a graph that is already FP16-mixed or quantised."""
     for node in model.graph:
         if node.op_type in graph_proof.QDQ:
-            raise GraphNotRecognised(f"{described(node)} quantises: it is an FP8 graph", GIVE_SINGLE)
+            raise GraphNotRecognised(f"{described(node)}: the graph is already FP8", HINT)
     short = [name for name, value in model.graph.initializers.items() if value.dtype == ir.DataType.FLOAT16]
     if short:
-        raise GraphNotRecognised(f"it is FP16-mixed already: {short[0]} is fp16", GIVE_SINGLE)
+        raise GraphNotRecognised(f"the graph is already FP16-mixed: {short[0]} is fp16", HINT)

@@ -1,7 +1,19 @@
-"""The FP8 recipe: ordered stages from a FP16-mixed DiT and a calibration set to dit_fp8.onnx, its proof and its report.
+"""FP8 recipe: ordered stages from an FP16-mixed DiT and a calibration set to dit_fp8.onnx, its proof and its report.
 
-Each stage leaves its result in a working folder beside the output; a killed run goes on at the stage it was in. The
-finished graph, the report and then the manifest appear only when every proof holds.
+A linear layer y = x W of the trunk is computed on 8-bit codes:
+    x ~ s_x * code_x (one scale per tensor),   W ~ s_W * code_W (one scale per output channel)
+    y ~ (code_x @ code_W) * s_x * s_W
+The codes are E4M3 floats (e4m3.py), so that the matrix units run at twice the fp16 rate and weights take half the
+memory. s_W is known from the weights. s_x is a constant of the graph and comes from calibration: the amax of each
+activation over recorded inputs of the DiT at every noise level (amax.py, scales.py). GPTQ chooses W's codes such that
+rounding errors compensate each other (gptq.py). Norms, rotary angles, timestep features and the attention core keep 16
+or 32 bits (selection.py, fp32_islands.py). In the graph all this is written as QuantizeLinear/DequantizeLinear pairs,
+which TensorRT fuses into FP8 kernels.
+
+The stages are: clean (canonical graph), amax, rounding (GPTQ), sensitivity (layers to keep in 16 bits for a target
+cosine), quantize (insert Q/DQ), scales (set scales, store codes, prove), shares, parity, rollouts and check rows. Each
+writes its result to a working folder beside the output; a killed run resumes at its unfinished stage. The finished
+graph, the report and then the manifest are written only if every proof holds.
 """
 
 from __future__ import annotations
@@ -27,11 +39,11 @@ from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_validation.cases import starts_of
 
 REPORT_SUFFIX = ".report.json"
-REPORT_FORMAT = 1
+REPORT_FORMAT = 2  # 2: snake_case keys
 
 
 def stages_of(work: Workspace) -> list[Stage]:
-    """The stages of one build, in order: what each reads and leaves, and the function that does it."""
+    """Return the stages of one build in order: the files that each reads and writes, and its function."""
 
     def stage(name: str, needs: list[Path], leaves: list[Path], run: Callable[[Workspace], Mapping[str, Any]]) -> Stage:
         return Stage(name, tuple(needs), tuple(leaves), partial(run, work))
@@ -50,7 +62,7 @@ def stages_of(work: Workspace) -> list[Stage]:
         stage("shares", [clean, result], [], activation_ranges.shares),
         stage("parity", [clean, result], [], parity.require_parity),
         *([rolls] if settings.rollouts else []),
-        stage("check rows", [result], [check_path(result)], write_check_rows),
+        stage("check_rows", [result], [check_path(result)], write_check_rows),
     ]
 
 
@@ -60,49 +72,52 @@ def write_check_rows(work: Workspace) -> Mapping[str, Any]:
 
 
 def report_path(artefact: Path) -> Path:
-    """Where the report of an artefact lies."""
+    """Return the path of an artefact's report."""
     return artefact.with_name(artefact.name + REPORT_SUFFIX)
 
 
 def input_digests(source: Path, calibration: Path) -> dict[str, str]:
-    """sha256 of everything the recipe reads, by file name."""
+    """Return the sha256 of every file that the recipe reads, by file name."""
     return {file.name: files.sha256_of(file) for file in (*graph_io.files_of(source), calibration)}
 
 
 class Fp8Recipe:
-    """One build of `output`. `run` does it; everything before is checks that write nothing.
+    """One build of `output`. The constructor checks and writes nothing; `run` builds.
 
-    What lies between the stages is in a hidden folder in `work` (default: beside the output), which is removed at the
-    end unless `keep`. Raises ToolError for inputs that are not a FP16-mixed DiT or not a calibration set, or when the
-    disk is too small; GateError when a proof or the parity gate fails.
+    Intermediate files are in a hidden folder in `work` (default: beside the output), which is removed at the end unless
+    `keep`. Raises ToolError for inputs that are not an FP16-mixed DiT or not a calibration set, or when the disk is too
+    small; GateError when a proof or the parity check fails.
     """
 
     def __init__(
         self, source: Path, calibration: Path, output: Path, settings: Settings, work: Path | None = None,
         keep: bool = False, same_as: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        """`same_as` names inserters whose result is as good: they make the same pairs and scales."""
+        """Check the inputs; `same_as` names inserters whose result is equivalent: same pairs and scales."""
         self.settings, self._keep = settings, keep
         self._also = [asdict(replace(settings, ptq=ptq)) for ptq in same_as]
         model = graph_io.load(source)
         contract.require_contract(model, "dit", source)
-        fp8_inputs.require_half(model, source, settings.free_batch, settings.shaping)
+        fp8_inputs.require_fp16_mixed(model, source, settings.free_batch, settings.shaping)
         self.needs = fp8_inputs.needs_of(model, source, settings)
         rows = CalibrationSet.open(calibration)
         self._ranges = rows.check_values()
         if settings.rollouts:
-            starts_of(rows)  # refused now and not after hours
+            starts_of(rows)  # raises now instead of after hours
         files.require_writable(output, "graph")
         self.work = ((work or output.parent) / f".{output.stem}.partial").resolve()
         files.require_writable(self.work / "stages.json", "--work-dir")
         self.inputs = input_digests(source, calibration)
-        note = {"inputs": self.inputs, "settings": asdict(settings), "tools": manifest.tool_versions(manifest.TOOLS)}
+        note = {
+            "format": REPORT_FORMAT, "inputs": self.inputs, "settings": asdict(settings),
+            "tools": manifest.tool_versions(manifest.TOOLS),
+        }  # fmt: skip
         self._folder = WorkingFolder(self.work, note)
         self._space = Workspace(self.work, source, output, rows, settings)
 
     @property
     def plan(self) -> list[tuple[str, str]]:
-        """Each stage and what it leaves."""
+        """Each stage and the files that it writes."""
         return [
             (stage.name, ", ".join(str(path.relative_to(self.work)) for path in stage.leaves) or "the report")
             for stage in stages_of(self._space)
@@ -110,12 +125,12 @@ class Fp8Recipe:
 
     @property
     def is_current(self) -> bool:
-        """The artefact is there, whole, and of these inputs and settings."""
-        known = (asdict(self.settings), *self._also)
-        return any(manifest.is_current(self._space.output, self.inputs, one)[0] for one in known)
+        """True if the artefact is complete and was made from these inputs and settings."""
+        accepted = (asdict(self.settings), *self._also)
+        return any(manifest.is_current(self._space.output, self.inputs, candidate)[0] for candidate in accepted)
 
     def run(self, force: bool = False) -> dict[str, Any] | None:
-        """Build; returns the report that lies beside the artefact, or None when the artefact is current."""
+        """Build; return the report that is stored beside the artefact, or None when the artefact is current."""
         settings = asdict(self.settings)
         with build(self._space.output, "dit_fp8", self.inputs, settings, force, also=self._also) as draft:
             if draft is None:
@@ -125,20 +140,20 @@ class Fp8Recipe:
             self._space.done = self._folder.done
             for stage in stages_of(self._space):
                 self._folder.run(stage)
-            finished = self._finish(draft)
+            report = self._finish(draft)
             if not self._keep:
                 self._folder.remove()
-        return finished
+        return report
 
     def _finish(self, draft: Draft) -> dict[str, Any]:
-        """Put the graph, the report and the manifest in place, in that order."""
-        made, output, done = self._space.result, self._space.output, self._folder.done
+        """Move the graph, the report and the manifest into place, in that order."""
+        result_path, output, done = self._space.result, self._space.output, self._folder.done
         output.parent.mkdir(parents=True, exist_ok=True)
-        if self._keep or made.stat().st_dev != output.parent.stat().st_dev:
-            written = graph_io.save(graph_io.load(made), output)
+        if self._keep or result_path.stat().st_dev != output.parent.stat().st_dev:
+            written = graph_io.save(graph_io.load(result_path), output)
         else:
-            written = graph_io.move(made, output)
-        written.append(check_row_files.place_check_rows(check_path(made), output))
+            written = graph_io.move(result_path, output)
+        written.append(check_row_files.place_check_rows(check_path(result_path), output))
         if "sensitivity" in done:
             written.append(pareto.plot(done["sensitivity"]["frontier"], output))
         report = {
@@ -155,8 +170,8 @@ class Fp8Recipe:
         files.write_atomic_text(path, json.dumps(report, indent=2, sort_keys=True) + "\n")
         gates = {
             "proof": "holds",
-            "worst denoised cosine": done["parity"]["worst"],
-            "null row": done["clean"]["null row"],
+            "worst_denoised_cosine": done["parity"]["worst"],
+            "null_row": done["clean"]["null_row"],
         }
         draft.finish([*written, path], gates)
         return report

@@ -1,4 +1,4 @@
-"""The input graph of the FP8 recipe: refused before anything is written, or taken to the form that the stages need."""
+"""Input graph of the FP8 recipe: checks before anything is written, and conversion to the form that the stages need."""
 
 from __future__ import annotations
 
@@ -25,54 +25,56 @@ from sa3_build.verification import graph_checks, graph_proof
 from sa3_trt_core.errors import ToolError
 
 
-def require_half(
+def require_fp16_mixed(
     model: ir.Model, source: Path, free_batch: bool = True, shaping: Shaping = canonicalize.SHAPED
 ) -> None:
-    """Refuse, before anything is written, what is not a FP16-mixed DiT. Raises ToolError naming the file."""
+    """Raise ToolError naming the file, before anything is written, for a graph that is not an FP16-mixed DiT."""
     if any(node.op_type in graph_proof.QDQ for node in model.graph):
-        raise ToolError(f"{source} is quantised already", "give the FP16-mixed DiT it was made from")
+        raise ToolError(f"{source} is already quantised", "give the FP16-mixed DiT that it was made from")
     with naming(source):
-        canonicalize.adopt(model, free_batch)
+        canonicalize.canonicalize(model, free_batch)
         find_dit_islands(model)
-        trunk = {product.weight for product in selection.select_products(model).quantized}
-    wide = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
-    if wide:
+        trunk = {linear.weight for linear in selection.select_linears(model).quantized}
+    fp32_weights = [name for name in sorted(trunk) if model.graph.initializers[name].dtype != ir.DataType.FLOAT16]
+    if fp32_weights:
+        name = fp32_weights[0]
         raise ToolError(
-            f"{source} is not FP16-mixed: weight {wide[0]} is {model.graph.initializers[wide[0]].dtype}",
+            f"{source} is not FP16-mixed: weight {name} is {model.graph.initializers[name].dtype}",
             "make the FP16-mixed DiT first: build/build_dit_fp16mixed.py",
         )
     with naming(source):
-        canonicalize.remix(model, shaping)
+        canonicalize.convert_foreign_fp16(model, shaping)
 
 
 def needs_of(model: ir.Model, source: Path, settings: Settings) -> requirements_check.Estimate:
-    """What quantising an adopted DiT needs of memory and disk."""
+    """Return the memory and disk that quantising a canonicalised DiT requires."""
     run_passes(model, [FoldWeights()])
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    held = [tensor for tensor in tensors.values() if tensor is not None]
-    rewritten = sum(tensor.nbytes for tensor in held if not isinstance(tensor, graph_io.StoredTensor))
-    quantised = [tensors[product.weight] for product in selection.select_products(model).quantized]
+    stored = [tensor for tensor in tensors.values() if tensor is not None]
+    rewritten = sum(tensor.nbytes for tensor in stored if not isinstance(tensor, graph_io.StoredTensor))
+    quantised = [tensors[linear.weight] for linear in selection.select_linears(model).quantized]
     total = sum(file.stat().st_size for file in graph_io.files_of(source))
-    in_fp8 = sum(tensor.nbytes for tensor in quantised if tensor is not None)
-    return requirements_check.estimate(total, in_fp8, rewritten, settings.ptq, settings.weights, settings.rounding)
+    fp8_bytes = sum(tensor.nbytes for tensor in quantised if tensor is not None)
+    return requirements_check.estimate(total, fp8_bytes, rewritten, settings.ptq, settings.weights, settings.rounding)
 
 
 def clean(build: Workspace) -> Mapping[str, Any]:
-    """Write the source sorted, folded, named and mixed as ours; a converted graph is compared with the source.
+    """Write the source sorted, folded, renamed and FP16-mixed by this project's recipe; return a report.
 
-    Raises GraphNotRecognised naming the node, GateError when a conversion changed the network.
+    A converted graph is compared with the source. Raises GraphNotRecognised naming the node, GateError when the
+    conversion changed the network.
     """
     model = graph_io.load(build.source)
-    adopted = canonicalize.adopt(model, build.settings.free_batch)
-    remixed = canonicalize.remix(model, build.settings.shaping)
-    results = [*adopted.results, *remixed, *run_passes(model, [FoldWeights(), RenameNodes()])]
+    canonical = canonicalize.canonicalize(model, build.settings.free_batch)
+    converted = canonicalize.convert_foreign_fp16(model, build.settings.shaping)
+    results = [*canonical.results, *converted, *run_passes(model, [FoldWeights(), RenameNodes()])]
     find_dit_islands(model)
     graph_io.drop_exporter_notes(model)
     graph_io.save_linked(model, build.clean)
-    found: dict[str, Any] = {"passes": [result.as_dict for result in results]}
-    if remixed:
-        found["cosine with the source as it was mixed"] = graph_checks.require_same_network(build.source, build.clean)
-    found["null row"] = has_null_row(model)
-    if adopted.foreign and build.settings.free_batch:
-        found["rows together against one by one"] = graph_checks.require_rows_alike(build.clean)
-    return found
+    report: dict[str, Any] = {"passes": [result.as_dict for result in results]}
+    if converted:
+        report["cosine_with_source"] = graph_checks.require_same_network(build.source, build.clean)
+    report["null_row"] = has_null_row(model)
+    if canonical.foreign and build.settings.free_batch:
+        report["batched_vs_single_rows"] = graph_checks.require_rows_alike(build.clean)
+    return report

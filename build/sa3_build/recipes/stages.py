@@ -1,4 +1,4 @@
-"""Ordered stages in a working folder: a killed run goes on at the stage it was in."""
+"""Ordered stages in a working folder; a killed run resumes at its unfinished stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOTES_FILE = "stages.json"
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: the files that it reads and leaves in the working folder, and the function that does it."""
+    """One step: the files that it reads and writes in the working folder, and its function."""
 
     name: str
     needs: tuple[Path, ...]
@@ -27,14 +27,18 @@ class Stage:
 
 
 class WorkingFolder:
-    """What finished stages left and found, for one `note` (inputs, settings, tools); another note throws it away."""
+    """On-disk checkpoint of a staged build.
+
+    It is discarded when `note` (inputs, settings, tool versions, report format) differs from the one that it was made
+    with.
+    """
 
     def __init__(self, folder: Path, note: Mapping[str, Any]) -> None:
         self.folder, self.note = folder, note
         self.done: dict[str, Any] = {}
 
     def open(self) -> None:
-        """Take over what an interrupted run with the same note left, or begin anew."""
+        """Load the results of an interrupted run with the same note, or start an empty folder."""
         try:
             saved = json.loads((self.folder / NOTES_FILE).read_text())
         except (OSError, ValueError):
@@ -46,18 +50,18 @@ class WorkingFolder:
             self.folder.mkdir(parents=True)
 
     def run(self, stage: Stage) -> None:
-        """Run a stage unless it is done; what it found and its seconds are noted once its files are whole."""
+        """Run a stage unless it is done; its results and seconds are stored once its files are complete."""
         if stage.name in self.done and all(path.exists() for path in stage.leaves):
             return
         for path in stage.needs:
             assert path.exists(), f"stage {stage.name} needs {path.name}"
         started = time.monotonic()
-        found = dict(stage.run())
-        memory.return_memory()
-        found["seconds"] = round(time.monotonic() - started, 2)
-        self.done[stage.name] = found
+        result = dict(stage.run())
+        memory.release_to_os()
+        result["seconds"] = round(time.monotonic() - started, 2)
+        self.done[stage.name] = result
         files.write_atomic_text(self.folder / NOTES_FILE, json.dumps({"note": self.note, "done": self.done}))
 
     def remove(self) -> None:
-        """Nothing is needed of it any more."""
+        """Remove the working folder."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The proof after a build: the FP8 graph is the source graph with Q/DQ pairs where they belong, and nothing else."""
+"""Proof after a build: the FP8 graph equals the source graph except for Q/DQ pairs where they belong."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from sa3_build.quantization.workspace import Workspace
 from sa3_trt_core.errors import GateError
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
-MAX_DEVIATION = 0.25  # relative L2 of a channel: rounding takes 0.03 to 0.1, another weight or scale takes more than 1
-MAX_FAILURES = 20  # lines a check; a broken graph would otherwise print thousands
+MAX_DEVIATION = 0.25  # relative L2 of a channel: rounding causes 0.03 to 0.1, a wrong weight or scale more than 1
+MAX_FAILURES = 20  # printed per check; a broken graph would otherwise print thousands
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim about the result: how many things were looked at, and what contradicts it."""
+    """One claim about the result: the number of items checked, and the contradictions."""
 
     claim: str
-    looked_at: int
+    checked: int
     failures: tuple[str, ...]
 
     @property
     def holds(self) -> bool:
-        """A claim about nothing does not hold: an empty set would pass every graph."""
-        return self.looked_at > 0 and not self.failures
+        """True if there is no contradiction and at least one item: an empty claim would pass every graph."""
+        return self.checked > 0 and not self.failures
 
 
 def finish_graph(build: Workspace) -> Mapping[str, Any]:
-    """Set the scales, store the weights as E4M3 and prove the result before it is written. Raises GateError."""
+    """Set the scales, store the weights as E4M3 and prove the result, then write it. Raises GateError."""
     source, result = graph_io.load(build.clean), graph_io.load(build.quantized)
     selection, codes, settings = build.selection, codes_of(build), build.settings
     amax = np.load(build.amax)[:, quantization_selection.columns(build.candidates, selection)]
@@ -57,20 +57,20 @@ def finish_graph(build: Workspace) -> Mapping[str, Any]:
     if failures:
         raise GateError(
             f"the proof of {build.output.name} failed ({len(failures)} contradictions); nothing was written",
-            f"the intermediate graphs lie in {build.folder}; report this with the lines below",
+            f"intermediate graphs: {build.folder}; report this with the lines below",
             "\n".join(failures),
         )
     graph_io.save(result, build.result)
-    claims = [{"claim": check.claim, "looked at": check.looked_at, "holds": check.holds} for check in checks]
+    claims = [{"claim": check.claim, "checked": check.checked, "holds": check.holds} for check in checks]
     return {**counts, "proof": claims, "excluded": selection.excluded}
 
 
 def prove(
     source: ir.Model, result: ir.Model, selection: Selection, codes: Mapping[str, Codes] | None = None
 ) -> list[Check]:
-    """Compare a quantised graph with the clean graph that it was made from; both sorted, nodes named alike.
+    """Compare a quantised graph with the clean graph that it was made from; both sorted, with equal node names.
 
-    `codes` are those that were chosen for some weights, by name; the others' must be the nearest.
+    `codes` are the codes chosen for some weights, by name; other weights must have the nearest codes.
     """
     return [
         _placement(result, selection),
@@ -83,108 +83,108 @@ def prove(
 
 
 def failures_of(checks: list[Check]) -> list[str]:
-    """Every contradiction, one a line."""
+    """Return every contradiction, one line each."""
     lines = []
     for check in checks:
-        if check.looked_at == 0:
-            lines.append(f"{check.claim}: nothing was found to check")
+        if check.checked == 0:
+            lines.append(f"{check.claim}: nothing to check")
         lines.extend(f"{check.claim}: {failure}" for failure in check.failures[:MAX_FAILURES])
     return lines
 
 
 def _placement(result: ir.Model, selection: Selection) -> Check:
-    wanted = {product.node: product for product in selection.quantized}
-    failures, looked = [], 0
+    expected = {linear.node: linear for linear in selection.quantized}
+    failures, checked = [], 0
     for node in result.graph:
-        if node.op_type not in query.PRODUCTS:
+        if node.op_type not in query.GEMM_OPS:
             continue
-        looked += 1
+        checked += 1
         activation, weight = dequantizers(node)
-        product = wanted.pop(str(node.name), None)
-        if product is None:
+        linear = expected.pop(str(node.name), None)
+        if linear is None:
             if activation is not None or weight is not None:
-                why = selection.excluded.get(str(node.name), "unknown product")
-                failures.append(f"{node.name} is quantised but must not be ({why})")
+                reason = selection.excluded.get(str(node.name), "unknown node")
+                failures.append(f"{node.name} is quantised but must not be ({reason})")
             continue
         if activation is None or weight is None:
             side = "activation" if activation is None else "weight"
             failures.append(f"{node.name} is not quantised on its {side} side")
             continue
         if _scale_size(activation) != 1:
-            failures.append(f"{node.name} has {_scale_size(activation)} activation scales, TensorRT takes one a tensor")
-        if _scale_size(weight) != (1 if product.channel_axis is None else product.n):
-            failures.append(f"{node.name} has {_scale_size(weight)} weight scales for {product.n} output channels")
-    failures += [f"{name} is gone" for name in wanted]
-    return Check("trunk products are quantised on both sides and no other product is", looked, tuple(failures))
+            failures.append(f"{node.name} has {_scale_size(activation)} activation scales (TensorRT: one per tensor)")
+        if _scale_size(weight) != (1 if linear.channel_axis is None else linear.n):
+            failures.append(f"{node.name} has {_scale_size(weight)} weight scales for {linear.n} output channels")
+    failures += [f"{name} is missing" for name in expected]
+    return Check("trunk linears are quantised on both sides and no other GEMM is", checked, tuple(failures))
 
 
 def _elsewhere_untouched(source: ir.Model, result: ir.Model) -> Check:
-    """With every Q/DQ pair bypassed, the result is the source: node by node, attribute by attribute, edge by edge."""
-    theirs = {str(node.name): node for node in result.graph if node.op_type not in QDQ}
-    failures, looked = [], 0
+    """Check that the result without Q/DQ pairs equals the source: nodes, attributes and edges."""
+    result_nodes = {str(node.name): node for node in result.graph if node.op_type not in QDQ}
+    failures, checked = [], 0
     for node in source.graph:
-        looked += 1
-        twin = theirs.pop(str(node.name), None)
-        if twin is None:
-            failures.append(f"{node.name} is gone")
-        elif _signature(twin) != _signature(node):
+        checked += 1
+        result_node = result_nodes.pop(str(node.name), None)
+        if result_node is None:
+            failures.append(f"{node.name} is missing")
+        elif _signature(result_node) != _signature(node):
             failures.append(f"{node.name} has changed")
-    failures += [f"{name} is new" for name in theirs]
-    return Check("everything else is the source graph", looked, tuple(failures))
+    failures += [f"{name} is new" for name in result_nodes]
+    return Check("everything else is the source graph", checked, tuple(failures))
 
 
 def _initializers(source: ir.Model, result: ir.Model, selection: Selection) -> Check:
     quantised = {product.weight for product in selection.quantized}
-    failures, looked = [], 0
+    failures, checked = [], 0
     for name, value in source.graph.initializers.items():
         if name in quantised and f"{name}{SUFFIX}" in result.graph.initializers:
-            continue  # stored as E4M3: the next claim
-        looked += 1
-        twin = result.graph.initializers.get(name)
-        if twin is None or twin.const_value is None or value.const_value is None:
-            failures.append(f"{name} is gone")
+            continue  # stored as E4M3: checked by _stored_weights
+        checked += 1
+        result_value = result.graph.initializers.get(name)
+        if result_value is None or result_value.const_value is None or value.const_value is None:
+            failures.append(f"{name} is missing")
         elif (
-            twin.const_value.dtype != value.const_value.dtype
-            or twin.const_value.tobytes() != value.const_value.tobytes()
+            result_value.const_value.dtype != value.const_value.dtype
+            or result_value.const_value.tobytes() != value.const_value.tobytes()
         ):
             failures.append(f"{name} is not bit-identical")
-    return Check("initializers are bit-identical to the source", looked, tuple(failures))
+    return Check("initializers are bit-identical to the source", checked, tuple(failures))
 
 
 def _stored_weights(source: ir.Model, result: ir.Model, selection: Selection, chosen: Mapping[str, Codes]) -> Check:
-    """A quantised weight is the source weight behind a quantizer, or E4M3 codes of it for the stored scale.
+    """Check that a quantised weight is the source weight with a quantizer, or its E4M3 codes for the stored scale.
 
-    Codes are the nearest ones, or those that were chosen; and then no channel may be far from its source.
+    Codes must be the nearest or the chosen ones; a channel of the latter may not be far from its source.
     """
-    by_name = {str(node.name): node for node in result.graph}
-    failures, looked = [], 0
-    for product in selection.quantized:
-        node = by_name.get(product.node)
+    nodes = {str(node.name): node for node in result.graph}
+    failures, checked = [], 0
+    for linear in selection.quantized:
+        node = nodes.get(linear.node)
         dequantize = dequantizers(node)[1] if node is not None else None
         if dequantize is None:
-            continue  # the first claim says so
-        looked += 1
+            continue  # _placement reports it
+        checked += 1
         stored, scale = dequantize.inputs[0], query.constant_of(dequantize.inputs[1])
-        weight = query.constant_of(source.graph.initializers.get(product.weight))
+        weight = query.constant_of(source.graph.initializers.get(linear.weight))
         if stored is None or weight is None or scale is None:
-            failures.append(f"{product.weight} of {product.node} is gone")
+            failures.append(f"{linear.weight} of {linear.node} is missing")
         elif stored.producer() is None:
             codes = query.constant_of(stored)
             axis = dequantize.attributes.get_int("axis", 1)
-            given = chosen.get(product.weight)
-            wanted = given.read() if given is not None else quantized(weight, scale, axis)
-            what = "the nearest E4M3 of its source" if given is None else "the E4M3 that was chosen for it"
-            if codes is None or codes.shape != wanted.shape or codes.tobytes() != wanted.tobytes():
-                failures.append(f"{product.weight} of {product.node} is not {what}")
-            elif given is not None and not deviation(weight, codes, scale, axis) <= MAX_DEVIATION:
+            chosen_codes = chosen.get(linear.weight)
+            expected = chosen_codes.read() if chosen_codes is not None else quantized(weight, scale, axis)
+            what = "the nearest E4M3 code of its source" if chosen_codes is None else "the E4M3 codes chosen for it"
+            if codes is None or codes.shape != expected.shape or codes.tobytes() != expected.tobytes():
+                failures.append(f"{linear.weight} of {linear.node} is not {what}")
+            elif chosen_codes is not None and not deviation(weight, codes, scale, axis) <= MAX_DEVIATION:
                 failures.append(
-                    f"{product.weight} of {product.node} is further than {MAX_DEVIATION:.0%} from its source"
+                    f"{linear.weight} of {linear.node} differs by more than {MAX_DEVIATION:.0%} from its source"
                 )
-    return Check("quantised weights are the source weights", looked, tuple(failures))
+    return Check("quantised weights are the source weights", checked, tuple(failures))
 
 
 def _islands(source: ir.Model, result: ir.Model) -> Check:
-    """Island nodes are found in the source; in the result none gives 16 bits or reads a quantised value."""
+    """Check that the source's island nodes return no 16-bit values and read no quantised values in the result."""
     typed = {str(v.name): v.dtype for node in source.graph for v in node.outputs}
     names = {str(node.name) for node in find_dit_islands(source).all()}
     failures = []
@@ -192,9 +192,9 @@ def _islands(source: ir.Model, result: ir.Model) -> Check:
         if str(node.name) not in names:
             continue
         for value in node.outputs:
-            found = value.dtype or typed.get(str(value.name))
-            if found is not None and found in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN):
-                failures.append(f"{node.name} gives {found}")
+            value_dtype = value.dtype or typed.get(str(value.name))
+            if value_dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN):
+                failures.append(f"{node.name} returns {value_dtype}")
         for operand in node.inputs:
             producer = operand.producer() if operand is not None else None
             if producer is not None and producer.op_type in QDQ:
@@ -203,11 +203,11 @@ def _islands(source: ir.Model, result: ir.Model) -> Check:
 
 
 def _scales(result: ir.Model) -> Check:
-    failures, looked = [], 0
+    failures, checked = [], 0
     for node in result.graph:
         if node.op_type not in QDQ:
             continue
-        looked += 1
+        checked += 1
         scale = query.constant_of(node.inputs[1])
         if scale is None:
             failures.append(f"{node.name} has a computed scale")
@@ -220,7 +220,7 @@ def _scales(result: ir.Model) -> Check:
             failures.append(f"{node.name} is not E4M3")
         elif any(zero.const_value.tobytes()):
             failures.append(f"{node.name} has a zero point that is not zero")
-    return Check("scales are finite, constant and above the floor", looked, tuple(failures))
+    return Check("scales are finite, constant and above the floor", checked, tuple(failures))
 
 
 def _scale_size(dequantize: ir.Node) -> int:
@@ -243,7 +243,7 @@ def _signature(node: ir.Node) -> tuple[object, ...]:
     attributes = tuple(sorted((name, _plain(attribute)) for name, attribute in node.attributes.items()))
     inputs = tuple(_bypass(value) for value in node.inputs)
     while inputs and not inputs[-1]:
-        inputs = inputs[:-1]  # a trailing absent input may or may not be written
+        inputs = inputs[:-1]  # trailing absent inputs are optional in the file
     return node.domain, node.op_type, attributes, inputs, tuple(str(value.name) for value in node.outputs)
 
 

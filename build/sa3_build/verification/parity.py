@@ -1,4 +1,4 @@
-"""How far one DiT is from another: the denoised latent, per sigma, on calibration rows."""
+"""Compare two DiTs by the denoised latent, per sigma and kind of row, on calibration rows."""
 
 from __future__ import annotations
 
@@ -43,84 +43,84 @@ class KindParity:
 
 
 def require_parity(build: Workspace) -> Mapping[str, Any]:
-    """Compare the result with the clean graph on the parity rows.
+    """Return the parity of the result with the clean graph on the parity rows.
 
-    The clean graph, not the source: what a source of another recipe has wrong is put right in it. Raises GateError when
-    a row's cosine is under the limit of the settings.
+    The reference is the clean graph, not the source: errors of a source of another recipe are corrected in it. Raises
+    GateError when a row's cosine is under the settings' limit.
     """
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
     rows = build.parity_rows
-    sides = []
+    denoised = []
     with Progress("parity with the source graph", 2 * rows.rows) as progress:
         for path in (build.clean, build.result):
             with OnnxRuntimeEngine(path, low_memory=True) as engine:
-                sides.append(denoise_rows(engine, progress.counted(rows)))
-    parity = parity_by_sigma(*sides)
+                denoised.append(denoise_rows(engine, progress.counted(rows)))
+    parity = parity_by_sigma(*denoised)
     worst = min(p.worst_cosine for p in parity)
     limit = max(build.settings.min_cosine, build.settings.target_cosine or 0.0)
     if not worst >= limit:
         raise GateError(
-            f"worst denoised cosine {worst:.6f} is under {limit:g}; nothing was written",
+            f"worst denoised cosine {worst:.6f} (required >= {limit:g}); nothing was written",
             "calibrate on more prompts, or lower the limit if you know why (--min-cosine, --target-cosine)",
             table(PARITY_HEADER, parity_rows(parity)),
         )
-    kinds = parity_by_kind(sides[0], sides[1], rows.kinds())
-    return {"parity": [asdict(p) for p in parity], "by kind": [asdict(p) for p in kinds], "worst": worst}
+    kinds = parity_by_kind(denoised[0], denoised[1], rows.kinds())
+    return {"parity": [asdict(p) for p in parity], "by_kind": [asdict(p) for p in kinds], "worst": worst}
 
 
 def denoise_rows(engine: GraphEngine, rows: Iterable[Mapping[str, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
-    """Sigma and denoised latent x - sigma v (1, 256, L) of every row, through one DiT.
+    """Return sigma and denoised latent x - sigma v (1, 256, L) of every row, through one DiT.
 
-    One engine at a time, so that a comparison never holds two DiTs in memory. The denoised latent is what a ping-pong
-    step keeps; x + dt v is nearly blind at sigma ~ 1, where dt is -0.006.
+    Takes one engine, so that a comparison never has two DiTs in memory. The denoised latent is what a ping-pong step
+    uses; x + dt v is insensitive near sigma = 1, where dt is -0.006.
     """
-    found = []
+    denoised = []
     for row in rows:
         sigma = float(row["t"][0])
-        found.append((sigma, row["x"] - np.float32(sigma) * engine.run(tensors(row))["velocity"].cpu().numpy()))
-    return found
+        denoised.append((sigma, row["x"] - np.float32(sigma) * engine.run(tensors(row))["velocity"].cpu().numpy()))
+    return denoised
 
 
 def parity_by_sigma(
     reference: Sequence[tuple[float, np.ndarray]], candidate: Sequence[tuple[float, np.ndarray]]
 ) -> list[SigmaParity]:
     """Compare the denoised latents of two DiTs on the same rows, highest sigma first."""
-    found: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    by_sigma: dict[float, list[tuple[float, float]]] = defaultdict(list)
     for (sigma, _), pair in zip(reference, _pairs(reference, candidate), strict=True):
-        found[round(sigma, 6)].append(pair)
-    return [SigmaParity(sigma, len(pairs), *_put_together(pairs)) for sigma, pairs in sorted(found.items())[::-1]]
+        by_sigma[round(sigma, 6)].append(pair)
+    return [SigmaParity(sigma, len(pairs), *_put_together(pairs)) for sigma, pairs in sorted(by_sigma.items())[::-1]]
 
 
 def parity_by_kind(
     reference: Sequence[tuple[float, np.ndarray]], candidate: Sequence[tuple[float, np.ndarray]], kinds: Sequence[str]
 ) -> list[KindParity]:
-    """The same by the kind of row, in the order of `KINDS`; `kinds` is that of every row."""
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    """Compare the denoised latents by the kind of row, in the order of `KINDS`; `kinds` has one entry per row."""
+    by_kind: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for kind, pair in zip(kinds, _pairs(reference, candidate), strict=True):
-        found[kind].append(pair)
-    return [KindParity(kind, len(found[kind]), *_put_together(found[kind])) for kind in KINDS if kind in found]
+        by_kind[kind].append(pair)
+    return [KindParity(kind, len(by_kind[kind]), *_put_together(by_kind[kind])) for kind in KINDS if kind in by_kind]
 
 
 def _pairs(
     reference: Sequence[tuple[float, np.ndarray]], candidate: Sequence[tuple[float, np.ndarray]]
 ) -> list[tuple[float, float]]:
-    """Cosine and relative L2 of every row."""
-    found = []
-    for (sigma, first), (other, second) in zip(reference, candidate, strict=True):
-        assert sigma == other, "the two DiTs were run on different rows"
-        wide = first.astype(np.float64), second.astype(np.float64)
-        found.append((cosine(*wide), relative(*wide)))
-    return found
+    """Return cosine and relative L2 of every row."""
+    pairs = []
+    for (sigma, first), (candidate_sigma, second) in zip(reference, candidate, strict=True):
+        assert sigma == candidate_sigma, "the two DiTs were run on different rows"
+        as_fp64 = first.astype(np.float64), second.astype(np.float64)
+        pairs.append((cosine(*as_fp64), relative(*as_fp64)))
+    return pairs
 
 
 def _put_together(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Worst and mean cosine, worst relative L2."""
+    """Return worst and mean cosine, and worst relative L2."""
     return min(c for c, _ in pairs), float(np.mean([c for c, _ in pairs])), max(r for _, r in pairs)
 
 
 def parity_rows(parity: Sequence[SigmaParity | KindParity]) -> list[list[str]]:
-    """Table cells: sigma or kind, rows, worst and mean cosine, worst relative L2."""
+    """Return the table cells: sigma or kind, rows, worst and mean cosine, worst relative L2."""
     return [
         [
             p.kind if isinstance(p, KindParity) else f"{p.sigma:.4f}", str(p.rows), f"{p.worst_cosine:.6f}",
@@ -131,4 +131,4 @@ def parity_rows(parity: Sequence[SigmaParity | KindParity]) -> list[list[str]]:
 
 
 PARITY_HEADER = ("sigma", "rows", "worst cosine", "mean cosine", "worst rel L2")
-KIND_HEADER = ("rows are", *PARITY_HEADER[1:])
+KIND_HEADER = ("kind of row", *PARITY_HEADER[1:])

@@ -14,7 +14,7 @@ CHECK_FRAMES = 120  # a 5 s generation
 
 
 def check_rows() -> Iterator[dict[str, np.ndarray]]:
-    """One row of seeded noise at each of the model's own 8 sigmas."""
+    """Yield one row of seeded noise at each of the model's 8 sigmas."""
     names = [spec.name for spec in shapes.CONTRACTS["dit"].inputs]
     for index, sigma in enumerate(schedule.sigmas(8)[:-1].tolist()):
         tensors = torch_to_onnx.example_inputs("dit", batch=1, frames=CHECK_FRAMES, seed=index)

@@ -1,4 +1,4 @@
-"""How far whole generations drift from a reference DiT, as the perturbation of its input that drifts as far."""
+"""Compare rollouts of candidate DiTs with a reference, expressed as the input perturbation with the same error."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from sa3_validation.cases import calibration_cases, starts_of
 from sa3_validation.distances import cosine
 from sa3_validation.rollouts import PING_PONG, roll
 
-CONTROLS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # relative L2 of what is added to what the DiT reads
-EVERY_STEP, START = "every-step", "start"  # where: at each step, or to the start alone, which ping-pong soon replaces
+CONTROLS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # relative L2 of the noise added to the DiT's input x
+EVERY_STEP, START = "every-step", "start"  # perturb x at every step, or only the initial latents
 STEPS = 8
 FORMAT = 1
 CONTROL_HEADER = ("perturbed by", "median rollout cosine", "worst rollout cosine")
@@ -35,7 +35,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Rollout:
-    """One prompt through one DiT against the reference: cosine of the final latents, and the control that equals it.
+    """One rollout against the reference: cosine of the final latents, and the equivalent input perturbation.
 
     `perturbation` is a relative L2 of the input, infinite above the largest control.
     """
@@ -45,8 +45,8 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One candidate: its share in FP8, the worst denoised cosine by sigma, and its rollouts by prompt."""
+class CandidateRollouts:
+    """One candidate: FP8 share, worst denoised cosine by sigma, and its rollouts by prompt."""
 
     name: str
     fp8_share: float
@@ -55,15 +55,19 @@ class Compared:
 
 
 def compare_generations(build: Workspace) -> Mapping[str, Any]:
-    """Compare whole generations of result and clean graph, beside the clean graph's own on an x off by known sizes."""
+    """Compare full generations of the result with the clean graph, and the latter with itself under known
+    perturbations.
+    """
     starts = varied_starts(build.calibration, build.settings.rollouts)
-    controls, found = DriftStudy(build.calibration, starts, None, low_memory=True).run(build.clean, [build.result])
+    controls, candidates = RolloutComparison(build.calibration, starts, None, low_memory=True).run(
+        build.clean, [build.result]
+    )
     kinds = build.calibration.kinds()
-    return {"kinds": [kinds[start] for start in starts], **document(controls, found, EVERY_STEP)}
+    return {"kinds": [kinds[start] for start in starts], **document(controls, candidates, EVERY_STEP)}
 
 
 def varied_starts(calibration: CalibrationSet, count: int) -> list[int]:
-    """At most `count` starts of a set, its kinds of row in turn."""
+    """Return at most `count` initial rows of a set, taking the kinds of row in turn."""
     kinds = calibration.kinds()
     by_kind: dict[str, list[int]] = {}
     for start in starts_of(calibration):
@@ -72,62 +76,67 @@ def varied_starts(calibration: CalibrationSet, count: int) -> list[int]:
     return sorted(in_turn[:count])
 
 
-class DriftStudy:
+class RolloutComparison:
     """Rollouts from `starts` (rows of sigma 1) of a calibration set, and single steps on `rows` of its rows.
 
-    Without `rows` there are rollouts alone. `low_memory` is for DiTs that hardly fit: their weights stay on the disk.
+    Without `rows` only rollouts are run. `low_memory` leaves the weights on disk.
     """
 
     def __init__(
         self, calibration: CalibrationSet, starts: Sequence[int], rows: int | None, perturb: str = EVERY_STEP,
         low_memory: bool = False,
     ) -> None:  # fmt: skip
-        """The noise of every later step is drawn from a start's place among the starts: all DiTs share it."""
+        """Seed the noise of later steps by a start's index among the starts, the same for all DiTs."""
         self._cases = [
-            replace(case, seed=place) for place, case in enumerate(calibration_cases(calibration, sorted(starts)))
+            replace(case, seed=seed) for seed, case in enumerate(calibration_cases(calibration, sorted(starts)))
         ]
         self._rows = calibration.subset(()) if rows is None else representative(calibration, rows)
         self._start_only, self._low_memory = perturb == START, low_memory
 
-    def run(self, reference: Path, candidates: Sequence[Path]) -> tuple[list[list[float]], list[Compared]]:
-        """Controls (cosine by prompt and size) and candidates; one DiT is in memory at a time."""
+    def run(self, reference: Path, candidates: Sequence[Path]) -> tuple[list[list[float]], list[CandidateRollouts]]:
+        """Return controls (cosine by prompt and size) and candidates; one DiT is in memory at a time."""
         count, rows = len(self._cases), self._rows.rows
         total = (count * STEPS) * (1 + len(CONTROLS) + len(candidates)) + rows * (1 + len(candidates))
         with Progress("rollouts and rows", total, "forwards") as progress:
             with self._engine(reference) as engine:
-                ends = self._ends(engine, 0.0, progress)
-                at_sizes = [self._cosines(engine, ends, size, progress) for size in CONTROLS]
+                final_latents = self._final_latents(engine, 0.0, progress)
+                at_sizes = [self._cosines(engine, final_latents, size, progress) for size in CONTROLS]
                 controls = [list(row) for row in zip(*at_sizes, strict=True)]
                 denoised = verification_parity.denoise_rows(engine, progress.counted(self._rows))
-            found = [self._one(path, ends, controls, denoised, progress) for path in candidates]
-        return controls, found
+            rollouts = [self._compare(path, final_latents, controls, denoised, progress) for path in candidates]
+        return controls, rollouts
 
-    def _one(
+    def _compare(
         self,
         path: Path,
         ends: Sequence[np.ndarray],
         controls: Sequence[Sequence[float]],
         denoised: Sequence[tuple[float, np.ndarray]],
         progress: Progress,
-    ) -> Compared:
+    ) -> CandidateRollouts:
         with self._engine(path) as engine:
             cosines = self._cosines(engine, ends, 0.0, progress)
             parity = verification_parity.parity_by_sigma(
                 denoised, verification_parity.denoise_rows(engine, progress.counted(self._rows))
             )
         rollouts = tuple(
-            Rollout(cosine, equivalent(1 - cosine, [1 - control for control in row]))
+            Rollout(cosine, equivalent_perturbation(1 - cosine, [1 - control for control in row]))
             for cosine, row in zip(cosines, controls, strict=True)
         )
-        return Compared(str(path), fp8_share(graph_io.load(path)), {p.sigma: p.worst_cosine for p in parity}, rollouts)
+        return CandidateRollouts(
+            str(path), fp8_share(graph_io.load(path)), {p.sigma: p.worst_cosine for p in parity}, rollouts
+        )
 
     def _engine(self, path: Path) -> Any:
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(path, low_memory=self._low_memory)
 
-    def _ends(self, engine: Any, size: float, progress: Progress) -> list[np.ndarray]:
-        """The final latents (1, 256, L), fp64, of the starts, with the DiT's input off by `size` of its length."""
+    def _final_latents(self, engine: Any, size: float, progress: Progress) -> list[np.ndarray]:
+        """Return the final latents (1, 256, L), fp64, of every start.
+
+        The DiT's input x is perturbed by noise of relative L2 `size`.
+        """
         return [
             roll(DiTVelocity(engine), case, PING_PONG, STEPS, progress.advance, size, self._start_only).astype(
                 np.float64
@@ -135,38 +144,39 @@ class DriftStudy:
             for case in self._cases
         ]
 
-    def _cosines(self, engine: Any, ends: Sequence[np.ndarray], size: float, progress: Progress) -> list[float]:
-        return [cosine(*pair) for pair in zip(ends, self._ends(engine, size, progress), strict=True)]
+    def _cosines(self, engine: Any, reference: Sequence[np.ndarray], size: float, progress: Progress) -> list[float]:
+        return [cosine(*pair) for pair in zip(reference, self._final_latents(engine, size, progress), strict=True)]
 
 
-def equivalent(drift: float, controls: Sequence[float], sizes: Sequence[float] = CONTROLS) -> float:
-    """The size of a perturbation that drifts as far, by interpolation between controls, both axes logarithmic.
+def equivalent_perturbation(drift: float, controls: Sequence[float], sizes: Sequence[float] = CONTROLS) -> float:
+    """Return the perturbation size with the same error, interpolated between controls on logarithmic axes.
 
-    Drifts are 1 - cosine. Below the smallest control the first segment goes on; infinite above the largest. A control
-    that drifts less than a smaller one counts as much as that one: chaos makes such steps, and a size must be unique.
+    Errors are 1 - cosine. Below the smallest control the first segment is extrapolated; the result is infinite above
+    the largest. A control with a smaller error than the previous one counts as equal to it: rollouts are chaotic, and
+    the size must be unique.
     """
-    heights = np.maximum.accumulate(np.maximum(np.asarray(controls, np.float64), np.finfo(np.float64).tiny))
-    if not drift <= heights[-1]:
+    distances = np.maximum.accumulate(np.maximum(np.asarray(controls, np.float64), np.finfo(np.float64).tiny))
+    if not drift <= distances[-1]:
         return math.inf
     if drift <= 0:
         return 0.0
-    x, y = np.log(np.asarray(sizes)), np.log(heights)
-    if drift < heights[0]:
+    x, y = np.log(np.asarray(sizes)), np.log(distances)
+    if drift < distances[0]:
         slope = (y[1] - y[0]) / (x[1] - x[0])
         return float(np.exp(x[0] + (np.log(drift) - y[0]) / slope)) if slope > 0 else float(sizes[0])
     return float(np.exp(np.interp(np.log(drift), y, x)))
 
 
-def table_rows(found: Sequence[Compared]) -> list[list[str]]:
-    """Cells of the table, a candidate a row."""
+def table_rows(candidates: Sequence[CandidateRollouts]) -> list[list[str]]:
+    """Return the table cells, one candidate per row."""
     cells = []
-    for one in found:
-        sigma = min(one.worst_by_sigma, key=lambda s: one.worst_by_sigma[s])
-        cosines = [rollout.cosine for rollout in one.rollouts]
-        sizes = [rollout.perturbation for rollout in one.rollouts]
+    for candidate in candidates:
+        sigma = min(candidate.worst_by_sigma, key=lambda s: candidate.worst_by_sigma[s])
+        cosines = [rollout.cosine for rollout in candidate.rollouts]
+        sizes = [rollout.perturbation for rollout in candidate.rollouts]
         cells.append(
             [
-                one.name, f"{one.fp8_share:.1%}", f"{one.worst_by_sigma[sigma]:.6f}", f"{sigma:.4f}",
+                candidate.name, f"{candidate.fp8_share:.1%}", f"{candidate.worst_by_sigma[sigma]:.6f}", f"{sigma:.4f}",
                 f"{float(np.median(cosines)):.6f}", f"{min(cosines):.6f}",
                 _size(float(np.median(sizes))), _size(max(sizes)),
             ]
@@ -175,33 +185,33 @@ def table_rows(found: Sequence[Compared]) -> list[list[str]]:
 
 
 def control_rows(controls: Sequence[Sequence[float]]) -> list[list[str]]:
-    """Cells of the controls: how far the reference drifts from itself, a size a row."""
+    """Return the table cells of the controls: the reference's rollouts under perturbation, one size per row."""
     columns = zip(CONTROLS, zip(*controls, strict=True), strict=True)
     return [[f"{size:g}", f"{float(np.median(column)):.6f}", f"{min(column):.6f}"] for size, column in columns]
 
 
-def prompt_rows(found: Sequence[Compared]) -> list[list[str]]:
-    """Cells of the prompts: final cosine and equivalent perturbation, a candidate a column."""
-    by_prompt = zip(*(one.rollouts for one in found), strict=True)
+def prompt_rows(candidates: Sequence[CandidateRollouts]) -> list[list[str]]:
+    """Return the table cells of the prompts: final cosine and equivalent perturbation, one candidate per column."""
+    by_prompt = zip(*(candidate.rollouts for candidate in candidates), strict=True)
     return [
         [str(index), *(f"{rollout.cosine:.6f} = {_size(rollout.perturbation)}" for rollout in rollouts)]
         for index, rollouts in enumerate(by_prompt)
     ]
 
 
-def document(controls: Sequence[Sequence[float]], found: Sequence[Compared], perturb: str) -> dict[str, Any]:
-    """Everything, as JSON: a perturbation above the largest control is null."""
+def document(controls: Sequence[Sequence[float]], compared: Sequence[CandidateRollouts], where: str) -> dict[str, Any]:
+    """Return the JSON document; a perturbation above the largest control is null."""
     candidates = []
-    for one in found:
-        entry = asdict(one)
-        entry["worst_by_sigma"] = {f"{sigma:g}": cosine for sigma, cosine in one.worst_by_sigma.items()}
+    for candidate in compared:
+        entry = asdict(candidate)
+        entry["worst_by_sigma"] = {f"{sigma:g}": cosine for sigma, cosine in candidate.worst_by_sigma.items()}
         for rollout in entry["rollouts"]:
             rollout["perturbation"] = None if math.isinf(rollout["perturbation"]) else rollout["perturbation"]
         candidates.append(entry)
     return {
         "format": FORMAT,
         "steps": STEPS,
-        "perturbed": perturb,
+        "perturbed": where,
         "sizes": CONTROLS,
         "controls": controls,
         "candidates": candidates,
@@ -209,7 +219,7 @@ def document(controls: Sequence[Sequence[float]], found: Sequence[Compared], per
 
 
 def drifted(rollout: Mapping[str, Any]) -> str:
-    """The perturbation of one rollout of `document`, for people."""
+    """Return the equivalent perturbation of one rollout of `document` as text."""
     return _size(math.inf if rollout["perturbation"] is None else rollout["perturbation"])
 
 

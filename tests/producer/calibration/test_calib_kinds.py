@@ -249,19 +249,19 @@ def built(tiny_onnx: Path, covering: Path, tmp_path_factory: pytest.TempPathFact
 def test_every_row_sets_the_scales(built: tuple[dict, str], tiny_onnx: Path, covering: Path) -> None:
     """ModelOpt calibrates on rows of two lengths, and its scales and ours agree."""
     stages = built[0]["stages"]
-    assert stages["amax"]["rows"] == 16 and stages["scales"]["agreement with ModelOpt"] < 0.01
+    assert stages["amax"]["rows"] == 16 and stages["scales"]["agreement_with_modelopt"] < 0.01
     for entry in stages["amax"]["amax"]:
-        assert set(entry["by kind"]) == set(KINDS)
-        assert max(entry["by kind"].values()) == entry["amax"] == max(entry["by sigma"].values())
+        assert set(entry["by_kind"]) == set(KINDS)
+        assert max(entry["by_kind"].values()) == entry["amax"] == max(entry["by_sigma"].values())
 
 
 def test_parity_is_told_by_kind(built: tuple[dict, str]) -> None:
     parity = built[0]["stages"]["parity"]
-    assert [(entry["kind"], entry["rows"]) for entry in parity["by kind"]] == [
+    assert [(entry["kind"], entry["rows"]) for entry in parity["by_kind"]] == [
         ("text", 8), ("inpaint", 4), ("audio", 2), ("null", 2),
     ]  # fmt: skip
-    assert min(entry["worst_cosine"] for entry in parity["by kind"]) == parity["worst"] > 0.9
-    for entry in parity["by kind"]:
+    assert min(entry["worst_cosine"] for entry in parity["by_kind"]) == parity["worst"] > 0.9
+    for entry in parity["by_kind"]:
         assert f"{entry['kind']} " in built[1] and f"{entry['worst_cosine']:.6f}" in built[1]
 
 
@@ -270,17 +270,17 @@ def test_shares_are_told_by_product_and_sigma(built: tuple[dict, str]) -> None:
     stages = built[0]["stages"]
     assert [e["activation"] for e in stages["shares"]["shares"]] == [e["activation"] for e in stages["amax"]["amax"]]
     for entry, amax in zip(stages["shares"]["shares"], stages["amax"]["amax"], strict=True):
-        assert list(entry["by sigma"]) == list(amax["by sigma"]) and len(entry["by sigma"]) == 4
-        assert all(at["saturated"] == 0 and 0 < at["subnormal"] < 1 for at in entry["by sigma"].values())
+        assert list(entry["by_sigma"]) == list(amax["by_sigma"]) and len(entry["by_sigma"]) == 4
+        assert all(at["saturated"] == 0 and 0 < at["subnormal"] < 1 for at in entry["by_sigma"].values())
 
 
 def test_shares_are_those_of_the_tensors(tiny_onnx: Path, covering: Path) -> None:
     source = onnx_of(tiny_onnx, "sa3-m")
-    names = selection.select_products(graph_io.load(source)).activations[:4]
+    names = selection.select_linears(graph_io.load(source)).activations[:4]
     few = representative(CalibrationSet.open(covering), 1)
     watched = {f"w{index}": name for index, name in enumerate(names)}
     values: dict[tuple[str, str], list[np.ndarray]] = {}
-    with OnnxRuntimeEngine(source, graph_io.observed(source, watched)) as engine:
+    with OnnxRuntimeEngine(source, graph_io.with_probe_outputs(source, watched)) as engine:
         for row in few:
             outputs = engine.run(tensors(row))
             for output, name in watched.items():
@@ -288,13 +288,13 @@ def test_shares_are_those_of_the_tensors(tiny_onnx: Path, covering: Path) -> Non
                 values.setdefault((name, f"{float(row['t'][0]):.6g}"), []).append(flat)
     scales = {name: float(np.median(np.concatenate(values[name, "1"]))) / 40 for name in names}
     for entry in activation_ranges.measure_shares(source, scales, few):
-        for sigma, shares in entry["by sigma"].items():
+        for sigma, shares in entry["by_sigma"].items():
             x = np.concatenate(values.pop((entry["activation"], sigma))) / entry["scale"]
             assert shares["saturated"] == pytest.approx((x > 448).mean(), abs=2e-4)
             assert shares["subnormal"] == pytest.approx(((x > 0) & (x < 2.0**-6)).mean(), abs=2e-4)
     assert not values
     tight = activation_ranges.measure_shares(source, {name: scale / 20 for name, scale in scales.items()}, few)
-    assert all(shares["saturated"] > 0.3 for entry in tight for shares in entry["by sigma"].values())
+    assert all(shares["saturated"] > 0.3 for entry in tight for shares in entry["by_sigma"].values())
 
 
 def test_parity_rows_hold_every_kind_and_sigma(covering: Path) -> None:

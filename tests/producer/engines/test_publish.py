@@ -23,7 +23,7 @@ NAMES = {
     "onnx/sa3-m/dit_fp8.onnx", "onnx/sa3-m/dit_fp8.onnx.data", "onnx/sa3-m/dit_fp8.onnx.report.json",
     "onnx/sa3-m/dit_fp8.calibration.json", "onnx/sa3-m/dit_fp8.onnx.check.npz",
 }  # fmt: skip
-GATES = {"proof": "holds", "worst denoised cosine": 0.995}
+GATES = {"proof": "holds", "worst_denoised_cosine": 0.995}
 SETTINGS = {"min_cosine": 0.99, "headroom": 2.0}
 
 
@@ -76,11 +76,11 @@ def test_a_pull_request_has_exactly_the_published_names(local: LocalHub, tmp_pat
     branches = local.branches[HUB_REPOSITORY]
     tree = local.commits[branches["refs/pr/1"]]
     assert tree.keys() == {"README.md", *NAMES} and local.commits[branches["main"]].keys() == {"README.md"}
-    assert document["sent"]["address"].endswith("/discussions/1") and document["sent"]["read back"] == 5
+    assert document["sent"]["address"].endswith("/discussions/1") and document["sent"]["read_back"] == 5
     for name in ("dit_fp8.onnx", "dit_fp8.onnx.data", "dit_fp8.onnx.report.json", "dit_fp8.onnx.check.npz"):
         assert tree[f"onnx/sa3-m/{name}"] == (onnx.parent / name).read_bytes()
     summary = json.loads(tree["onnx/sa3-m/dit_fp8.calibration.json"])
-    assert summary["calibration"] == {"rows": 896} and summary["calibration sets"] == {"sa3-m.calib.npz": "a" * 64}
+    assert summary["calibration"] == {"rows": 896} and summary["calibration_sets"] == {"sa3-m.calib.npz": "a" * 64}
     requests = [(method, path) for method, path, _ in local.asked]
     assert requests.index(
         ("HEAD", f"{HUB_REPOSITORY}/resolve/{branches['refs/pr/1']}/onnx/sa3-m/dit_fp8.onnx.data")
@@ -129,8 +129,8 @@ def test_what_is_not_a_finished_dit_is_refused(tmp_path: Path, change: dict, wor
     "change",
     [
         {"gates": {"proof": "fails"}},
-        {"gates": {"worst denoised cosine": 0.98}},
-        {"gates": {"worst denoised cosine": None}},
+        {"gates": {"worst_denoised_cosine": 0.98}},
+        {"gates": {"worst_denoised_cosine": None}},
         {"settings": {"recipe": "reference"}},
     ],
 )

@@ -24,7 +24,7 @@ g (float[2] x) => (float[2] y) {
 def test_new_outputs_may_have_the_names_of_values_inside(tmp_path: Path) -> None:
     path = tmp_path / "a.onnx"
     onnx.save(onnx.parser.parse_model(MODEL), path)
-    variant = graph_io.observed(path, {"seen_0": "seen_1", "seen_1": "seen_0"})
+    variant = graph_io.with_probe_outputs(path, {"seen_0": "seen_1", "seen_1": "seen_0"})
     with OnnxRuntimeEngine(path, variant) as engine:
         outputs = engine.run({"x": torch.tensor([-1.0, 2.0])})
     assert {name: value.tolist() for name, value in outputs.items()} == {

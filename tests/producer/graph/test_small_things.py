@@ -25,9 +25,9 @@ def saved(path: Path, *nodes: onnx.NodeProto) -> Path:
 def test_a_value_of_theirs_may_have_the_name_of_an_output_of_ours(tmp_path: Path) -> None:
     nodes = (helper.make_node("Abs", ["x"], ["amax_0"]), helper.make_node("Sqrt", ["amax_0"], ["y"]))
     path = saved(tmp_path / "g.onnx", *nodes)
-    session = onnxruntime.InferenceSession(graph_io.observed(path, {"amax_0": "amax_0"}))
-    y, observed = session.run(None, {"x": np.array([-4.0, 9.0], np.float32)})
-    assert y.tolist() == [2.0, 3.0] and observed.tolist() == [4.0, 9.0]
+    session = onnxruntime.InferenceSession(graph_io.with_probe_outputs(path, {"amax_0": "amax_0"}))
+    y, with_probe_outputs = session.run(None, {"x": np.array([-4.0, 9.0], np.float32)})
+    assert y.tolist() == [2.0, 3.0] and with_probe_outputs.tolist() == [4.0, 9.0]
 
 
 def test_a_name_that_stands_twice_is_the_cause(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ BAD = {
     "tokens": ({"shape": (1, 18, *SHAPE)}, "18 tokens"),
     "odd heads": ({"shape": (1, 17, 3, WIDTH)}, "(B, N, 2H, D)"),
     "three axes": ({"shape": (1, 17, 32)}, "(B, N, 2H, D)"),
-    "heads": ({"num_heads": 3}, "says 3 heads"),
+    "heads": ({"num_heads": 3}, "declares 3 heads"),
     "opset": ({"opset": 12}, "opset 12"),
 }
 
@@ -120,7 +120,7 @@ def test_the_lowered_file_runs_in_onnxruntime_and_is_kept(published: Path, tmp_p
         whole, windows = decode(engine, latents), decode(engine, latents, 64)
     assert float((whole - windows).abs().max()) <= 2 / 32767 and float(whole.abs().max()) > 0.01
     two_lines(run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "x.onnx"]), "no plug-in")
-    two_lines(run(lower_attention.main, [*argv[:2], "--onnx", argv[1]]), "is the graph that is read")
+    two_lines(run(lower_attention.main, [*argv[:2], "--onnx", argv[1]]), "is also the input")
 
 
 def test_the_published_file_is_compiled_as_it_is(published: Path, tmp_path: Path) -> None:
@@ -132,11 +132,11 @@ def test_the_published_file_is_compiled_as_it_is(published: Path, tmp_path: Path
     (built,) = json.loads(result.out)
     assert built["bytes"] > 100_000 and listing(published) == before
     record = manifest.read_manifest(Path(built["path"]))
-    assert record is not None and record.gates["attention lowered"] is True
+    assert record is not None and record.gates["attention_lowered"] is True
     assert set(record.inputs) == {PUBLISHED.name, f"{PUBLISHED.name}.data"}
 
 
-@pytest.mark.parametrize(("change", "words"), [("another op", "samel::other"), ("three heads", "says 3 heads")])
+@pytest.mark.parametrize(("change", "words"), [("another op", "samel::other"), ("three heads", "declares 3 heads")])
 def test_a_plug_in_that_is_not_known_is_refused_still(tmp_path: Path, change: str, words: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
     path = autoencoder(tmp_path / "root" / PUBLISHED)

@@ -63,7 +63,7 @@ def worst_cosine(first: Path, second: Path, rows) -> float:  # type: ignore[no-u
 
 def product_types(path: Path) -> Counter[str]:
     nodes = graph_io.load(path).graph
-    return Counter(str(node.outputs[0].dtype) for node in nodes if node.op_type in query.PRODUCTS)
+    return Counter(str(node.outputs[0].dtype) for node in nodes if node.op_type in query.GEMM_OPS)
 
 
 def test_the_graph_is_of_the_published_style(published: Path, tiny_onnx: Path) -> None:
@@ -89,7 +89,7 @@ def test_it_becomes_fp16_mixed_as_ours_does(published: Path, half: Path, tiny_on
     """Valid ONNX, direct weights, no Constant node, no redundant cast, and as close to fp32 as our own."""
     onnx.checker.check_model(str(half), full_check=True)
     model = graph_io.load(half)
-    assert {tuple(w.shape) for n, w in query.weighted_products(model) if n.inputs[1] is not w} == set()
+    assert {tuple(w.shape) for n, w in query.linear_nodes(model) if n.inputs[1] is not w} == set()
     assert not [node.name for node in model.graph if node.op_type in ("Constant", "Identity")]
     casts = [node for node in model.graph if node.op_type == "Cast"]
     assert not [cast.name for cast in casts if cast.inputs[0].dtype == cast.outputs[0].dtype]

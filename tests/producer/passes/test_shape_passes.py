@@ -17,7 +17,7 @@ from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes.bake_rope import BakeRope
 from sa3_build.passes.base import Pass, PassResult, run_passes
-from sa3_build.passes.canonicalize import adopt
+from sa3_build.passes.canonicalize import canonicalize
 from sa3_build.passes.fold_weights import FoldWeights
 from sa3_build.passes.pad_k import PadK
 from sa3_build.passes.stack_attention import StackAttention
@@ -42,7 +42,7 @@ def single(request: pytest.FixtureRequest, tiny_onnx: Path, tiny_checkpoint: Pat
 
 def adopted(path: Path) -> ir.Model:
     model = graph_io.load(path)
-    adopt(model)
+    canonicalize(model)
     run_passes(model, [FoldWeights()])
     return model
 
@@ -84,7 +84,7 @@ def test_a_pass_changes_no_velocity_at_any_size_and_does_nothing_twice(
 
 def test_the_table_is_every_position_and_has_no_angle_left(single: Path) -> None:
     model = adopted(single)
-    behind = query.graph_inputs_behind(model)
+    behind = query.input_dependencies(model)
     trig = sum(node.op_type in ("Cos", "Sin") and not behind[node] for node in model.graph)
     run_passes(model, [BakeRope()])
     tables = {name: v for name, v in model.graph.initializers.items() if name.startswith("rotary_table") and v.uses()}
@@ -112,14 +112,14 @@ def test_one_call_serves_both_halves(single: Path, request: pytest.FixtureReques
     assert (before["Softmax"], after["Softmax"]) == (4, 2) and before["MatMul"] - after["MatMul"] == 4
     expected = 4 if "[ours]" in request.node.name else 2
     assert norms - after["ReduceMean"] == expected
-    assert result.counts["stacked"] == 2 and result.counts["left"] == 0
+    assert result.counts["stacked"] == 2 and result.counts["not_matched"] == 0
 
 
 def test_local_products_are_padded_to_272_once(single: Path) -> None:
     model = adopted(single)
     (result,) = run_passes(model, [PadK()])
     assert result.counts["padded"] == result.counts["activations"] == kinds(model)["Pad"] == 1
-    for _, weight in query.weighted_products(model):
+    for _, weight in query.linear_nodes(model):
         assert weight.const_value is not None and weight.const_value.shape.numpy()[0] % 16 == 0
 
 
@@ -132,8 +132,8 @@ def test_what_is_not_recognised_is_left_with_a_reason(single: Path) -> None:
     model.graph.insert_before(values, twin)
     values.replace_input_with(1, twin.outputs[0])
     (result,) = run_passes(model, [StackAttention()])
-    assert result.counts["stacked"] == 1 and result.counts["left"] == 2
-    assert any("a v of its own" in note for note in result.notes)
+    assert result.counts["stacked"] == 1 and result.counts["not_matched"] == 2
+    assert any("with different v" in note for note in result.notes)
 
     model = adopted(single)
     counter = next(node for node in model.graph if node.op_type == "Range")

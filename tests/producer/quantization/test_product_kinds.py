@@ -9,7 +9,7 @@ import pytest
 
 from sa3_build.passes.rename_nodes import RenameNodes
 from sa3_build.quantization import selection as quantization_selection
-from sa3_build.quantization.layer_roles import KINDS, places
+from sa3_build.quantization.layer_roles import KINDS, roles_of
 
 LAYER_KINDS = KINDS[2:]
 
@@ -45,8 +45,8 @@ def two_layers(context: str) -> ir.Model:
 @pytest.mark.parametrize("context", ["Identity", "Sigmoid"])
 def test_kinds_and_layers_are_read_from_the_structure(context: str) -> None:
     model = two_layers(context)
-    selection = quantization_selection.select_products(model)
-    role_by_node = places(model, selection)
+    selection = quantization_selection.select_linears(model)
+    role_by_node = roles_of(model, selection)
     of_products = [role_by_node[product.node] for product in selection.quantized]
     expected = [(kind, None) for kind in KINDS[:2]]
     expected += [(kind, layer) for layer in range(2) for kind in LAYER_KINDS]

@@ -105,9 +105,9 @@ def every_row(calibration: Path) -> CalibrationSet:
 def test_an_interrupted_stage_goes_on_and_gives_the_same_codes(
     clean: Path, tiny_calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    selection, rows = quantization_selection.select_products(graph_io.load(clean)), every_row(tiny_calib)
+    selection, rows = quantization_selection.select_linears(graph_io.load(clean)), every_row(tiny_calib)
     report = round_weights.round_weights(clean, selection, rows, tmp_path / "codes")
-    assert report["products"] == len(selection.quantized) and 0.05 < report["codes not nearest"] < 0.6
+    assert report["linears"] == len(selection.quantized) and 0.05 < report["codes_not_nearest"] < 0.6
     codes = {path: path.read_bytes() for path in sorted((tmp_path / "codes").iterdir())}
     assert len(codes) == len(selection.quantized)
     kept, *_, deleted = codes
@@ -120,10 +120,14 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_codes(
 
 
 def test_a_session_for_some_activations_stops_at_the_last_of_them(clean: Path) -> None:
-    selection = quantization_selection.select_products(graph_io.load(clean))
+    selection = quantization_selection.select_linears(graph_io.load(clean))
     whole, first = (
-        len(ir.from_proto(parsed(graph_io.observed(clean, {"seen": selection.activations[0]}, alone=alone))).graph)
-        for alone in (False, True)
+        len(
+            ir.from_proto(
+                parsed(graph_io.with_probe_outputs(clean, {"seen": selection.activations[0]}, only_probes=only_probes))
+            ).graph
+        )
+        for only_probes in (False, True)
     )
     assert first < whole / 4
 
@@ -131,7 +135,7 @@ def test_a_session_for_some_activations_stops_at_the_last_of_them(clean: Path) -
 def test_the_switchable_graph_leaves_weights_and_codes_on_the_disk(clean: Path, tiny_calib: Path) -> None:
     """With them inside, a full-size graph would exceed the 2 GB limit of a protobuf."""
     model = graph_io.load(clean)
-    selection = quantization_selection.select_products(model)
+    selection = quantization_selection.select_linears(model)
     amax = np.ones((1, len(selection.activations)), np.float32)
     round_weights.round_weights(clean, selection, every_row(tiny_calib), clean.parent)
     codes = round_weights.stored_codes(selection, clean.parent)
@@ -162,7 +166,7 @@ def test_the_build_is_nearer_than_with_the_nearest_codes(tiny_fp8: Path, tiny_ca
     assert run(build_dit_fp8.main, [*argv, "--ptq", "direct", "--rounding", "nearest"])[0] == 0
     chosen, nearest = (json.loads(report_path(path).read_text()) for path in (tiny_fp8 / FP8, out))
     assert nearest["settings"]["rounding"] == "nearest" and "rounding" not in nearest["stages"]
-    assert chosen["stages"]["rounding"]["rows also in the parity"] == chosen["stages"]["rounding"]["rows"] == 8
+    assert chosen["stages"]["rounding"]["rows_also_in_parity"] == chosen["stages"]["rounding"]["rows"] == 8
 
     def lost(report: dict) -> float:
         return sum(1 - entry["mean_cosine"] for entry in report["stages"]["parity"]["parity"])
@@ -173,7 +177,7 @@ def test_the_build_is_nearer_than_with_the_nearest_codes(tiny_fp8: Path, tiny_ca
 @pytest.fixture(scope="module")
 def proven(tiny_fp8: Path, clean: Path, tiny_calib: Path):
     """Return a source, its finished graph, and the codes that the build chose."""
-    selection = quantization_selection.select_products(graph_io.load(clean))
+    selection = quantization_selection.select_linears(graph_io.load(clean))
     round_weights.round_weights(clean, selection, every_row(tiny_calib), clean.parent)
     return graph_io.load(clean), tiny_fp8 / FP8, selection, round_weights.stored_codes(selection, clean.parent)
 
@@ -189,7 +193,7 @@ def test_the_proof_knows_the_chosen_codes(proven) -> None:
     flipped.reshape(-1).view(np.uint8)[5] ^= 1
     stored.const_value = ir.tensor(flipped, name=stored.name)
     failures = graph_proof.failures_of(graph_proof.prove(source, result, selection, codes))
-    assert [line for line in failures if "is not the E4M3 that was chosen for it" in line]
+    assert [line for line in failures if "is not the E4M3 codes chosen for it" in line]
 
 
 def test_the_proof_does_not_take_codes_of_another_weight(proven) -> None:
@@ -209,7 +213,7 @@ def test_the_proof_does_not_take_codes_of_another_weight(proven) -> None:
     stored[0].const_value, stored[1].const_value = stored[1].const_value, stored[0].const_value
     swapped = {**codes, product.weight: codes[other_product.weight], other_product.weight: codes[product.weight]}
     failures = graph_proof.failures_of(graph_proof.prove(source, result, selection, swapped))
-    assert len([line for line in failures if "is further than 25% from its source" in line]) == 2
+    assert len([line for line in failures if "differs by more than 25% from its source" in line]) == 2
 
 
 @pytest.mark.parametrize(
@@ -229,5 +233,5 @@ def test_new_outputs_of_a_graph_may_bear_a_name_that_the_exporter_gave(tiny_onnx
     half = tiny_onnx / "sa3-m" / "dit_fp16mixed.onnx"
     taken = str(next(node for node in graph_io.load(half).graph if node.op_type == "ReduceMax").outputs[0].name)
     row = tensors(next(iter(CalibrationSet.open(tiny_calib))))
-    with OnnxRuntimeEngine(half, graph_io.observed(half, {taken: "x"})) as engine:
+    with OnnxRuntimeEngine(half, graph_io.with_probe_outputs(half, {taken: "x"})) as engine:
         assert torch.equal(engine.run(row)[taken], row["x"])

@@ -26,7 +26,7 @@ from sa3_build.quantization import (
     selection as quantization_selection,
 )
 from sa3_build.quantization.pareto import Effect
-from sa3_build.quantization.switchable_graph import SwitchableDit, Unit
+from sa3_build.quantization.switchable_graph import QuantizerGroup, SwitchableDit
 from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import parity
 from sa3_trt_core.artifacts import manifest
@@ -76,7 +76,7 @@ def switchable(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempP
     run_passes(model, [SortTopologically(), FoldWeights(), RenameNodes()])
     clean = tmp_path_factory.mktemp("clean") / "clean.onnx"
     graph_io.save(model, clean)
-    selection = quantization_selection.select_products(model)
+    selection = quantization_selection.select_linears(model)
     calibration = CalibrationSet.open(tiny_calib)
     amax = quantization_amax.measure_amax(clean, selection, calibration)
     round_weights.round_weights(clean, selection, representative(calibration, round_weights.ROWS), clean.parent)
@@ -116,7 +116,7 @@ def test_every_switch_has_an_effect_of_its_own_and_their_squares_add_up(
 
 
 def effect(name: str, macs: int, *squared: float) -> Effect:
-    unit = Unit(name, (quantization_selection.Product(name, f"{name}.weight", name, macs, 1, 1),))
+    unit = QuantizerGroup(name, (quantization_selection.Linear(name, f"{name}.weight", name, macs, 1, 1),))
     return Effect(unit, "kind", 0, dict(zip((1.0, 0.5), squared, strict=True)))
 
 
@@ -138,9 +138,9 @@ def test_the_target_is_reached_with_the_fewest_that_were_measured(report: dict, 
     search, chosen = report["stages"]["sensitivity"], report["stages"]["sensitivity"]["frontier"]["chosen"]
     points = search["frontier"]["points"]
     assert report["stages"]["parity"]["worst"] >= target
-    assert chosen > 0 and len(search["kept"]) == points[chosen]["fp16 products"] < 9
-    assert min(points[chosen]["worst cosine"].values()) >= search["frontier"]["aim"] > target
-    assert min(points[chosen - 1]["worst cosine"].values()) < search["frontier"]["aim"]
+    assert chosen > 0 and len(search["kept"]) == points[chosen]["fp16_linears"] < 9
+    assert min(points[chosen]["worst_cosine"].values()) >= search["frontier"]["aim"] > target
+    assert min(points[chosen - 1]["worst_cosine"].values()) < search["frontier"]["aim"]
     assert [name for point in points[: chosen + 1] for name in point["adds"]] == search["kept"]
 
 
@@ -152,9 +152,9 @@ def test_what_is_kept_is_excluded_with_its_reason_and_the_proof_holds(searched: 
     assert all(claim["holds"] for claim in stages["scales"]["proof"])
     nodes = {str(node.name): node for node in graph_io.load(searched).graph}
     assert all(quantizers.dequantizers(nodes[name]) == (None, None) for name in kept)
-    assert stages["quantize"]["quantised products"] == 9 - len(kept)
+    assert stages["quantize"]["quantized_linears"] == 9 - len(kept)
     chosen = stages["sensitivity"]["frontier"]["points"][stages["sensitivity"]["frontier"]["chosen"]]
-    assert stages["quantize"]["fp8 share of token products"] == chosen["fp8 share"]
+    assert stages["quantize"]["fp8_share_of_token_macs"] == chosen["fp8_share"]
 
 
 def test_the_plot_belongs_to_the_artefact(searched: Path, tiny_onnx: Path, tiny_calib: Path, target: float) -> None:
@@ -238,14 +238,14 @@ def test_the_published_choices_are_made_and_proved(tiny_onnx: Path, tiny_calib: 
     stages = json.loads(report_path(out).read_text())["stages"]
     assert all(claim["holds"] for claim in stages["scales"]["proof"])
     assert stages["quantize"] | {"seconds": 0} == {
-        "quantised products": 9 + 2 + 2, "fp8 share of token products": 1.0, "seconds": 0
+        "quantized_linears": 9 + 2 + 2, "fp8_share_of_token_macs": 1.0, "seconds": 0
     }  # fmt: skip
     assert set(stages["scales"]["excluded"].values()) == {
         "attention core: no weight",
         "front end: timestep and duration embedding",
     }
     amax = {product: entry["amax"] for entry in stages["amax"]["amax"] for product in entry["products"]}
-    pairs = {str(n.name): quantizers.dequantizers(n) for n in graph_io.load(out).graph if n.op_type in query.PRODUCTS}
+    pairs = {str(n.name): quantizers.dequantizers(n) for n in graph_io.load(out).graph if n.op_type in query.GEMM_OPS}
     scales = {name: [float(query.constant_of(side.inputs[1])) for side in pairs[name]] for name in amax}  # one each
     assert min(amax.values()) == 0  # local_add_cond of text rows
     for name, (activation, _) in scales.items():

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from sa3_build.quantization.streaming_stats import Moments, Tally
+from sa3_build.quantization.streaming_stats import CentralMoments, RunningStats
 
 ONE = np.float16(1.0)
 
 
-def tallied(*rows: np.ndarray, scale: np.float16 = ONE) -> Tally:
-    tally = Tally(np.asarray(scale))
+def tallied(*rows: np.ndarray, scale: np.float16 = ONE) -> RunningStats:
+    tally = RunningStats(np.asarray(scale))
     for row in rows:
         tally.add(row)
     return tally
@@ -58,9 +58,9 @@ def test_kurtosis_is_plain() -> None:
 def test_moments_do_not_depend_on_how_rows_are_cut(cuts: list[int], offset: float) -> None:
     """Compare with long double over all values: an offset of 2000 deviations would ruin plain power sums."""
     values = (np.random.default_rng(3).gamma(2.0, size=400) + offset).astype(np.float32)
-    merged = Moments()
+    merged = CentralMoments()
     for part in np.split(values, sorted(set(cuts))):
-        merged = merged.merged(Moments.of(part))
+        merged = merged.merged(CentralMoments.of(part))
     whole = values.astype(np.longdouble)
     deviation = whole - whole.mean()
     assert merged.count == 400

@@ -17,7 +17,7 @@ from helpers.commands import Done, listing, run, two_lines
 from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.quantization import selection as quantization_selection
 from sa3_build.quantization.layer_roles import KINDS, places
-from sa3_build.recipes.activation_stats import FIGURES, Subject, aggregate, table_of
+from sa3_build.recipes.activation_stats import FIGURES, MeasuredDit, aggregate, table_of
 from sa3_build.recipes.fp8 import report_path
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
@@ -64,10 +64,10 @@ def test_amax_and_scale_are_the_recipes(tiny_fp8: Path, document: dict) -> None:
     assert [len(activation["products"]) for activation in activations] == [len(entry["products"]) for entry in recorded]
     for activation, entry in zip(activations, recorded, strict=True):
         assert {f"{figures['sigma']:g}": figures["amax"] for figures in activation["by_sigma"]} == pytest.approx(
-            entry["by sigma"], rel=2e-3
+            entry["by_sigma"], rel=2e-3
         )
     result = graph_io.load(tiny_fp8 / FP8)
-    pairs = [quantizers.dequantizers(node)[0] for node in result.graph if node.op_type in query.PRODUCTS]
+    pairs = [quantizers.dequantizers(node)[0] for node in result.graph if node.op_type in query.GEMM_OPS]
     scales = [query.constant_of(pair.inputs[1]) for pair in pairs if pair is not None]
     assert Counter(activation["scale"] for activation in activations for _ in activation["products"]) == Counter(
         float(s) for s in scales
@@ -91,7 +91,9 @@ def test_figures_are_those_of_the_tensors(tiny_fp8: Path, tiny_calib: Path, docu
     activations = document["models"][0]["activations"]
     watched = {f"w{index}": activation["tensor"] for index, activation in enumerate(activations)}
     values_by_name: dict[tuple[str, float], list[np.ndarray]] = {}
-    with OnnxRuntimeEngine(tiny_fp8 / HALF, graph_io.observed(tiny_fp8 / HALF, watched), low_memory=True) as engine:
+    with OnnxRuntimeEngine(
+        tiny_fp8 / HALF, graph_io.with_probe_outputs(tiny_fp8 / HALF, watched), low_memory=True
+    ) as engine:
         for row in CalibrationSet.open(tiny_calib):
             values = engine.run(tensors(row))
             for output, name in watched.items():
@@ -121,7 +123,7 @@ def test_groups_do_not_change_the_figures(
     tiny_onnx: Path, tiny_calib: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One session for all or one per activation: fp16 rounding differs in places, so figures differ slightly."""
-    subject = Subject(tiny_onnx / HALF, tiny_calib, limit=4)
+    subject = MeasuredDit(tiny_onnx / HALF, tiny_calib, limit=4)
     together, apart = (subject.measure(DEFAULT_HEADROOM, fetched) for fetched in (1 << 27, 1))
     progress = capsys.readouterr().err
     assert "statistics: 4/4 rows" in progress and f"statistics: {4 * len(KINDS)}/{4 * len(KINDS)} rows" in progress
@@ -196,7 +198,7 @@ def enlarge(root: Path, kind: str, factor: float, channel: int | slice) -> None:
     """Multiply one output channel, or all, of the product with role `kind`."""
     model = graph_io.load(root / HALF)
     model.graph.sort()
-    selection = quantization_selection.select_products(model)
+    selection = quantization_selection.select_linears(model)
     role_by_node = places(model, selection)
     (product,) = (p for p in selection.quantized if role_by_node[p.node].kind == kind)
     weight = model.graph.initializers[product.weight]
@@ -224,12 +226,14 @@ def test_an_outlier_channel_is_seen_beside_the_model_without(
         assert by_kind[kind][0::2] == by_kind[kind][1::2], kind
     amax, amax_b, _, _, kurtosis, kurtosis_b, share, share_b, underflow, underflow_b = by_kind["cross-attention kv"]
     assert amax_b > 50 * amax and kurtosis_b > 10 * kurtosis and underflow_b > 10 * underflow
-    channels = Subject(altered / HALF, tiny_calib, 1).measure(DEFAULT_HEADROOM)[5].channels
+    channels = MeasuredDit(altered / HALF, tiny_calib, 1).measure(DEFAULT_HEADROOM)[5].channels
     assert share_b == pytest.approx(1 / channels, abs=5e-5) and share > 10 * share_b
 
 
 def test_a_group_that_one_model_lacks_is_a_dash(tiny_onnx: Path, tiny_calib: Path) -> None:
-    whole = aggregate(Subject(tiny_onnx / HALF, tiny_calib, 1).measure(DEFAULT_HEADROOM), by_kind=False, by_sigma=True)
+    whole = aggregate(
+        MeasuredDit(tiny_onnx / HALF, tiny_calib, 1).measure(DEFAULT_HEADROOM), by_kind=False, by_sigma=True
+    )
     less = dict(list(whole.items())[1:])
     _, rows = table_of([less, whole], ["A", "B"])
     assert [row[0] for row in rows] == sorted((row[0] for row in rows), reverse=True)
@@ -256,7 +260,7 @@ def test_an_overflow_is_named(altered: Path, tiny_calib: Path) -> None:
         ("--input {root}/" + HALF + " --calib absent.npz", "absent.npz"),
         ("--input {root}/" + HALF + " --calib a_file", "a_file"),
         ("--input {root}/" + FP32 + " --calib {calib}", "is not FP16-mixed"),
-        ("--input {root}/" + FP8 + " --calib {calib}", "is quantised already"),
+        ("--input {root}/" + FP8 + " --calib {calib}", "is already quantised"),
         ("--input {root}/" + HALF + " --calib {calib} --beside-input {root}/" + HALF, "--beside-calib"),
         ("--input {root}/" + HALF + " --calib {calib} --beside-calib {calib}", "--beside-input"),
         ("--input {root}/" + HALF + " --calib {calib} --beside-input b.onnx --beside-calib {calib}", "b.onnx"),

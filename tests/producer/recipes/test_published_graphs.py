@@ -144,8 +144,8 @@ def test_defaults_bake_stack_pad_and_free(singles: dict[str, Path], halves: dict
         [str(dim) for dim in spec.dims] for spec in (*CONTRACTS["dit"].inputs, *CONTRACTS["dit"].outputs)
     ]
     gates = gates_of(path)
-    assert gates["null row"] is True and gates["worst denoised cosine"] > 0.99999
-    counts = {entry["pass"]: entry["counts"] for entry in gates["shape"]}
+    assert gates["null_row"] is True and gates["worst_denoised_cosine"] > 0.99999
+    counts = {entry["pass"]: entry["counts"] for entry in gates["rewrites"]}
     assert counts["bake-rope"]["baked"] and counts["stack-attention"]["stacked"] == 2 * DEPTH
     assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == 1
     assert not has_null_row(graph_io.load(singles[style]))
@@ -173,7 +173,7 @@ def test_guidance_needs_the_rule(tiny_checkpoint: Path, halves: dict[str, Path],
     module, without = PublishedDit(tiny_checkpoint), tmp_path / "without.onnx"
     source = halves["published"].parents[1] / "dit.onnx"
     made(build_dit_fp16mixed.main, ["--input", source, "--onnx", without, "--no-null-row"])
-    assert gates_of(without)["null row"] is False
+    assert gates_of(without)["null_row"] is False
     row = {name: torch.from_numpy(value) for name, value in list(check_rows())[4].items()}
     null = row | {"t5_hidden": torch.zeros_like(row["t5_hidden"]), "t5_mask": torch.zeros_like(row["t5_mask"])}
     with torch.inference_mode():
@@ -201,10 +201,10 @@ def test_a_published_half_becomes_fp8_with_every_default(
     counts = {level["name"]: level for level in report["clean"]["passes"]}
     assert counts["bake-rope"]["baked"] == 4 * DEPTH and counts["stack-attention"]["stacked"] == 2 * DEPTH
     assert counts["pad-k"]["padded"] == DEPTH and counts["null-row"]["added"] == counts["free-batch"]["freed"] == 1
-    for name in ("free-batch", "lift-to-fp32", "null-row", "bake-rope", "stack-attention", "pad-k"):
+    for name in ("free-batch", "widen-fp16", "null-row", "bake-rope", "stack-attention", "pad-k"):
         assert f"{name}: " in result.out
     assert len(report["scales"]["proof"]) == 6 and all(claim["holds"] for claim in report["scales"]["proof"])
-    assert gates_of(path)["null row"] is True
+    assert gates_of(path)["null_row"] is True
     module = PublishedDit(tiny_checkpoint)
     rows = list(check_rows())
     with torch.inference_mode():
@@ -244,7 +244,7 @@ def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
     argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
     made(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
     report = json.loads(report_path(path).read_text())["stages"]
-    assert report["quantize"]["quantised products"] == 7 * DEPTH + 2 and report["parity"]["worst"] >= 0.998
+    assert report["quantize"]["quantized_linears"] == 7 * DEPTH + 2 and report["parity"]["worst"] >= 0.998
     assert all(claim["holds"] for claim in report["scales"]["proof"])
     with pytest.raises(Exception, match="without a second half"):
         pack_dit.pack(pack_dit.read_graph(path))
@@ -295,5 +295,5 @@ def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_
 def test_what_is_mixed_already_is_sent_on(surgeon: Path, tmp_path: Path) -> None:
     argv = ["--input", surgeon, "--onnx", tmp_path / "half.onnx"]
     result = run(build_dit_fp16mixed.main, argv)
-    two_lines(result, str(surgeon), "it is FP16-mixed already")
-    assert "give it to build/build_dit_fp8.py as it is" in result.err
+    two_lines(result, str(surgeon), "the graph is already FP16-mixed")
+    assert "pass it to build/build_dit_fp8.py without this step" in result.err

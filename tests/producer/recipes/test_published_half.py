@@ -20,7 +20,7 @@ from helpers.commands import listing, run, two_lines
 from helpers.placed import clean, placed_scales
 from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.fp32_islands import find_dit_islands
-from sa3_build.passes.widen_fp16 import reasons_to_lift
+from sa3_build.passes.widen_fp16 import fp16_mismatches
 from sa3_build.quantization import selection
 from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import parity as verification_parity
@@ -91,7 +91,7 @@ def test_what_was_wrong_in_it_is_right_in_what_is_made_of_it(single: Path, half:
     graph_io.save(clean(half), cleaned)
     assert max(errors(single, cleaned)) < 1e-3
     model = graph_io.load(cleaned)
-    behind = query.graph_inputs_behind(model)
+    behind = query.input_dependencies(model)
     path = [node for node in model.graph if behind[node] == {"seconds_total"} and node.op_type in ("Clip", "Div")]
     assert {str(node.outputs[0].dtype) for node in path} == {"FLOAT"} and len(path) == 2
     assert {str(value.dtype) for node in find_dit_islands(model).all() for value in node.outputs} == {"FLOAT"}
@@ -99,7 +99,7 @@ def test_what_was_wrong_in_it_is_right_in_what_is_made_of_it(single: Path, half:
 
 def test_the_attention_core_is_one_type_afterwards(half: Path) -> None:
     model = clean(half)
-    core = [node for node in model.graph if node.op_type in query.PRODUCTS and query.weight_of(node) is None]
+    core = [node for node in model.graph if node.op_type in query.GEMM_OPS and query.weight_of(node) is None]
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     assert (len(core), len(softmaxes)) == (4 * DEPTH, 2 * DEPTH)  # both halves of an attention in one call
     assert {str(node.outputs[0].dtype) for node in (*core, *softmaxes)} == {"FLOAT16"}
@@ -112,7 +112,7 @@ def test_an_fp32_softmax_alone_is_reason_enough(tiny_onnx: Path, tmp_path: Path)
     """Our own graph with casts around one softmax, its only defect: attention could not fuse."""
     proto = onnx.load(onnx_of(tiny_onnx, "sa3-m"))
     exported = graph_io.load(onnx_of(tiny_onnx, "sa3-m"))
-    assert reasons_to_lift(exported, find_dit_islands(exported)) == []
+    assert fp16_mismatches(exported, find_dit_islands(exported)) == []
     softmax = next(node for node in proto.graph.node if node.op_type == "Softmax")
     single, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
     before = onnx.helper.make_node("Cast", [softmax.input[0]], ["/theirs/in"], "/theirs/in", to=single)
@@ -130,7 +130,7 @@ def test_every_weight_is_the_source_weight_bit_for_bit(half: Path) -> None:
     proto = onnx.load(half)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
     model = clean(half)
-    products = selection.select_products(model).quantized
+    products = selection.select_linears(model).quantized
     assert len(products) == 7 * DEPTH + 2
     for product in products:
         weight = model.graph.initializers[product.weight].const_value.numpy()
@@ -152,9 +152,9 @@ def test_the_fp8_graph_is_as_right_as_ours(
     report = json.loads(report_path(quantised).read_text())
     assert len(report["stages"]["scales"]["proof"]) == 6
     assert all(claim["holds"] for claim in report["stages"]["scales"]["proof"])
-    assert report["stages"]["clean"]["cosine with the source as it was mixed"] > 0.99999
-    (lifted,) = [entry for entry in report["stages"]["clean"]["passes"] if entry["name"] == "lift-to-fp32"]
-    assert lifted["notes"][0] == "node /duration/Clip (Clip) must be fp32 and gives fp16"
+    assert report["stages"]["clean"]["cosine_with_source"] > 0.99999
+    (lifted,) = [entry for entry in report["stages"]["clean"]["passes"] if entry["name"] == "widen-fp16"]
+    assert lifted["notes"][0] == "node /duration/Clip (Clip) must be fp32 and returns fp16"
 
 
 def test_parity_is_measured_against_what_was_put_right(half: Path, tiny_calib: Path, tmp_path: Path) -> None:
@@ -231,11 +231,11 @@ def own_domain(proto: onnx.ModelProto) -> None:
 
 DAMAGE: list[tuple[str, Callable[[onnx.ModelProto], None], tuple[str, ...]]] = [
     ("a norm with an extra node", lambda p: insert_behind(p, "Abs", "pre_norm/ReduceMean"),
-     ("pre_norm", "(Pow)", "no RMSNorm chain that is known")),
+     ("pre_norm", "(Pow)", "not part of a recognised RMSNorm chain")),
     ("an unknown op in the trunk", lambda p: insert_behind(p, "Tanh", "/transformer/layers.0/ff", "(Sigmoid)"),
-     ("node /theirs/Tanh (Tanh)", "no op that the trunk of a DiT has")),
+     ("node /theirs/Tanh (Tanh)", "not an op of a DiT's trunk")),
     ("a weight behind an op", lambda p: insert_behind(p, "Neg", "to_out/Transpose"),
-     ("to_out/MatMul", "takes a weight from where none is known", "/theirs/Neg (Neg)")),
+     ("to_out/MatMul", "has a computed weight", "/theirs/Neg (Neg)")),
     ("a 16-bit Range", short_range, ("/rotary_pos_emb/Range", "float16")),
     ("an op of its own", own_domain, ("theirs::Sigmoid",)),
 ]  # fmt: skip

@@ -65,7 +65,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tiny_fp8: Path, tiny_ca
         "quantized.onnx",
         "parity",
         "memory",
-        "of which stays",
+        "result",
         str(tmp_path / "work"),
         "nothing was",
     ):
@@ -76,7 +76,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tiny_fp8: Path, tiny_ca
 
 def test_a_full_disk_is_told_before_the_start(tmp_path: Path) -> None:
     needed = shutil.disk_usage(tmp_path).total * 2
-    with pytest.raises(Exception, match="free, the build needs") as refused:
+    with pytest.raises(Exception, match="free; the build needs") as refused:
         requirements_check.require_disk(tmp_path / "not" / "there", needed)
     assert "--work-dir" in refused.value.hint
     assert requirements_check.require_disk(tmp_path, 1) is None

@@ -27,18 +27,22 @@ SIZES = rollouts.CONTROLS[: len(CONTROLS)]
     ("distance", "expected"), [(1e-6, 1e-3), (3e-6, math.sqrt(3) * 1e-3), (9e-4, 3e-2), (1e-8, 1e-4), (0.0, 0.0)]
 )
 def test_a_drift_is_read_between_the_controls_and_below_them(distance: float, expected: float) -> None:
-    assert rollouts.equivalent(distance, CONTROLS, SIZES) == pytest.approx(expected, rel=1e-6)
+    assert rollouts.equivalent_perturbation(distance, CONTROLS, SIZES) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("distance", [1e-3, math.nan])
 def test_a_drift_above_the_largest_control_has_no_size(distance: float) -> None:
-    assert rollouts.equivalent(distance, CONTROLS, SIZES) == math.inf
+    assert rollouts.equivalent_perturbation(distance, CONTROLS, SIZES) == math.inf
 
 
 def test_a_control_that_falls_back_does_not_break_the_reading() -> None:
-    sizes = [rollouts.equivalent(height, [1e-6, 5e-5, 4e-5, 9e-4], SIZES) for height in (1e-6, 2e-5, 1e-4, 9e-4)]
+    sizes = [
+        rollouts.equivalent_perturbation(height, [1e-6, 5e-5, 4e-5, 9e-4], SIZES) for height in (1e-6, 2e-5, 1e-4, 9e-4)
+    ]
     assert sizes == sorted(sizes) and sizes[0] == pytest.approx(1e-3) and sizes[-1] == pytest.approx(3e-2)
-    between = rollouts.equivalent(8e-5, [1e-6, 5e-5, 4e-5, 9e-4], SIZES)  # the third control counts as 5e-5
+    between = rollouts.equivalent_perturbation(
+        8e-5, [1e-6, 5e-5, 4e-5, 9e-4], SIZES
+    )  # the third control counts as 5e-5
     assert between == pytest.approx(1e-2 * 3 ** (math.log(1.6) / math.log(18)))
 
 
@@ -65,7 +69,7 @@ def test_noise_is_shared_and_controls_grow(compared: Done, document_path: Path) 
     (controls,) = document["controls"]
     assert 1 > controls[0] > controls[1] > controls[2] > controls[3] > 0.9
     assert 0.5 < fp8["rollouts"][0]["cosine"] < 0.99999
-    expected = rollouts.equivalent(1 - fp8["rollouts"][0]["cosine"], [1 - control for control in controls])
+    expected = rollouts.equivalent_perturbation(1 - fp8["rollouts"][0]["cosine"], [1 - control for control in controls])
     assert fp8["rollouts"][0]["perturbation"] == (None if math.isinf(expected) else pytest.approx(expected))
 
 
@@ -85,7 +89,7 @@ def test_rows_and_shares_stand_beside_the_rollouts(compared: Done, document_path
     same, fp8 = json.loads(document_path.read_text())["candidates"]
     stages = json.loads(report_path(tiny_fp8 / FP8).read_text())["stages"]
     assert min(same["worst_by_sigma"].values()) == pytest.approx(1.0, abs=1e-12) and same["fp8_share"] == 0.0
-    assert fp8["fp8_share"] == pytest.approx(stages["quantize"]["fp8 share of token products"], rel=1e-12)
+    assert fp8["fp8_share"] == pytest.approx(stages["quantize"]["fp8_share_of_token_macs"], rel=1e-12)
     assert len(fp8["worst_by_sigma"]) == 4 and 0.99 < min(fp8["worst_by_sigma"].values()) < 0.9999999
     words = [line for line in compared.out.splitlines() if str(tiny_fp8 / FP8) in line and "%" in line]
     assert len(words) == 1 and f"{fp8['fp8_share']:.1%}" in words[0]
