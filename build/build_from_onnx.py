@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [build.Job(*one) for one in plan]
     build.require_possible(jobs, options)
     outcomes = build.build_all(jobs, options)
-    documents = [outcome.by_name for outcome in outcomes]
+    documents = [outcome.as_dict for outcome in outcomes]
     print(json.dumps(documents, indent=2) if args.json else build.summary(outcomes))
     build.require_all(outcomes)
     for target in dits:

@@ -29,25 +29,25 @@ def main(argv: list[str] | None = None) -> int:
 
     from sa3_build.engines import publish
 
-    parcel = publish.check(args.onnx)
+    upload = publish.check(args.onnx)
     document = {
         "repository": args.target_repo,
         "to": args.branch or "a pull request",
-        "files": [file.by_name for file in parcel.files],
-        "gates": parcel.gates,
+        "files": [file.as_dict for file in upload.files],
+        "gates": upload.gates,
         "sent": None,
     }
     if args.send:
-        sent = publish.send(parcel, args.target_repo, args.branch, args.message)
-        document["sent"] = {"commit": sent.commit, "address": sent.address, "read_back": sent.read_back}
+        result = publish.send(upload, args.target_repo, args.branch, args.message)
+        document["sent"] = {"commit": result.commit, "address": result.address, "read_back": result.read_back}
     if args.json:
         print(json.dumps(document, indent=2))
         return 0
-    rows = [[file.path, console.format_bytes(file.bytes), file.sha256] for file in parcel.files]
+    rows = [[file.path, console.format_bytes(file.bytes), file.sha256] for file in upload.files]
     print(console.table((f"to {args.target_repo}", "size", "sha256"), rows))
-    print(", ".join(f"{name}: {value}" for name, value in parcel.gates.items()))
+    print(", ".join(f"{name}: {value}" for name, value in upload.gates.items()))
     if args.send:
-        print(f"sent: {sent.address}\nread back: {sent.read_back} files are what was sent")
+        print(f"sent: {result.address}\nread back: {result.read_back} files are what was sent")
     else:
         print(f"nothing was sent; --send uploads this to {args.branch or 'a pull request'}")
     return 0

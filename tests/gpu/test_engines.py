@@ -48,7 +48,7 @@ def test_the_fastest_of_three_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["sa3-m", "sa3-m-fp8"])
 def test_an_engine_gives_what_its_graph_gives(tiny_fp8: Path, tmp_path: Path, name: str) -> None:
     path, about = built(name, tiny_fp8, tmp_path, "--engine-report")
-    assert about["layers"]["layers"] > 0 and (about["layers"]["fp8_products"] > 0) == name.endswith("fp8")
+    assert about["layers"]["layers"] > 0 and (about["layers"]["fp8_gemms"] > 0) == name.endswith("fp8")
     names = [spec.name for spec in CONTRACTS["dit"].inputs]
     inputs = dict(zip(names, example_inputs("dit", batch=2, frames=70), strict=True))
     with TensorRtEngine(path, BACKENDS[0]) as engine:

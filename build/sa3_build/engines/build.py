@@ -1,4 +1,4 @@
-"""Many engines in one run: each on its own, so that one that fails does not stop the others."""
+"""Build many engines in one run; an engine that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sa3_trt_core.targets import PREBUILT_TENSORRT, Target
 
 @dataclass(frozen=True)
 class Job:
-    """One engine to make."""
+    """One engine to build."""
 
     target: Target
     arch: str
@@ -30,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Options:
-    """How they are made: see build_from_onnx.py --help."""
+    """Options of all jobs: see build_from_onnx.py --help."""
 
     backend: str
     source: ModelSource
@@ -42,7 +42,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: the engine and its report, or the error."""
+    """Result of a job: the engine and its report, or the error."""
 
     job: Job
     built: compiler.Built | None = None
@@ -51,31 +51,33 @@ class Outcome:
 
     @property
     def state(self) -> str:
-        """built, current or failed."""
+        """The state: built, current or failed."""
         if self.error is not None or self.built is None:
             return "failed"
         return "current" if self.built.reused else "built"
 
     @property
-    def by_name(self) -> dict[str, Any]:
-        """For JSON."""
-        found: dict[str, Any] = {"target": self.job.target.name, "arch": self.job.arch, "state": self.state}
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        entry: dict[str, Any] = {"target": self.job.target.name, "arch": self.job.arch, "state": self.state}
         if self.built is not None:
-            found |= {"path": str(self.built.path), "bytes": self.built.bytes, "seconds": self.built.seconds}
-            found |= {"reused": self.built.reused, "why": self.built.why}
+            entry |= {"path": str(self.built.path), "bytes": self.built.bytes, "seconds": self.built.seconds}
+            entry |= {"reused": self.built.reused, "why": self.built.why}
         if self.report is not None:
-            found["layers"] = self.report.by_name
+            entry["layers"] = self.report.as_dict
         if self.error is not None:
-            found |= {"error": self.error.message, "hint": self.error.hint}
-        return found
+            entry |= {"error": self.error.message, "hint": self.error.hint}
+        return entry
 
 
 def require_possible(jobs: Sequence[Job], options: Options) -> None:
-    """Refuse what no job could do, before anything is read or downloaded. Raises ToolError."""
+    """Raise ToolError, before anything is read or downloaded, for options or paths that no job can use."""
     if options.best_of > 1 and gpu.current_arch() is None:
-        raise ToolError("--best-of measures engines, and no NVIDIA GPU is visible", "leave it away, or use a GPU host")
+        raise ToolError("--best-of requires an NVIDIA GPU to measure engines", "omit it, or use a machine with a GPU")
     if options.report and gpu.current_arch() is None:
-        raise ToolError("--engine-report loads the engine, and no NVIDIA GPU is visible", "leave it away here")
+        raise ToolError(
+            "--engine-report requires an NVIDIA GPU to load the engine", "omit it, or use a machine with a GPU"
+        )
     builder = BUILDERS[options.backend]
     for job in jobs:
         compiler.require_arch(job.target, options.backend, job.arch)
@@ -83,21 +85,26 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
         engines.BACKENDS[options.backend].require_engine(job.target)
     if not builder.compiles:
         if options.best_of > 1 or options.report or options.prebuilt:
-            raise ToolError("--best-of, --engine-report and --prebuilt are of TensorRT", "leave them away")
+            raise ToolError(
+                "--best-of, --engine-report and --prebuilt are only available with a TensorRT backend", "omit them"
+            )
         return
     version = str(compiler.load_backend(options.backend).__version__)
     matches = version == builder.prebuilt
     if options.prebuilt and not matches:
         raise ToolError(
-            f"the prebuilt engines are of TensorRT {PREBUILT_TENSORRT}, here is {options.backend} {version}",
-            "leave --prebuilt away: the engines are then compiled",
+            f"prebuilt engines require TensorRT {PREBUILT_TENSORRT}; installed: {options.backend} {version}",
+            "omit --prebuilt to compile the engines",
         )
     if matches and not options.prebuilt:
-        print("the hub has engines of this very TensorRT: --prebuilt takes them instead of compiling", file=sys.stderr)
+        print(
+            "the hub has engines for this TensorRT version: --prebuilt downloads them instead of compiling",
+            file=sys.stderr,
+        )
 
 
 def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
-    """Make every engine that is not current. Of several, an error of one is told at once and kept in its outcome.
+    """Build every engine that is not current; errors are printed at once and stored in the outcomes.
 
     Raises the ToolError of a job that is the only one.
     """
@@ -115,7 +122,7 @@ def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
 
 
 def require_all(outcomes: Sequence[Outcome]) -> None:
-    """Raise a ToolError that sums up what failed: exit 3 when only gates said no, else exit 2."""
+    """Raise a ToolError that lists the failed engines: exit code 3 if only gates failed, else 2."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if not failed:
         return
@@ -123,20 +130,20 @@ def require_all(outcomes: Sequence[Outcome]) -> None:
     only_gates = all(isinstance(outcome.error, GateError) for outcome in failed)
     raise ToolError(
         f"{len(failed)} of {len(outcomes)} engines failed: {names}",
-        "the reasons stand above; the same command makes what is missing and keeps the others",
+        "see the errors above; rerun the command to build only the missing engines",
         GATE_EXIT if only_gates else USAGE_EXIT,
     )
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Return the table for people."""
+    """Return the table of outcomes as text."""
     rows = []
     for outcome in outcomes:
         built = outcome.built
-        took = "-" if built is None or built.reused else format_seconds(built.seconds)
+        seconds = "-" if built is None or built.reused else format_seconds(built.seconds)
         size, path = ("-", "-") if built is None else (format_bytes(built.bytes), str(built.path))
-        why = " ".join(outcome.error.message.split()) if outcome.error is not None else built.why if built else ""
-        rows.append([outcome.job.target.name, outcome.job.arch, outcome.state, took, size, path, why])
+        reason = " ".join(outcome.error.message.split()) if outcome.error is not None else built.why if built else ""
+        rows.append([outcome.job.target.name, outcome.job.arch, outcome.state, seconds, size, path, reason])
     text = table(("target", "arch", "state", "built in", "size", "engine", "why"), rows)
     for outcome in outcomes:
         if outcome.report is not None:
@@ -145,7 +152,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def _counts(report: inspector.EngineReport) -> str:
-    return table(tuple(report.by_name), [[str(count) for count in report.by_name.values()]])
+    return table(tuple(report.as_dict), [[str(count) for count in report.as_dict.values()]])
 
 
 def _attempt(job: Job, options: Options) -> Outcome:
@@ -155,10 +162,12 @@ def _attempt(job: Job, options: Options) -> Outcome:
         if not options.report:
             return Outcome(job, built)
         report = inspector.inspect(job.out, options.backend)
-        broken = inspector.broken_gates(report, job.target)
+        failed_gates = inspector.broken_gates(report, job.target)
         error = None
-        if broken:
-            error = GateError(f"{job.out}: {'; '.join(broken)}", "the engine is kept; see the counts", _counts(report))
+        if failed_gates:
+            error = GateError(
+                f"{job.out}: {'; '.join(failed_gates)}", "the engine is kept; see the counts", _counts(report)
+            )
         return Outcome(job, built, report, error)
     except ToolError as error:
         return Outcome(job, built, error=error)
@@ -168,7 +177,7 @@ def _make(job: Job, options: Options) -> compiler.Built:
     if options.prebuilt:
         settings = compiler.build_settings(job.target, options.backend, job.arch)
         size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.source)
-        return compiler.Built(job.out, 0.0, size, reused, "prebuilt, of the hub")
+        return compiler.Built(job.out, 0.0, size, reused, "prebuilt, from the hub")
     source = resolve.resolve_onnx(job.target, options.source)
     build = BUILDERS[options.backend].build
     return build(source, job.target, job.arch, job.out, options.force, options.best_of)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Build(Protocol):
-    """Makes `out` of `onnx`, or keeps it while it is current; `best_of` builds that many and keeps the fastest."""
+    """Build `out` from `onnx`, or keep it if it is current; `best_of` builds that many and keeps the fastest."""
 
     def __call__(
         self, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1
@@ -24,10 +24,10 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Builder:
-    """How the engines of a backend are built.
+    """Build function of a backend.
 
-    `compiles`: --best-of, --engine-report and --prebuilt are for engines that a compiler of TensorRT made. `prebuilt`
-    is the version whose engines the hub has, None where it has none.
+    `compiles`: True for TensorRT backends, which support --best-of, --engine-report and --prebuilt. `prebuilt`: the
+    version whose engines are on the hub, or None.
     """
 
     build: Build
@@ -45,7 +45,7 @@ def compiled(
 
 
 def packed(onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1) -> Built:
-    """Pack an engine for PyTorch, which is made one way only. Raises ToolError and GateError."""
+    """Pack an engine for PyTorch; `best_of` has no effect. Raises ToolError and GateError."""
     from sa3_build.engines.torch_engine import pack_engine
 
     return pack_engine(onnx, target, arch, out, force)

@@ -1,4 +1,4 @@
-"""Read from a DiT graph what its engine's manifest says of it: one row only, and the rule of the null row."""
+"""Facts of a DiT graph that its engine's manifest records: fixed batch of 1, and support of guidance's null row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sa3_trt_core.targets import Target
 
 
 def dit_facts(onnx: Path, target: Target) -> dict[str, bool]:
-    """Return what a manifest says of a DiT graph beside its settings: one row only, and the rule of the null row.
+    """Return whether a DiT graph is fixed at one row and whether it implements guidance's null row.
 
-    Both are false for other graphs; a DiT whose structure is not recognised is said to have no such rule.
+    Both are False for other graphs; the second is False for a DiT whose structure is not recognised.
     """
     facts = {"one_row": False, "null_row": False}
     if target.kind != "dit":

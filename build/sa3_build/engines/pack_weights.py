@@ -1,4 +1,4 @@
-"""What a packer asks of a graph: the weight behind a product, its scales, and what lies around it."""
+"""Queries of the packers: weights of linear layers, their scales, and neighbouring constants."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_trt_core.number_formats import E4M3_MAX
 
 BEFORE_WEIGHTS = ("Transpose", "Cast", "DequantizeLinear", "QuantizeLinear")
-TILE = 16  # FP8 tensor cores want multiples of it
+TILE = 16  # FP8 tensor cores require multiples of it
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A product's constant side as stored: (K, N) of a MatMul, and its scales if it is quantised."""
+    """Constant operand of a linear layer as stored, (K, N) for a MatMul, and its scale if it is quantised."""
 
     stored: ir.Value
     transposed: bool
@@ -34,7 +34,7 @@ class Weight:
         return np.ascontiguousarray(value)
 
     def codes(self) -> np.ndarray:
-        """E4M3 codes (N, K): the stored ones, or the nearest of the stored weight."""
+        """Return E4M3 codes (N, K): the stored ones, or the nearest to the stored weight."""
         assert self.scale is not None
         value = constant(self.stored)
         value = value.T if self.transposed else value
@@ -45,78 +45,87 @@ class Weight:
 
 
 def weight_of(node: ir.Node) -> Weight | None:
+    """Return the weight of a MatMul or Gemm, also through a quantizer; None when both sides are data."""
     if node.op_type not in query.GEMM_OPS:
         return None
-    value, scale, turned = node.inputs[1], None, node.op_type == "MatMul" or not node.attributes.get_int("transB", 0)
+    value, scale, transposed = (
+        node.inputs[1],
+        None,
+        node.op_type == "MatMul" or not node.attributes.get_int("transB", 0),
+    )
     while value is not None and not value.is_initializer():
-        maker = value.producer()
-        if maker is None or maker.op_type not in BEFORE_WEIGHTS:
+        producer = value.producer()
+        if producer is None or producer.op_type not in BEFORE_WEIGHTS:
             return None
-        if maker.op_type == "DequantizeLinear":
-            scale = constant(maker.inputs[1])
-        if maker.op_type == "Transpose":
-            turned = not turned
-        value = maker.inputs[0]
-    return None if value is None else Weight(value, turned, scale)
+        if producer.op_type == "DequantizeLinear":
+            scale = constant(producer.inputs[1])
+        if producer.op_type == "Transpose":
+            transposed = not transposed
+        value = producer.inputs[0]
+    return None if value is None else Weight(value, transposed, scale)
 
 
 def activation_scale(node: ir.Node) -> float | None:
-    """Return the scale of the quantizer on a product's data side, None without one."""
-    maker = node.inputs[0].producer() if node.inputs[0] is not None else None
-    while maker is not None and maker.op_type == "Cast":
-        maker = maker.inputs[0].producer() if maker.inputs[0] is not None else None
-    if maker is None or maker.op_type != "DequantizeLinear":
+    """Return the scale of the quantizer on a linear layer's data side, or None."""
+    producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    while producer is not None and producer.op_type == "Cast":
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear":
         return None
-    return float(constant(maker.inputs[1]).reshape(-1)[0])
+    return float(constant(producer.inputs[1]).reshape(-1)[0])
 
 
-def cores(product: ir.Node) -> list[ir.Node]:
-    """Return the first attention products below a product: those that read its q on their left side."""
-    return [user for user, index in query.gemms_below(product) if index == 0 and weight_of(user) is None]
+def cores(linear: ir.Node) -> list[ir.Node]:
+    """Return the attention GEMMs that read a linear layer's output on their left side (q)."""
+    return [user for user, index in query.gemms_below(linear) if index == 0 and weight_of(user) is None]
 
 
-def only(found: list[ir.Node], what: str, near: ir.Node) -> ir.Node:
-    """Return the first of one or two halves, which share norms and sources."""
-    if len(found) not in (1, 2):
+def only(candidates: list[ir.Node], what: str, near: ir.Node) -> ir.Node:
+    """Return the first of one or two attention calls; both halves share norms and sources."""
+    if len(candidates) not in (1, 2):
         raise GraphNotRecognised(f"no {what} {described(near)}")
-    return found[0]
+    return candidates[0]
 
 
-def one(found: set[ir.Node], what: str, near: ir.Node) -> ir.Node:
-    if len(found) != 1:
-        raise GraphNotRecognised(f"{len(found)} nodes are the {what} {described(near)}")
-    return next(iter(found))
+def one(candidates: set[ir.Node], what: str, near: ir.Node) -> ir.Node:
+    """Return the single node of a set. Raises GraphNotRecognised for another number."""
+    if len(candidates) != 1:
+        raise GraphNotRecognised(f"{len(candidates)} nodes are the {what} {described(near)}")
+    return next(iter(candidates))
 
 
 def constant(value: ir.Value | None) -> np.ndarray:
-    found = constant_behind(value)
-    if found is None:
-        raise GraphNotRecognised(f"{value.name if value is not None else 'an input'} is no constant")
-    return found
+    """Return the constant that a value contains or repeats. Raises GraphNotRecognised without one."""
+    array = broadcast_constant(value)
+    if array is None:
+        raise GraphNotRecognised(f"{value.name if value is not None else 'an input'} is not a constant")
+    return array
 
 
 def constants(node: ir.Node) -> list[np.ndarray]:
-    return [found for value in node.inputs if (found := query.constant_of(value)) is not None]
+    """Return the constants that a node reads."""
+    return [array for value in node.inputs if (array := query.constant_of(value)) is not None]
 
 
-def constant_behind(value: ir.Value | None) -> np.ndarray | None:
-    """Return the constant that a value repeats, seen through what only moves it."""
+def broadcast_constant(value: ir.Value | None) -> np.ndarray | None:
+    """Return the constant that a value repeats, skipping data movement; None without one."""
     while value is not None:
-        found = query.constant_of(value)
-        if found is not None:
-            return found
-        maker = value.producer()
-        if maker is None or maker.op_type not in ("Expand", "Unsqueeze", "Cast", "Tile", "Reshape", "Identity"):
+        array = query.constant_of(value)
+        if array is not None:
+            return array
+        producer = value.producer()
+        if producer is None or producer.op_type not in ("Expand", "Unsqueeze", "Cast", "Tile", "Reshape", "Identity"):
             return None
-        value = maker.inputs[0]
+        value = producer.inputs[0]
     return None
 
 
 def follows(node: ir.Node, op_type: str) -> bool:
-    makers: Iterable[ir.Node | None] = [value.producer() for value in node.inputs if value is not None]
-    return any(maker is not None and maker.op_type == op_type for maker in makers)
+    """Return True if an input of the node is computed by an op of this type."""
+    producers: Iterable[ir.Node | None] = [value.producer() for value in node.inputs if value is not None]
+    return any(producer is not None and producer.op_type == op_type for producer in producers)
 
 
 def padded(weight: np.ndarray) -> np.ndarray:
-    """K to a multiple of 16 with zeros: an odd K is a slow kernel on every GPU."""
+    """Return a weight (N, K) with K zero-padded to a multiple of 16: other sizes select a slow kernel on every GPU."""
     return np.pad(weight, ((0, 0), (0, -weight.shape[1] % TILE)))

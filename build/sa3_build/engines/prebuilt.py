@@ -1,4 +1,4 @@
-"""Take engines that the hub has ready, for the one TensorRT version that made them. They are code: build/README.md."""
+"""Install prebuilt engines from the hub, which match one TensorRT version. Engines are code: see build/README.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sa3_trt_core.targets import PREBUILT_FOLDER, Target
 
 
 def names(target: Target, arch: str) -> list[str]:
-    """Where the hub may have a target's engine: under our name, then under the names that its ONNX has had."""
+    """Return the possible paths of a target's engine on the hub: its own name, then those of its ONNX files."""
     folder = PurePosixPath(target.engine).parent
     stems = [PurePosixPath(target.engine).name, *(PurePosixPath(name).stem for name in target.onnx)]
     return [f"{PREBUILT_FOLDER}/{arch}/{folder}/{stem}.trt" for stem in dict.fromkeys(stems)]
@@ -30,14 +30,14 @@ def take(
     settings: Mapping[str, Any],
     source: ModelSource,
 ) -> tuple[int, bool]:
-    """Put the hub's engine in place, with a manifest; its size, and whether it was there already.
+    """Install the hub's engine with a manifest; return its size and whether it was current.
 
-    `settings` are those of an engine built here: backend, version and architecture are what the runtime asks for. The
-    caller has made sure that the version is the one the hub's engines are of. Raises ToolError.
+    `settings` are those of an engine built here; the runtime checks backend, version and architecture. The caller has
+    checked that the version matches the hub's engines. Raises ToolError.
     """
     path = resolve.resolve_file(names(target, arch), target, source)
     if path is None:
-        raise ToolError(f"the hub has no engine of {target.name} for {arch}", "leave --prebuilt away: it is compiled")
+        raise ToolError(f"the hub has no engine of {target.name} for {arch}", "omit --prebuilt to compile it")
     inputs, recorded = {path.name: files.sha256_of(path)}, {**settings, "prebuilt": True}
     with build(out, "engine", inputs, recorded) as draft:
         if draft is None:
@@ -45,7 +45,7 @@ def take(
         draft.retire()
         with files.atomic_path(out) as temporary:
             try:
-                os.link(path.resolve(), temporary)  # no second copy of some gigabytes where one disk holds both
+                os.link(path.resolve(), temporary)  # saves a copy of several gigabytes on the same file system
             except OSError:
                 shutil.copyfile(path, temporary)
         draft.finish([out], {"run_on_gpu": False})

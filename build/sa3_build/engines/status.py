@@ -1,4 +1,4 @@
-"""What an engine on this machine is: missing, current, stale with the reason, or foreign. Reads no graph."""
+"""State of an engine on this machine: missing, current, stale with the reason, or foreign. Does not read graphs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sa3_trt_core.hub import resolve
 from sa3_trt_core.targets import Target
 
 MISSING, CURRENT, STALE, FOREIGN, NO_GPU = "missing", "current", "stale", "foreign", "no GPU"
-NO_ENGINE = "no engine"  # of a backend that leaves such a graph to another
+NO_ENGINE = "no engine"  # the backend runs this graph through another one
 
 
 @dataclass(frozen=True)
 class State:
-    """One of the words above, the reason where there is one, and the size of the engine file in bytes."""
+    """One of the states above, its reason if it has one, and the size of the engine file in bytes."""
 
     name: str
     reason: str = ""
@@ -28,11 +28,11 @@ class State:
 
 
 def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_root: Path | None = None) -> State:
-    """Return the state of one engine, by its manifest alone.
+    """Return the state of one engine, from its manifest.
 
-    Stale: torn, built by another TensorRT than the installed one, for another contract, or of another graph than the
-    one in `onnx_root`, as far as that graph's own manifest tells. Foreign: a file without a manifest, which somebody
-    else made or a killed build left. A build looks closer: it reads every byte of the graph.
+    Stale: incomplete, built by another TensorRT version than the installed one, for another contract, or from another
+    graph than the one in `onnx_root`, according to that graph's manifest. Foreign: a file without a manifest, built
+    elsewhere or left by a killed build. A build checks more: it reads every byte of the graph.
     """
     record = engines.BACKENDS[backend]
     if not record.supports(target):
@@ -43,12 +43,12 @@ def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_
 
 
 def state_of_path(path: Path, target: Target, arch: str, backend: str, onnx_root: Path | None = None) -> State:
-    """Return the same for an engine file of any name."""
+    """Return the state of an engine file of any name."""
     if not path.is_file():
         return State(MISSING)
     size = path.stat().st_size
     if not manifest.manifest_path(path).is_file():
-        return State(FOREIGN, "it has no manifest", size)
+        return State(FOREIGN, "no manifest", size)
     try:
         reason = manifest.verify_manifest(path) or _outdated(target, path, arch, backend, onnx_root)
     except ToolError as error:
@@ -61,18 +61,18 @@ def _outdated(target: Target, path: Path, arch: str, backend: str, onnx_root: Pa
     assert record is not None
     settings = record.settings
     if (settings.get("target"), settings.get("backend"), settings.get("arch")) != (target.name, backend, arch):
-        return f"it is {settings.get('target')} by {settings.get('backend')} for {settings.get('arch')}"
+        return f"built as {settings.get('target')} by {settings.get('backend')} for {settings.get('arch')}"
     version = engines.BACKENDS[backend].version() or settings.get("backend_version")
     if settings.get("backend_version") != version:
-        return f"built by {backend} {settings.get('backend_version')}, {version} is installed"
+        return f"built with {backend} {settings.get('backend_version')}; installed: {version}"
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
-    served = settings.get("profile")
-    if served not in (profile, profile | {"B": [1, 1, 1]}) and not settings.get("prebuilt"):
-        return "the lengths and batches that it serves are others"
+    built_profile = settings.get("profile")
+    if built_profile not in (profile, profile | {"B": [1, 1, 1]}) and not settings.get("prebuilt"):
+        return "built for other lengths or batch sizes"
     graph = resolve.local_onnx(onnx_root, target) if onnx_root is not None else None
-    made = manifest.read_manifest(graph) if graph is not None else None
-    if graph is None or made is None or manifest.verify_manifest(graph) is not None:
+    graph_manifest = manifest.read_manifest(graph) if graph is not None else None
+    if graph is None or graph_manifest is None or manifest.verify_manifest(graph) is not None:
         return None
-    sources = [name for name in (graph.name, *resolve.external_data_names(graph)) if name in made.files]
-    changed = [name for name in sources if record.inputs.get(name) != made.files[name].sha256]
+    sources = [name for name in (graph.name, *resolve.external_data_names(graph)) if name in graph_manifest.files]
+    changed = [name for name in sources if record.inputs.get(name) != graph_manifest.files[name].sha256]
     return f"{graph.parent / changed[0]} has changed" if changed else None

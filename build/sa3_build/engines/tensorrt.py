@@ -1,6 +1,7 @@
-"""Compile an ONNX graph to a TensorRT engine: strongly typed, with the contract's profile, manifest last.
+"""Compile an ONNX graph to a TensorRT engine: strongly typed, with the contract's optimization profile.
 
-`tensorrt_rtx` compiles for any architecture without a GPU; `tensorrt` compiles for the GPU that is in this machine.
+`tensorrt_rtx` compiles for any architecture without a GPU; `tensorrt` compiles for this machine's GPU. The manifest is
+written last.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 
 FP8_ARCHES = ("sm_89", "sm_90", "sm_100", "sm_120", "sm_121")
 HEARTBEAT_SECONDS = 15.0
-CURRENT = "made of the same graph with the same settings"
+CURRENT = "built from the same graph with the same settings"
 
 
 @dataclass(frozen=True)
 class Built:
-    """One finished engine; `why` it was built, or why it was kept."""
+    """One finished engine; `why` is the reason why it was built or kept."""
 
     path: Path
     seconds: float
@@ -47,27 +48,27 @@ class Built:
 
 
 def require_arch(target: Target, backend: str, arch: str) -> None:
-    """Refuse an architecture before anything is read or downloaded. Raises ToolError in the user's words."""
+    """Raise ToolError for an unsupported architecture, before anything is read or downloaded."""
     record = engines.BACKENDS[backend]
     if arch == paths.NO_GPU and not record.on_cpu:
-        others = " or ".join(other.name for other in engines.BUILT.values() if other.on_cpu)
+        others = " or ".join(candidate.name for candidate in engines.BUILT.values() if candidate.on_cpu)
         raise ToolError(f"{backend} builds for NVIDIA GPUs", f"give --arch, e.g. --arch sm_89, or --backend {others}")
     if target.precision == "fp8" and arch not in (*FP8_ARCHES, paths.NO_GPU):
         raise ToolError(
-            f"{target.name} needs FP8 tensor cores and {arch} has none (they begin with sm_89)",
+            f"{target.name} needs FP8 tensor cores, which {arch} does not have (sm_89 and later do)",
             f"build the FP16-mixed engine instead: {target.name.removesuffix('-fp8')}",
         )
     if arch not in (*record.arches, paths.NO_GPU):
-        others = " or ".join(other.name for other in engines.BUILT.values() if arch in other.arches)
+        others = " or ".join(candidate.name for candidate in engines.BUILT.values() if arch in candidate.arches)
         raise ToolError(
             f"{record.label} does not build for {arch}",
             f"it builds for {', '.join(record.arches)}; try --backend {others}",
         )
     if not record.builds_elsewhere and arch != gpu.current_arch():
-        here = gpu.current_arch() or "no NVIDIA GPU"
-        others = " or ".join(other.name for other in engines.BUILT.values() if other.builds_elsewhere)
+        present = gpu.current_arch() or "no NVIDIA GPU"
+        others = " or ".join(candidate.name for candidate in engines.BUILT.values() if candidate.builds_elsewhere)
         raise ToolError(
-            f"{backend} builds for the GPU in this machine only ({here}), not for {arch}",
+            f"{backend} builds for the GPU in this machine only ({present}), not for {arch}",
             f"build on that machine, or use --backend {others}, which needs no GPU",
         )
 
@@ -82,29 +83,29 @@ def load_backend(backend: str) -> Any:
 
 
 def check_graph(onnx: Path, target: Target) -> None:
-    """Refuse a file that is torn, is another graph, or needs a plug-in that cannot be lowered. Raises ToolError."""
+    """Raise ToolError for a file that is incomplete, another graph, or has a plug-in that cannot be lowered."""
     model = graph_io.load(onnx)
-    found = sorted(str(value.name) for value in model.graph.inputs)
-    missing = [spec.name for spec in shapes.CONTRACTS[target.kind].inputs if spec.name not in found]
+    present = sorted(str(value.name) for value in model.graph.inputs)
+    missing = [spec.name for spec in shapes.CONTRACTS[target.kind].inputs if spec.name not in present]
     if missing:
         raise ToolError(
-            f"{onnx} is not a {target.kind} graph: it has no input {missing[0]} (its inputs: {', '.join(found)})",
-            f"make the graph again: {target.produced_by}",
+            f"{onnx} is not a {target.kind} graph: it has no input {missing[0]} (its inputs: {', '.join(present)})",
+            f"rebuild the graph: {target.produced_by}",
         )
-    plugs = lower_plugins.plugged(model)
-    others = [node for node in model.graph if node.domain not in ("", "ai.onnx") and node not in plugs]
-    foreign = sorted({f"{node.domain}::{node.op_type}" for node in others})
+    plugins = lower_plugins.plugged(model)
+    custom_nodes = [node for node in model.graph if node.domain not in ("", "ai.onnx") and node not in plugins]
+    foreign = sorted({f"{node.domain}::{node.op_type}" for node in custom_nodes})
     if foreign:
         raise ToolError(
-            f"{onnx} holds the plug-in op {foreign[0]}, which no builder here has",
-            f"use our own export, which has plain operators only: {target.produced_by}",
+            f"{onnx} contains the plug-in op {foreign[0]}, which is not available",
+            f"export it with standard operators only: {target.produced_by}",
         )
-    if plugs:
+    if plugins:
         lower_plugins.lowered(onnx)
 
 
 def build_settings(target: Target, backend: str, arch: str, one_row: bool = False) -> dict[str, Any]:
-    """What an engine depends on besides its ONNX: recorded in its manifest and compared before it is built again."""
+    """Return what an engine depends on besides its ONNX; stored in its manifest and compared before a rebuild."""
     module = load_backend(backend)
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
     if one_row:
@@ -122,11 +123,11 @@ def build_settings(target: Target, backend: str, arch: str, one_row: bool = Fals
 def compile_engine(
     onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False, best_of: int = 1
 ) -> Built:
-    """Build `out` from `onnx`, or keep it when its manifest says it is current.
+    """Build `out` from `onnx`, or keep it when its manifest is current.
 
-    `best_of` builds that many and keeps the one that runs fastest on this machine's GPU. Another run that builds the
-    same engine is waited for. Raises ToolError when the graph does not parse, is fixed where the contract is dynamic,
-    does not compile, or the machine is too small.
+    `best_of` builds that many and keeps the fastest on this machine's GPU. Waits for another process that builds the
+    same engine. Raises ToolError when the graph does not parse, is fixed where the contract is dynamic, does not
+    compile, or when memory or disk is too small.
     """
     require_arch(target, backend, arch)
     check_graph(onnx, target)
@@ -142,7 +143,7 @@ def compile_engine(
 
 
 def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: bool) -> Built:
-    """Compile, and put the engine and then its manifest in place."""
+    """Compile, then write the engine and its manifest."""
     out, backend, arch = draft.output, draft.settings["backend"], draft.settings["arch"]
     started, module = time.monotonic(), load_backend(backend)
     gates: dict[str, Any] = {
@@ -158,9 +159,9 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
         plan = _plan(module, onnx, target, backend, arch, cache)
         if best_of > 1:
             plans = [plan, *(_plan(module, onnx, target, backend, arch, None) for _ in range(best_of - 1))]
-            measured = [timing_cache.milliseconds(module, one, target) for one in plans]
-            plan = plans[measured.index(min(measured))]
-            gates |= {"run_on_gpu": True, "milliseconds": [round(one, 4) for one in measured]}
+            milliseconds = [timing_cache.milliseconds(module, candidate, target) for candidate in plans]
+            plan = plans[milliseconds.index(min(milliseconds))]
+            gates |= {"run_on_gpu": True, "milliseconds": [round(candidate, 4) for candidate in milliseconds]}
     draft.retire()
     with files.atomic_path(out) as temporary, temporary.open("wb") as stream:
         stream.write(plan)
@@ -173,30 +174,30 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
 def _digest(file: Path) -> str:
     """Return the SHA-256 of a source.
 
-    Raises ToolError for a file of the hub's cache that is no more what was downloaded.
+    Raises ToolError for a file of the hub's cache that differs from its download.
     """
-    found, expected = files.sha256_of(file), download.expected_sha256(file)
-    if expected is not None and found != expected:
+    digest, expected = files.sha256_of(file), download.expected_sha256(file)
+    if expected is not None and digest != expected:
         raise ToolError(
-            f"{file} has changed in the hub's cache since it was downloaded",
+            f"{file} changed in the hub's cache after its download",
             f"delete {file.resolve()} and run the same command again",
         )
-    return found
+    return digest
 
 
 def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None) -> Any:
-    """Return the serialised engine, as an object with the buffer protocol; `cache` keeps what TensorRT timed."""
+    """Return the serialised engine, an object with the buffer protocol; `cache` is TensorRT's timing cache."""
     logger = gpu.tensorrt_logger(module)
     logger.last = ""
     builder = module.Builder(logger)
     network = builder.create_network(_strongly_typed(module))
     parser = module.OnnxParser(network, logger)
-    plain = lower_plugins.lowered(onnx)
-    if not (parser.parse_from_file(str(onnx)) if plain is None else parser.parse(plain, str(onnx))):
+    lowered_graph = lower_plugins.lowered(onnx)
+    if not (parser.parse_from_file(str(onnx)) if lowered_graph is None else parser.parse(lowered_graph, str(onnx))):
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.last
-        raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"make the graph again: {target.produced_by}")
+        raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"rebuild the graph: {target.produced_by}")
     config = builder.create_builder_config()
-    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # what --engine-report reads
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # needed by --engine-report
     if cache is not None:
         timing_cache.read_cache(config, cache)
     if engines.BACKENDS[backend].builds_elsewhere:
@@ -206,8 +207,8 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cach
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ToolError(
-            f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'it gave no reason'}",
-            f"check that the graph is what {target.produced_by.split()[1]} makes, and that memory and disk are free",
+            f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'no reason given'}",
+            f"check that the graph was made by {target.produced_by.split()[1]}, and free memory and disk space",
         )
     if cache is not None:
         timing_cache.write_cache(config, cache)
@@ -215,7 +216,7 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cach
 
 
 def _strongly_typed(module: Any) -> int:
-    """Network flags: types are the graph's. TensorRT 11 may know nothing else and have no flag for it."""
+    """Return the network flags for strong typing, which TensorRT 11 has no flag for: there it is the only mode."""
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -227,13 +228,13 @@ def _add_profile(
     config: trt.IBuilderConfig,
     target: Target,
 ) -> None:
-    """The contract's optimization profile; a graph that is fixed in batch keeps its batch."""
+    """Add the contract's optimization profile; a graph with a fixed batch keeps it."""
     contract = shapes.CONTRACTS[target.kind]
     profile = builder.create_optimization_profile()
-    found = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
+    inputs_by_name = {network.get_input(i).name: network.get_input(i) for i in range(network.num_inputs)}
     dynamic = False
     for spec in contract.inputs:
-        tensor = found[spec.name]
+        tensor = inputs_by_name[spec.name]
         axes = tuple(tensor.shape[axis] for axis in range(len(tensor.shape)))
         if -1 not in axes:
             continue
@@ -241,11 +242,11 @@ def _add_profile(
         low, middle, high = (
             module.Dims(
                 [
-                    fixed if fixed != -1 else wanted
-                    for fixed, wanted in zip(axes, contract.shapes(spec, which), strict=True)
+                    fixed if fixed != -1 else limit
+                    for fixed, limit in zip(axes, contract.shapes(spec, bound), strict=True)
                 ]
             )
-            for which in ("min", "opt", "max")
+            for bound in ("min", "opt", "max")
         )
         profile.set_shape(spec.name, low, middle, high)
     if dynamic:
@@ -254,7 +255,7 @@ def _add_profile(
 
 @contextmanager
 def _heartbeat(label: str) -> Iterator[None]:
-    """A line on stderr now and then while the builder, which reports nothing, is at work."""
+    """Print a line on stderr at intervals while the builder, which reports no progress, runs."""
     import sys
 
     done = threading.Event()

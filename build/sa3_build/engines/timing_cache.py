@@ -1,4 +1,4 @@
-"""What TensorRT timed, kept between builds, and how fast a built engine runs. Needs a GPU; not run on one here."""
+"""TensorRT's timing cache, kept between builds, and the forward time of a built engine. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WARM_UP, RUNS = 10, 50
 
 
 def cache_path(out: Path, backend: str, version: str) -> Path:
-    """Return one timing cache an architecture and TensorRT version: models/<arch>/.timing-...; it is never needed."""
+    """Return the timing cache of an architecture and TensorRT version: models/<arch>/.timing-...; it may be deleted."""
     return out.parent.parent / f".timing-{backend}-{version}.cache"
 
 
 def read_cache(config: Any, path: Path) -> None:
-    """Give a builder what was timed before; a cache that it does not take is begun anew."""
+    """Load a timing cache into a builder's configuration; a cache that TensorRT rejects is replaced by an empty one."""
     for data in (path.read_bytes() if path.is_file() else b"", b""):
         cache = config.create_timing_cache(data)
         if cache is not None and config.set_timing_cache(cache, False):
@@ -27,26 +27,26 @@ def read_cache(config: Any, path: Path) -> None:
 
 
 def write_cache(config: Any, path: Path) -> None:
-    """Keep what a builder timed."""
+    """Write the builder's timing cache."""
     cache = config.get_timing_cache()
     if cache is not None:
         files.write_atomic_bytes(path, bytes(cache.serialize()))
 
 
 def milliseconds(module: Any, plan: Any, target: Target) -> float:
-    """Return the median of RUNS forwards of a serialised engine at the middle of its profile, inputs zero.
+    """Return the median time of RUNS forwards of a serialised engine, in ms.
 
-    Raises ToolError if this machine's GPU cannot run it.
+    Shapes are the middle of its profile, inputs are zero. Raises ToolError if this machine's GPU cannot run it.
     """
     import torch
 
-    refused = f"this GPU cannot run the {target.name} that it built"
-    loaded = deserialize(module, plan, refused, "leave --best-of away")
+    message = f"this GPU cannot run the engine that it built ({target.name})"
+    loaded = deserialize(module, plan, message, "omit --best-of")
     engine, contract = loaded.engine, shapes.CONTRACTS[target.kind]
     inputs: dict[str, torch.Tensor] = {}
     for spec in contract.inputs:
-        fixed, wanted = extents(engine.get_tensor_shape(spec.name)), contract.shapes(spec, "opt")
-        shape = tuple(want if size == -1 else size for size, want in zip(fixed, wanted, strict=True))
+        engine_shape, opt_shape = extents(engine.get_tensor_shape(spec.name)), contract.shapes(spec, "opt")
+        shape = tuple(opt if size == -1 else size for size, opt in zip(engine_shape, opt_shape, strict=True))
         inputs[spec.name] = torch.zeros(shape, dtype=torch_type(module, engine, spec.name))
     stream, times = torch.cuda.Stream(), []
     bound = BoundContext(module, engine, inputs, stream, target.name)

@@ -1,4 +1,4 @@
-"""The DiT's packed engine: written from ONNX, compared with ONNX Runtime on the same file, tuned on this GPU."""
+"""Packed DiT engine: written from ONNX, compared with ONNX Runtime on the same file, tuned on this GPU."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from sa3_trt_core.torch_models.dit.runner import CONDITIONING
 FORMAT = weights.FORMAT
 LONG = ("x", "local_add_cond")  # inputs with an axis of latent frames
 CHECKED_FRAMES, CHECKED_ROWS = 24, 2
-CHECKED_SECONDS = (29.72, 47.0)  # durations that a rounded seconds / 384 gets wrong
+CHECKED_SECONDS = (29.72, 47.0)  # durations for which seconds / 384 is inexact in 16 bits
 TEXT_TOKENS_USED = (12, 90)
 MIN_COSINE = 0.9999  # of the denoised latent, in 16 bits
-# FP8 amplifies the least difference: an activation that rounds to the other side of a step of E4M3 moves by 6 %. So
-# the packed DiT may be as far from the graph as the graph is from itself when x is off by NUDGE of it, and some more.
-NUDGE, MOST_APART = 1e-4, 1.5
+# FP8 amplifies small differences: an activation that rounds to the neighbouring E4M3 value changes by 6 %. Therefore
+# the error of the packed DiT may be up to MAX_RATIO times the graph's own response to relative noise INPUT_NOISE on x.
+INPUT_NOISE, MAX_RATIO = 1e-4, 1.5
 
 
 def make(onnx: Path, target: Target, out: Path) -> dict[str, Any]:
-    """Write the packed DiT of a graph to `out`; returns the results of its gates.
+    """Write the packed DiT of a graph to `out`; return the results of its gates.
 
-    Raises ToolError when the graph is not recognised, GateError when the packed DiT is not the graph's.
+    Raises ToolError when the graph is not recognised, GateError when the packed DiT differs from the graph.
     """
     null_row = _write(onnx, target, out)
     return {**_compare(onnx, out, target), "null_row": null_row}
 
 
 def _write(onnx: Path, target: Target, out: Path) -> bool:
-    """Write the packed DiT; returns True when it has the rule of the null row."""
+    """Write the packed DiT; return True when it implements guidance's null row."""
     from safetensors.torch import save_file
 
     sizes, tensors = pack_dit.pack(pack_dit.read_graph(onnx))
     if sizes.precision != target.precision:
         raise ToolError(
-            f"{onnx} is a DiT in {sizes.precision}, not {target.precision}",
-            f"make the graph again: {target.produced_by}",
+            f"{onnx} is a DiT in {sizes.precision}, expected {target.precision}",
+            f"rebuild the graph: {target.produced_by}",
         )
     save_file(tensors, str(out), metadata=weights.header(sizes))
     return sizes.null_rows
@@ -59,35 +59,36 @@ def _write(onnx: Path, target: Target, out: Path) -> bool:
 def _compare(onnx: Path, out: Path, target: Target) -> dict[str, float]:
     """Return the gates of the packed DiT against ONNX Runtime on the graph, over the sampler's noise levels.
 
-    Raises GateError: the denoised cosine in 16 bits, in FP8 the distance as a share of what NUDGE does to the graph.
+    In 16 bits the gate is the denoised cosine; in FP8 the error relative to the graph's own response to INPUT_NOISE on
+    x. Raises GateError.
     """
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runner, worst, apart, nudged = open_runner(out, place), 1.0, 0.0, 0.0
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runner, worst, error, noise_response = open_runner(out, device), 1.0, 0.0, 0.0
     generator = torch.Generator().manual_seed(0)
     with OnnxRuntimeEngine(onnx, low_memory=True) as reference, torch.inference_mode():
         for index, sigma in enumerate(schedule.sigmas(8)[:-1]):
             inputs = _inputs(float(sigma), generator, inpaint=index % 2 == 1)
-            theirs = reference.run(inputs)["velocity"]
-            told = {name: inputs[name] for name in CONDITIONING}
-            ours = runner.velocity(inputs["x"], inputs["t"], told).cpu()
-            mine, right = ((inputs["x"] - sigma * velocity).double().flatten(1) for velocity in (ours, theirs))
-            worst = min(worst, float(functional.cosine_similarity(mine, right).min()))
+            expected = reference.run(inputs)["velocity"]
+            conditioning = {name: inputs[name] for name in CONDITIONING}
+            actual = runner.velocity(inputs["x"], inputs["t"], conditioning).cpu()
+            denoised, expected_denoised = (
+                (inputs["x"] - sigma * output).double().flatten(1) for output in (actual, expected)
+            )
+            worst = min(worst, float(functional.cosine_similarity(denoised, expected_denoised).min()))
             if target.precision == "fp8":
-                off = inputs | {"x": inputs["x"] + NUDGE * torch.randn(inputs["x"].shape, generator=generator)}
-                apart += float((ours - theirs).double().square().sum())
-                nudged += float((reference.run(off)["velocity"] - theirs).double().square().sum())
+                noisy = inputs | {"x": inputs["x"] + INPUT_NOISE * torch.randn(inputs["x"].shape, generator=generator)}
+                error += float((actual - expected).double().square().sum())
+                noise_response += float((reference.run(noisy)["velocity"] - expected).double().square().sum())
     gates = {"worst_denoised_cosine_vs_onnxruntime": worst}
     if target.precision == "fp8":
-        gates["error_vs_input_noise_1e-4"] = share = math.sqrt(apart / nudged) if nudged else math.inf
-        wrong = (
-            f"it is {share:.2f} times as far away as {NUDGE:g} of noise on x takes the graph, more than {MOST_APART}"
-        )
-        holds = share <= MOST_APART
+        gates["error_vs_input_noise_1e-4"] = ratio = math.sqrt(error / noise_response) if noise_response else math.inf
+        failure = f"error is {ratio:.2f}x the graph's own response to {INPUT_NOISE:g} input noise (limit {MAX_RATIO}x)"
+        holds = ratio <= MAX_RATIO
     else:
-        wrong, holds = f"worst denoised cosine {worst:.6f} < {MIN_COSINE}", worst >= MIN_COSINE
+        failure, holds = f"worst denoised cosine {worst:.6f} < {MIN_COSINE}", worst >= MIN_COSINE
     if not holds:
         raise GateError(
-            f"the packed DiT is not {onnx}: {wrong}", "report the graph; --backend onnxruntime runs it as it is"
+            f"the packed DiT differs from {onnx}: {failure}", "report the graph; it runs with --backend onnxruntime"
         )
     return gates
 
@@ -113,22 +114,22 @@ def _inputs(sigma: float, generator: torch.Generator, inpaint: bool) -> dict[str
 
 
 def tune(packed: Path, out: Path) -> dict[str, Any] | None:
-    """Return the tiles measured on this machine's GPU for an engine that is to lie at `out`."""
+    """Return the tile sizes measured on this machine's GPU for an engine at `out`."""
     os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(out)))
     from sa3_trt_core.torch_models.dit.autotune import tuned
 
-    place = torch.device("cuda")
+    device = torch.device("cuda")
     with torch.inference_mode():
-        return asdict(tuned(weights.Packed.load(packed, place).sizes, place))
+        return asdict(tuned(weights.Packed.load(packed, device).sizes, device))
 
 
 def warm(out: Path) -> None:
-    """Run each kind of kernel once at a short and a long length: what Triton compiles stays beside the engine."""
+    """Run each kind of kernel at a short and a long length; Triton stores the compiled kernels beside the engine."""
     runner = open_runner(out, torch.device("cuda"))
     generator = torch.Generator().manual_seed(0)
     inputs = _inputs(0.5, generator, inpaint=True)
     for frames in (CHECKED_FRAMES, shapes.USUAL_FRAMES):
         longer = {name: value.repeat(1, 1, 1 + frames // value.shape[2])[..., :frames] if name in LONG else value
                   for name, value in inputs.items()}  # fmt: skip
-        for told in (longer, longer | {"local_add_cond": torch.zeros_like(longer["local_add_cond"])}):
-            runner.velocity(longer["x"], longer["t"], {name: told[name] for name in CONDITIONING})
+        for row_inputs in (longer, longer | {"local_add_cond": torch.zeros_like(longer["local_add_cond"])}):
+            runner.velocity(longer["x"], longer["t"], {name: row_inputs[name] for name in CONDITIONING})

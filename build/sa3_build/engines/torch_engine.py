@@ -23,7 +23,10 @@ from sa3_trt_core.targets import Target
 
 @dataclass(frozen=True)
 class Recipe:
-    """One kind of engine: `make` writes and checks it, `tune` measures tiles on this GPU, `warm` compiles kernels."""
+    """Functions of one kind of engine.
+
+    `make` writes and checks it, `tune` measures tile sizes, `warm` compiles kernels.
+    """
 
     format: str
     make: Callable[[Path, Target, Path], dict[str, Any]]
@@ -44,7 +47,7 @@ RECIPES = {
 
 
 def build_settings(target: Target, arch: str) -> dict[str, Any]:
-    """What a packed network depends on besides its ONNX."""
+    """Return what a packed network depends on besides its ONNX."""
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
     return {
         "target": target.name, "backend": BACKEND.name, "backend_version": RECIPES[target.kind].format, "arch": arch,
@@ -53,10 +56,10 @@ def build_settings(target: Target, arch: str) -> dict[str, Any]:
 
 
 def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = False) -> Built:
-    """Pack `onnx` into `out`, or keep it when its manifest says it is current.
+    """Pack `onnx` into `out`, or keep it when its manifest is current.
 
-    On a GPU of that architecture the kernels are tuned and compiled too, so that the next start finds them. Raises
-    ToolError when the graph is not recognised, GateError when the packed network is not the graph's.
+    On a GPU of that architecture the kernels are tuned and compiled too, so that the next start does not compile.
+    Raises ToolError when the graph is not recognised, GateError when the packed network differs from the graph.
     """
     BACKEND.require_engine(target)
     check_graph(onnx, target)
@@ -67,17 +70,17 @@ def pack_engine(onnx: Path, target: Target, arch: str, out: Path, force: bool = 
         if draft is None:
             return Built(out, 0.0, out.stat().st_size, reused=True, why=CURRENT)
         started = time.monotonic()
-        with files.atomic_path(out) as fresh:
-            gates = recipe.make(onnx, target, fresh)
-            here = gpu.current_arch() == arch and BACKEND.on_gpu()
-            tiles = recipe.tune(fresh, out) if here else None
+        with files.atomic_path(out) as temporary:
+            gates = recipe.make(onnx, target, temporary)
+            on_this_gpu = gpu.current_arch() == arch and BACKEND.on_gpu()
+            tiles = recipe.tune(temporary, out) if on_this_gpu else None
             draft.retire()
-        made = [out, *engine_check_rows(onnx, target, out)]
+        written = [out, *engine_check_rows(onnx, target, out)]
         tiles_path(out).unlink(missing_ok=True)
         if tiles is not None:
             files.write_atomic_text(tiles_path(out), json.dumps(tiles, indent=2) + "\n")
-            made.append(tiles_path(out))
-        if here:
+            written.append(tiles_path(out))
+        if on_this_gpu:
             recipe.warm(out)
-        draft.finish(made, gates | {"tuned_on_gpu": here})
+        draft.finish(written, gates | {"tuned_on_gpu": on_this_gpu})
     return Built(out, time.monotonic() - started, out.stat().st_size, reused=False, why=draft.why)

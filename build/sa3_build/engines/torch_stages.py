@@ -1,4 +1,4 @@
-"""The packed engines of the text encoder and the autoencoder: written from ONNX and compared with ONNX Runtime."""
+"""Packed engines of the text encoder and the autoencoder: written from ONNX and compared with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from sa3_trt_core.torch_models.t5gemma.model import Encoder
 SAME_FORMAT, TEXT_FORMAT = same.FORMAT, text.FORMAT
 CHECKED_FRAMES = 40
 CHECKED_TOKENS = (9, 120, shapes.TEXT_TOKENS)
-LEAST_DB = {"fp16": 25.0, "fp8": 10.0}  # against the graph, on noise, where trained sin gates amplify fp16 to 33 dB
-MOST_APART = 1e-4  # relative L2 of text features
-ADVICE = "report the graph; --backend onnxruntime runs it as it is"
+MIN_SNR_DB = {"fp16": 25.0, "fp8": 10.0}  # against the graph, on noise; trained sin gates reach 33 dB in fp16
+MAX_FEATURE_ERROR = 1e-4  # relative L2 of text features
+HINT = "report the graph; it runs with --backend onnxruntime"
 
 
 def make_text(onnx: Path, target: Target, out: Path) -> dict[str, float]:
-    """Write the packed text encoder of a graph to `out`; returns the results of its gates. Raises GateError."""
+    """Write the packed text encoder of a graph to `out`; return the results of its gates. Raises GateError."""
     from safetensors.torch import save_file
 
     sizes, tensors = pack_t5gemma.pack(plain_graph(onnx))
@@ -46,17 +46,17 @@ def make_text(onnx: Path, target: Target, out: Path) -> dict[str, float]:
         for used in CHECKED_TOKENS:
             ids = torch.randint(0, sizes.vocabulary, (1, shapes.TEXT_TOKENS), generator=generator)
             mask = (torch.arange(shapes.TEXT_TOKENS) < used).long()[None]
-            theirs = pick(reference.run({"input_ids": ids, "attention_mask": mask}), "hidden_states").double()
-            ours = encoder.hidden_states(ids, mask).cpu().double()
-            worst = max(worst, float((ours - theirs).norm() / theirs.norm()))
-    if not worst <= MOST_APART:
-        raise GateError(f"the packed text encoder is not {onnx}: features {worst:.2e} apart, more than {MOST_APART:g}",
-                        ADVICE)  # fmt: skip
-    return {"features apart from ONNX Runtime": worst}
+            expected = pick(reference.run({"input_ids": ids, "attention_mask": mask}), "hidden_states").double()
+            features = encoder.hidden_states(ids, mask).cpu().double()
+            worst = max(worst, float((features - expected).norm() / expected.norm()))
+    if not worst <= MAX_FEATURE_ERROR:
+        raise GateError(f"the packed text encoder differs from {onnx}: error {worst:.2e} (limit {MAX_FEATURE_ERROR:g})",
+                        HINT)  # fmt: skip
+    return {"feature_error_vs_onnxruntime": worst}
 
 
 def make_decoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
-    """Return the same for a SAME decoder."""
+    """Write the packed SAME decoder of a graph to `out`; return the results of its gates. Raises GateError."""
 
     def compare(reference: OnnxRuntimeEngine, generator: torch.Generator) -> float:
         latent = torch.randn((1, shapes.LATENT_CHANNELS, CHECKED_FRAMES), generator=generator)
@@ -65,28 +65,28 @@ def make_decoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
             inputs["limiter_ceiling"] = torch.tensor(1.0)
         outputs = reference.run(inputs)
         if "pcm" in outputs:
-            theirs = outputs["pcm"].float()
+            reference_samples = outputs["pcm"].float()
         else:
-            theirs = 32767.0 * pick(outputs, "audio").float().transpose(1, 2).clamp(-1.0, 1.0)
-        return _decibels(open_decoder(out, _place()).pcm(latent).float(), theirs)
+            reference_samples = 32767.0 * pick(outputs, "audio").float().transpose(1, 2).clamp(-1.0, 1.0)
+        return _decibels(open_decoder(out, _device()).pcm(latent).float(), reference_samples)
 
     return _make_same(onnx, target, out, "decoder", compare)
 
 
 def make_encoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
-    """Return the same for a SAME encoder."""
+    """Write the packed SAME encoder of a graph to `out`; return the results of its gates. Raises GateError."""
 
     def compare(reference: OnnxRuntimeEngine, generator: torch.Generator) -> float:
         samples = CHECKED_FRAMES * shapes.SAMPLES_PER_FRAME
         audio = 0.2 * torch.randn((1, shapes.AUDIO_CHANNELS, samples), generator=generator)
-        theirs = pick(reference.run({"audio": audio}), "latent").float()
-        return _decibels(open_same(out, _place()).latents(audio.to(_place())).cpu(), theirs)
+        reference_latents = pick(reference.run({"audio": audio}), "latent").float()
+        return _decibels(open_same(out, _device()).latents(audio.to(_device())).cpu(), reference_latents)
 
     return _make_same(onnx, target, out, "encoder", compare)
 
 
 def tune_same(packed: Path, out: Path) -> dict[str, Any] | None:
-    """Return the tiles measured on this machine's GPU for a decoder that is to lie at `out`."""
+    """Return the tile sizes measured on this machine's GPU for a decoder at `out`."""
     os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(out)))
     from sa3_trt_core.torch_models.same.autotune import tuned
 
@@ -95,7 +95,7 @@ def tune_same(packed: Path, out: Path) -> dict[str, Any] | None:
 
 
 def no_tiles(packed: Path, out: Path) -> dict[str, Any] | None:
-    """Return none: nothing is measured for this kind."""
+    """Return None: this kind of engine has no measured tile sizes."""
     return None
 
 
@@ -107,22 +107,22 @@ def warm_text(out: Path) -> None:
 
 
 def warm_decoder(out: Path) -> None:
-    """Run each kind of kernel once: what Triton compiles stays beside the engine."""
+    """Run each kind of kernel, so that Triton's compiled kernels are stored beside the engine."""
     with torch.inference_mode():
-        open_decoder(out, _place()).pcm(torch.randn((1, shapes.LATENT_CHANNELS, shapes.MIN_CODEC_FRAMES)))
+        open_decoder(out, _device()).pcm(torch.randn((1, shapes.LATENT_CHANNELS, shapes.MIN_CODEC_FRAMES)))
 
 
 def warm_encoder(out: Path) -> None:
-    """The same for an encoder."""
+    """Run each kind of kernel of an encoder, like `warm_decoder`."""
     samples = shapes.MIN_CODEC_FRAMES * shapes.SAMPLES_PER_FRAME
     with torch.inference_mode():
-        open_same(out, _place()).latents(torch.randn((1, shapes.AUDIO_CHANNELS, samples), device=_place()))
+        open_same(out, _device()).latents(torch.randn((1, shapes.AUDIO_CHANNELS, samples), device=_device()))
 
 
 def _make_same(
     onnx: Path, target: Target, out: Path, kind: str, compare: Callable[[OnnxRuntimeEngine, torch.Generator], float]
 ) -> dict[str, float]:
-    """Write the half whose to_qkv order the comparison confirms."""
+    """Write the decoder or encoder with the to_qkv order that the comparison confirms. Raises GateError."""
     from safetensors.torch import save_file
 
     os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(out)))
@@ -134,24 +134,24 @@ def _make_same(
             if precision == "fp8":
                 sizes, tensors = same.quantized(sizes, tensors)
             save_file(tensors, str(out), metadata=same.header(sizes))
-            found = compare(reference, torch.Generator().manual_seed(0))
-            best = max(best, found)
-            if found >= LEAST_DB[precision]:
-                return {"dB against ONNX Runtime": found}
+            snr = compare(reference, torch.Generator().manual_seed(0))
+            best = max(best, snr)
+            if snr >= MIN_SNR_DB[precision]:
+                return {"snr_db_vs_onnxruntime": snr}
     raise GateError(
-        f"the packed {kind} is not {onnx}: {best:.1f} dB from it on noise, less than {LEAST_DB[precision]:g}", ADVICE
+        f"the packed {kind} differs from {onnx}: SNR {best:.1f} dB on noise (limit {MIN_SNR_DB[precision]:g} dB)", HINT
     )
 
 
-def _decibels(ours: Tensor, theirs: Tensor) -> float:
-    """Signal to noise ratio of ours against theirs."""
-    wanted, error = theirs.double().square().sum(), (ours.double() - theirs.double()).square().sum()
-    return float(10.0 * torch.log10(wanted / error.clamp(min=1e-30)))
+def _decibels(samples: Tensor, reference: Tensor) -> float:
+    """Return the signal-to-noise ratio of `samples` against `reference`, in dB."""
+    signal, error = reference.double().square().sum(), (samples.double() - reference.double()).square().sum()
+    return float(10.0 * torch.log10(signal / error.clamp(min=1e-30)))
 
 
 def _open_text(path: Path) -> Encoder:
-    return Encoder(text.Packed.load(path, _place()), _place())
+    return Encoder(text.Packed.load(path, _device()), _device())
 
 
-def _place() -> torch.device:
+def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -61,7 +61,7 @@ def test_one_that_fails_does_not_stop_the_others(root: Path, tmp_path: Path) -> 
         "dec_bf16.rtx", "dec_bf16.rtx.check.npz", "dec_bf16.rtx.manifest.json"
     }  # fmt: skip
     again = built(DECODER.name, *folders)[1][0]
-    assert (again["state"], again["why"]) == ("current", "made of the same graph with the same settings")
+    assert (again["state"], again["why"]) == ("current", "built from the same graph with the same settings")
 
 
 def test_a_reason_is_given_for_each_build(root: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_states_and_sizes(root: Path, tmp_path: Path) -> None:
     plan = json.loads(
         run(build_from_onnx.main, [DECODER.name, *RTX, "--dry-run", "--json", "--models-dir", tmp_path]).out
     )
-    assert plan[0]["state"] == "foreign: it has no manifest"
+    assert plan[0]["state"] == "foreign: no manifest"
 
 
 def test_a_graph_with_a_newer_manifest_makes_its_engine_stale(root: Path, tmp_path: Path) -> None:

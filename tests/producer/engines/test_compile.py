@@ -76,7 +76,7 @@ def test_sm_80_is_refused_for_fp8_in_words_and_served_otherwise(tiny_fp8: Path, 
     code, _, errors = run(build_from_onnx.main, argv)
     assert code == 2
     assert errors.splitlines() == [
-        "error: sa3-m-fp8 needs FP8 tensor cores and sm_80 has none (they begin with sm_89)",
+        "error: sa3-m-fp8 needs FP8 tensor cores, which sm_80 does not have (sm_89 and later do)",
         "  hint: build the FP16-mixed engine instead: sa3-m",
     ]
     assert list(tmp_path.iterdir()) == []

@@ -47,17 +47,17 @@ def written(dialect: int, layers: list[tuple[str, list[str], str]]) -> str:
 def test_layers_are_counted_in_both_dialects(dialect: int) -> None:
     report = inspector.read_report(written(dialect, LAYERS))
     assert report.by_name == {
-        "layers": 8, "fp8_products": 2, "half_products": 1, "single_products": 1, "fused_attention": 1,
-        "loose_softmax": 0, "islands": 1,
+        "layers": 8, "fp8_gemms": 2, "fp16_gemms": 1, "fp32_gemms": 1, "fused_attention": 1,
+        "unfused_softmax": 0, "islands": 1,
     }  # fmt: skip
 
 
 def test_gates_say_what_an_engine_must_not_be() -> None:
     half = inspector.read_report(written(11, [LAYERS[2], LAYERS[2], LAYERS[0]]))
     assert inspector.broken_gates(half, HALF) == []
-    assert inspector.broken_gates(half, FP8) == ["1 of 3 products are in FP8, and it is to be more than half"]
+    assert inspector.broken_gates(half, FP8) == ["1 of 3 GEMMs are in FP8 (required: more than half)"]
     loose = inspector.read_report(written(10, [LAYERS[0], ("SoftMax", ["Float"], "Float")]))
-    assert inspector.broken_gates(loose, FP8) == ["1 softmaxes stand alone: attention is not fused there"]
+    assert inspector.broken_gates(loose, FP8) == ["1 unfused softmax layers: attention was not fused"]
     wide = inspector.read_report(written(10, [LAYERS[3]]))
     assert inspector.broken_gates(wide, HALF) == ["1 of 1 products are in fp32"]
     assert inspector.broken_gates(wide, TEXT) == []
