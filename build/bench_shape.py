@@ -1,4 +1,4 @@
-"""Measure what each rewriting of a DiT's shape does: nodes, bytes, parity with the fp32 graph and time of a forward."""
+"""Measure the effect of each graph rewrite: nodes, bytes, parity with the fp32 graph and forward time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from sa3_trt_core.cli.arguments import Parser, run_command
 if TYPE_CHECKING:
     from sa3_build.passes.shaping import Shaping
 
-HEADER = ("passes", "nodes", "products", "softmaxes", "norms", "bytes", "worst denoised cosine", "ms a forward")
+HEADER = ("passes", "nodes", "GEMMs", "softmaxes", "norms", "bytes", "worst denoised cosine", "ms per forward")
 FRAMES = 646  # 54 s
 RUNS = 5
 
 
 @dataclass(frozen=True)
-class ShapeCost:
-    """One row of the table. Cosine: of the denoised latent with the fp32 graph's, worst of 8 sigmas."""
+class RewriteCost:
+    """One row of the table; `worst` is the worst cosine of the denoised latent with the fp32 graph's, over 8 sigmas."""
 
     name: str
     nodes: int
-    products: int
+    gemms: int
     softmaxes: int
     norms: int
     bytes: int
@@ -34,21 +34,21 @@ class ShapeCost:
     milliseconds: float
 
     def cells(self) -> list[str]:
-        """As the table shows it."""
-        counts = [str(count) for count in (self.nodes, self.products, self.softmaxes, self.norms, self.bytes)]
+        """Return the table cells."""
+        counts = [str(count) for count in (self.nodes, self.gemms, self.softmaxes, self.norms, self.bytes)]
         return [self.name, *counts, f"{self.worst:.8f}", f"{self.milliseconds:.0f}"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="bench_shape.py", description=__doc__)
-    line.add_argument("--input", type=Path, required=True, metavar="dit.onnx", help="an fp32 DiT graph")
-    line.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    return line
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="bench_shape.py", description=__doc__)
+    parser.add_argument("--input", type=Path, required=True, metavar="dit.onnx", help="fp32 DiT graph")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser
 
 
-def measured(source: Path, path: Path, name: str, shaping: Shaping) -> ShapeCost:
-    """Build the FP16-mixed DiT at `path` with these passes and measure it: one row, 646 frames, the best of 5 runs.
+def measured(source: Path, path: Path, name: str, shaping: Shaping) -> RewriteCost:
+    """Build the FP16-mixed DiT at `path` with these rewrites and measure it: one row, 646 frames, best of 5 runs.
 
     Raises ToolError and GateError as the build does.
     """
@@ -59,7 +59,7 @@ def measured(source: Path, path: Path, name: str, shaping: Shaping) -> ShapeCost
     from sa3_trt_core.shapes import CONTRACTS
 
     made = build_fp16_mixed(source, path, 0.0, shaping=shaping)
-    assert made is not None, "an artefact was there already"
+    assert made is not None, "the artefact exists already"
     model = graph_io.load(path)
     kinds = [node.op_type for node in model.graph]
     names = [spec.name for spec in CONTRACTS["dit"].inputs]
@@ -70,23 +70,23 @@ def measured(source: Path, path: Path, name: str, shaping: Shaping) -> ShapeCost
             started = time.perf_counter()
             engine.run(inputs)
             seconds.append(time.perf_counter() - started)
-    products = sum(kind in query.GEMM_OPS for kind in kinds)
+    gemms = sum(kind in query.GEMM_OPS for kind in kinds)
     best = min(seconds) * 1000
-    return ShapeCost(
-        name, len(kinds), products, kinds.count("Softmax"), made.counts["norms"], made.bytes, made.worst, best
+    return RewriteCost(
+        name, len(kinds), gemms, kinds.count("Softmax"), made.counts["norms"], made.bytes, made.worst, best
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Build the FP16-mixed DiT with no pass, with each alone and with all; nothing is kept."""
-    args = parser().parse_args(argv)
+    """Build the FP16-mixed DiT without rewrites, with each alone and with all; the graphs are deleted."""
+    args = make_parser().parse_args(argv)
 
     from sa3_build.passes.shaping import Shaping
     from sa3_trt_core import console
 
     names = [field.name for field in fields(Shaping)]
     variants = {"none": Shaping(**dict.fromkeys(names, False))}
-    variants |= {name.replace("_", "-"): Shaping(**{one: one == name for one in names}) for name in names}
+    variants |= {name.replace("_", "-"): Shaping(**{other: other == name for other in names}) for name in names}
     variants["all"] = Shaping()
     with tempfile.TemporaryDirectory(prefix="bench-shape") as scratch:
         rows = [

@@ -1,4 +1,4 @@
-"""The build menu: what is built on this machine, what is missing, and building it."""
+"""Build menu: show the state of every engine on this machine and build the missing ones."""
 
 from __future__ import annotations
 
@@ -13,43 +13,52 @@ from sa3_trt_core import console, engines, paths, targets
 from sa3_trt_core.cli.arguments import Parser, run_command
 from sa3_trt_core.errors import ToolError
 
-States = list[tuple[targets.Target, dict[str, status.State]]]  # by backend, the one to build for first
+States = list[tuple[targets.Target, dict[str, status.State]]]  # by backend; the first is the one to build for
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="build.py", description=__doc__)
-    line.add_argument("--list", action="store_true", help="show every target and its state, and leave")
-    line.add_argument("--missing", action="store_true", help="build all that is missing (opt-in targets are left out)")
-    line.add_argument("--backend", choices=tuple(engines.BUILT), default=None, help="default: tensorrt if installed")
-    line.add_argument("--arch", help="one architecture, e.g. sm_89 (default: this machine's GPU)")
-    line.add_argument("--onnx-root", metavar="DIR", help=f"folder of ONNX files (default ${paths.ONNX_ROOT_VARIABLE})")
-    line.add_argument("--models-dir", type=Path, help="folder of engines (default models/)")
-    line.add_argument("--json", action="store_true", help="with --list: one JSON document")
-    return line
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="build.py", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="list every target with its state and exit")
+    parser.add_argument("--missing", action="store_true", help="build every missing engine except opt-in targets")
+    parser.add_argument(
+        "--backend",
+        choices=tuple(engines.BUILT),
+        default=None,
+        help="backend to build for (default: tensorrt if installed)",
+    )
+    parser.add_argument("--arch", help="architecture, e.g. sm_89 (default: this machine's GPU)")
+    parser.add_argument(
+        "--onnx-root", metavar="DIR", help=f"folder of ONNX files (default: ${paths.ONNX_ROOT_VARIABLE})"
+    )
+    parser.add_argument("--models-dir", type=Path, help="folder of engines (default: models/)")
+    parser.add_argument("--json", action="store_true", help="with --list: print one JSON document")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List, build what is missing, or ask."""
-    args = parser().parse_args(argv)
+    """List, build what is missing, or show the menu."""
+    args = make_parser().parse_args(argv)
     models = args.models_dir or paths.default_models_dir()
     backend = engines.BACKENDS[args.backend] if args.backend else engines.default_build()
-    shown = [backend] if args.backend else [backend, *(one for one in engines.BUILT.values() if one is not backend)]
-    given = paths.parse_arches(args.arch)[0] if args.arch else None
-    arch = given or backend.arch_here()
+    shown = (
+        [backend] if args.backend else [backend, *(other for other in engines.BUILT.values() if other is not backend)]
+    )
+    arch_option = paths.parse_arches(args.arch)[0] if args.arch else None
+    arch = arch_option or backend.arch_here()
     onnx_root = paths.onnx_root_from(args.onnx_root)
     states = [
-        (t, {b.name: status.state_of(t, models, given or b.arch_here(), b.name, onnx_root) for b in shown})
+        (t, {b.name: status.state_of(t, models, arch_option or b.arch_here(), b.name, onnx_root) for b in shown})
         for t in targets.TARGETS
     ]
     if args.list or not (args.missing or sys.stdin.isatty()):
         return _list(states, f"{models}/{arch or '-'}", args.json)
     if arch is None:
-        raise ToolError(
-            "no NVIDIA GPU is visible, so there is no default architecture", "give --arch, e.g. --arch sm_89"
-        )
+        raise ToolError("no NVIDIA GPU found, so --arch has no default", "give --arch, e.g. --arch sm_89")
     done = (status.CURRENT, status.NO_ENGINE)
-    missing = [target for target, one in states if not target.opt_in and one[backend.name].name not in done]
+    missing = [
+        target for target, by_backend in states if not target.opt_in and by_backend[backend.name].name not in done
+    ]
     chosen = missing if args.missing else _ask(states, missing)
     if not chosen:
         print("nothing to build")
@@ -57,23 +66,30 @@ def main(argv: list[str] | None = None) -> int:
 
     import build_from_onnx
 
-    line = [target.name for target in chosen] + ["--backend", backend.name, "--arch", arch, "--models-dir", str(models)]
-    return build_from_onnx.main([*line, *(["--onnx-root", args.onnx_root] if args.onnx_root else [])])
+    build_argv = [target.name for target in chosen] + [
+        "--backend",
+        backend.name,
+        "--arch",
+        arch,
+        "--models-dir",
+        str(models),
+    ]
+    return build_from_onnx.main([*build_argv, *(["--onnx-root", args.onnx_root] if args.onnx_root else [])])
 
 
-def _list(states: States, place: str, as_json: bool) -> int:
+def _list(states: States, folder: str, as_json: bool) -> int:
     if as_json:
-        found = [
+        entries = [
             {
                 "name": target.name, "opt_in": target.opt_in, **_document(next(iter(by_backend.values()))),
                 "engines": {name: _document(state) for name, state in by_backend.items()},
             }
             for target, by_backend in states
         ]  # fmt: skip
-        print(json.dumps(found, indent=2))
+        print(json.dumps(entries, indent=2))
     else:
         rows = [[t.name, t.summary, _text(s) + (" (opt-in)" if t.opt_in else ""), _size(s)] for t, s in states]
-        print(console.table(("target", "what", f"state in {place}", "size"), rows))
+        print(console.table(("target", "what", f"state in {folder}", "size"), rows))
     return 0
 
 
@@ -82,7 +98,7 @@ def _document(state: status.State) -> dict[str, Any]:
 
 
 def _text(by_backend: dict[str, status.State]) -> str:
-    """Return the state for the backend to build for, then those of other backends' engines where there are any."""
+    """Return the state for the backend to build for, then the states of other backends' engines, if any."""
     first, *others = by_backend.items()
     return "; ".join([str(first[1]), *(f"{name} {state}" for name, state in others if state.bytes)])
 
@@ -93,7 +109,7 @@ def _size(by_backend: dict[str, status.State]) -> str:
 
 
 def _ask(states: States, missing: list[targets.Target]) -> list[targets.Target]:
-    """Return the menu. Opt-in targets have their own number and are in no other choice."""
+    """Print the menu and return the chosen targets; opt-in targets are chosen only by their own number."""
     for number, (target, by_backend) in enumerate(states, 1):
         print(f"{number:3}  {target.name:<20} {target.summary:<38} {_text(by_backend)} {_size(by_backend)}")
     print(f"  m  build all missing ({len(missing)})\n  q  quit")

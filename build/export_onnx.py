@@ -17,18 +17,18 @@ PARTS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="export_onnx.py", description=__doc__)
-    line.add_argument("--model-dir", type=Path, required=True, metavar="DIR", help="a native checkpoint")
-    line.add_argument("--onnx-root", type=Path, required=True, metavar="ROOT", help="folder to write the graphs into")
-    line.add_argument("--only", choices=tuple(PARTS), action="append", help="export this part only (may be repeated)")
-    return line
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="export_onnx.py", description=__doc__)
+    parser.add_argument("--model-dir", type=Path, required=True, metavar="DIR", help="folder of a native checkpoint")
+    parser.add_argument("--onnx-root", type=Path, required=True, metavar="ROOT", help="output folder of the graphs")
+    parser.add_argument("--only", choices=tuple(PARTS), action="append", help="export this part only (may be repeated)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Export what is not current."""
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     from sa3_trt_core.artifacts import files, locks
 
@@ -38,14 +38,14 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_trt_core.console import Progress
 
     exporter = Exporter(args.model_dir, args.onnx_root)
-    wanted = [part for part in PARTS if not args.only or part in args.only]
+    parts = [part for part in PARTS if not args.only or part in args.only]
     lock = locks.held(locks.lock_path(args.onnx_root / "export"), f"an export to {args.onnx_root}")
-    with lock, Progress("export", len(wanted), "graphs") as progress:
-        for part in wanted:
-            made = getattr(exporter, PARTS[part])()
-            progress.advance(note=made.target)
-            state = "current" if made.reused else f"{made.nodes} nodes"
-            print(f"{made.path}: {state}, error against its source {made.error:.1e}")
+    with lock, Progress("export", len(parts), "graphs") as progress:
+        for part in parts:
+            exported = getattr(exporter, PARTS[part])()
+            progress.advance(note=exported.target)
+            state = "current" if exported.reused else f"{exported.nodes} nodes"
+            print(f"{exported.path}: {state}, error against its source {exported.error:.1e}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Turn the plug-in attention of a published SAME decoder or encoder into plain ops that every backend runs."""
+"""Replace the plug-in attention of a published SAME decoder or encoder by standard ONNX ops."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from pathlib import Path
 from sa3_trt_core.cli.arguments import Parser, run_command
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="lower_attention.py", description=__doc__)
-    line.add_argument(
-        "--input", type=Path, required=True, metavar="dec.onnx", help="the graph with samel::diff_attn_swa"
-    )
-    line.add_argument("--onnx", type=Path, required=True, metavar="dec_fp16.onnx", help="graph to write")
-    return line
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="lower_attention.py", description=__doc__)
+    parser.add_argument("--input", type=Path, required=True, metavar="dec.onnx", help="graph with samel::diff_attn_swa")
+    parser.add_argument("--onnx", type=Path, required=True, metavar="dec_fp16.onnx", help="graph to write")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Lower, write, say how many."""
-    args = parser().parse_args(argv)
+    """Lower the plug-ins, write the graph, print their number."""
+    args = make_parser().parse_args(argv)
 
     from sa3_trt_core.artifacts import files
 

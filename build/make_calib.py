@@ -1,4 +1,4 @@
-"""Capture the DiT's inputs from a checkpoint's own ping-pong generation as a calibration set (.calib.npz)."""
+"""Capture the DiT's inputs during a checkpoint's ping-pong generations as a calibration set (.calib.npz)."""
 
 from __future__ import annotations
 
@@ -13,45 +13,49 @@ from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.shapes import MAX_SECONDS, MIN_SECONDS
 
 TURNS = len(calibration_kinds.TURNS)
-EPILOG = f"""Rows: prompts x steps of text; twice as many with --cover deployment, where {TURNS} prompts hold every kind
+EPILOG = f"""Rows: prompts x steps; twice as many with --cover deployment, where {TURNS} prompts give every kind of row
 and {3 * TURNS} every kind at 3 durations ({6 * TURNS * 8} rows of 8 steps). Each row is a forward of the DiT here, and
 two in build_dit_fp8.py."""
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="make_calib.py", description=__doc__, epilog=EPILOG)
-    line.add_argument(
-        "--model-config", type=Path, required=True, metavar="F", help="the checkpoint's model_config.json"
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="make_calib.py", description=__doc__, epilog=EPILOG)
+    parser.add_argument(
+        "--model-config", type=Path, required=True, metavar="F", help="model_config.json of the checkpoint"
     )
-    line.add_argument("--checkpoint", type=Path, required=True, metavar="F", help="the checkpoint's model.safetensors")
-    line.add_argument("--out", type=Path, required=True, metavar="X.calib.npz", help="file to write")
-    line.add_argument(
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="F", help="model.safetensors of the checkpoint"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="X.calib.npz", help="calibration set to write")
+    parser.add_argument(
         "--duration",
         type=number_type(MIN_SECONDS, MAX_SECONDS, "seconds"),
         nargs="+",
-        help="seconds; several take turns (default 54 10 120: L 646, 174 and 1292; for text 54)",
+        help="seconds, used in turn (default: 54 10 120, i.e. 646, 174 and 1292 latent frames; for text: 54)",
     )
-    line.add_argument(
+    parser.add_argument(
         "--cover", choices=("deployment", "text"), default="deployment",
-        help=f"deployment: beside its text a prompt gives {calibration_kinds.EXTRA}, in turn (default); "
-        "text: text alone",
+        help=f"deployment: text, and for each prompt one of {calibration_kinds.EXTRA}, in turn (default); "
+        "text: text only",
     )  # fmt: skip
-    line.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps a prompt (default 8)")
-    line.add_argument(
-        "--seed", type=integer_type(0, 2**31 - 1), default=1528, help="of the first prompt (default 1528)"
+    parser.add_argument(
+        "--steps", type=integer_type(1, 100), default=8, help="sampler steps per prompt, 1..100 (default: 8)"
     )
-    line.add_argument(
-        "--prompts", type=integer_type(1, 1000), metavar="N", help="the first N Music examples (default all)"
+    parser.add_argument(
+        "--seed", type=integer_type(0, 2**31 - 1), default=1528, help="seed of the first prompt (default: 1528)"
     )
-    line.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
-    add_lora_flags(line)
-    return line
+    parser.add_argument(
+        "--prompts", type=integer_type(1, 1000), metavar="N", help="use the first N music examples (default: all)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add_lora_flags(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Capture, write, summarise."""
-    args = parser().parse_args(argv)
+    """Capture, write, print a summary."""
+    args = make_parser().parse_args(argv)
 
     import reprompt
     from sa3_build.calibration import plan
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         "sigmas": "sigmoid(8.2 u - 2), u from 1 to 0; first 1, last 0; times sigma_max",
         "cover": args.cover,
         **({"loras": loras.to_manifest()} if loras else {}),
-        "generations": [asdict(one) for turn in settings.generations for one in turn],
+        "generations": [asdict(generation) for turn in settings.generations for generation in turn],
     }
     rows = settings.rows()
     frames, kinds = [row.valid_frames for row in rows], [row.kind for row in rows]
@@ -88,14 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         writer = CalibrationWriter(args.out, len(rows), frames, {**recorded, "inputs": inputs}, kinds)
         draft.retire()
         capture(model, settings, writer)
-        made = calibration_set.CalibrationSet.open(args.out)
-        found = calibration_set.summary(made, made.check_values())
-        draft.finish([args.out], found)
-    print(f"{args.out}: {made.rows} rows, {format_bytes(args.out.stat().st_size)}")
-    for kind, lengths in found["kinds"].items():
+        calibration = calibration_set.CalibrationSet.open(args.out)
+        summary = calibration_set.summary(calibration, calibration.check_values())
+        draft.finish([args.out], summary)
+    print(f"{args.out}: {calibration.rows} rows, {format_bytes(args.out.stat().st_size)}")
+    for kind, lengths in summary["kinds"].items():
         print(f"  {kind:<8}" + ", ".join(f"{count} rows of L {length}" for length, count in lengths.items()))
-    print("sigmas: " + ", ".join(f"{sigma:.4f}" for sigma in found["sigmas"]))
-    for key, (low, high) in found["ranges"].items():
+    print("sigmas: " + ", ".join(f"{sigma:.4f}" for sigma in summary["sigmas"]))
+    for key, (low, high) in summary["ranges"].items():
         print(f"  {key:<15} {low:>10.4f} .. {high:.4f}")
     return 0
 

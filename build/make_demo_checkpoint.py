@@ -1,4 +1,4 @@
-"""Make a small native-format Stable Audio 3 checkpoint: the trained demonstration model, or seeded random weights."""
+"""Write a small native-format Stable Audio 3 checkpoint: the trained demonstration model, or seeded random weights."""
 
 from __future__ import annotations
 
@@ -17,26 +17,34 @@ if TYPE_CHECKING:
 RANDOM_DEFAULTS = {"geometry": "small", "width": 256, "depth": 3}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="make_demo_checkpoint.py", description=__doc__)
-    line.add_argument("--out", type=Path, required=True, help="folder to write (replaced if it is a demo checkpoint)")
-    line.add_argument(
-        "--random", action="store_true", help="random weights of any size, instead of interface/demo_model"
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="make_demo_checkpoint.py", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write; an existing demo checkpoint is replaced"
     )
-    line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of what is random (default 0)")
-    line.add_argument(
+    parser.add_argument("--random", action="store_true", help="write random weights instead of interface/demo_model")
+    parser.add_argument(
+        "--seed", type=integer_type(0, 2**31 - 1), default=0, help="seed of random weights (default: 0)"
+    )
+    parser.add_argument(
         "--geometry", choices=("small", "medium"),
-        help="with --random; medium: SA3-medium's own sizes, 9 GB; --width and --depth are for small (default small)",
+        help="with --random: small (default) uses --width and --depth; medium has SA3-medium's sizes (9 GB)",
     )  # fmt: skip
-    line.add_argument("--width", type=integer_type(128, 1536), help="with --random: embed_dim, a multiple of 64 (256)")
-    line.add_argument("--depth", type=integer_type(1, 24), help="with --random: DiT layers (default 3)")
-    return line
+    parser.add_argument(
+        "--width",
+        type=integer_type(128, 1536),
+        help="with --random: embed_dim, a multiple of 64, 128..1536 (default: 256)",
+    )
+    parser.add_argument(
+        "--depth", type=integer_type(1, 24), help="with --random: number of DiT layers, 1..24 (default: 3)"
+    )
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the checkpoint and its manifest."""
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     settings = _settings(args)
     out: Path = args.out.resolve()
     marker = out / "model_config.json"
@@ -65,18 +73,20 @@ def main(argv: list[str] | None = None) -> int:
                 size = ship.write_checkpoint(shipped, folder, args.seed)
             draft.finish([folder / "model_config.json", folder / "model.safetensors"])
             files.replace_folder(folder, out)
-    what = f"random weights, seed {args.seed}" if args.random else "trained weights of interface/demo_model"
-    print(f"{out}: {what}, width {size.embed_dim}, depth {size.depth}")
+    weights = f"random weights, seed {args.seed}" if args.random else "trained weights of interface/demo_model"
+    print(f"{out}: {weights}, width {size.embed_dim}, depth {size.depth}")
     return 0
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in RANDOM_DEFAULTS if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in RANDOM_DEFAULTS if getattr(args, name) is not None}
     if not args.random:
-        if given:
-            raise ToolError(f"--{next(iter(given))} needs --random", "the trained weights have one size: add --random")
+        if options:
+            raise ToolError(
+                f"--{next(iter(options))} requires --random", "the trained weights have a fixed size: add --random"
+            )
         return {"seed": args.seed}
-    settings = {**RANDOM_DEFAULTS, **given}
+    settings = {**RANDOM_DEFAULTS, **options}
     if settings["width"] % 64:
         raise ToolError(
             f"--width {settings['width']} is not a multiple of 64", "heads have 64 channels: use 128, 192, 256, ..."
@@ -102,12 +112,12 @@ def _digests(shipped: Path) -> dict[str, str]:
 
 
 def _require_folder(out: Path) -> None:
-    """A folder that holds anything but a demo checkpoint is not ours to replace."""
+    """Raise ToolError for a folder with other content than a demo checkpoint."""
     from sa3_trt_core.artifacts import files, manifest
 
     files.require_writable(out / "model_config.json", "checkpoint")
     if out.is_dir() and any(out.iterdir()) and not manifest.manifest_path(out / "model_config.json").is_file():
-        raise ToolError(f"{out} exists and holds no demo checkpoint", "name a new folder")
+        raise ToolError(f"{out} exists and is not a demo checkpoint", "choose a new folder")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Publish a finished FP8 DiT on the hub: checked, uploaded under its names, read back. Does nothing without --send."""
+"""Validate a finished FP8 DiT and upload it to the hub; without --send only print the plan."""
 
 from __future__ import annotations
 
@@ -11,21 +11,32 @@ from sa3_trt_core import console, targets
 from sa3_trt_core.cli.arguments import Parser, run_command
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="publish.py", description=__doc__)
-    line.add_argument("--onnx", type=Path, required=True, metavar="F", help="dit_fp8.onnx, with manifest and report")
-    line.add_argument("--target-repo", default=targets.HUB_REPOSITORY, metavar="R", help="default: %(default)s")
-    line.add_argument("--branch", metavar="B", help="commit to this branch, made if need be (default: a pull request)")
-    line.add_argument("--message", default="Add the FP8 DiT", metavar="M", help="of the commit (default: %(default)s)")
-    line.add_argument("--send", action="store_true", help="upload; without it only the plan is shown")
-    line.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    return line
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="publish.py", description=__doc__)
+    parser.add_argument(
+        "--onnx", type=Path, required=True, metavar="F", help="dit_fp8.onnx, with its manifest and report beside it"
+    )
+    parser.add_argument(
+        "--target-repo",
+        default=targets.HUB_REPOSITORY,
+        metavar="R",
+        help="repository on the hub (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--branch", metavar="B", help="commit to this branch, created if necessary (default: open a pull request)"
+    )
+    parser.add_argument(
+        "--message", default="Add the FP8 DiT", metavar="M", help="commit message (default: %(default)s)"
+    )
+    parser.add_argument("--send", action="store_true", help="upload; without this flag only the plan is printed")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check, show the plan, and with --send upload and read back. Raises ToolError, GateError."""
-    args = parser().parse_args(argv)
+    """Check and print the plan; with --send, upload and read back. Raises ToolError, GateError."""
+    args = make_parser().parse_args(argv)
 
     from sa3_build.engines import publish
 
@@ -47,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     print(console.table((f"to {args.target_repo}", "size", "sha256"), rows))
     print(", ".join(f"{name}: {value}" for name, value in upload.gates.items()))
     if args.send:
-        print(f"sent: {result.address}\nread back: {result.read_back} files are what was sent")
+        print(f"uploaded: {result.address}\nverified: {result.read_back} files")
     else:
-        print(f"nothing was sent; --send uploads this to {args.branch or 'a pull request'}")
+        print(f"nothing uploaded; --send uploads to {args.branch or 'a pull request'}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Score a demonstration checkpoint on held-out pieces: autoencoder, tempo and key of what it plays, in-painting."""
+"""Score a demonstration checkpoint on held-out pieces: autoencoder, tempo and key of generations, in-painting."""
 
 from __future__ import annotations
 
@@ -27,33 +27,54 @@ LABELS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="score_demo_model.py", description=__doc__)
-    line.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a native checkpoint")
-    line.add_argument("--onnx-root", type=Path, metavar="ROOT", help="also compare its fp32 and FP16-mixed DiT there")
-    line.add_argument("--dit", type=Path, metavar="FILE", help="generate with this ONNX DiT, dit_fp8.onnx for example")
-    line.add_argument("--prompts", type=integer_type(1, 1000), default=32, help="held-out captions (default 32)")
-    line.add_argument("--seconds", type=integer_type(2, 30, "seconds"), default=10, help="a clip (default 10)")
-    line.add_argument(
-        "--loops", type=integer_type(1, 1000), default=16, help="held-out loops for the autoencoder (default 16)"
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="score_demo_model.py", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a native checkpoint")
+    parser.add_argument(
+        "--onnx-root", type=Path, metavar="ROOT", help="also compare its fp32 and FP16-mixed ONNX DiT in this folder"
     )
-    line.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps (default 8)")
-    line.add_argument("--batch", type=integer_type(1, MAX_BATCH), default=8, help="clips at a time (default 8)")
-    line.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the first clip (default 0)")
-    line.add_argument("--form", choices=FORMS, default="deployed", help="of the captions (default deployed)")
-    line.add_argument("--out", type=Path, metavar="DIR", help="write the first clips and pictures of them there")
-    line.add_argument(
-        "--captions", type=Path, metavar="F.txt", help="write the held-out captions there, one a line, and leave"
+    parser.add_argument("--dit", type=Path, metavar="FILE", help="generate with this ONNX DiT, e.g. dit_fp8.onnx")
+    parser.add_argument(
+        "--prompts", type=integer_type(1, 1000), default=32, help="number of held-out captions (default: 32)"
     )
-    line.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    add_lora_flags(line)
-    return line
+    parser.add_argument(
+        "--seconds",
+        type=integer_type(2, 30, "seconds"),
+        default=10,
+        help="length of a clip in seconds, 2..30 (default: 10)",
+    )
+    parser.add_argument(
+        "--loops",
+        type=integer_type(1, 1000),
+        default=16,
+        help="number of held-out loops for the autoencoder (default: 16)",
+    )
+    parser.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps, 1..100 (default: 8)")
+    parser.add_argument(
+        "--batch", type=integer_type(1, MAX_BATCH), default=8, help=f"clips per batch, 1..{MAX_BATCH} (default: 8)"
+    )
+    parser.add_argument(
+        "--seed", type=integer_type(0, 2**31 - 1), default=0, help="seed of the first clip (default: 0)"
+    )
+    parser.add_argument("--form", choices=FORMS, default="deployed", help="form of the captions (default: deployed)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write the first clips and their spectrograms to this folder"
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        metavar="F.txt",
+        help="write the held-out captions to this file, one per line, and exit",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_lora_flags(parser)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure everything, then show it. The exit code says that it ran, not that it is good."""
-    args = parser().parse_args(argv)
+    """Measure everything and print it. The exit code does not depend on the scores."""
+    args = make_parser().parse_args(argv)
 
     from sa3_demo import score
     from sa3_demo.checkpoint_under_test import Subject
@@ -69,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         files.require_writable(args.out / "prompt_00_generated.wav", "--out")
     if args.dit and not args.dit.is_file():
-        raise ToolError(f"--dit: {args.dit} is not there", "name a DiT made of the same checkpoint, or leave it out")
+        raise ToolError(f"--dit: no such file: {args.dit}", "give a DiT exported from the same checkpoint, or omit it")
     graphs = score.rollout_graphs(args.onnx_root) if args.onnx_root else None
     loras = read_loras(lora_specs(args), lora_options(args))
     timings: dict[str, float] = {}
@@ -96,14 +117,14 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def timed(timings: dict[str, float], name: str) -> Iterator[None]:
-    """Note the seconds that a block takes."""
+    """Record the seconds that a block takes."""
     started = time.monotonic()
     yield
     timings[name] = round(time.monotonic() - started, 2)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on: the checkpoint, the settings, the tools and the threads."""
+    """Return what the figures depend on: checkpoint, settings, tools, threads."""
     import torch
 
     from sa3_build.export.load_modules import CONFIG_FILE
@@ -121,17 +142,17 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(document: dict[str, Any]) -> Iterator[str]:
-    """Yield the document for people, one table a part."""
+    """Yield the document as text, one table per part."""
     from sa3_trt_core.console import format_seconds, table
 
-    settings, coded, painted = (document[name] for name in ("settings", "autoencoder", "inpainting"))
-    rows = [[name.replace("_", " "), *map(cell, found.values())] for name, found in coded["si_sdr_db"].items()]
+    settings, autoencoder, inpainting = (document[name] for name in ("settings", "autoencoder", "inpainting"))
+    rows = [[name.replace("_", " "), *map(cell, scores.values())] for name, scores in autoencoder["si_sdr_db"].items()]
     yield table((f"SI-SDR of {settings['loops']} loops, dB", "mean", "worst", "best"), rows)
-    latent = coded["latent"]
+    latent = autoencoder["latent"]
     yield f"latents: mean {cell(latent['mean'])}, deviation {cell(latent['std'])}"
     rows = []
-    for name, found in document["rates"].items():
-        shares = [f"{found[kind]['hits']}/{found['of']} {percent(found[kind]['rate'])}" for kind in
+    for name, scores in document["rates"].items():
+        shares = [f"{scores[kind]['hits']}/{scores['of']} {percent(scores[kind]['rate'])}" for kind in
                   ("tempo", "key", "notes")]  # fmt: skip
         rows.append([LABELS[name], *shares])
     what = ", ".join([f"{settings['prompts']} {settings['form']} captions", *(document["dit"] or ())])
@@ -140,29 +161,29 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
     rows = [[LABELS[name], *map(cell, levels.values())] for name, levels in bands.items()]
     yield table(("level less the data's, dB", *bands["generated"]), rows)
     rows = [
-        [name, *(cell(painted[name].get(kind, {}).get("mean")) for kind in ("latent_relative_l2", "si_sdr_db"))]
+        [name, *(cell(inpainting[name].get(kind, {}).get("mean")) for kind in ("latent_relative_l2", "si_sdr_db"))]
         for name in ("conditioned", "unconditioned", "autoencoder")
     ]
-    yield table((f"kept part of {len(painted['loops'])} in-painted loops", "latent rel L2", "SI-SDR, dB"), rows)
+    yield table((f"kept part of {len(inpainting['loops'])} in-painted loops", "latent rel L2", "SI-SDR, dB"), rows)
     rolled = document["rollouts"]
     if rolled:
         half, export = rolled["worst"]["half"], rolled["worst"]["export"]
         yield (
-            f"whole rollouts, worst cosine: FP16-mixed against fp32 {half} ({rolled['owed']} is owed), "
+            f"rollouts, worst cosine: FP16-mixed against fp32 {half} (required >= {rolled['owed']}), "
             f"fp32 against the checkpoint {export}"
         )
     again = document["repeated"]
-    same = "the same samples" if again["identical_samples"] else "OTHER SAMPLES"
-    yield f"{again['clips']} clips a second time: {same}; {format_seconds(sum(document['seconds'].values()))} in all"
+    same = "identical samples" if again["identical_samples"] else "DIFFERENT SAMPLES"
+    yield f"{again['clips']} clips generated twice: {same}; {format_seconds(sum(document['seconds'].values()))} in all"
 
 
 def cell(value: float | None) -> str:
-    """Return a figure in a table."""
+    """Return the text of a figure in a table."""
     return "-" if value is None else f"{value:.4g}"
 
 
 def percent(rate: float | None) -> str:
-    """Return a rate in a table."""
+    """Return the text of a rate in a table."""
     return "-" if rate is None else f"({100 * rate:.1f} %)"
 
 

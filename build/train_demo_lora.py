@@ -1,4 +1,4 @@
-"""Train the demonstration model's LoRA adapter: its music from the room next door, which no caption can ask for."""
+"""Train the demonstration model's LoRA adapter: its music in another room."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from pathlib import Path
 from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parse = Parser(prog="train_demo_lora.py", description=__doc__)
-    parse.add_argument(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="train_demo_lora.py", description=__doc__)
+    parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="demo checkpoint (build/make_demo_checkpoint.py)"
     )
-    parse.add_argument("--out", type=Path, required=True, metavar="F.safetensors", help="adapter to write")
-    parse.add_argument("--rank", type=integer_type(1, 128), default=8, help="of the adapter (default 8)")
-    parse.add_argument("--captions", type=integer_type(1, 1000), default=24, help="to learn from (default 24)")
-    parse.add_argument("--seconds", type=integer_type(1, 10, "seconds"), default=3, help="of each (default 3)")
-    parse.add_argument("--steps", type=integer_type(1, 100_000), default=350, help="of the optimiser (default 350)")
-    parse.add_argument("--batch", type=integer_type(1, 64), default=8, help="rows a step (default 8)")
-    parse.add_argument("--device", default="cpu", help="auto, cpu or cuda (default cpu)")
-    return parse
+    parser.add_argument("--out", type=Path, required=True, metavar="F.safetensors", help="adapter file to write")
+    parser.add_argument("--rank", type=integer_type(1, 128), default=8, help="rank of the adapter, 1..128 (default: 8)")
+    parser.add_argument(
+        "--captions", type=integer_type(1, 1000), default=24, help="number of training captions, 1..1000 (default: 24)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=integer_type(1, 10, "seconds"),
+        default=3,
+        help="length of each clip in seconds, 1..10 (default: 3)",
+    )
+    parser.add_argument("--steps", type=integer_type(1, 100_000), default=350, help="optimiser steps (default: 350)")
+    parser.add_argument("--batch", type=integer_type(1, 64), default=8, help="rows per step, 1..64 (default: 8)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda (default: cpu)")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, write, and print the change that the adapter makes."""
-    args = parser().parse_args(argv)
+    """Train, write the adapter, print its size."""
+    args = make_parser().parse_args(argv)
 
     from sa3_demo import room_adapter
     from sa3_demo.checkpoint_under_test import Subject

@@ -1,4 +1,4 @@
-"""Train the demonstration model that the repository ships: made-up loops, an autoencoder, a DiT, its distillation."""
+"""Train the shipped demonstration model: synthetic loops, an autoencoder, a DiT, and its distillation."""
 
 from __future__ import annotations
 
@@ -14,36 +14,46 @@ if TYPE_CHECKING:
     from sa3_demo.plan import TrainingPlan
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    line = Parser(prog="train_demo_model.py", description=__doc__)
-    line.add_argument("--work", type=Path, required=True, help="folder of the training state and of the encoded loops")
-    line.add_argument(
-        "--minutes", type=number_type(0.001, 600, "minutes"), help="stop and save after so long; the same line goes on"
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="train_demo_model.py", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the training state and the encoded loops")
+    parser.add_argument(
+        "--minutes",
+        type=number_type(0.001, 600, "minutes"),
+        help="save and stop after this many minutes; the same command resumes",
     )
-    line.add_argument("--ship", type=Path, help="once captions are learned, write 16-bit weights into this folder")
-    line.add_argument("--start-from", type=Path, help="go on from shipped weights, when --work holds no state")
-    line.add_argument(
+    parser.add_argument("--ship", type=Path, help="write 16-bit weights to this folder after distillation")
+    parser.add_argument("--start-from", type=Path, help="start from shipped weights if --work has no state")
+    parser.add_argument(
         "--from-stage", choices=("flow",),
-        help="with --start-from: keep its autoencoder and tokenizer only, and train the rest anew from this stage",
+        help="with --start-from: keep only its autoencoder and tokenizer, and train the rest from this stage",
     )  # fmt: skip
-    line.add_argument("--stages", type=integer_type(1, 3), help="end after so many stages; the same line goes on")
-    line.add_argument("--note", default="", metavar="TEXT", help="sentence for training.json: why it was trained")
-    line.add_argument("--copy-state", type=Path, help="copy the state there at the end (a machine that keeps nothing)")
-    line.add_argument("--workers", type=integer_type(1, 256), help="rendering processes (default: cores less two)")
-    line.add_argument(
+    parser.add_argument(
+        "--stages", type=integer_type(1, 3), help="stop after this many stages, 1..3; the same command resumes"
+    )
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="note for training.json, e.g. the reason of the training"
+    )
+    parser.add_argument("--copy-state", type=Path, help="copy the state to this folder at the end")
+    parser.add_argument(
+        "--workers", type=integer_type(1, 256), help="rendering processes, 1..256 (default: CPU cores minus 2)"
+    )
+    parser.add_argument(
         "--shorten", type=integer_type(1, 1_000_000), nargs=3, metavar=("STEPS", "ROWS", "LOOPS"),
-        help="so many steps for the stage under way instead of the plan's, also without a GPU",
+        help="reduced plan for the current stage; also runs without a GPU",
     )  # fmt: skip
-    line.add_argument("--tiny", action="store_true", help="a few steps of a tiny model, on any CPU: for tests")
-    return line
+    parser.add_argument("--tiny", action="store_true", help="a few steps of a tiny model on a CPU, for tests")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train until done or the time is over."""
-    args = parser().parse_args(argv)
+    """Train until the last stage, --stages or --minutes."""
+    args = make_parser().parse_args(argv)
     if args.from_stage and not args.start_from:
-        raise ToolError("--from-stage needs --start-from", "name the folder whose autoencoder is kept")
+        raise ToolError(
+            "--from-stage requires --start-from", "add --start-from with the folder whose autoencoder is kept"
+        )
 
     from sa3_trt_core.artifacts import files
 
@@ -60,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.tiny else "cpu")
     if device.type == "cpu" and not args.tiny and not args.shorten:
         raise ToolError(
-            "training needs an NVIDIA GPU",
-            "--tiny runs the same code on a CPU, to no musical end; --shorten 700 16 1000 is a stage of 90 minutes",
+            "training requires an NVIDIA GPU",
+            "--tiny runs the same code on a CPU, as a test; --shorten 700 16 1000 is a stage of 90 minutes",
         )
     wanted = _begin(args)
     run = Run(args.work, wanted, device, Deadline(args.minutes), args.workers)

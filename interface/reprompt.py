@@ -1,9 +1,9 @@
-"""The Music examples that calibration listens to, and the text form in which prompts reach the model when deployed.
+"""Music examples for calibration, and the caption form in which prompts reach the deployed model.
 
-A person types a short request; the deployed prompt is a fuller caption that names genre, instruments, rhythm, mood,
-tempo, key and length, always in that order and always under the same labels. FP8 activation scales must be measured on
-text of that form, so `build/make_calib.py` takes its prompts from here. Every example is our own writing and names no
-artist. Standard library only, so the module loads before anything is installed.
+A user types a short request; the deployed prompt is a longer caption with genre, instruments, rhythm, mood, tempo, key
+and length, in this order and under fixed labels. FP8 activation scales must be measured on captions of that form, so
+`build/make_calib.py` takes its prompts from here. All examples were written for this project and name no artist. Uses
+only the standard library, so that the module loads before anything is installed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MusicExample:
-    """One piece of music, as a short request and as the facts that its deployed caption states.
+    """One piece of music: a short request, and the facts of its deployed caption.
 
-    `request` is what a person might type; it is not part of the caption. `bpm` is beats a minute: for music without a
-    steady pulse, the pace at which it breathes. `key` is free text ("A minor", "no fixed key"). `seconds` is the length
-    of the piece. All text is printable ASCII, and only `rhythm` may hold commas.
+    `request` is what a user might type; it is not part of the caption. `bpm` is beats per minute; for music without a
+    steady pulse, the pace of its phrases. `key` is free text ("A minor", "no fixed key"). `seconds` is the length of
+    the piece. All text is printable ASCII, and only `rhythm` may contain commas.
     """
 
     request: str
@@ -235,11 +235,10 @@ MUSIC_EXAMPLES: tuple[MusicExample, ...] = (
 
 
 def deployed_text(example: MusicExample) -> str:
-    """Return the caption that the model reads for an example: one line of ASCII, the same seven parts for every
-    example.
+    """Return the caption that the model reads for an example: one ASCII line with the same seven parts.
 
-    A whole number of seconds is written without a fraction. ValueError when a field holds a line break or anything else
-    outside printable ASCII, since such a prompt would not have the deployed form.
+    A whole number of seconds is written without a fraction. Raises ValueError when a field contains a line break or
+    another character outside printable ASCII, because such a prompt would not have the deployed form.
     """
     text = (
         f"Genre: {example.genre}. Instruments: {', '.join(example.instruments)}. Rhythm: {example.rhythm}. "
@@ -252,15 +251,15 @@ def deployed_text(example: MusicExample) -> str:
 
 
 def calibration_prompts(count: int | None = None) -> list[str]:
-    """Return the prompts that calibration runs: the first `count` deployed captions, or all of them.
+    """Return the first `count` deployed captions, or all of them, as calibration prompts.
 
-    Any prefix mixes styles, tempi and text lengths, so a small `count` still calibrates broadly. Each caption states
-    its example's own length, whatever length is then generated. ValueError when `count` is below 1 or above the number
-    of examples.
+    Every prefix mixes styles, tempi and text lengths, so that a small `count` still covers a wide range. Each caption
+    states its example's own length, independent of the generated length. Raises ValueError when `count` is below 1 or
+    above the number of examples.
     """
     available = len(MUSIC_EXAMPLES)
     if count is None:
         count = available
     if not 1 <= count <= available:
-        raise ValueError(f"{count} calibration prompts asked for: give a number from 1 to {available}")
+        raise ValueError(f"count {count} is out of range (1..{available})")
     return [deployed_text(example) for example in MUSIC_EXAMPLES[:count]]

@@ -1,8 +1,8 @@
-"""The generations that a calibration set is captured from: which one each prompt gives, so that rows cover deployment.
+"""Plan of the generations that a calibration set is captured from, such that its rows cover deployment.
 
-Every prompt is generated from its text. Covering deployment, it then gives one more generation, and the other kinds
-(sa3_trt_core/artifacts/calibration_kinds) take turns from prompt to prompt. Durations change when every kind has had
-its turn, so that 9 prompts hold 3 kinds at each of 3 durations; what a kind varies changes with its every turn.
+Every prompt is generated from its text. For deployment it also gives one more generation, whose kind
+(sa3_trt_core/artifacts/calibration_kinds) alternates from prompt to prompt. Durations change after every kind was used,
+so that 9 prompts give 3 kinds at each of 3 durations; the parameters of a kind change each time it is used.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COVERS = ("deployment", "text")
 DEFAULT_SECONDS = {"deployment": (54.0, 10.0, 120.0), "text": (54.0,)}
-EXTRA_SEEDS = 10_000  # more than there are prompts: no two generations share their noise
+EXTRA_SEEDS = 10_000  # offset above the number of prompts: no two generations share their noise
 
 
 @dataclass(frozen=True)
 class Generation:
     """One ping-pong generation; its text is that of prompt number `prompt`.
 
-    `spans` are parts of `seconds`; `spans`, `sigma_max` and `cfg` are those of its kind at this turn.
+    `spans` are fractions of `seconds`; `spans`, `sigma_max` and `cfg` are those of its kind at this turn.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Generation:
 
     @property
     def frames(self) -> int:
-        """Latent frames whose noise is drawn."""
+        """Latent frames of the noise."""
         return shapes.latent_frames(self.seconds)
 
     @property
@@ -51,33 +51,36 @@ class Generation:
 
     @property
     def ranges(self) -> Spans:
-        """The spans in seconds, each lengthened to its next latent frame where it would hold none."""
-        found = []
-        for share, until in self.spans:
-            start, end = share * self.seconds, until * self.seconds
+        """The spans in seconds; a span without a latent frame is extended to the next frame."""
+        ranges = []
+        for share, share_end in self.spans:
+            start, end = share * self.seconds, share_end * self.seconds
             first, last = inpainting.regenerated_frames(start, end)
             if first == last:  # the frame that holds the start
                 middle = (first - 1) * shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE
                 half = shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE / 2
                 start, end = max(0.0, middle - half), middle + half
-            found.append((start, end))
-        return tuple(found)
+            ranges.append((start, end))
+        return tuple(ranges)
 
 
 def generations(prompts: int, seconds: Sequence[float], seed: int, cover: str) -> list[tuple[Generation, ...]]:
-    """What each prompt gives, in order; the first is its own text, with seed + its number."""
+    """Return the generations of each prompt, in order; the first is its text, with seed + its index."""
     turns = TURNS if cover == "deployment" else ()
-    found = []
+    turns_of_prompts = []
     for index in range(prompts):
         turn = index // max(1, len(turns))
         length = seconds[turn % len(seconds)]
         text = Generation(KINDS[0], index, length, seed + index)
-        found.append((text, *(_extra(turns[index % len(turns)], turn, text) for _ in turns[:1])))
-    return found
+        turns_of_prompts.append((text, *(_extra(turns[index % len(turns)], turn, text) for _ in turns[:1])))
+    return turns_of_prompts
 
 
 def started_from(latents: Tensor, sigma_max: float, noise: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Noise for a ping-pong run that starts at sigma_max: (1 - sigma_max) latents + sigma_max noise, then noise."""
+    """Yield the noise of a ping-pong run that starts at sigma_max.
+
+    The first item is (1 - sigma_max) latents + sigma_max noise.
+    """
     yield (1.0 - sigma_max) * latents + sigma_max * next(noise)
     yield from noise
 

@@ -1,4 +1,4 @@
-"""Write a calibration set: rows one after another on disk, then one .npz, whole or not at all."""
+"""Write a calibration set: rows are collected on disk, then written to one .npz atomically."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.calibration_layout import FLAT, FRAMES, KEYS, KIND, KINDS, is_ragged, member_shape
 
 CHUNK = 1 << 20
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same rows give the same bytes
-COMPRESSED = ("local_add_cond", "t5_mask", FRAMES, KIND)  # nearly all repeats; the rest is noise that does not shrink
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that equal rows give equal bytes
+COMPRESSED = ("local_add_cond", "t5_mask", FRAMES, KIND)  # mostly repeated values; the others are noise
 
 
 class CalibrationWriter:
-    """Collect rows on disk and put them together as one .npz; a killed run goes on at its last finished group.
+    """Collects rows on disk and writes them to one .npz; a killed run resumes after its last committed group.
 
-    `frames` is the L of every row, or one for all; `kinds` the kind of every row, none given for text alone. Rows go to
-    memory-mapped arrays in a hidden folder beside the target, with a note of how many are whole. `settings` is what the
-    rows depend on: with other settings an unfinished folder is thrown away. Text rows of one L become the rectangular
-    form, all others the ragged one (calib_layout).
+    `frames` is the L of every row, or one for all; `kinds` the kind of every row (default: text). Rows go to
+    memory-mapped arrays in a hidden folder beside the target, with a record of how many are complete. `settings` are
+    what the rows depend on: a folder with other settings is discarded. Text rows of one L give the rectangular form,
+    all others the ragged one (calibration_layout).
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CalibrationWriter:
     ) -> None:  # fmt: skip
         self._frames = [frames] * rows if isinstance(frames, int) else list(frames)
         self._kinds = list(kinds) or [KINDS[0]] * rows
-        assert len(self._frames) == len(self._kinds) == rows, "one L and one kind a row"
+        assert len(self._frames) == len(self._kinds) == rows, "one L and one kind per row"
         self._ragged = is_ragged(self._frames, self._kinds)
         self._target = target
         self._folder = target.with_name(f".{target.name}.partial")
@@ -56,14 +56,14 @@ class CalibrationWriter:
             for key in KEYS
         }  # fmt: skip
         for key in KEYS:
-            # Mapped pages have no error to return: without room for them the process would die of SIGBUS.
+            # Allocate now: writing to a mapped page on a full disk raises SIGBUS instead of an error.
             with (self._folder / f"{key}.npy").open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         self._next = self.done
 
     def append(self, row: Mapping[str, np.ndarray]) -> None:
-        """Add one row; each value has a leading batch axis of 1, as the DiT got it. Its L must be as planned."""
-        assert row["x"].shape[-1] == self._frames[self._next], "the row has another L than was planned"
+        """Add one row; each value has a leading batch axis of 1, as the DiT's inputs. Its L must be as planned."""
+        assert row["x"].shape[-1] == self._frames[self._next], "the row's L differs from the plan"
         before = sum(self._frames[: self._next])
         for key, array in self._arrays.items():
             if self._ragged and key in FLAT:
@@ -74,14 +74,14 @@ class CalibrationWriter:
         self._next += 1
 
     def commit(self) -> None:
-        """Everything appended so far is whole: a killed run starts after it."""
+        """Record that all rows appended so far are complete; a killed run resumes after them."""
         for array in self._arrays.values():
             array.flush()
         self.done = self._next
         files.write_atomic_text(self._note, json.dumps({"settings": self._settings, "done": self.done}))
 
     def finish(self) -> None:
-        """Write the .npz, whole or not at all, and remove the working folder."""
+        """Write the .npz atomically and remove the working folder."""
         assert self._next == self.rows, f"{self._next} of {self.rows} rows"
         self.commit()
         members: tuple[str, ...] = KEYS
@@ -106,5 +106,5 @@ class CalibrationWriter:
             note = json.loads(self._note.read_text())
         except (OSError, ValueError):
             return 0
-        whole = all((self._folder / f"{key}.npy").is_file() for key in KEYS)
-        return int(note["done"]) if whole and note.get("settings") == self._settings else 0
+        complete = all((self._folder / f"{key}.npy").is_file() for key in KEYS)
+        return int(note["done"]) if complete and note.get("settings") == self._settings else 0

@@ -16,7 +16,7 @@ from build_dit_fp8 import DEFAULT_HEADROOM
 from helpers.commands import Done, listing, run, two_lines
 from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.quantization import selection as quantization_selection
-from sa3_build.quantization.layer_roles import KINDS, places
+from sa3_build.quantization.layer_roles import KINDS, roles_of
 from sa3_build.recipes.activation_stats import FIGURES, MeasuredDit, aggregate, table_of
 from sa3_build.recipes.fp8 import report_path
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, tensors
@@ -199,7 +199,7 @@ def enlarge(root: Path, kind: str, factor: float, channel: int | slice) -> None:
     model = graph_io.load(root / HALF)
     model.graph.sort()
     selection = quantization_selection.select_linears(model)
-    role_by_node = places(model, selection)
+    role_by_node = roles_of(model, selection)
     (product,) = (p for p in selection.quantized if role_by_node[p.node].kind == kind)
     weight = model.graph.initializers[product.weight]
     assert weight.shape == (product.k, product.n)
