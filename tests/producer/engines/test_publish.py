@@ -65,7 +65,7 @@ def test_without_send_nothing_leaves_the_machine(local: LocalHub, tmp_path: Path
     onnx = finished(tmp_path / "sa3-m")
     before = listing(tmp_path)
     result = run(publish.main, ["--onnx", onnx])
-    assert result.code == 0 and "nothing was sent" in result.out
+    assert result.code == 0 and "nothing uploaded" in result.out
     assert all(name in result.out for name in NAMES)
     assert local.asked == [] and listing(tmp_path) == before
 

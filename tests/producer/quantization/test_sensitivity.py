@@ -198,7 +198,7 @@ def test_a_target_out_of_reach_is_refused_with_the_frontier(
     line = command(tiny_onnx, tiny_calib, out, "--ptq", "direct", "--target-cosine", target, "--max-fp16-products", 0)
     result = run(build_dit_fp8.main, line)
     assert result.code == 3
-    assert "is not reached with 0 products in 16 bits; nothing was written" in result.err
+    assert "not reached with 0 layers in 16 bits; nothing was written" in result.err
     table = result.err[result.err.index(pareto.HEADER[0]) :].splitlines()
     assert [row.split()[0] for row in table[2:]] == ["0"]
     assert not [name for name in listing(tmp_path) if name.startswith("dit_fp8")]

@@ -71,7 +71,7 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(tiny_fp8: Path, tiny_ca
     ):
         assert words in result.out, result.out
     current = ["--input", tiny_fp8 / HALF, "--calib", tiny_calib, "--onnx", tiny_fp8 / FP8, "--parity-rows", 8]
-    assert "nothing would be done" in run(build_dit_fp8.main, [*current, "--dry-run"]).out
+    assert "nothing to do" in run(build_dit_fp8.main, [*current, "--dry-run"]).out
 
 
 def test_a_full_disk_is_told_before_the_start(tmp_path: Path) -> None:
