@@ -12,7 +12,7 @@ PARTS = {
     "text": "text_encoder",
     "dit": "dit",
     "decoder": "decoder",
-    "decoder-fp16": "half_decoder",
+    "decoder-fp16": "fp16_decoder",
     "encoder": "encoder",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sa3_build.export.text_encoder import hushed
+from sa3_build.export.text_encoder import quiet_transformers
 from sa3_trt_core import shapes
 
 SPECIAL_TOKENS: Mapping[str, str] = {
@@ -71,7 +71,7 @@ def random_text_model(size: DemoSize, vocabulary: int) -> Any:
 
 def write_text_model(folder: Path, model: Any) -> None:
     """Write a T5Gemma in bf16, laid out as t5gemma-b-b-ul2."""
-    with hushed():
+    with quiet_transformers():
         model.to(torch.bfloat16).save_pretrained(folder)
 
 

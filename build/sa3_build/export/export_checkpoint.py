@@ -1,4 +1,4 @@
-"""Export every graph of one checkpoint into an ONNX root, each checked against its torch module before it is kept."""
+"""Export every graph of a checkpoint into an ONNX root; each is checked against its torch module."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.targets import TOKENIZER_FILES, Target, find_target
 
 # Against the torch module in fp32: the DiT by its largest difference over the RMS of the velocity, the others by
-# relative L2. Rounding through 24 layers is 1.4e-5 and 1e-6; a frequency table that is 1e-6 off gives 2.7e-3.
+# relative L2. Rounding through 24 layers is 1.4e-5 and 1e-6; an error of 1e-6 in a frequency table causes 2.7e-3.
 DIT_TOLERANCE = 5e-5
 RELATIVE_TOLERANCE = 1e-5
-HALF_DECODER_TOLERANCE = 2e-2  # relative L2 of the fp16-mixed decoder: 34 dB below the sound
+FP16_DECODER_TOLERANCE = 2e-2  # relative L2 of the FP16-mixed decoder: SNR 34 dB
 MUSIC_LOOPS, MUSIC_SECONDS = 2, 4
 _CODEC_SHAPES = ((1, 32), (1, 45))
 CHECK_SHAPES = {
@@ -46,7 +46,7 @@ CHECK_SHAPES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """One finished graph, and how far it is from its torch module."""
+    """One finished graph, and its error against its torch module."""
 
     target: str
     path: Path
@@ -56,12 +56,12 @@ class Exported:
 
 
 class Exporter:
-    """The exports of one checkpoint. Modules are loaded when a graph is not current, and freed after."""
+    """Exports of one checkpoint. A module is loaded when its graph is not current, and freed afterwards."""
 
     def __init__(self, model_dir: Path, onnx_root: Path) -> None:
-        """Raises ToolError when the folder is no native checkpoint."""
+        """Check the checkpoint. Raises ToolError when the folder is not a native checkpoint."""
         if not model_dir.is_dir():
-            raise ToolError(f"no such checkpoint folder: {model_dir}", "name a folder with model_config.json in it")
+            raise ToolError(f"no such checkpoint folder: {model_dir}", "give a folder that contains model_config.json")
         self._dir, self._root = model_dir, onnx_root
         self._geometry: Geometry = load_geometry(model_dir / native.CONFIG_FILE)
         self._weights = native.NativeWeights(model_dir / native_weights.WEIGHTS_FILE)
@@ -69,21 +69,21 @@ class Exporter:
         native.check(self._weights, self._geometry)
         for name in ("config.json", "model.safetensors", *(Path(name).name for name in TOKENIZER_FILES)):
             if not (self._text_dir / name).is_file():
-                raise ToolError(f"{self._text_dir / name} is missing", "use a whole checkpoint")
+                raise ToolError(f"{self._text_dir / name} is missing", "use a complete checkpoint")
         config = {native.CONFIG_FILE: files.sha256_of(model_dir / native.CONFIG_FILE)}
         self._inputs = {**config, native_weights.WEIGHTS_FILE: files.sha256_of(model_dir / native_weights.WEIGHTS_FILE)}
 
     def text_encoder(self) -> Exported:
-        """t5gemma/encoder.onnx, and the tokenizer's files beside it."""
+        """Export t5gemma/encoder.onnx and copy the tokenizer's files."""
         inputs = {path.name: files.sha256_of(path) for path in sorted(self._text_dir.glob("*.safetensors"))}
-        made = self._export("t5gemma", inputs, lambda: TextContract(text_encoder.load_text_encoder(self._text_dir)))
+        exported = self._export("t5gemma", inputs, lambda: TextContract(text_encoder.load_text_encoder(self._text_dir)))
         for name in TOKENIZER_FILES:
             with files.atomic_path(self._root / name) as temporary:
                 shutil.copyfile(self._text_dir / Path(name).name, temporary)
-        return made
+        return exported
 
     def dit(self) -> Exported:
-        """sa3-m/dit.onnx."""
+        """Export sa3-m/dit.onnx."""
 
         def load() -> nn.Module:
             dit = native.load_dit(self._weights, self._geometry.dit)
@@ -92,7 +92,7 @@ class Exporter:
         return self._export("sa3-m-fp32", self._inputs, load)
 
     def decoder(self) -> Exported:
-        """same-l decoder in fp32."""
+        """Export the same-l decoder in fp32."""
 
         def load() -> nn.Module:
             return DecoderContract(native.load_autoencoder(self._weights, self._geometry.autoencoder))
@@ -100,85 +100,88 @@ class Exporter:
         return self._export("same-l-decoder-fp32", self._inputs, load)
 
     def encoder(self) -> Exported:
-        """same-l encoder in fp32: it runs once a request, before the first step, so 16 bits would save nothing."""
+        """Export the same-l encoder in fp32; it runs once per request, so that 16 bits would save nothing."""
 
         def load() -> nn.Module:
             return EncoderContract(native.load_autoencoder(self._weights, self._geometry.autoencoder))
 
         return self._export("same-l-encoder", self._inputs, load)
 
-    def half_decoder(self) -> Exported:
-        """same-l decoder, FP16-mixed, made from the fp32 one and compared with it."""
+    def fp16_decoder(self) -> Exported:
+        """Convert the fp32 same-l decoder to FP16-mixed and compare the two."""
         source = self._path(find_target("same-l-decoder-fp32"))
         target = find_target("same-l-decoder")
         path = self._path(target)
         inputs = {file.name: files.sha256_of(file) for file in graph_io.files_of(source)}
-        settings = {"target": target.name, "tolerance": HALF_DECODER_TOLERANCE}
+        settings = {"target": target.name, "tolerance": FP16_DECODER_TOLERANCE}
         with build(path, "onnx", inputs, settings) as draft:
             if draft is None:
                 return _reused(target, path)
             model = graph_io.load(source)
             run_passes(model, [SortTopologically(), MixPrecision(find_decoder_islands)])
             written, nodes = graph_io.save(model, path), len(list(model.graph))
-            pairs = [(self._run_onnx(source, [latent]), self._run_onnx(path, [latent])) for latent in self._music()]
+            pairs = [
+                (self._run_onnx(source, [latent]), self._run_onnx(path, [latent])) for latent in self._music_latents()
+            ]
             error = max(relative_error(*pair) for pair in pairs)
-            return _keep(target, draft, written, nodes, error, HALF_DECODER_TOLERANCE)
+            return _keep(target, draft, written, nodes, error, FP16_DECODER_TOLERANCE)
 
     def _export(self, name: str, inputs: Mapping[str, str], load: Callable[[], nn.Module]) -> Exported:
         target = find_target(name)
         path = self._path(target)
         tolerance = DIT_TOLERANCE if target.kind == "dit" else RELATIVE_TOLERANCE
         settings = {"target": name, "opset": torch_to_onnx.OPSET, "tolerance": tolerance}
-        if target.kind == "dit":  # a graph of before takes zero text alone for the null row
+        if target.kind == "dit":  # earlier exports treated zero text alone as the null row
             settings["null row"] = "no text and no mask"
         with build(path, "onnx", inputs, settings) as draft:
             return _reused(target, path) if draft is None else self._exported(target, draft, load(), tolerance)
 
     def _exported(self, target: Target, draft: Draft, module: nn.Module, tolerance: float) -> Exported:
-        """Trace, save and compare one module; it is freed in between."""
+        """Trace, save and compare one module; it is freed before the comparison."""
         path = draft.output
-        # The decoder's samples are compared before they become 16-bit: there, one in a thousand rounds the other way.
+        # The decoder's samples are compared before rounding to 16 bits, where one in a thousand rounds differently.
         forward = module.waveform if isinstance(module, DecoderContract) else module
         with torch.inference_mode():
-            wanted = [forward(*example).numpy() for example in self._examples(target)]
+            expected = [forward(*example).numpy() for example in self._examples(target)]
         if target.kind in ("same-decoder", "same-encoder"):
-            tolerance = max(tolerance, self._rounding(module, wanted, target))
+            tolerance = max(tolerance, self._rounding(module, expected, target))
         model = torch_to_onnx.export_module(module, target.kind, torch_to_onnx.example_inputs(target.kind))
         written, nodes = graph_io.save(model, path), len(list(model.graph))
         clip = next((str(node.inputs[0].name) for node in model.graph if node.op_type == "Clip" and node.inputs[0]), "")
-        # The module and its graph are of one size with the session to come: never both in memory.
+        # Module, graph and session have the same size: free the first two before the session starts.
         graph_io.release_weights(model)
         del module, model, forward
         self._weights.release()
         memory.release_to_os()
         measure = max_error if target.kind == "dit" else relative_error
         if target.kind == "same-decoder":
-            found = self._run_samples(path, clip, self._examples(target))
+            outputs = self._run_samples(path, clip, self._examples(target))
         else:
-            found = [self._run_onnx(path, example) for example in self._examples(target)]
-        error = max(measure(first, second) for first, second in zip(wanted, found, strict=True))
+            outputs = [self._run_onnx(path, example) for example in self._examples(target)]
+        error = max(measure(first, second) for first, second in zip(expected, outputs, strict=True))
         return _keep(target, draft, written, nodes, error, tolerance)
 
-    def _music(self) -> list[torch.Tensor]:
-        """Latents (1, C, L) of chords with onsets: 16 bits are judged on music, a decoder is not made for noise."""
+    def _music_latents(self) -> list[torch.Tensor]:
+        """Return latents (1, C, L) of chords with onsets: a decoder's fp16 error is measured on music, not on noise."""
         autoencoder = native.load_autoencoder(self._weights, self._geometry.autoencoder)
         loops = [torch.from_numpy(probe_sound(seed, MUSIC_SECONDS))[None] for seed in range(MUSIC_LOOPS)]
         with torch.inference_mode():
             return [autoencoder.encode(loop).latents for loop in loops]
 
-    def _rounding(self, codec: nn.Module, wanted: list[np.ndarray], target: Target) -> float:
-        """How far the autoencoder's own fp32 results are from its fp64 ones.
+    def _rounding(self, codec: nn.Module, expected: list[np.ndarray], target: Target) -> float:
+        """Return the error of the autoencoder's own fp32 outputs against fp64.
 
-        Trained sin(pi g) gates amplify rounding to 1e-4: no other order of the same sums can be held to less.
+        Trained sin(pi g) gates amplify rounding to 1e-4, so that another summation order cannot be required to agree
+        better.
         """
         exact = codec.double()
         forward = exact.waveform if isinstance(exact, DecoderContract) else exact
         with torch.inference_mode():
             errors = [
-                relative_error(forward(example.double()).numpy(), found)
-                for (example,), found in zip(self._examples(target), wanted, strict=True)
+                relative_error(forward(example.double()).numpy(), output)
+                for (example,), output in zip(self._examples(target), expected, strict=True)
             ]
-        codec.float()  # exact: every value was fp32 before
+        codec.float()  # exact: every value was fp32
         return max(errors)
 
     def _examples(self, target: Target) -> list[list[torch.Tensor]]:
@@ -189,7 +192,7 @@ class Exporter:
 
     @staticmethod
     def _run_samples(path: Path, clip: str, examples: list[list[torch.Tensor]]) -> list[np.ndarray]:
-        """Return the decoder's samples (1, 2, N) in front of its Clip."""
+        """Return the decoder's samples (1, 2, N) before its Clip."""
         from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
         with OnnxRuntimeEngine(path, graph_io.with_probe_outputs(path, {"samples": clip}), low_memory=True) as engine:
@@ -207,29 +210,38 @@ class Exporter:
         return self._root / target.onnx[0]
 
 
-def max_error(wanted: np.ndarray, found: np.ndarray) -> float:
-    """Largest absolute difference over the RMS of what is wanted."""
-    reference = wanted.astype(np.float64)
-    return float(np.abs(reference - found).max() / np.sqrt(np.square(reference).mean()))
+def max_error(expected: np.ndarray, output: np.ndarray) -> float:
+    """Return the largest absolute difference divided by the RMS of `expected`."""
+    reference = expected.astype(np.float64)
+    return float(np.abs(reference - output).max() / np.sqrt(np.square(reference).mean()))
 
 
-def relative_error(wanted: np.ndarray, found: np.ndarray) -> float:
-    """||found - wanted|| / ||wanted||."""
-    reference = wanted.astype(np.float64)
-    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+def relative_error(expected: np.ndarray, output: np.ndarray) -> float:
+    """Return
+
+    output - expected
+
+    /
+
+    expected
+
+    .
+    """
+    reference = expected.astype(np.float64)
+    return float(np.linalg.norm(output - reference) / np.linalg.norm(reference))
 
 
 def _keep(target: Target, draft: Draft, written: list[Path], nodes: int, error: float, tolerance: float) -> Exported:
-    """Finish a graph, or remove it when it is too far from its source. Raises GateError."""
+    """Finish a graph, or remove it if its error exceeds the tolerance. Raises GateError."""
     if not error <= tolerance:
         for file in written:
             file.unlink()
         raise GateError(
-            f"{draft.output.name} differs from its source by {error:.2e}, more than {tolerance:g}; it was removed",
+            f"{draft.output.name} differs from its source by {error:.2e} (limit {tolerance:g}); it was removed",
             "check the versions against the requirements file, then report this",
         )
     gates: dict[str, Any] = {"error": error}
-    if target.kind == "dit":  # it gets check rows when it is made FP16-mixed and FP8
+    if target.kind == "dit":  # its FP16-mixed and FP8 versions get check rows
         gates["null_row"] = has_null_row(graph_io.mapped(draft.output))
     else:
         written = [*written, write_check_rows(draft.output, target.kind, target.precision)]
@@ -238,6 +250,6 @@ def _keep(target: Target, draft: Draft, written: list[Path], nodes: int, error: 
 
 
 def _reused(target: Target, path: Path) -> Exported:
-    made = manifest.read_manifest(path)
-    assert made is not None
-    return Exported(target.name, path, 0, float(made.gates["error"]), reused=True)
+    record = manifest.read_manifest(path)
+    assert record is not None
+    return Exported(target.name, path, 0, float(record.gates["error"]), reused=True)

@@ -1,8 +1,8 @@
 """Load a native Stable Audio 3 folder into the diffusers modules, strictly and in fp32.
 
-The native names and the diffusers names differ; the tables below are the whole of the difference (build/FACTS.md,
-Native checkpoint: 522 + 472 + 3 tensors, both directions). A tensor too many, too few or of another shape is the user's
-mistake and is named by its native key.
+Native and diffusers names differ; the tables below are the complete mapping (build/FACTS.md, Native checkpoint: 522 +
+472 + 3 tensors, in both directions). A tensor that is unexpected, missing or of another shape is a ToolError with its
+native key.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sa3_build.export.native_weights import (
     DIT_PREFIX,
     NativeWeights,
 )
-from sa3_build.export.text_encoder import hushed
+from sa3_build.export.text_encoder import quiet_transformers
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderSAME, StableAudio3DiTModel
 
 CONFIG_FILE = "model_config.json"
-TRUNK_NORM_EPS = 1e-5  # diffusers has 1e-6 here; q/k norms are 1e-6 on both sides (7e-5 in the output if missed)
+TRUNK_NORM_EPS = 1e-5  # diffusers uses 1e-6 here (error 7e-5 in the output); q/k norms are 1e-6 in both
 
 PADDING_KEY = "conditioner.conditioners.prompt.padding_embedding"
 DURATION_PREFIX = "conditioner.conditioners.seconds_total.embedder.embedding.1."
@@ -53,15 +53,15 @@ def native_dit_key(key: str) -> str:
     """Return the native name of a tensor of `StableAudio3DiTModel`."""
     if key == "prompt_padding_embedding":
         return PADDING_KEY
-    for ours, native in _DIT_NAMES:
-        if key.startswith(ours):
-            key = native + key[len(ours) :]
+    for diffusers_name, native in _DIT_NAMES:
+        if key.startswith(diffusers_name):
+            key = native + key[len(diffusers_name) :]
             break
     return DIT_PREFIX + _replace(key, _BLOCK_NAMES)
 
 
 def native_autoencoder_key(key: str, levels: int) -> str:
-    """Return the native name of a tensor of `AutoencoderSAME` with `levels` resampling blocks a side.
+    """Return the native name of a tensor of `AutoencoderSAME` with `levels` resampling blocks per side.
 
     Natively the encoder is [block] * levels, Transpose, Linear; the decoder is Transpose, Linear, Transpose, [block] *
     levels, all in one list `layers`.
@@ -78,22 +78,22 @@ def native_autoencoder_key(key: str, levels: int) -> str:
 
 
 def regroup_qkv(weight: torch.Tensor) -> torch.Tensor:
-    """Native row groups q|k|v|q2|k2 of a differential `to_qkv` (5E, E) -> diffusers' q|q2|k|k2|v."""
+    """Convert the native row groups q|k|v|q2|k2 of a differential `to_qkv` (5E, E) to diffusers' q|q2|k|k2|v."""
     q, k, v, q2, k2 = weight.chunk(5, dim=0)
     return torch.cat([q, q2, k, k2, v], dim=0)
 
 
 def ungroup_qkv(weight: torch.Tensor) -> torch.Tensor:
-    """Return the inverse of `regroup_qkv`: for writing a native checkpoint."""
+    """Return the inverse of `regroup_qkv`, for writing a native checkpoint."""
     q, q2, k, k2, v = weight.chunk(5, dim=0)
     return torch.cat([q, k, v, q2, k2], dim=0)
 
 
 class TimestepFourier(nn.Module):
-    """Fourier features of the noise level with their frequencies held as a buffer.
+    """Fourier features of the noise level with their frequencies stored in a buffer.
 
-    diffusers computes exp(linspace) in the forward pass; an exporter folds that into a constant which is 1e-6 off, and
-    at frequency 10000 that is 2.7e-3 in the velocity. t (B, 1) -> (B, dim), fp32.
+    diffusers computes exp(linspace) in the forward pass. An exporter folds it into a constant with an error of 1e-6,
+    which at frequency 10000 causes 2.7e-3 in the velocity. t (B, 1) -> (B, dim), fp32.
     """
 
     freqs: torch.Tensor
@@ -131,7 +131,7 @@ def build_dit(geometry: DitGeometry) -> StableAudio3DiTModel:
 
 
 def use_native_numerics(dit: StableAudio3DiTModel) -> None:
-    """Give a DiT the native eps of its trunk norms and exact timestep frequencies."""
+    """Set the native eps of a DiT's trunk norms and exact timestep frequencies."""
     features = dit.timestep_features
     dit.timestep_features = TimestepFourier(features.dim, features.min_freq, features.max_freq)
     for block in dit.transformer_blocks:
@@ -140,10 +140,10 @@ def use_native_numerics(dit: StableAudio3DiTModel) -> None:
 
 
 def build_autoencoder(geometry: AutoencoderGeometry) -> AutoencoderSAME:
-    """Return an autoencoder of this geometry with diffusers' own initial values."""
+    """Return an autoencoder of this geometry with diffusers' initial values."""
     from diffusers import AutoencoderSAME
 
-    with hushed():  # its weight normalisation is PyTorch's deprecated kind
+    with quiet_transformers():  # it uses PyTorch's deprecated weight normalisation
         autoencoder = AutoencoderSAME(
             audio_channels=geometry.audio_channels,
             patch_size=geometry.patch_size,
@@ -163,7 +163,7 @@ def build_autoencoder(geometry: AutoencoderGeometry) -> AutoencoderSAME:
 
 
 def build_duration_embedder(geometry: ConditionerGeometry) -> nn.Module:
-    """Return the module that turns seconds (B,) into a token and global vector (B, cond_dim)."""
+    """Return the module that maps seconds (B,) to the duration token and global vector (B, cond_dim)."""
     from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 
     embedder: nn.Module = StableAudio3DurationEmbedder(
@@ -173,9 +173,9 @@ def build_duration_embedder(geometry: ConditionerGeometry) -> nn.Module:
 
 
 def check(weights: NativeWeights, geometry: Geometry) -> None:
-    """Compare the whole file with its config by names and shapes, before anything is loaded or written.
+    """Compare the complete file with its config by names and shapes, before anything is loaded or written.
 
-    Raises ToolError naming the first tensor that is missing, of another shape, or too many.
+    Raises ToolError naming the first tensor that is missing, has another shape, or is unexpected.
     """
     with torch.device("meta"):
         autoencoder = build_autoencoder(geometry.autoencoder)
@@ -190,7 +190,7 @@ def check(weights: NativeWeights, geometry: Geometry) -> None:
 
 
 def load_dit(weights: NativeWeights, geometry: DitGeometry) -> StableAudio3DiTModel:
-    """Return the DiT with the checkpoint's weights, fp32, strict in both directions."""
+    """Return the DiT with the checkpoint's weights, fp32; strict in both directions."""
     dit = build_dit(geometry)
     fill(dit, weights, native_dit_key, geometry.differential)
     weights.refuse_leftovers(DIT_PREFIX, map(native_dit_key, dit.state_dict()))
@@ -198,7 +198,7 @@ def load_dit(weights: NativeWeights, geometry: DitGeometry) -> StableAudio3DiTMo
 
 
 def load_autoencoder(weights: NativeWeights, geometry: AutoencoderGeometry) -> AutoencoderSAME:
-    """Return the SAME autoencoder with the checkpoint's weights, fp32, strict in both directions."""
+    """Return the SAME autoencoder with the checkpoint's weights, fp32; strict in both directions."""
     autoencoder = build_autoencoder(geometry)
     levels = len(geometry.strides)
 
@@ -220,17 +220,17 @@ def load_duration_embedder(weights: NativeWeights, geometry: ConditionerGeometry
 
 
 def fill(module: nn.Module, weights: NativeWeights, name: Callable[[str], str], differential: bool) -> None:
-    """Give every tensor of `module` the native tensor called `name(key)`."""
+    """Set every tensor of `module` to the native tensor called `name(key)`."""
     state = {}
     for key, placeholder in module.state_dict().items():
-        turned = differential and key.endswith(".to_qkv.weight")
+        regrouped = differential and key.endswith(".to_qkv.weight")
         native, shape = name(key), placeholder.shape
-        state[key] = regroup_qkv(weights.copy(native, shape)) if turned else weights.take(native, shape)
+        state[key] = regroup_qkv(weights.copy(native, shape)) if regrouped else weights.take(native, shape)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)
 
 
 def _replace(key: str, names: Iterable[tuple[str, str]]) -> str:
-    for ours, native in names:
-        key = key.replace(ours, native)
+    for diffusers_name, native in names:
+        key = key.replace(diffusers_name, native)
     return key

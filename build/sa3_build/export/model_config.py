@@ -1,7 +1,7 @@
 """Read the sizes of a native Stable Audio 3 checkpoint from its model_config.json.
 
-Everything downstream takes its geometry from here, never from constants, so a demo checkpoint and the real one go
-through the same code.
+All code takes its geometry from here and has no size constants, so that a demo checkpoint and the real one run through
+the same code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_CONFIG_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class DitGeometry:
-    """Sizes of the diffusion transformer: what `StableAudio3DiTModel` takes."""
+    """Sizes of the diffusion transformer: arguments of `StableAudio3DiTModel`."""
 
     io_channels: int
     embed_dim: int
@@ -36,7 +36,7 @@ class DitGeometry:
 
 @dataclass(frozen=True)
 class AutoencoderGeometry:
-    """Sizes of the SAME autoencoder: what `AutoencoderSAME` takes."""
+    """Sizes of the SAME autoencoder: arguments of `AutoencoderSAME`."""
 
     audio_channels: int
     patch_size: int
@@ -74,31 +74,31 @@ class Geometry:
 
 
 def load_geometry(config_file: Path) -> Geometry:
-    """Parse `model_config.json`.
+    """Return the geometry in a `model_config.json`.
 
-    Raises ToolError when the file is absent, is not JSON, or misses a value that the network needs (named with its
-    path inside the file), or describes a network that this project does not know.
+    Raises ToolError when the file is missing, is not JSON, lacks a required value (named with its path inside the
+    file), or describes an unsupported network.
     """
     try:
         with config_file.open("rb") as stream:
             config = json.loads(stream.read(MAX_CONFIG_BYTES))
     except OSError as error:
         raise ToolError(
-            f"cannot read {config_file}: {error.strerror}", "name the checkpoint's model_config.json"
+            f"cannot read {config_file}: {error.strerror}", "give the checkpoint's model_config.json"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"{config_file} is not JSON ({error})", "download or make the checkpoint again") from None
+        raise ToolError(f"{config_file} is not JSON ({error})", "download or export the checkpoint again") from None
     reader = _Reader(config, config_file)
     if reader.text("model.diffusion.diffusion_objective") != "rf_denoiser":
         raise ToolError(
             f"{config_file}: model.diffusion.diffusion_objective is not rf_denoiser",
-            "this project runs the rectified-flow ping-pong checkpoints of Stable Audio 3 only",
+            "only rectified-flow ping-pong checkpoints of Stable Audio 3 are supported",
         )
     return Geometry(_dit(reader), _autoencoder(reader), _conditioner(reader))
 
 
 class _Reader:
-    """Values of a nested JSON document by dotted path, with the path in every complaint."""
+    """Values of a nested JSON document by dotted path; errors name the path."""
 
     def __init__(self, document: Any, source: Path) -> None:
         self._document = document
@@ -108,39 +108,39 @@ class _Reader:
         value = self._document
         for step in path.split("."):
             if not isinstance(value, Mapping) or step not in value:
-                raise self._complain(path, "is missing")
+                raise self._error(path, "is missing")
             value = value[step]
         return value
 
     def integer(self, path: str, low: int = 1, high: int = 1 << 20) -> int:
         value = self.get(path)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self._complain(path, f"must be a whole number from {low} to {high}")
+            raise self._error(path, f"must be a whole number from {low} to {high}")
         return value
 
     def number(self, path: str, low: float = -math.inf) -> float:
         value = self.get(path)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
-            raise self._complain(path, "must be a finite number" + (f" from {low:g}" if math.isfinite(low) else ""))
+            raise self._error(path, "must be a finite number" + (f" from {low:g}" if math.isfinite(low) else ""))
         return float(value)
 
     def flag(self, path: str) -> bool:
         value = self.get(path)
         if not isinstance(value, bool):
-            raise self._complain(path, "must be true or false")
+            raise self._error(path, "must be true or false")
         return value
 
     def text(self, path: str) -> str:
         value = self.get(path)
         if not isinstance(value, str):
-            raise self._complain(path, "must be a text")
+            raise self._error(path, "must be a text")
         return value
 
     def has(self, path: str) -> bool:
-        """Is there a value at this path? Published files leave out what has its usual value."""
+        """Return True if there is a value at this path; published files omit default values."""
         parent, _, last = path.rpartition(".")
-        found = self.get(parent)
-        return isinstance(found, Mapping) and found.get(last) is not None
+        mapping = self.get(parent)
+        return isinstance(mapping, Mapping) and mapping.get(last) is not None
 
     def integers(self, path: str, low: int = 1, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
         if default is not None and not self.has(path):
@@ -151,21 +151,21 @@ class _Reader:
             or not 1 <= len(value) <= 16
             or not all(isinstance(v, int) and not isinstance(v, bool) and low <= v <= 1 << 20 for v in value)
         ):
-            raise self._complain(path, f"must be a list of whole numbers from {low}")
+            raise self._error(path, f"must be a list of whole numbers from {low}")
         return tuple(value)
 
     def conditioner(self, name: str) -> _Reader:
         """Return the config of the conditioner whose id is `name`."""
         entries = self.get("model.conditioning.configs")
         if not isinstance(entries, list):
-            raise self._complain("model.conditioning.configs", "must be a list")
+            raise self._error("model.conditioning.configs", "must be a list")
         for entry in entries:
             if isinstance(entry, Mapping) and entry.get("id") == name:
                 return _Reader(entry, self._source)
-        raise self._complain(f"model.conditioning.configs[id={name}]", "is missing")
+        raise self._error(f"model.conditioning.configs[id={name}]", "is missing")
 
-    def _complain(self, path: str, what: str) -> ToolError:
-        return ToolError(f"{self._source}: {path} {what}", "use the model_config.json that came with the checkpoint")
+    def _error(self, path: str, problem: str) -> ToolError:
+        return ToolError(f"{self._source}: {path} {problem}", "use the model_config.json that came with the checkpoint")
 
 
 def _dit(reader: _Reader) -> DitGeometry:
@@ -173,7 +173,7 @@ def _dit(reader: _Reader) -> DitGeometry:
     embed_dim = reader.integer(f"{base}.embed_dim", high=1 << 14)
     num_heads = reader.integer(f"{base}.num_heads", high=1 << 8)
     if embed_dim % num_heads or (embed_dim // num_heads) % 4:
-        raise reader._complain(f"{base}.num_heads", "must cut embed_dim into heads of a multiple of 4 channels")
+        raise reader._error(f"{base}.num_heads", "must split embed_dim into heads of a multiple of 4 channels")
     return DitGeometry(
         io_channels=reader.integer(f"{base}.io_channels"),
         embed_dim=embed_dim,
@@ -194,10 +194,10 @@ def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
     strides = reader.integers(f"{decoder}.strides")
     ratio = reader.integer(f"{base}.downsampling_ratio")
     if ratio % math.prod(strides):
-        raise reader._complain(f"{base}.downsampling_ratio", f"must be a multiple of the strides' product {strides}")
+        raise reader._error(f"{base}.downsampling_ratio", f"must be a multiple of the strides' product {strides}")
     depths = reader.integers(f"{encoder}.transformer_depths")
     if len(depths) != len(strides):
-        raise reader._complain(f"{encoder}.transformer_depths", f"must have {len(strides)} entries, as the strides")
+        raise reader._error(f"{encoder}.transformer_depths", f"must have {len(strides)} entries, as the strides")
     return AutoencoderGeometry(
         audio_channels=reader.integer(f"{base}.io_channels"),
         patch_size=ratio // math.prod(strides),
@@ -216,10 +216,10 @@ def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
 
 
 def _sinusoidal(reader: _Reader, path: str, depths: tuple[int, ...]) -> tuple[int, ...]:
-    """How many of the last layers of each level have sin gates; none where the file does not say."""
+    """Return the number of last layers of each level with sin gates; 0 where the file does not state it."""
     counts = reader.integers(path, low=0, default=(0,) * len(depths))
     if len(counts) != len(depths) or any(count > depth + 1 for count, depth in zip(counts, depths, strict=False)):
-        raise reader._complain(path, f"must have {len(depths)} entries of at most the depth {depths} + 1")
+        raise reader._error(path, f"must have {len(depths)} entries of at most the depth {depths} + 1")
     return counts
 
 
@@ -227,7 +227,7 @@ def _conditioner(reader: _Reader) -> ConditionerGeometry:
     prompt, seconds = reader.conditioner("prompt"), reader.conditioner("seconds_total")
     folder = prompt.text("config.subfolder")
     if folder in ("", ".", "..") or "/" in folder or "\\" in folder:
-        raise reader._complain("conditioning prompt config.subfolder", "must be a plain folder name")
+        raise reader._error("conditioning prompt config.subfolder", "must be a plain folder name")
     return ConditionerGeometry(
         text_folder=folder,
         text_tokens=prompt.integer("config.max_length"),

@@ -1,4 +1,4 @@
-"""The tensors of a native checkpoint's one safetensors file, by their native names."""
+"""Tensors of a native checkpoint's safetensors file, by their native names."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ DERIVED_SUFFIXES = (".rope.inv_freq", "bottleneck.noise_scaling_factor")
 
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # PyTorch's zip, and what it wrote before 1.6
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02\x8a\x0a")  # PyTorch's zip format, and the one before 1.6
 
 
 class NativeWeights:
-    """The tensors of one model.safetensors, taken by native key, with the leftovers known at the end.
+    """Tensors of one model.safetensors, read by native key.
 
-    Raises ToolError when the file is absent, torn or not safetensors.
+    Raises ToolError when the file is missing, incomplete or not safetensors.
     """
 
     def __init__(self, path: Path, loras: LoraSet | None = None) -> None:
-        """`loras` are merged into the weights as they are taken."""
+        """Open the file; `loras` are merged into the weights as they are read."""
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise ToolError(f"no such checkpoint file: {path}", f"name the {WEIGHTS_FILE} of a native checkpoint")
+            raise ToolError(f"no such checkpoint file: {path}", f"give the {WEIGHTS_FILE} of a native checkpoint")
         if _is_pickle(path):
             raise _pickled(path)
         self._open = lambda: safe_open(str(path), framework="pt", device="cpu")
@@ -47,7 +47,7 @@ class NativeWeights:
             if path.suffix.lower() in PICKLED:
                 raise _pickled(path) from None
             raise memory_error(error) or ToolError(
-                f"{path} is not a whole safetensors file ({error})", "download or make it again"
+                f"{path} is not a complete safetensors file ({error})", "download or export it again"
             ) from None
         self._path = path
         self.keys = frozenset(self._file.keys())
@@ -60,7 +60,7 @@ class NativeWeights:
             self._loras.require_fits(self._layer_shapes(), str(path))
 
     def _layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every weight that an adapter may change."""
+        """Return (out, in) of every weight that an adapter may change."""
         shapes = {}
         for key in self.keys:
             layer, shape = layer_of_checkpoint_key(key), tuple(self._file.get_slice(key).get_shape())
@@ -69,7 +69,7 @@ class NativeWeights:
         return shapes
 
     def release(self) -> None:
-        """Let go of the mapped file: what was read of it stays in memory until then. It is opened again when needed."""
+        """Close the memory-mapped file, whose pages stay resident until then; it is reopened when needed."""
         self._opened = None
 
     @property
@@ -79,14 +79,15 @@ class NativeWeights:
         return self._opened
 
     def take(self, key: str, shape: torch.Size) -> torch.Tensor:
-        """Return one tensor in fp32. Raises ToolError naming the key when it is absent or of another shape."""
+        """Return one tensor in fp32. Raises ToolError naming the key when it is missing or has another shape."""
         self.require(key, shape)
         tensor: torch.Tensor = self._file.get_tensor(key)
         return self._adapted(key, tensor.to(torch.float32))
 
     def copy(self, key: str, shape: torch.Size) -> torch.Tensor:
-        """Return one tensor in fp32, read instead of mapped: for one that is rearranged, or it would lie in memory
-        twice.
+        """Return one tensor in fp32, read instead of memory-mapped.
+
+        For a tensor that is rearranged: mapped, it would be in memory twice.
         """
         self.require(key, shape)
         if self._file.get_slice(key).get_dtype() != "F32":
@@ -99,27 +100,27 @@ class NativeWeights:
         return self._adapted(key, tensor)
 
     def _adapted(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a weight with the adapters in it; a convolution's is merged as the matrix that it is."""
+        """Return a weight with the adapters merged; a convolution's weight is merged as a matrix."""
         layer = layer_of_checkpoint_key(key)
         if layer is None or layer not in self._loras.layers:
             return tensor
         return self._loras.merged(layer, tensor.flatten(1), self._bases).reshape(tensor.shape)
 
     def require(self, key: str, shape: torch.Size) -> None:
-        """Raise ToolError naming the key when a tensor is absent or of another shape; reads the file's header only."""
+        """Raise ToolError naming the key when a tensor is missing or has another shape; reads only the header."""
         if key not in self.keys:
             raise ToolError(
                 f"{self._path}: tensor {key} is missing", "the checkpoint does not fit its model_config.json"
             )
-        found = tuple(self._file.get_slice(key).get_shape())
-        if found != tuple(shape):
+        actual_shape = tuple(self._file.get_slice(key).get_shape())
+        if actual_shape != tuple(shape):
             raise ToolError(
-                f"{self._path}: tensor {key} has shape {list(found)}, expected {list(shape)}",
+                f"{self._path}: tensor {key} has shape {list(actual_shape)}, expected {list(shape)}",
                 "the checkpoint does not fit its model_config.json",
             )
 
     def refuse_leftovers(self, prefix: str, used: Iterable[str]) -> None:
-        """Raise ToolError naming the first tensor under `prefix` that nothing has taken."""
+        """Raise ToolError naming the first tensor under `prefix` that is not used."""
         for key in sorted(self.keys.difference(used)):
             if key.startswith(prefix) and not key.endswith(DERIVED_SUFFIXES):
                 raise ToolError(
@@ -128,7 +129,7 @@ class NativeWeights:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Return True for a checkpoint of PyTorch's own format: loading one can run any code, so none is loaded here."""
+    """Return True for PyTorch's pickled format; loading it can execute code, so it is not supported."""
     with path.open("rb") as file:
         return file.read(4).startswith(_PICKLE_STARTS)
 

@@ -1,4 +1,4 @@
-"""Synthesise a short musical signal to compare two autoencoders on: they are trained on music, not on noise."""
+"""Synthesise a short musical signal for comparing two autoencoders, which are trained on music, not on noise."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PEAK = 0.5
 
 
 def probe_sound(seed: int, seconds: int) -> NDArray[np.float32]:
-    """Return decaying harmonic notes over a noise burst at each onset, (2, seconds * 44100), peak 0.5.
+    """Return decaying harmonic notes with a noise burst at each onset, (2, seconds * 44100), peak 0.5.
 
-    The same seed gives the same samples.
+    Equal seeds give equal samples.
     """
     random = np.random.default_rng(seed)
     length = SAMPLE_RATE // NOTES_PER_SECOND

@@ -1,4 +1,4 @@
-"""Load the text encoder and the tokenizer that a native checkpoint carries, offline."""
+"""Load the text encoder and the tokenizer of a native checkpoint, offline."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from sa3_trt_core.errors import ToolError
 
 
 def load_text_encoder(folder: Path) -> nn.Module:
-    """Return the encoder half of the T5Gemma in `folder`, offline, fp32 (bf16 features are 0.04 off), eager attention.
+    """Return the encoder of the T5Gemma in `folder`, fp32, eager attention, without network access.
 
-    Raises ToolError when the folder is absent, is no T5Gemma, or lacks a tensor.
+    bf16 features would have an error of 0.04. Raises ToolError when the folder is missing, is not a T5Gemma, or lacks a
+    tensor.
     """
     from transformers import T5GemmaConfig, T5GemmaEncoderModel
 
     if not (folder / "config.json").is_file():
-        raise ToolError(f"no text encoder in {folder}", "use a whole checkpoint: its text encoder lies in that folder")
+        raise ToolError(f"no text encoder in {folder}", "use a complete checkpoint: its text encoder is in that folder")
     try:
         config = T5GemmaConfig.from_pretrained(folder, local_files_only=True)
         config.is_encoder_decoder = False
         config.encoder._attn_implementation = "eager"
-        with hushed():  # transformers reports the decoder half, which we leave out on purpose
+        with quiet_transformers():  # transformers reports the decoder half, which we leave out on purpose
             model, info = T5GemmaEncoderModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 use_safetensors=True, output_loading_info=True,
@@ -43,7 +44,7 @@ def load_text_encoder(folder: Path) -> nn.Module:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer shipped in `folder`, offline; padding side and BOS are as its files say."""
+    """Return the tokenizer in `folder`, without network access; its files determine padding side and BOS."""
     from transformers import AutoTokenizer
 
     try:
@@ -53,8 +54,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Inside the block transformers shows no bars and no load report, and nobody warns of deprecations."""
+def quiet_transformers() -> Iterator[None]:
+    """Suppress progress bars, load reports and deprecation warnings of transformers inside the block."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,7 +1,7 @@
-"""Export the torch modules as ONNX graphs with the contract of the published ones.
+"""Export torch modules as ONNX graphs with the contract of the published ones.
 
-The exporter is PyTorch's own (`dynamo=True`), at opset 19: the first with FP8 types, and the last that does not fuse
-attention into an op that TensorRT refuses in fp32.
+Uses PyTorch's exporter (`dynamo=True`) at opset 19: the first with FP8 types, and the last that does not fuse attention
+into an op that TensorRT rejects in fp32.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ OPSET = 19
 
 
 def export_module(module: nn.Module, kind: str, inputs: Sequence[torch.Tensor]) -> ir.Model:
-    """Return one module as an ONNX graph of the contract `kind`, its symbolic axes dynamic.
+    """Return one module as an ONNX graph of the contract `kind`, with dynamic symbolic axes.
 
-    `inputs` are example tensors in the contract's order; a symbolic axis must have at least 2 there, because the
-    exporter takes an axis of 1 for a constant.
+    `inputs` are example tensors in the contract's order; symbolic axes must have at least 2 entries, because the
+    exporter treats an axis of 1 as constant.
     """
     contract = CONTRACTS[kind]
     dynamic = _dynamic_shapes(contract)
@@ -57,7 +57,7 @@ def export_module(module: nn.Module, kind: str, inputs: Sequence[torch.Tensor]) 
 
 
 def example_inputs(kind: str, batch: int = 2, frames: int = 34, seed: int = 0) -> list[torch.Tensor]:
-    """Random tensors in the contract's shapes: what the exporter traces with and what the checks run on."""
+    """Return random tensors with the contract's shapes, for tracing and for checks."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"B": batch, "L": frames, "N": frames * SAMPLES_PER_FRAME}
     tensors = []
@@ -77,21 +77,25 @@ def example_inputs(kind: str, batch: int = 2, frames: int = 34, seed: int = 0) -
 
 
 def name_interface(model: ir.Model, contract: GraphContract) -> None:
-    """Give inputs and outputs the contract's symbolic shapes, whatever the exporter called its axes."""
+    """Set the contract's symbolic shapes on inputs and outputs."""
     for values, specs in ((model.graph.inputs, contract.inputs), (model.graph.outputs, contract.outputs)):
         for value, spec in zip(values, specs, strict=True):
             value.shape = ir.Shape([dim if isinstance(dim, int) else str(dim) for dim in spec.dims])
 
 
 def _small(node: ir.Node) -> bool | None:
-    """Leave a weight's Transpose to our own pass: the optimizer holds every folded weight in memory, 6 GB in all."""
+    """Return False for the Transpose of a weight, which FoldWeights folds: the optimiser would keep every folded
+    weight.
+
+    All of them together take 6 GB.
+    """
     stored = node.inputs[0].const_value if node.op_type == "Transpose" and node.inputs[0] is not None else None
     return False if stored is not None and stored.nbytes > graph_io.SIDECAR_THRESHOLD else None
 
 
 def _dynamic_shapes(contract: GraphContract) -> tuple[Mapping[int, Any], ...]:
     dims: dict[str, Any] = {"B": torch.export.Dim("B", min=1, max=64), "L": torch.export.Dim("L", min=1, max=8192)}
-    dims["N"] = SAMPLES_PER_FRAME * dims["L"]  # whole frames only, which the exporter proves from this
+    dims["N"] = SAMPLES_PER_FRAME * dims["L"]  # whole frames only; the exporter derives this constraint
     return tuple(_dynamic_axes(spec, dims) for spec in contract.inputs)
 
 
@@ -105,7 +109,7 @@ def _extent(dim: int | str, sizes: Mapping[str, int]) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints its steps on stdout and warns of its own deprecations; a user has no use for either."""
+    """Suppress what the exporter prints on stdout and its deprecation warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

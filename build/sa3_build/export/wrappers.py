@@ -1,4 +1,4 @@
-"""The torch modules that carry the contract of the published graphs: what is exported is also what generates here."""
+"""Torch modules with the contract of the published graphs, for export and for generation."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from diffusers import AutoencoderSAME, StableAudio3DiTModel
 
-BLOCKED = -1e4  # an additive mask that survives fp16 and still makes exp() exactly zero
+BLOCKED = -1e4  # additive mask; representable in fp16 and exp() of it is exactly zero
 
 
 class DitContract(nn.Module):
-    """The six-input DiT: velocity (B, C, L) from fp32 inputs.
+    """DiT with six inputs: velocity (B, C, L) from fp32 inputs.
 
     x (B, C, L), t (B,), t5_hidden (B, S, D), t5_mask (B, S) of 0/1, seconds_total (B,), local_add_cond (B, 1+C, L).
-    Padded text positions become the learned padding embedding before the projection, the duration token comes last, and
-    all S + 1 keys are attended: the model's cross-attention has no mask. A row whose t5_hidden and t5_mask are zero
-    throughout is the null row of classifier-free guidance: its cross tokens, the duration's included, are zero, as the
-    model's own are. A negative prompt, the empty one too, has a mask of ones and is no such row.
+    Padded text positions are replaced by the learned padding embedding before the projection, the duration token is
+    appended, and all S + 1 keys are attended: the model's cross-attention has no mask. A row whose t5_hidden and
+    t5_mask are all zero is the unconditional row of classifier-free guidance: all of its cross tokens, including the
+    duration's, are zero, as in the model's own. A negative prompt, even an empty one, has a mask of ones and is not
+    such a row.
     """
 
     def __init__(self, dit: StableAudio3DiTModel, duration: nn.Module) -> None:
@@ -40,9 +41,9 @@ class DitContract(nn.Module):
     ) -> torch.Tensor:
         seconds = self.duration(seconds_total)
         text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden, self.dit.prompt_padding_embedding)
-        marks = t5_hidden.abs().amax(dim=(1, 2), keepdim=True) + t5_mask.abs().amax(dim=1)[:, None, None]
-        told = (marks > 0).to(text.dtype)
-        context = torch.cat([text, seconds.unsqueeze(1)], dim=1) * told
+        magnitude = t5_hidden.abs().amax(dim=(1, 2), keepdim=True) + t5_mask.abs().amax(dim=1)[:, None, None]
+        conditioned = (magnitude > 0).to(text.dtype)
+        context = torch.cat([text, seconds.unsqueeze(1)], dim=1) * conditioned
         velocity: torch.Tensor = self.dit(
             x, t, encoder_hidden_states=context, global_hidden_states=seconds, local_add_cond=local_add_cond,
             return_dict=False,
@@ -51,7 +52,7 @@ class DitContract(nn.Module):
 
 
 class TextContract(nn.Module):
-    """The text encoder: hidden_states (1, S, D) from input_ids and attention_mask (1, S) int64."""
+    """Text encoder: hidden_states (1, S, D) from input_ids and attention_mask (1, S) int64."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -63,10 +64,11 @@ class TextContract(nn.Module):
 
 
 class DecoderContract(nn.Module):
-    """The SAME decoder: pcm (1, L * 4096, 2) int32 in 16-bit range from latent (1, C, L).
+    """SAME decoder: pcm (1, L * 4096, 2) int32 in 16-bit range from latent (1, C, L).
 
-    Attention reaches |i - j| <= w over segments of w tokens, so 17 queries meet only the 51 keys of the previous, own
-    and next segment: exact, linear in L, and plain ops (the dense mask needs 11.6 GB a score tensor at L = 646).
+    Attention reaches |i - j| <= w over segments of w tokens, so that 17 queries attend only to the 51 keys of the
+    previous, the same and the next segment: exact, linear in L, and standard ops (the dense mask needs 11.6 GB per
+    score tensor at L = 646).
     """
 
     def __init__(self, autoencoder: AutoencoderSAME) -> None:
@@ -79,7 +81,7 @@ class DecoderContract(nn.Module):
         return torch.round(samples * 32767.0).to(torch.int32).transpose(1, 2)
 
     def waveform(self, latent: torch.Tensor) -> torch.Tensor:
-        """Samples (1, 2, L * 4096), unclipped, in the order that diffusers' own decode gives."""
+        """Return samples (1, 2, L * 4096), unclipped, in the order of diffusers' decode."""
         decoder = self.autoencoder.decoder
         hidden = self.autoencoder.bottleneck.decode(latent)
         hidden = decoder.proj(hidden.transpose(1, 2)).transpose(1, 2)
@@ -89,7 +91,7 @@ class DecoderContract(nn.Module):
         return samples
 
     def _resample(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Return one resampling block in decoder form: (1, C, T) -> (1, C', T * stride)."""
+        """Return the output of one resampling block of the decoder: (1, C, T) -> (1, C', T * stride)."""
         frames = hidden.transpose(1, 2).unsqueeze(2)  # (1, T, 1, C)
         batch, count, _, channels = frames.shape
         fresh = block.new_tokens.unsqueeze(0).expand(batch, count, block.stride, channels)
@@ -100,9 +102,9 @@ class DecoderContract(nn.Module):
 
 
 class EncoderContract(nn.Module):
-    """The SAME encoder: latent (1, C, N / 4096) from audio (1, 2, N), N a multiple of 4096.
+    """SAME encoder: latent (1, C, N / 4096) from audio (1, 2, N), N a multiple of 4096.
 
-    The same exact block form as the decoder's: a segment is `stride` patches and the new token that becomes the latent.
+    Uses the decoder's exact block form: a segment is `stride` patches and the new token that becomes the latent.
     """
 
     def __init__(self, autoencoder: AutoencoderSAME) -> None:
@@ -112,7 +114,7 @@ class EncoderContract(nn.Module):
 
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         encoder = self.autoencoder.encoder
-        # Cut here and not by patch_embed, which pads to whole patches: a branch on the length that no graph can hold.
+        # Not by patch_embed, which pads to whole patches and so branches on the length, which a graph cannot express.
         patches = audio.unflatten(-1, (-1, self.autoencoder.patch_embed.patch_size))  # (1, 2, T, P)
         hidden = patches.transpose(2, 3).flatten(1, 2)  # (1, 2 P, T)
         for block in encoder.blocks:
@@ -121,7 +123,7 @@ class EncoderContract(nn.Module):
         return latent
 
     def _resample(self, block: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """Return one resampling block in encoder form: (1, C, T * stride) -> (1, C', T)."""
+        """Return the output of one resampling block of the encoder: (1, C, T * stride) -> (1, C', T)."""
         frames = block.mapping(hidden).transpose(1, 2).unflatten(1, (-1, block.stride))  # (1, T, stride, C')
         batch, count, _, channels = frames.shape
         fresh = block.new_tokens.unsqueeze(0).expand(batch, count, 1, channels)
@@ -129,8 +131,9 @@ class EncoderContract(nn.Module):
 
 
 def windowed(block: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the transformer layers of a resampling block on its segments. tokens (1, T, 1 + stride, C) -> the same
-    shape.
+    """Return the output of a resampling block's transformer layers on its segments (1, T, 1 + stride, C).
+
+    The output has the shape of the input.
     """
     count, segment = tokens.shape[1], tokens.shape[2]
     masks = window_masks(count, segment, block.sliding_window, tokens)
@@ -143,7 +146,8 @@ def windowed(block: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def window_masks(count: int, segment: int, window: int, like: torch.Tensor) -> torch.Tensor:
-    """Additive mask (T, 1, segment, (2 window + 1) segment): the band, and nothing beyond either end of the sequence.
+    """Return the additive mask (T, 1, segment, (2 window + 1) segment): the band, without positions outside the
+    sequence.
 
     `window` is the half-width in segments; the band's half-width is window * segment tokens.
     """
@@ -159,7 +163,7 @@ def window_masks(count: int, segment: int, window: int, like: torch.Tensor) -> t
 def local_attention(
     attention: Any, hidden: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor], masks: torch.Tensor
 ) -> torch.Tensor:
-    """Differential attention inside the window. hidden (1, T, S, C) -> the same shape."""
+    """Return differential attention inside the window: hidden (1, T, S, C) -> the same shape."""
     batch, count, segment, channels = hidden.shape
     window = (masks.shape[-1] // segment - 1) // 2
     groups = attention.to_qkv(hidden).unflatten(-1, (-1, attention.heads, attention.dim_heads))
@@ -168,26 +172,28 @@ def local_attention(
     else:
         queries, keys, value = groups[..., 0:1, :, :], groups[..., 1:2, :, :], groups[..., 2, :, :]
     values = neighbours(value.transpose(2, 3), window)  # (1, T, H, 3S, D)
-    outs = []
-    for half in range(queries.shape[3]):
-        q = rotate(attention.q_norm(queries[..., half, :, :]), table).transpose(2, 3)
-        k = neighbours(rotate(attention.k_norm(keys[..., half, :, :]), table).transpose(2, 3), window)
+    outputs = []
+    for index in range(queries.shape[3]):
+        q = rotate(attention.q_norm(queries[..., index, :, :]), table).transpose(2, 3)
+        k = neighbours(rotate(attention.k_norm(keys[..., index, :, :]), table).transpose(2, 3), window)
         scores = torch.matmul(q * attention.dim_heads**-0.5, k.transpose(-1, -2)) + masks
-        outs.append(torch.matmul(torch.softmax(scores, dim=-1), values))
-    out = outs[0] - outs[1] if len(outs) == 2 else outs[0]
-    merged: torch.Tensor = attention.to_out(out.transpose(2, 3).reshape(batch, count, segment, channels))
+        outputs.append(torch.matmul(torch.softmax(scores, dim=-1), values))
+    output = outputs[0] - outputs[1] if len(outputs) == 2 else outputs[0]
+    merged: torch.Tensor = attention.to_out(output.transpose(2, 3).reshape(batch, count, segment, channels))
     return merged
 
 
 def rotate(heads: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary embedding of the first channels. heads (1, T, S, H, D), table two of (T * S, R), R <= D."""
+    """Return heads (1, T, S, H, D) with rotary embedding of the first R channels; table: cos and sin (T * S, R), R <=
+    D.
+    """
     _, count, segment, _, _ = heads.shape
     cos, sin = (part.view(1, count, segment, 1, -1) for part in table)
     width = cos.shape[-1]
-    turned, kept = heads[..., :width], heads[..., width:]
-    first, second = turned.chunk(2, dim=-1)
+    rotated, unrotated = heads[..., :width], heads[..., width:]
+    first, second = rotated.chunk(2, dim=-1)
     swapped = torch.cat([-second, first], dim=-1)
-    return torch.cat([turned * cos + swapped * sin, kept], dim=-1)
+    return torch.cat([rotated * cos + swapped * sin, unrotated], dim=-1)
 
 
 def neighbours(heads: torch.Tensor, window: int) -> torch.Tensor:
@@ -198,7 +204,7 @@ def neighbours(heads: torch.Tensor, window: int) -> torch.Tensor:
 
 
 def remove_weight_norms(module: nn.Module) -> None:
-    """Fold every weight normalisation into its weight, so that the graph holds a weight and not a recipe for one."""
+    """Fold every weight normalisation into its weight, so that the graph contains plain weights."""
     for child in module.modules():
         if hasattr(child, "weight_g"):
             nn.utils.remove_weight_norm(child)
