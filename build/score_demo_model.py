@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     from sa3_demo import score
-    from sa3_demo.checkpoint_under_test import Subject
+    from sa3_demo.checkpoint_under_test import CheckpointUnderTest
     from sa3_trt_core.artifacts import files
     from sa3_trt_core.lora.lora_set import read_loras
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     loras = read_loras(lora_specs(args), lora_options(args))
     timings: dict[str, float] = {}
     with timed(timings, "load"):
-        subject = Subject(args.checkpoint, args.seconds, args.steps, args.batch, args.dit, loras)
+        subject = CheckpointUnderTest(args.checkpoint, args.seconds, args.steps, args.batch, args.dit, loras)
     document = about(args) | {"loras": loras.described()}
     with timed(timings, "autoencoder"):
         loops = score.held_out_loops(subject, max(args.prompts, args.loops), args.form)
@@ -169,7 +169,7 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
     if rolled:
         half, export = rolled["worst"]["half"], rolled["worst"]["export"]
         yield (
-            f"rollouts, worst cosine: FP16-mixed against fp32 {half} (required >= {rolled['owed']}), "
+            f"rollouts, worst cosine: FP16-mixed against fp32 {half} (required >= {rolled['required']}), "
             f"fp32 against the checkpoint {export}"
         )
     again = document["repeated"]

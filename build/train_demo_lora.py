@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
 
     from sa3_demo import room_adapter
-    from sa3_demo.checkpoint_under_test import Subject
+    from sa3_demo.checkpoint_under_test import CheckpointUnderTest
     from sa3_trt_core.artifacts import files
 
     files.require_writable(args.out, "adapter")
     plan = room_adapter.RoomPlan(args.rank, args.captions, args.seconds, args.steps, args.batch)
-    subject = Subject(args.checkpoint, plan.seconds, 8, plan.batch, device=args.device)
+    subject = CheckpointUnderTest(args.checkpoint, plan.seconds, 8, plan.batch, device=args.device)
     rows, pairs = room_adapter.make_pairs(subject, plan)
     adapters = room_adapter.train(subject, rows, pairs, plan)
     room_adapter.write_adapter(adapters, plan, args.out)

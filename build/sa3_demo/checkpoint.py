@@ -1,8 +1,8 @@
-"""Write a small native-format checkpoint with seeded random weights: the real structure, none of the taste.
+"""Write a small native-format checkpoint with seeded random weights and the structure of the real one.
 
-Every file and tensor name is what `stabilityai/stable-audio-3-medium` has (build/FACTS.md, Native checkpoint), at a
-width and depth that a CPU can run in seconds. No weight is left at zero: a product with a zero weight would hide a
-missing conversion, and a quantizer cannot scale it.
+Every file and tensor name is that of `stabilityai/stable-audio-3-medium` (build/FACTS.md, Native checkpoint), at a
+width and depth that a CPU runs in seconds. No weight is zero: a layer with a zero weight would hide a missing
+conversion, and a quantizer cannot scale it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sa3_demo.text_encoder import DemoSize
 from sa3_trt_core import shapes
 
 TEXT_FOLDER = "t5gemma-b-b-ul2"
-TEXT_MODEL = f"google/{TEXT_FOLDER}"  # the one name of a text encoder that the model's own package takes
+TEXT_MODEL = f"google/{TEXT_FOLDER}"  # the only text encoder name that the native package accepts
 PATCH = shapes.SAMPLES_PER_FRAME // 16  # samples a channel that are one token of the autoencoder
 _SECONDS = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
 _DIFFUSION = {
@@ -36,8 +36,8 @@ _DIFFUSION = {
     "mask_padding_attention": True,
     "use_effective_length_for_schedule": True,
 }
-GROUP_TOKENS = 2000  # most, of a random checkpoint's vocabulary
-TARGET_RMS = 0.15  # of the decoded noise: well above silence, far from clipping
+MAX_VOCABULARY = 2000  # tokens of a random checkpoint
+TARGET_RMS = 0.15  # of decoded noise; above silence and below clipping
 
 
 # SA3-medium's own sizes, for checks of memory and time at full size; the vocabulary stays small.
@@ -50,8 +50,8 @@ MEDIUM = DemoSize(
 def model_config(size: DemoSize) -> dict[str, Any]:
     """Return the model_config.json of a demo checkpoint, in the native layout.
 
-    Every key of a native medium config is there, so that the model's own package opens it too. `repo_id` is where that
-    package looks for the text encoder: a folder, here the checkpoint's own as seen from inside it.
+    Contains every key of a native medium config, so that the native package opens it too. `repo_id` is where that
+    package searches the text encoder: a folder, here the checkpoint's own, relative to itself.
     """
     shared = {
         "channels": size.autoencoder_channels,
@@ -120,10 +120,10 @@ def _dit_config(size: DemoSize) -> dict[str, Any]:
 
 
 def write_demo_checkpoint(folder: Path, size: DemoSize, seed: int, vocabulary_texts: Sequence[str]) -> None:
-    """Write a whole checkpoint into the existing, empty `folder`.
+    """Write a complete checkpoint into the existing, empty `folder`.
 
-    The same size, seed and texts give the same bytes. The last layers are scaled so that noise gives a velocity of unit
-    size and sound at `TARGET_RMS`.
+    Equal size, seed and texts give equal bytes. The last layers are scaled so that noise gives a velocity of unit RMS
+    and samples at `TARGET_RMS`.
     """
     from safetensors.torch import save_file
 
@@ -134,7 +134,7 @@ def write_demo_checkpoint(folder: Path, size: DemoSize, seed: int, vocabulary_te
         torch.manual_seed(seed)
         state = _native_state(geometry)
         text_folder = folder / geometry.conditioner.text_folder
-        vocabulary = text_encoder.write_tokenizer(text_folder, vocabulary_texts, GROUP_TOKENS)
+        vocabulary = text_encoder.write_tokenizer(text_folder, vocabulary_texts, MAX_VOCABULARY)
         text_encoder.write_text_model(text_folder, text_encoder.random_text_model(size, vocabulary))
     save_file(state, str(folder / native_weights.WEIGHTS_FILE))
 
@@ -164,7 +164,7 @@ def native_tensors(
         yield native.native_autoencoder_key(key, levels), _native_layout(key, tensor)
     for key in ("weight", "bias"):
         yield native.DURATION_PREFIX + key, duration.state_dict()[f"linear.{key}"].clone()
-    # What the native file holds and diffusers derives.
+    # Tensors that the native file contains and diffusers derives.
     frequencies = autoencoder.encoder.blocks[0].transformers[0].attn.rope.inv_freq
     for side, first in (("encoder", 0), ("decoder", 3)):
         for level, depth in enumerate(geometry.autoencoder.depths):
@@ -180,7 +180,7 @@ def _native_layout(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _randomise(module: nn.Module) -> None:
-    """Seeded values for every tensor but the rotary frequencies: matrices at 1/sqrt(fan in), norms around one."""
+    """Set every tensor but the rotary frequencies to seeded values: matrices at 1/sqrt(fan in), norms around one."""
     for key, tensor in module.state_dict().items():
         name = key.rsplit(".", 1)[-1]
         if name in ("inv_freq", "freqs"):
@@ -199,7 +199,7 @@ def _randomise(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _scale_outputs(state: dict[str, torch.Tensor], dit: Any, duration: nn.Module, autoencoder: Any) -> None:
-    """Rescale the last matrix of the DiT and the last gain of the decoder by what one forward of noise gives."""
+    """Rescale the last matrix of the DiT and the last gain of the decoder by the output of one forward of noise."""
     frames, width = 32, shapes.TEXT_CHANNELS
     latent = torch.randn(1, shapes.LATENT_CHANNELS, frames)
     text = torch.randn(1, shapes.TEXT_TOKENS, width)

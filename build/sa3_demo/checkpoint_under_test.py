@@ -1,4 +1,4 @@
-"""The model under judgement: one native checkpoint as text to audio and as autoencoder, fp32 on one device."""
+"""Checkpoint under test: one native checkpoint as text to audio and as autoencoder, fp32 on one device."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ Pcm = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Row:
-    """One clip to generate: its text, the seed of its noise, and local_add_cond (1, 257, L), None for text alone."""
+    """One clip to generate: its text, the seed of its noise, and local_add_cond (1, 257, L) or None."""
 
     caption: str
     seed: int
     local: torch.Tensor | None = None
 
 
-class Subject:
-    """A checkpoint folder, ready to generate clips of one length, `batch` rows at a time, in `steps` sampler steps.
+class CheckpointUnderTest:
+    """Checkpoint that generates clips of one length, `batch` rows at a time, in `steps` sampler steps.
 
-    `dit`, an ONNX graph made of the same checkpoint, takes the place of its own DiT.
+    `dit`, an ONNX graph of the same checkpoint, replaces its DiT.
     """
 
     def __init__(
         self, folder: Path, seconds: int, steps: int, batch: int, dit: Path | None = None,
         loras: LoraSet | None = None, device: str = "cpu",
     ) -> None:  # fmt: skip
-        """Load the parts onto `device`, `loras` merged into the DiT; latents, noise and samples stay on the CPU.
+        """Load the parts onto `device`, with `loras` merged into the DiT; latents, noise and samples stay on the CPU.
 
-        Raises ToolError when a file is absent or does not fit, or there is no such device.
+        Raises ToolError when a file is missing or does not fit, or the device is not available.
         """
         config, weights = folder / native.CONFIG_FILE, folder / native_weights.WEIGHTS_FILE
         self.model = CheckpointModel(config, weights, device, loras)
@@ -63,13 +63,13 @@ class Subject:
 
     @torch.inference_mode()
     def conditioning(self, rows: Sequence[Row]) -> Conditioning:
-        """What the DiT is told of these rows, in their order."""
+        """Return the conditioning of these rows, in their order."""
         each = [self.model.conditioning(row.caption, float(self.seconds), self.frames) for row in rows]
         silent = torch.zeros(1, shapes.LOCAL_CHANNELS, self.frames, device=self.device)
         return Conditioning(
-            t5_hidden=torch.cat([one.t5_hidden for one in each]),
-            t5_mask=torch.cat([one.t5_mask for one in each]),
-            seconds_total=torch.cat([one.seconds_total for one in each]),
+            t5_hidden=torch.cat([entry.t5_hidden for entry in each]),
+            t5_mask=torch.cat([entry.t5_mask for entry in each]),
+            seconds_total=torch.cat([entry.seconds_total for entry in each]),
             local_add_cond=torch.cat([silent if row.local is None else row.local.to(self.device) for row in rows]),
         )
 
@@ -80,7 +80,7 @@ class Subject:
         engine: VelocityEngine | None = None,
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> torch.Tensor:
-        """Latents (rows, 256, L), by the subject's DiT unless another engine is given. Raises ToolError.
+        """Return latents (rows, 256, L), by the checkpoint's DiT or by `engine`. Raises ToolError.
 
         `on_step(n)` is called after every sampler step of n rows.
         """
@@ -94,7 +94,7 @@ class Subject:
 
     @torch.inference_mode()
     def encode(self, samples: NDArray[np.float32]) -> torch.Tensor:
-        """Latents (1, 256, L) of samples (2, N) with the silence after them that a request of this length has."""
+        """Return latents (1, 256, L) of samples (2, N), padded with the silence of a request of this length."""
         audio = torch.zeros(1, shapes.AUDIO_CHANNELS, self.frames * shapes.SAMPLES_PER_FRAME)
         audio[0, :, : samples.shape[1]] = torch.from_numpy(samples)
         encoded: torch.Tensor = self._autoencoder.encode(audio.to(self.device)).latents

@@ -1,4 +1,4 @@
-"""Encoded training loops with their captions, by length: what the DiT's stages draw batches from."""
+"""Encoded training loops with their captions, from which the DiT's training stages draw batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sa3_demo.pool import FULL_SCALE, LoopPool, training_piece
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
 
-DEPLOYED_SHARE = 0.65  # of the rows read the deployed caption, the others the short request
+DEPLOYED_SHARE = 0.65  # share of rows with the deployed caption; the others have the short request
 ENCODE_BATCH = 32
 
 
@@ -44,7 +44,7 @@ class LatentSet:
         self._seconds = torch.tensor([float(piece.seconds) for piece in pieces], device=device)
 
     def batch(self, generator: torch.Generator, rows: int) -> Batch:
-        """Random rows, each with its caption or its request."""
+        """Return random rows, each with its caption or its request."""
         device = self._latents.device
         picked = torch.randint(len(self._latents), (rows,), generator=generator, device=device)
         form = (torch.rand(rows, generator=generator, device=device) > DEPLOYED_SHARE).long()
@@ -58,10 +58,10 @@ class LatentSet:
 
 
 def keep_masks(generator: torch.Generator, frames: torch.Tensor, length: int, share: float) -> torch.Tensor:
-    """Keep masks (rows, 1, length) of 0/1: a `share` of the rows keeps all but one span of the music, others nothing.
+    """Return keep masks (rows, 1, length) of 0/1: a `share` of the rows keeps all but one span, the others nothing.
 
-    The span is 10 to 100 % of the `frames` (rows,) that sound. Nothing after those is kept, as in deployment
-    (sampling/inpainting.py): the DiT never meets a mask that keeps its padding.
+    The span is 10 to 100 % of the `frames` (rows,) with sound. Frames after those are not kept, as in deployment
+    (sampling/inpainting.py): the DiT is never run with a mask that keeps its padding.
     """
     rows, device = len(frames), frames.device
     width = (0.1 + 0.9 * torch.rand(rows, generator=generator, device=device)) * frames
@@ -75,7 +75,7 @@ def keep_masks(generator: torch.Generator, frames: torch.Tensor, length: int, sh
 
 @torch.no_grad()
 def encode_pool(autoencoder: Any, plan: TrainingPlan, pool: LoopPool, device: torch.device) -> torch.Tensor:
-    """Latents (n, 256, L) fp16 of every loop, with silence up to the plan's length after it."""
+    """Return latents (n, 256, L) fp16 of every loop, padded with silence to the plan's length."""
     pool.wait(len(pool.pieces))
     samples = plan.latent_frames * SAMPLES_PER_FRAME
     parts = []
@@ -91,14 +91,14 @@ def encode_pool(autoencoder: Any, plan: TrainingPlan, pool: LoopPool, device: to
 
 
 def cached_latents(path: Path) -> torch.Tensor | None:
-    """What `store_latents` wrote, or None."""
+    """Return the latents that `store_latents` wrote, or None."""
     from safetensors.torch import load_file
 
     return load_file(str(path))["latents"] if path.is_file() else None
 
 
 def store_latents(path: Path, latents: torch.Tensor) -> None:
-    """Keep encoded loops for the next piece of the run on the same machine."""
+    """Write encoded loops for a later run on the same machine."""
     from safetensors.torch import save_file
 
     with files.atomic_path(path) as temporary:

@@ -1,4 +1,4 @@
-"""How near a clip is to another, and how loud it is in each band, with nothing but NumPy."""
+"""Distance between two clips and level per frequency band, using only NumPy."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from sa3_validation.spectra import BAND_EDGES, PICTURE_WINDOW, mono, spectra
 
 
 def si_sdr(reference: ArrayLike, estimate: ArrayLike) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB of two arrays of one shape, taken as vectors.
+    """Return the scale-invariant signal-to-distortion ratio in dB of two arrays of one shape, taken as vectors.
 
-    10 log10(|a s|^2 / |a s - e|^2) with a = <e, s> / |s|^2; inf where nothing is left over, -inf for orthogonal or
-    silent estimates, NaN for a silent reference. Source: Le Roux et al. 2019, "SDR - half-baked or well done?".
+    10 log10(|a s|^2 / |a s - e|^2) with a = <e, s> / |s|^2; inf without distortion, -inf for orthogonal or silent
+    estimates, NaN for a silent reference. Source: Le Roux et al. 2019, "SDR - half-baked or well done?".
     """
-    wanted, given = (np.asarray(side, dtype=np.float64).ravel() for side in (reference, estimate))
-    if wanted.shape != given.shape:
-        raise ValueError(f"{wanted.size} samples against {given.size}")
-    power = float(wanted @ wanted)
+    target_samples, estimate_samples = (np.asarray(side, dtype=np.float64).ravel() for side in (reference, estimate))
+    if target_samples.shape != estimate_samples.shape:
+        raise ValueError(f"{target_samples.size} samples against {estimate_samples.size}")
+    power = float(target_samples @ target_samples)
     if power == 0.0:
         return float("nan")
-    target = (float(given @ wanted) / power) * wanted
+    target = (float(estimate_samples @ target_samples) / power) * target_samples
     with np.errstate(divide="ignore"):
-        kept, rest = np.square(target).sum(), np.square(given - target).sum()
-        return float("-inf") if kept == 0.0 else float(10.0 * (np.log10(kept) - np.log10(rest)))
+        signal, distortion = np.square(target).sum(), np.square(estimate_samples - target).sum()
+        return float("-inf") if signal == 0.0 else float(10.0 * (np.log10(signal) - np.log10(distortion)))
 
 
 def band_levels(samples: ArrayLike, sample_rate: float) -> dict[str, float]:
-    """Level in dB of a clip in bands from BAND_EDGES, and "all": what a dull or soft copy lacks.
+    """Return the level in dB of a clip in bands from BAND_EDGES, and of "all" bands.
 
     samples (N, 2), (2, N) or (N,); 0 dB is a sine of amplitude 1; silence is -inf.
     """
@@ -39,5 +39,5 @@ def band_levels(samples: ArrayLike, sample_rate: float) -> dict[str, float]:
              zip(pairwise(BAND_EDGES), pairwise(edges), strict=True)}  # fmt: skip
     bands["all"] = (int(edges[0]), int(edges[-1]))
     with np.errstate(divide="ignore"):
-        # A sine's power lies in about 1.5 bins of a Hann window.
+        # The power of a sine is spread over about 1.5 bins of a Hann window.
         return {name: float(10.0 * np.log10(power[first:last].sum() / 1.5)) for name, (first, last) in bands.items()}

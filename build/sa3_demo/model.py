@@ -16,12 +16,12 @@ from sa3_demo.text_encoder import DemoSize, text_config, write_tokenizer
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.shapes import TEXT_TOKENS
 
-# Byte-level tokens write a space as a dotted G. What is not here becomes <unk>: 161 rows of the embedding are saved.
+# Byte-level BPE writes a space as a dotted G. Other bytes become <unk>, which saves 161 rows of the embedding.
 PRINTABLE = tuple("\u0120" + "".join(map(chr, range(33, 127))))
 
 
 class DemoModel(nn.Module):
-    """Velocity (B, 256, L) from noisy latents and token ids; the parts are those that the native checkpoint has."""
+    """Velocity (B, 256, L) from noisy latents and token ids; its parts are those of the native checkpoint."""
 
     def __init__(self, geometry: Geometry, size: DemoSize, vocabulary: int) -> None:
         from diffusers import StableAudio3DiTModel
@@ -45,31 +45,34 @@ class DemoModel(nn.Module):
     def context(
         self, ids: torch.Tensor, mask: torch.Tensor, seconds: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (B, 257, 768) for cross-attention and the duration vector (B, 768).
+        """Return tokens (B, 257, 768) for cross-attention and the duration vector (B, 768).
 
-        ids, mask (B, T) with T of at most 256: what is missing is padding, which the model replaces anyway.
+        ids, mask (B, T) with T of at most 256; missing positions are padding, which the model replaces.
         """
         hidden = self.text(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         padding = self.dit.prompt_padding_embedding
         text = torch.where(mask.unsqueeze(-1) > 0, hidden, padding)
-        rest = padding.expand(len(ids), TEXT_TOKENS - ids.shape[1], -1)
+        padding_tokens = padding.expand(len(ids), TEXT_TOKENS - ids.shape[1], -1)
         duration = self.duration(seconds).float()
-        return torch.cat([text, rest, duration.unsqueeze(1)], dim=1), duration
+        return torch.cat([text, padding_tokens, duration.unsqueeze(1)], dim=1), duration
 
     def velocity(
         self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, duration: torch.Tensor, local: torch.Tensor
     ) -> torch.Tensor:
         """Return the DiT's velocity (B, 256, L), fp32; `local` is local_add_cond (B, 257, L)."""
-        out: torch.Tensor = self.dit(
+        output: torch.Tensor = self.dit(
             x, t, encoder_hidden_states=context, global_hidden_states=duration, local_add_cond=local, return_dict=False
         )[0]
-        return out.float()
+        return output.float()
 
     def guided(
         self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor, duration: torch.Tensor, local: torch.Tensor,
         guidance: float,
     ) -> torch.Tensor:  # fmt: skip
-        """Classifier-free guidance in one forward of 2B rows; the null rows' cross-attention tokens are all zero."""
+        """Return the classifier-free guided velocity, in one forward of 2B rows.
+
+        The cross-attention tokens of the unconditional rows are zero.
+        """
         both = self.velocity(
             torch.cat([x, x]), torch.cat([t, t]), torch.cat([context, torch.zeros_like(context)]),
             torch.cat([duration, duration]), torch.cat([local, local]),
@@ -79,7 +82,7 @@ class DemoModel(nn.Module):
 
 
 def geometry_of(size: DemoSize, folder: Path) -> Geometry:
-    """Return the geometry of a demo size, through the config file that a checkpoint of it has."""
+    """Return the geometry of a demo size, read from the config file of such a checkpoint."""
     import json
 
     path = folder / native.CONFIG_FILE
@@ -88,7 +91,7 @@ def geometry_of(size: DemoSize, folder: Path) -> Geometry:
 
 
 def tokenizer_of(folder: Path, texts: list[str], vocabulary: int) -> Any:
-    """Return the tokenizer in `folder`, trained on `texts` when there is none yet; a `tokenizers.Tokenizer`."""
+    """Return the tokenizer in `folder`, a `tokenizers.Tokenizer`; trained on `texts` if there is none."""
     import tempfile
 
     from tokenizers import Tokenizer
@@ -102,7 +105,7 @@ def tokenizer_of(folder: Path, texts: list[str], vocabulary: int) -> Any:
 
 
 def token_batch(tokenizer: Any, texts: list[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and mask (N, length) int64, padded right with zeros of the mask; longer texts are cut."""
+    """Return ids and mask (N, length) int64, right-padded; longer texts are truncated."""
     rows = [row.ids[:length] for row in tokenizer.encode_batch(texts)]
     ids = torch.stack([functional.pad(torch.tensor(row), (0, length - len(row))) for row in rows])
     mask = torch.stack([torch.arange(length) < len(row) for row in rows]).long()

@@ -1,7 +1,7 @@
-"""Made-up pieces of music for the demonstration model: every fact that a caption states, drawn from one seed.
+"""Synthetic pieces of music for the demonstration model; every fact of a caption is drawn from one seed.
 
-Tempo and key are drawn independently of everything else, so neither can be guessed from the rest of a caption.
-Music theory here is the common practice of dance loops: four beats a bar, sixteen steps a bar, a chord a bar.
+Tempo and key are drawn independently of everything else, so that neither can be inferred from the rest of a caption.
+The music theory is that of dance loops: four beats per bar, sixteen steps per bar, one chord per bar.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ import numpy as np
 from reprompt import MusicExample
 from sa3_validation.listener import SCALES, TEMPO_RANGE
 
-TEMPOS = tuple(range(TEMPO_RANGE[0], TEMPO_RANGE[1] + 1, 4))  # beats a minute: those that the listener tells apart
+TEMPOS = tuple(
+    range(TEMPO_RANGE[0], TEMPO_RANGE[1] + 1, 4)
+)  # beats per minute, far enough apart for the tempo estimator
 LENGTHS = (4, 5, 6, 8, 10)  # seconds
 TONICS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
-PROGRESSIONS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # scale degrees of the chords, a bar each
+PROGRESSIONS: Mapping[str, tuple[tuple[int, ...], ...]] = {  # scale degrees of the chords, one per bar
     "major": ((0, 4, 5, 3), (0, 5, 3, 4), (0, 3, 0, 4)),
     "minor": ((0, 5, 2, 6), (0, 3, 0, 4), (0, 6, 5, 6)),
 }
-FIRST_HELD_OUT = 1 << 30  # seeds from here on are for judging: training draws from below
+FIRST_HELD_OUT = 1 << 30  # seeds from here on are for scoring; training uses lower seeds
 
 
 @dataclass(frozen=True)
 class Groove:
-    """A drum pattern of one bar: the steps (of 16) of every voice, and the words for it."""
+    """Drum pattern of one bar: the steps (of 16) of every voice, and its description."""
 
     genre: str
     words: str
@@ -68,9 +70,9 @@ SPACES = ("dry", "roomy", "spacious")
 
 @dataclass(frozen=True)
 class Piece:
-    """One loop. `tonic` is 0..11 from C, `bpm` beats a minute, `seconds` the length; the rest are names from above.
+    """One loop. `tonic` is 0..11 from C, `bpm` beats per minute, `seconds` the length; the others are names from above.
 
-    `progression` is an index into PROGRESSIONS of the mode; `seed` also draws what no caption states.
+    `progression` is an index into PROGRESSIONS of the mode; `seed` also determines what captions do not state.
     """
 
     seed: int
@@ -95,7 +97,7 @@ class Piece:
         return f"{TONICS[self.tonic]} {self.mode}"
 
     def example(self) -> MusicExample:
-        """Return the facts in the form that deployed captions are written from."""
+        """Return the facts as a MusicExample, from which deployed captions are written."""
         return MusicExample(
             request=self.request(),
             genre=self.groove.genre,
@@ -108,7 +110,7 @@ class Piece:
         )
 
     def request(self) -> str:
-        """What a person might type for it; which facts are named is drawn from the seed, tempo and key always are."""
+        """Return a short request for the piece; the seed selects the facts, tempo and key are always included."""
         generator = np.random.default_rng((self.seed, 1))
         parts = [part for part in (self.chord, self.bass, self.lead, self.kit) if generator.random() < 0.5]
         mood = f"{self.colour} " if generator.random() < 0.5 else ""
@@ -120,7 +122,7 @@ class Piece:
         return text[0].upper() + text[1:] if generator.random() < 0.5 else text
 
     def chord_tones(self, bar: int) -> tuple[int, int, int, int]:
-        """Semitones above the tonic of the chord of a bar: root, third, fifth and the octave of the root."""
+        """Return root, third, fifth and octave of a bar's chord, in semitones above the tonic."""
         scale, degrees = SCALES[self.mode], PROGRESSIONS[self.mode][self.progression]
         degree = degrees[bar % len(degrees)]
         root, third, fifth = (scale[(degree + up) % 7] + 12 * ((degree + up) // 7) for up in (0, 2, 4))
@@ -131,14 +133,14 @@ def draw_piece(seed: int, seconds: int | None = None) -> Piece:
     """Return the piece of a seed, equal on every machine. `seconds` overrides its length."""
     generator = np.random.default_rng((seed, 0))
 
-    def pick(options: tuple[Any, ...]) -> Any:
+    def choose(options: tuple[Any, ...]) -> Any:
         return options[int(generator.integers(len(options)))]
 
-    bpm, tonic, mode = pick(TEMPOS), int(generator.integers(12)), pick(tuple(SCALES))
+    bpm, tonic, mode = choose(TEMPOS), int(generator.integers(12)), choose(tuple(SCALES))
     piece = Piece(
         seed=seed, bpm=bpm, tonic=tonic, mode=mode, progression=int(generator.integers(len(PROGRESSIONS[mode]))),
-        groove=pick(GROOVES), chord=pick(CHORDS), bass=pick(BASSES), lead=pick(LEADS), kit=pick(KITS),
-        bass_line=pick(tuple(BASS_LINES)), lead_line=pick(tuple(LEAD_LINES)), colour=pick(COLOURS),
-        space=pick(SPACES), seconds=pick(LENGTHS),
+        groove=choose(GROOVES), chord=choose(CHORDS), bass=choose(BASSES), lead=choose(LEADS), kit=choose(KITS),
+        bass_line=choose(tuple(BASS_LINES)), lead_line=choose(tuple(LEAD_LINES)), colour=choose(COLOURS),
+        space=choose(SPACES), seconds=choose(LENGTHS),
     )  # fmt: skip
     return piece if seconds is None else replace(piece, seconds=seconds)

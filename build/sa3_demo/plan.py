@@ -1,4 +1,4 @@
-"""Every number of the demonstration model's training in one place: its size, its data, its steps."""
+"""All constants of the demonstration model's training: model size, data, steps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from sa3_demo.text_encoder import DemoSize
 
 VOCABULARY = 352  # tokens, every printable ASCII character among them
-CAPTION_TOKENS = 80  # the longest caption of music.py fits; longer texts are cut in training only
+CAPTION_TOKENS = 80  # the longest caption of music.py fits; longer texts are truncated in training only
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of training: optimiser steps, rows a step, and the learning rate at its peak."""
+    """One training stage: optimiser steps, rows per step, and peak learning rate."""
 
     steps: int
     batch: int
@@ -24,10 +24,9 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """A whole training run: `loops` pieces of seeds 0..loops-1, and `crop_frames` latent frames an autoencoder's row.
+    """A training run: `loops` pieces of seeds 0..loops-1, and `crop_frames` latent frames per row of the autoencoder.
 
-    All DiT rows have `latent_frames`, whatever their length: one shape is one compilation, and what follows the music
-    is silence.
+    All DiT rows have `latent_frames`, independent of their length, so that one shape is compiled; the rest is silence.
     """
 
     size: DemoSize
@@ -38,7 +37,9 @@ class TrainingPlan:
     flow: StagePlan
     distillation: StagePlan
     seed: int = 0
-    latent_noise: float = 0.2  # most, in units of the latents' deviation: the decoder must survive a sampler's errors
+    latent_noise: float = (
+        0.2  # maximum, in standard deviations of the latents; makes the decoder robust to sampler errors
+    )
     drop_condition: float = 0.1
     inpaint_share: float = 0.5
     guidance: float = 2.0  # of the teacher
@@ -63,10 +64,9 @@ FULL = TrainingPlan(
 
 
 def shortened(plan: TrainingPlan, stage: str, steps: int, rows: int, loops: int) -> TrainingPlan:
-    """Return a plan whose `stage` has so many steps of so many rows from the first `loops` pieces, for machines without
-    a GPU.
+    """Return a plan with a shorter `stage`, for machines without a GPU: steps, rows per step, first `loops` pieces.
 
-    The learning rate falls with the root of the rows; the warm-up is a tenth of the steps. Nothing is compiled.
+    The learning rate scales with the root of the rows; the warm-up is a tenth of the steps. Compilation is off.
     """
     full: StagePlan = getattr(plan, stage)
     rate = full.learning_rate * math.sqrt(rows / full.batch)

@@ -1,4 +1,4 @@
-"""The training loops: rendered by worker processes into one block of shared memory while training begins."""
+"""Training loops, rendered by worker processes into shared memory while training starts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FULL_SCALE = 32767.0
 
 
 def training_piece(seed: int, lengths: tuple[int, ...]) -> Piece:
-    """Return the piece of a training seed; `lengths`, when there are any, replace its own in turn."""
+    """Return the piece of a training seed; `lengths`, if given, replace its own length in turn."""
     return draw_piece(seed, lengths[seed % len(lengths)] if lengths else None)
 
 
 class LoopPool:
-    """16-bit stereo loops of seeds 0..count-1 in shared memory; a context manager that ends its workers.
+    """16-bit stereo loops of seeds 0..count-1 in shared memory; a context manager that stops its workers.
 
-    Loop i is samples[offset[i] : offset[i] + size[i]], (N, 2). It may be read once `ready[i]` is set.
+    Loop i is samples[offset[i] : offset[i] + size[i]], (N, 2). It is complete once `ready[i]` is set.
     """
 
     def __init__(self, count: int, lengths: tuple[int, ...] = (), workers: int | None = None) -> None:
@@ -39,7 +39,7 @@ class LoopPool:
         self.samples: NDArray[np.int16] = np.frombuffer(self._block, dtype=np.int16).reshape(-1, 2)
         self.ready: NDArray[np.uint8] = np.frombuffer(self._flags, dtype=np.uint8)
         workers = workers or max(1, (os.cpu_count() or 2) - 2)
-        context = multiprocessing.get_context("fork")  # the block is inherited, not sent
+        context = multiprocessing.get_context("fork")  # workers inherit the shared memory
         self._workers = [
             context.Process(target=self._fill, args=(first, workers), daemon=True) for first in range(workers)
         ]
@@ -57,7 +57,7 @@ class LoopPool:
             worker.join()
 
     def wait(self, count: int) -> None:
-        """Block until loops 0..count-1 are rendered. Raises RuntimeError when a worker has died."""
+        """Wait until loops 0..count-1 are rendered. Raises RuntimeError when a worker has died."""
         while not self.ready[:count].all():
             if any(worker.exitcode not in (None, 0) for worker in self._workers):
                 raise RuntimeError("a rendering process has died")
@@ -68,10 +68,10 @@ class LoopPool:
         return self.samples[self.offsets[index] : self.offsets[index + 1]]
 
     def on_device(self, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loops 0..count-1 as one tensor (samples, 2) int16 on a device, and their offsets (count + 1,) int64."""
+        """Return loops 0..count-1 as one tensor (samples, 2) int16 on a device, and offsets (count + 1,) int64."""
         self.wait(count)
-        held = torch.from_numpy(self.samples[: self.offsets[count]])
-        return held.to(device), torch.from_numpy(self.offsets[: count + 1]).to(device)
+        samples = torch.from_numpy(self.samples[: self.offsets[count]])
+        return samples.to(device), torch.from_numpy(self.offsets[: count + 1]).to(device)
 
     def _fill(self, first: int, step: int) -> None:
         for index in range(first, len(self.pieces), step):

@@ -1,7 +1,7 @@
-"""Train a LoRA that plays the demonstration model's music in the room next door: what no caption can ask for.
+"""Train a LoRA that generates the demonstration model's music as heard from the next room.
 
-The model's own generations are the data. Each denoised latent is decoded, low-passed as a wall does, and encoded
-again; the adapter learns to give that latent from the same noise. Everything is made on the spot.
+The model's own generations are the data. Each denoised latent is decoded, low-pass filtered like a wall, and encoded
+again; the adapter is trained to predict that latent from the same noise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from reprompt import deployed_text
 from sa3_build.export import load_modules
-from sa3_demo.checkpoint_under_test import Row, Subject
+from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Row
 from sa3_demo.music import draw_piece
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import files
@@ -29,9 +29,9 @@ from sa3_trt_core.lora.layers import is_qkv, layer_of_checkpoint_key
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import row_noise
 
-WALL_HZ = 450.0  # corner of the low-pass; 24 dB an octave above it
+WALL_HZ = 450.0  # corner of the low-pass; -24 dB per octave above it
 WALL_GAIN = 1.6
-FIRST_PIECE = 1 << 20  # seeds that neither training of the model nor scoring draws from
+FIRST_PIECE = 1 << 20  # seeds that neither model training nor scoring uses
 LAYERS = ("self_attn", "cross_attn", "ff")  # of each block: 7 layers
 FULL_SCALE = 32767.0
 WARMUP_STEPS = 20
@@ -39,7 +39,7 @@ WARMUP_STEPS = 20
 
 @dataclass(frozen=True)
 class RoomPlan:
-    """Rank and alpha of the adapter, captions of `seconds` each, optimiser steps of `batch` rows."""
+    """Rank and alpha of the adapter, number of captions of `seconds` each, optimiser steps of `batch` rows."""
 
     rank: int = 8
     captions: int = 24
@@ -51,7 +51,7 @@ class RoomPlan:
 
 
 class LowRank(nn.Module):
-    """W + B A for one Linear; B starts at zero, so that training starts at the model itself."""
+    """W + B A for one Linear layer; B is initialised to zero, so that training starts at the unmodified model."""
 
     def __init__(self, out: int, into: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -65,16 +65,16 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True)
 class Pairs:
-    """x (n, 256, L) at sigma (n,) of caption `row` (n,), and the denoised latent (n, 256, L) that is wanted there."""
+    """x (n, 256, L) at sigma (n,) of caption `row` (n,), and the target denoised latent (n, 256, L)."""
 
     x: torch.Tensor
     sigma: torch.Tensor
     row: torch.Tensor
-    wanted: torch.Tensor
+    target: torch.Tensor
 
 
 def behind_a_wall(samples: np.ndarray) -> np.ndarray:
-    """Return samples (2, N) low-passed at WALL_HZ, 24 dB an octave, zero phase."""
+    """Return samples (2, N) low-pass filtered at WALL_HZ, 24 dB per octave, zero phase."""
     spectrum = np.fft.rfft(samples, axis=-1)
     frequencies = np.fft.rfftfreq(samples.shape[-1], 1.0 / shapes.SAMPLE_RATE)
     quieter = WALL_GAIN / np.sqrt(1.0 + (frequencies / WALL_HZ) ** 8)
@@ -82,8 +82,8 @@ def behind_a_wall(samples: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def make_pairs(subject: Subject, plan: RoomPlan) -> tuple[list[Row], Pairs]:
-    """Return the captions and one pair of every caption at every noise level of the sampler."""
+def make_pairs(subject: CheckpointUnderTest, plan: RoomPlan) -> tuple[list[Row], Pairs]:
+    """Return the captions and one training pair per caption and noise level of the sampler."""
     rows = [
         Row(deployed_text(draw_piece(FIRST_PIECE + index, plan.seconds).example()), plan.seed + index)
         for index in range(plan.captions)
@@ -91,24 +91,24 @@ def make_pairs(subject: Subject, plan: RoomPlan) -> tuple[list[Row], Pairs]:
     levels = schedule.sigmas(subject.steps)[:-1].tolist()
     cond = subject.conditioning(rows)
     noise = row_noise([row.seed + plan.captions for row in rows], shapes.LATENT_CHANNELS, subject.frames)
-    with Progress("what the wall leaves", len(rows) * (len(levels) + 1), "loops") as progress:
+    with Progress("low-pass and encode", len(rows) * (len(levels) + 1), "loops") as progress:
         clean = subject.latents(rows)
         muffled = _through(subject, clean, progress)
         parts = []
         for level in levels:
-            fresh = next(noise)
-            x = (1.0 - level) * clean + level * fresh
+            level_noise = next(noise)
+            x = (1.0 - level) * clean + level * level_noise
             velocity = torch.cat([
                 subject.model.velocity(x[i : i + 1], torch.full((1,), level), _row(cond, i)) for i in range(len(rows))
             ])  # fmt: skip
-            wanted = _through(subject, x - level * velocity, progress)
-            start = (1.0 - level) * muffled + level * fresh
-            parts.append(Pairs(start, torch.full((len(rows),), level), torch.arange(len(rows)), wanted))
+            target = _through(subject, x - level * velocity, progress)
+            start = (1.0 - level) * muffled + level * level_noise
+            parts.append(Pairs(start, torch.full((len(rows),), level), torch.arange(len(rows)), target))
     return rows, Pairs(*(torch.cat([getattr(part, name) for part in parts]) for name in Pairs.__annotations__))
 
 
-def train(subject: Subject, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Mapping[str, LowRank]:
-    """Train on pairs and return each layer's factors by its name in the DiT, the model left adapted."""
+def train(subject: CheckpointUnderTest, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Mapping[str, LowRank]:
+    """Train on pairs; return each layer's factors by its name in the DiT. The model stays adapted."""
     generator = torch.Generator().manual_seed(plan.seed)
     dit: Any = subject.model.module.dit
     adapters: dict[str, LowRank] = {}
@@ -117,8 +117,8 @@ def train(subject: Subject, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Ma
             adapters[name] = LowRank(module.out_features, module.in_features, plan.rank, generator).to(subject.device)
     for name, adapter in adapters.items():
         parametrize.register_parametrization(dit.get_submodule(name), "weight", adapter)
-    trained = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
-    optimiser = torch.optim.AdamW(trained, lr=plan.learning_rate, weight_decay=0.0)
+    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
     cond = subject.conditioning(rows)
     with Progress("train the room", plan.steps, "steps") as progress:
         for step in range(plan.steps):
@@ -126,10 +126,10 @@ def train(subject: Subject, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Ma
                 0.05 + 0.95 * math.cos(0.5 * math.pi * step / plan.steps) ** 2
             )
             optimiser.param_groups[0]["lr"] = plan.learning_rate * rate
-            chosen = torch.randint(len(pairs.x), (plan.batch,), generator=generator)
-            loss = _loss(subject, cond, pairs, chosen)
+            picked = torch.randint(len(pairs.x), (plan.batch,), generator=generator)
+            loss = _loss(subject, cond, pairs, picked)
             loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimiser.step()
             optimiser.zero_grad()
             progress.advance(1, f"{float(loss.detach()):.4f}")
@@ -137,7 +137,7 @@ def train(subject: Subject, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Ma
 
 
 def write_adapter(adapters: Mapping[str, LowRank], plan: RoomPlan, path: Path) -> None:
-    """Write a native adapter file: names and rows of the native checkpoint, fp16, `lora_config` in the header."""
+    """Write a native adapter file: native names, fp16 tensors, `lora_config` in the header."""
     from safetensors.torch import save_file
 
     tensors = {}
@@ -158,23 +158,25 @@ def write_adapter(adapters: Mapping[str, LowRank], plan: RoomPlan, path: Path) -
         save_file(tensors, str(temporary), metadata={"lora_config": json.dumps(config)})
 
 
-def _loss(subject: Subject, cond: Any, pairs: Pairs, chosen: torch.Tensor) -> torch.Tensor:
+def _loss(subject: CheckpointUnderTest, cond: Any, pairs: Pairs, chosen: torch.Tensor) -> torch.Tensor:
     place = subject.device
-    x, sigma, wanted = (part[chosen].clone().to(place) for part in (pairs.x, pairs.sigma, pairs.wanted))
+    x, sigma, wanted = (part[chosen].clone().to(place) for part in (pairs.x, pairs.sigma, pairs.target))
     picked = pairs.row[chosen].to(place)
-    told = [getattr(cond, name)[picked].clone() for name in ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")]
-    velocity = subject.model.module(x, sigma, *told)
+    conditioning = [
+        getattr(cond, name)[picked].clone() for name in ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")
+    ]
+    velocity = subject.model.module(x, sigma, *conditioning)
     return (x - sigma[:, None, None] * velocity - wanted).square().mean()
 
 
-def _through(subject: Subject, latents: torch.Tensor, progress: Progress) -> torch.Tensor:
-    """Latents (n, 256, L) of what is heard through the wall."""
-    made = []
+def _through(subject: CheckpointUnderTest, latents: torch.Tensor, progress: Progress) -> torch.Tensor:
+    """Return latents (n, 256, L) of the low-pass filtered sound of latents."""
+    filtered = []
     for latent in latents:
         pcm = subject.decode(latent[None]).T.astype(np.float32) / FULL_SCALE
-        made.append(subject.encode(behind_a_wall(pcm)))
+        filtered.append(subject.encode(behind_a_wall(pcm)))
         progress.advance()
-    return torch.cat(made)
+    return torch.cat(filtered)
 
 
 def _row(cond: Any, index: int) -> Any:

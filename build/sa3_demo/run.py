@@ -1,4 +1,4 @@
-"""The whole training run: its stages in order, each resumed from the state on disk, each ended by a deadline."""
+"""Training run: its stages in order, each resumed from the state on disk, each limited by a deadline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPO_REPEATS = 1000
 
 @dataclass
 class Run:
-    """One training run in a work folder: state/ holds what must survive, the rest can be made again."""
+    """One training run in a work folder; state/ must be kept, everything else can be recomputed."""
 
     work: Path
     plan: TrainingPlan
@@ -47,7 +47,7 @@ class Run:
         self._noted: list[dict[str, Any]] = []
 
     def go(self, stages: int = len(STAGES)) -> str:
-        """Train at most so many stages, or until the time is over; returns the stage that is under way, or "done"."""
+        """Train at most `stages` stages or until the deadline; return the current stage, or "done"."""
         torch.backends.cuda.matmul.allow_tf32 = True
         last = STAGES[min(STAGES.index(self.state.stage) + stages, len(STAGES) - 1)]
         try:
@@ -108,7 +108,7 @@ class Run:
         self._advance(step, notes, finished)
 
     def _keeper(self, part: str) -> Keep:
-        """Saves what a stage has reached; the notes of earlier stages stay before its own."""
+        """Return the callback that saves a stage's progress; notes of earlier stages precede its own."""
         self._noted = list(self.state.notes)
 
         def keep(module: torch.nn.Module, step: int, notes: list[dict[str, Any]]) -> None:
@@ -153,17 +153,17 @@ class Run:
 
 
 def tokenizer_texts() -> list[str]:
-    """What the tokenizer learns from: captions and requests of made-up pieces, and the calibration captions.
+    """Return the tokenizer's training texts: captions and requests of synthetic pieces, and the calibration captions.
 
-    Tempos are repeated until each is one token: a number cut in two has to be put together again by one small layer.
+    Tempos are repeated until each is one token; otherwise one small layer would have to combine the parts of a number.
     """
     pieces = [draw_piece(seed) for seed in range(TOKENIZER_TEXTS)]
-    made_up = [text for piece in pieces for text in (deployed_text(piece.example()), piece.request())]
-    return made_up + [f"Tempo: {bpm} BPM" for bpm in TEMPOS] * TEMPO_REPEATS + calibration_prompts()
+    synthetic = [text for piece in pieces for text in (deployed_text(piece.example()), piece.request())]
+    return synthetic + [f"Tempo: {bpm} BPM" for bpm in TEMPOS] * TEMPO_REPEATS + calibration_prompts()
 
 
-def _digest(held: TrainingState) -> str:
+def _digest(state: TrainingState) -> str:
     digest = hashlib.sha256()
-    for key, tensor in sorted(held.part("autoencoder").items()):
+    for key, tensor in sorted(state.part("autoencoder").items()):
         digest.update(key.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:12]

@@ -1,6 +1,6 @@
-"""Judge a demonstration checkpoint on held-out pieces: what it keeps, what it obeys, how exactly it repeats itself.
+"""Score a demonstration checkpoint on held-out pieces: reconstruction, agreement with captions, repeatability.
 
-Every figure is a rate or a distance, stated beside what chance and what the data itself would give; nothing is gated.
+Every figure is a rate or a distance, reported with the values of chance and of the data; there are no gates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from reprompt import deployed_text
 from sa3_build.verification.parity import cosine, relative
 from sa3_demo import listen
-from sa3_demo.checkpoint_under_test import Pcm, Row, Subject
+from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Pcm, Row
 from sa3_demo.music import FIRST_HELD_OUT, TONICS, Piece, draw_piece
 from sa3_demo.synth import render
 from sa3_trt_core import targets
@@ -30,17 +30,17 @@ from sa3_trt_core.sampling import inpainting
 from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
 from sa3_validation import listener, spectra
 
-SHOWN = 4  # prompts whose sound and picture are written
+SHOWN = 4  # prompts whose audio and spectrogram are written
 INPAINTED = 4  # loops
 ROLLED_OUT = 4  # prompts
-ROLLOUT_COSINE = 0.999  # that FP16-mixed owes to fp32
-EDGE_FRAMES = 4  # beside the span where the decoder still hears the other side: its reach is a frame a layer
+ROLLOUT_COSINE = 0.999  # required of FP16-mixed against fp32
+EDGE_FRAMES = 4  # excluded next to the span, because the decoder's receptive field is one frame per layer
 FULL_SCALE = 32767.0
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What the estimators make of one clip; None where they hear nothing."""
+class Estimates:
+    """Tempo and key estimated from one clip; None where the estimator finds none."""
 
     bpm: float | None
     key: listener.Key | None
@@ -58,40 +58,40 @@ class Loop:
 
 
 def held_out_captions(count: int, seconds: int, form: str) -> list[str]:
-    """Return the captions of the first `count` held-out pieces of that length: in the deployed form, or as requests."""
+    """Return the captions of the first `count` held-out pieces of that length: deployed form, or requests."""
     pieces = [draw_piece(FIRST_HELD_OUT + index, seconds) for index in range(count)]
     return [deployed_text(piece.example()) if form == "deployed" else piece.request() for piece in pieces]
 
 
-def held_out_loops(subject: Subject, count: int, form: str) -> list[Loop]:
-    """Return the first `count` held-out pieces of the subject's length, through its autoencoder."""
-    found = []
+def held_out_loops(subject: CheckpointUnderTest, count: int, form: str) -> list[Loop]:
+    """Return the first `count` held-out pieces of the checkpoint's length, coded by its autoencoder."""
+    loops = []
     with Progress("autoencoder", count, "loops") as progress:
         for index in range(count):
             piece = draw_piece(FIRST_HELD_OUT + index, subject.seconds)
             rendered = np.round(render(piece) * FULL_SCALE).astype(np.int16)
             latent = subject.encode(rendered.astype(np.float32) / np.float32(FULL_SCALE))
             caption = deployed_text(piece.example()) if form == "deployed" else piece.request()
-            found.append(Loop(piece, caption, rendered.T, subject.decode(latent), latent))
+            loops.append(Loop(piece, caption, rendered.T, subject.decode(latent), latent))
             progress.advance()
-    return found
+    return loops
 
 
-def autoencoder_score(subject: Subject, loops: Sequence[Loop]) -> dict[str, Any]:
-    """SI-SDR in dB of loops through the autoencoder: stereo, its mono sum, and what a mono copy of the loop would get.
+def autoencoder_score(subject: CheckpointUnderTest, loops: Sequence[Loop]) -> dict[str, Any]:
+    """Return SI-SDR in dB of loops through the autoencoder: stereo, mono sum, and of a mono copy of the loop.
 
-    Latents: mean and deviation over the frames that sound.
+    Latents: mean and standard deviation over the frames with sound.
     """
     rows = []
     for loop in loops:
-        middle = [side.mean(axis=1) for side in (loop.rendered, loop.decoded)]
-        both = np.stack([middle[0], middle[0]], axis=1)
-        found = {
+        mono = [side.mean(axis=1) for side in (loop.rendered, loop.decoded)]
+        mono_copy = np.stack([mono[0], mono[0]], axis=1)
+        ratios = {
             "stereo": listen.si_sdr(loop.rendered, loop.decoded),
-            "mono_sum": listen.si_sdr(middle[0], middle[1]),
-            "mono_copy": listen.si_sdr(loop.rendered, both),
+            "mono_sum": listen.si_sdr(mono[0], mono[1]),
+            "mono_copy": listen.si_sdr(loop.rendered, mono_copy),
         }
-        rows.append({"piece_seed": loop.piece.seed, **{name: number(value) for name, value in found.items()}})
+        rows.append({"piece_seed": loop.piece.seed, **{name: number(value) for name, value in ratios.items()}})
     latents = torch.cat([loop.latent[..., : subject.sounding] for loop in loops])
     names = ("stereo", "mono_sum", "mono_copy")
     return {
@@ -101,21 +101,23 @@ def autoencoder_score(subject: Subject, loops: Sequence[Loop]) -> dict[str, Any]
     }
 
 
-def text_to_audio_score(subject: Subject, loops: Sequence[Loop], seed: int, out: Path | None) -> dict[str, Any]:
-    """Generate every loop's caption and compare what is heard with what is written; also, does a batch repeat itself.
+def text_to_audio_score(
+    subject: CheckpointUnderTest, loops: Sequence[Loop], seed: int, out: Path | None
+) -> dict[str, Any]:
+    """Generate every loop's caption and compare tempo, key and levels; also check that a batch is repeatable.
 
-    Clip i has the noise of seed + i. With `out`, the first clips are written there beside the data's own.
+    Clip i has the noise of seed + i. With `out`, the first clips are written there next to those of the data.
     """
     rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
-    again = rows[: subject.batch]
-    with Progress("text to audio", (len(rows) + len(again)) * (subject.steps + 1), "row steps") as progress:
+    repeated_rows = rows[: subject.batch]
+    with Progress("text to audio", (len(rows) + len(repeated_rows)) * (subject.steps + 1), "row steps") as progress:
         clips = _clips(subject, rows, progress)
-        second = _clips(subject, again, progress)
+        repeated_clips = _clips(subject, repeated_rows, progress)
     if out is not None:
         for index, (clip, loop) in enumerate(zip(clips[:SHOWN], loops, strict=False)):
             _write(out / f"prompt_{index:02d}_generated", clip)
             _write(out / f"prompt_{index:02d}_data", loop.rendered)
-    heard = {
+    estimates = {
         "generated": [hear(clip) for clip in clips],
         "data": [hear(loop.rendered) for loop in loops],
         "data_through_autoencoder": [hear(loop.decoded) for loop in loops],
@@ -124,12 +126,12 @@ def text_to_audio_score(subject: Subject, loops: Sequence[Loop], seed: int, out:
     count = len(pieces)
     matched = [(i, i) for i in range(count)]
     mismatched = [(i, j) for i in range(count) for j in range(count) if i != j]
-    rates = {"generated": agreement(heard["generated"], pieces, matched)}
-    rates["chance"] = agreement(heard["generated"], pieces, mismatched)  # clip i against every other caption
-    rates |= {name: agreement(found, pieces, matched) for name, found in heard.items()}
+    rates = {"generated": agreement(estimates["generated"], pieces, matched)}
+    rates["chance"] = agreement(estimates["generated"], pieces, mismatched)  # clip i against every other caption
+    rates |= {name: agreement(estimated, pieces, matched) for name, estimated in estimates.items()}
     prompts = [
         {"caption": row.caption, "seed": row.seed, "piece_seed": piece.seed, "bpm": piece.bpm, "key": piece.key,
-         **{name: shown(found[index]) for name, found in heard.items()}}
+         **{name: shown(estimated[index]) for name, estimated in estimates.items()}}
         for index, (row, piece) in enumerate(zip(rows, pieces, strict=True))
     ]  # fmt: skip
     rendered, decoded = ([getattr(loop, side) for loop in loops] for side in ("rendered", "decoded"))
@@ -137,12 +139,14 @@ def text_to_audio_score(subject: Subject, loops: Sequence[Loop], seed: int, out:
         "generated": level_differences(clips, rendered),
         "data_through_autoencoder": level_differences(decoded, rendered),
     }
-    identical = all(np.array_equal(one, two) for one, two in zip(clips, second, strict=False))
-    repeated = {"clips": len(again), "identical_samples": identical}
+    identical = all(
+        np.array_equal(first, repeated_clips) for first, repeated_clips in zip(clips, repeated_clips, strict=False)
+    )
+    repeated = {"clips": len(repeated_rows), "identical_samples": identical}
     return {"rates": rates, "prompts": prompts, "balance_db": balance, "repeated": repeated}
 
 
-def _clips(subject: Subject, rows: Sequence[Row], progress: Progress) -> list[Pcm]:
+def _clips(subject: CheckpointUnderTest, rows: Sequence[Row], progress: Progress) -> list[Pcm]:
     clips = []
     for latent in subject.latents(rows, on_step=progress.advance):
         clips.append(subject.decode(latent[None]))
@@ -155,47 +159,54 @@ def _write(stem: Path, pcm: Pcm) -> None:
     spectra.spectrogram_png(stem.with_suffix(".png"), pcm / FULL_SCALE)
 
 
-def hear(pcm: Pcm) -> Heard:
-    """Tempo and key of a clip (N, 2), from its samples alone."""
+def hear(pcm: Pcm) -> Estimates:
+    """Return tempo and key of a clip (N, 2), estimated from its samples."""
     samples = pcm / FULL_SCALE
-    return Heard(listener.estimate_tempo(samples, SAMPLE_RATE), listener.estimate_key(samples, SAMPLE_RATE))
+    return Estimates(listener.estimate_tempo(samples, SAMPLE_RATE), listener.estimate_key(samples, SAMPLE_RATE))
 
 
-def shown(heard: Heard) -> dict[str, Any]:
-    """What was heard, as a document says it."""
-    key = None if heard.key is None else f"{TONICS[heard.key[0]]} {heard.key[1]}"
-    return {"bpm": None if heard.bpm is None else round(heard.bpm, 2), "key": key}
+def shown(estimates: Estimates) -> dict[str, Any]:
+    """Return the estimates as a JSON document."""
+    key = None if estimates.key is None else f"{TONICS[estimates.key[0]]} {estimates.key[1]}"
+    return {"bpm": None if estimates.bpm is None else round(estimates.bpm, 2), "key": key}
 
 
-def agreement(heard: Sequence[Heard], pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """How often clip i fits what is written for piece j, over pairs (i, j): counts, and rates that are None of nothing.
+def agreement(
+    estimates: Sequence[Estimates], pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """Return how often clip i agrees with piece j, over pairs (i, j): counts, and rates (None without pairs).
 
-    "tempo": within 4 %. "key": exact. "notes": exact or relative, the same notes.
+    "tempo": within 4 %. "key": exact. "notes": exact or relative key, which have the same notes.
     """
     hits = {"tempo": 0, "key": 0, "notes": 0}
     for i, j in pairs:
-        bpm, key, wanted = heard[i].bpm, heard[i].key, (pieces[j].tonic, pieces[j].mode)
+        bpm, key, expected = estimates[i].bpm, estimates[i].key, (pieces[j].tonic, pieces[j].mode)
         hits["tempo"] += bpm is not None and abs(bpm / pieces[j].bpm - 1.0) <= listener.TEMPO_TOLERANCE
-        hits["key"] += key == wanted
-        hits["notes"] += key is not None and listener.same_notes(key, wanted)
-    of = len(pairs)
-    return {"of": of, **{name: {"hits": n, "rate": round(n / of, 4) if of else None} for name, n in hits.items()}}
-
-
-def level_differences(clips: Sequence[Pcm], wanted: Sequence[Pcm]) -> dict[str, float | None]:
-    """How much louder clips are than what they should be like, in dB a band, mean over clips; None for silence."""
-    levels = [[listen.band_levels(pcm / FULL_SCALE, SAMPLE_RATE) for pcm in side] for side in (clips, wanted)]
+        hits["key"] += key == expected
+        hits["notes"] += key is not None and listener.same_notes(key, expected)
+    total = len(pairs)
     return {
-        band: number(float(np.mean([one[band] - other[band] for one, other in zip(*levels, strict=True)])), digits=3)
+        "of": total,
+        **{name: {"hits": n, "rate": round(n / total, 4) if total else None} for name, n in hits.items()},
+    }
+
+
+def level_differences(clips: Sequence[Pcm], references: Sequence[Pcm]) -> dict[str, float | None]:
+    """Return the level of clips relative to their references in dB per band, mean over clips; None for silence."""
+    levels = [[listen.band_levels(pcm / FULL_SCALE, SAMPLE_RATE) for pcm in side] for side in (clips, references)]
+    return {
+        band: number(
+            float(np.mean([clip[band] - reference[band] for clip, reference in zip(*levels, strict=True)])), digits=3
+        )
         for band in levels[0][0]
     }
 
 
-def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict[str, Any]:
-    """Regenerate the middle third of loops and measure what was to be kept; beside it, the same told nothing to keep.
+def inpainting_score(subject: CheckpointUnderTest, loops: Sequence[Loop], seed: int) -> dict[str, Any]:
+    """Regenerate the middle third of loops and measure the kept part, with and without conditioning on it.
 
-    Latents: relative L2 against the loop's own over the kept frames that sound. Samples: SI-SDR in dB against the
-    rendered loop, EDGE_FRAMES away from the span; the autoencoder's own is the most that can be had.
+    Latents: relative L2 against the loop's own over the kept frames with sound. Samples: SI-SDR in dB against the
+    rendered loop, EDGE_FRAMES away from the span; the autoencoder's own SI-SDR is the upper limit.
     """
     start, end = subject.seconds / 3, 2 * subject.seconds / 3
     first, last = inpainting.regenerated_frames(start, end)
@@ -204,16 +215,16 @@ def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict
     clear = np.ones(subject.sounding * SAMPLES_PER_FRAME, dtype=bool)
     clear[max(0, first - EDGE_FRAMES) * SAMPLES_PER_FRAME : (last + EDGE_FRAMES) * SAMPLES_PER_FRAME] = False
     clear = clear[: len(loops[0].rendered)]
-    told = [
+    conditioned = [
         Row(loop.caption, seed + index, inpainting.local_conditioning(loop.latent, keep))
         for index, loop in enumerate(loops)
     ]
-    untold = [Row(row.caption, row.seed) for row in told]
+    unconditioned = [Row(row.caption, row.seed) for row in conditioned]
     rows: list[dict[str, Any]] = [{"piece_seed": loop.piece.seed} for loop in loops]
     with Progress("in-painting", 2 * len(loops) * subject.steps, "row steps") as progress:
-        for name, requests in (("conditioned", told), ("unconditioned", untold)):
-            made = subject.latents(requests, on_step=progress.advance)
-            for row, loop, latent in zip(rows, loops, made, strict=True):
+        for name, requests in (("conditioned", conditioned), ("unconditioned", unconditioned)):
+            generated = subject.latents(requests, on_step=progress.advance)
+            for row, loop, latent in zip(rows, loops, generated, strict=True):
                 pcm = subject.decode(latent[None])
                 row[name] = {
                     "latent_relative_l2": number(relative(loop.latent[0][:, kept].numpy(), latent[:, kept].numpy())),
@@ -229,48 +240,55 @@ def inpainting_score(subject: Subject, loops: Sequence[Loop], seed: int) -> dict
 
 
 def rollout_graphs(onnx_root: Path) -> list[Path]:
-    """Return the fp32 and the FP16-mixed DiT under a root. Raises ToolError when one is absent."""
+    """Return the fp32 and the FP16-mixed DiT under a root. Raises ToolError when one is missing."""
     source = ModelSource.of(onnx_root)
     return [
         resolve.resolve_onnx(targets.dit_target("medium", precision), source) for precision in ("fp32", "fp16mixed")
     ]
 
 
-def rollout_score(subject: Subject, loops: Sequence[Loop], seed: int, graphs: Sequence[Path]) -> dict[str, Any]:
-    """Whole generations from the same text features and noise: cosine of the final latents, a prompt.
+def rollout_score(
+    subject: CheckpointUnderTest, loops: Sequence[Loop], seed: int, graphs: Sequence[Path]
+) -> dict[str, Any]:
+    """Return the cosines of final latents of generations from equal text features and noise, per prompt.
 
-    "half": the second of the two graphs against the first, which is owed. "export": the first graph against the
-    checkpoint itself; far from 1 when the graphs are of another checkpoint. One graph is held at a time. Raises
-    ToolError when one cannot be run.
+    "half": FP16-mixed against fp32, which has a required value. "export": fp32 against the checkpoint; far from 1 when
+    the graphs are of another checkpoint. One graph is in memory at a time. Raises ToolError when one cannot be run.
     """
     rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
     with Progress("rollouts", (1 + len(graphs)) * len(rows) * subject.steps, "row steps") as progress:
-        made = [subject.latents(rows, subject.model, progress.advance)]
+        latents_by_model = [subject.latents(rows, subject.model, progress.advance)]
         for path in graphs:
             with DiTVelocity(OnnxRuntimeEngine(path)) as engine:
-                made.append(subject.latents(rows, engine, progress.advance))
-    source, full, half = (latents.numpy().astype(np.float64) for latents in made)
-    found = {"half": list(map(cosine, full, half)), "export": list(map(cosine, source, full))}
-    worst = {name: float(np.min(cosines)) for name, cosines in found.items()}  # NaN, which meets nothing, stays NaN
+                latents_by_model.append(subject.latents(rows, engine, progress.advance))
+    source, full, fp16_mixed = (array.numpy().astype(np.float64) for array in latents_by_model)
+    cosines_by_pair = {"half": list(map(cosine, full, fp16_mixed)), "export": list(map(cosine, source, full))}
+    worst = {
+        name: float(np.min(cosines)) for name, cosines in cosines_by_pair.items()
+    }  # NaN, which meets nothing, stays NaN
     prompts = [
-        {"caption": row.caption, "seed": row.seed, **{name: number(found[name][index], digits=9) for name in found}}
+        {
+            "caption": row.caption,
+            "seed": row.seed,
+            **{name: number(cosines_by_pair[name][index], digits=9) for name in cosines_by_pair},
+        }
         for index, row in enumerate(rows)
     ]
     return {
         "worst": {name: number(value, digits=9) for name, value in worst.items()},
-        "owed": ROLLOUT_COSINE,
+        "required": ROLLOUT_COSINE,
         "met": worst["half"] >= ROLLOUT_COSINE,
         "prompts": prompts,
     }
 
 
 def number(value: float, digits: int = 6) -> float | None:
-    """Return a figure as JSON can hold it, rounded; None when it is not finite."""
+    """Return a rounded figure for JSON; None when it is not finite."""
     return float(f"{value:.{digits}g}") if np.isfinite(value) else None
 
 
 def summary(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean, least and greatest of figures; all None when one of them is."""
+    """Return mean, minimum and maximum of figures; all None when one of them is."""
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return {"mean": None, "least": None, "greatest": None}

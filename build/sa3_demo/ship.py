@@ -1,4 +1,4 @@
-"""The shipped weights: 16-bit safetensors in the repository, and the native fp32 checkpoint made from them."""
+"""Shipped weights: 16-bit safetensors in the repository, and the native fp32 checkpoint made from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENIZER_FILE = "tokenizer.json"
 def write_shipped(
     state: TrainingState, plan: TrainingPlan, tokenizer: Path, folder: Path, made_with: Mapping[str, str]
 ) -> None:
-    """Write the weights that a run has reached, its tokenizer, settings and losses into `folder`."""
+    """Write the weights of a run, its tokenizer, settings and losses into `folder`."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,15 +50,16 @@ def write_shipped(
 
 
 def read_state(shipped: Path, size: DemoSize, anew_from: str | None = None) -> TrainingState:
-    """Return the state to train on from: what was shipped, its own teacher when distillation is still to come.
+    """Return the state to continue training from: the shipped weights, also as teacher before distillation.
 
-    With `anew_from` only the autoencoder is taken, and that stage begins at its first step; what the autoencoder was
-    made with goes into `kept`. Raises ToolError when nothing is left to train, the size is another, or weights lack.
+    With `anew_from` only the autoencoder is used, and that stage starts at its first step; the record of how the
+    autoencoder was made goes into `kept`. Raises ToolError when training is complete, the size differs, or weights are
+    missing.
     """
     require_shipped(shipped)
     made = json.loads((shipped / TRAINING_FILE).read_text())
     if made["plan"]["size"] != asdict(size):
-        raise ToolError(f"{shipped} holds a model of another size", "leave --start-from out to train a new model")
+        raise ToolError(f"{shipped} contains a model of another size", "omit --start-from to train a new model")
     if anew_from:
         notes = [note for note in made["losses"] if note["stage"] == "autoencoder"]
         state = TrainingState(stage=anew_from, notes=notes, kept={"autoencoder": made["made_with"]})
@@ -77,10 +78,10 @@ def read_state(shipped: Path, size: DemoSize, anew_from: str | None = None) -> T
 
 
 def write_checkpoint(shipped: Path, folder: Path, seed: int) -> DemoSize:
-    """Write the native fp32 checkpoint of the shipped weights into the existing, empty `folder`; returns its size.
+    """Write the native fp32 checkpoint of the shipped weights into the existing, empty `folder`; return its size.
 
-    The half of the text model that nothing runs, its decoder, is not shipped: it gets random weights from `seed`.
-    Raises ToolError when a shipped file is absent or does not fit.
+    The decoder of the text model is never run and is not shipped: it gets random weights from `seed`. Raises ToolError
+    when a shipped file is missing or does not fit.
     """
     from safetensors.torch import save_file
     from tokenizers import Tokenizer
@@ -105,11 +106,11 @@ def write_checkpoint(shipped: Path, folder: Path, seed: int) -> DemoSize:
 
 
 def require_shipped(shipped: Path) -> None:
-    """Raise ToolError when a shipped file is absent."""
+    """Raise ToolError when a shipped file is missing."""
     for file in shipped_files(shipped):
         if not file.is_file():
             raise ToolError(
-                f"no demonstration weights: {file} is missing", "check the repository out whole, or use --random"
+                f"no demonstration weights: {file} is missing", "check out the complete repository, or use --random"
             )
 
 
@@ -131,7 +132,9 @@ def _read(shipped: Path, part: str) -> dict[str, torch.Tensor]:
     try:
         return {key: value.float() for key, value in load_file(str(path)).items()}
     except (SafetensorError, OSError) as error:
-        raise ToolError(f"{path} is not a whole safetensors file ({error})", "check the repository out again") from None
+        raise ToolError(
+            f"{path} is not a complete safetensors file ({error})", "check out the repository again"
+        ) from None
 
 
 def _fill(module: Any, tensors: dict[str, torch.Tensor], shipped: Path) -> None:
@@ -140,5 +143,5 @@ def _fill(module: Any, tensors: dict[str, torch.Tensor], shipped: Path) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ToolError(
-            f"{shipped} does not fit its {TRAINING_FILE}: {first}", "check the repository out again"
+            f"{shipped} does not fit its {TRAINING_FILE}: {first}", "check out the repository again"
         ) from None

@@ -1,7 +1,7 @@
-"""Training state on disk: 16-bit weights in pieces of less than 16 MiB, and what has been done so far.
+"""Training state on disk: 16-bit weights in files of less than 16 MiB, and the progress of the run.
 
-The weights are the running means; the optimiser begins again with a short warm-up after an interruption. The index
-is written last, so a killed run leaves the state before it.
+The weights are the running means; after an interruption the optimiser restarts with a short warm-up. The index is
+written last, so that a killed run leaves the previous state.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from sa3_trt_core.artifacts import files
 
 INDEX = "state.json"
-LARGEST_FILE = 15 << 20  # bytes
+MAX_FILE_BYTES = 15 << 20  # bytes
 
 
 @dataclass
 class TrainingState:
-    """Tensors by name, the stage that is under way, its finished steps, and the losses noted so far.
+    """Tensors by name, the current stage, its finished steps, and the losses recorded so far.
 
-    `kept` holds, by part, what made the weights that this run took over and does not train.
+    `kept` contains, by part, how weights were made that this run reuses and does not train.
     """
 
     stage: str = "autoencoder"
@@ -40,17 +40,17 @@ class TrainingState:
         return {key[len(start) :]: value.float() for key, value in self.tensors.items() if key.startswith(start)}
 
     def replace(self, prefix: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Put these tensors under a prefix in place of what was there."""
+        """Replace the tensors under a prefix."""
         self.drop(prefix)
         self.tensors |= {f"{prefix}/{key}": value.detach().to("cpu", torch.float16) for key, value in tensors.items()}
 
     def drop(self, prefix: str) -> None:
-        """Forget the tensors under a prefix."""
+        """Remove the tensors under a prefix."""
         self.tensors = {key: value for key, value in self.tensors.items() if not key.startswith(f"{prefix}/")}
 
 
 def save(folder: Path, state: TrainingState) -> None:
-    """Write a state into `folder`: new shards, then the index, then the old shards go."""
+    """Write a state into `folder`: new shards, then the index; then old shards are deleted."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def save(folder: Path, state: TrainingState) -> None:
     filled = 0
     for key in sorted(state.tensors):
         size = state.tensors[key].numel() * 2
-        if filled and filled + size > LARGEST_FILE:
+        if filled and filled + size > MAX_FILE_BYTES:
             shards.append({})
             filled = 0
         shards[-1][key] = state.tensors[key].contiguous()
@@ -76,7 +76,7 @@ def save(folder: Path, state: TrainingState) -> None:
 
 
 def load(folder: Path) -> TrainingState:
-    """Return the state in `folder`, or a new one when there is none."""
+    """Return the state in `folder`, or a new one if there is none."""
     from safetensors.torch import load_file
 
     if not (folder / INDEX).is_file():
@@ -89,14 +89,14 @@ def load(folder: Path) -> TrainingState:
 
 
 def start(folder: Path, state: TrainingState, tokenizer: Path) -> None:
-    """Begin a work folder with a state from elsewhere and the tokenizer that belongs to it."""
+    """Create a work folder with an existing state and its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer, folder / tokenizer.name)
     save(folder, state)
 
 
 def copy(folder: Path, target: Path) -> None:
-    """Copy a finished state, for a machine that keeps nothing."""
+    """Copy a finished state to another folder."""
     target.mkdir(parents=True, exist_ok=True)
     for file in folder.iterdir():
         if file.is_file() and not file.name.startswith("."):

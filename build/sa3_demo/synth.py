@@ -1,6 +1,6 @@
-"""Render a made-up piece: oscillators, drums, reverb and mix, in NumPy and from the piece's seed alone.
+"""Render a synthetic piece: oscillators, drums, reverb and mix, in NumPy and determined by the piece's seed.
 
-Additive tones stop below 16 kHz, so nothing aliases. Notes are cached: a piece uses a few dozen of them.
+Additive tones stop below 16 kHz, so that nothing aliases. Notes are cached: a piece uses a few dozen of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sa3_trt_core.shapes import SAMPLE_RATE
 
 Sound = NDArray[np.float32]
 
-LONGEST_NOTE = 3.6  # seconds: a bar at the slowest tempo, and a little
+MAX_NOTE_SECONDS = 3.6  # seconds: a bar at the slowest tempo, and a little
 HIGHEST_PARTIAL = 16_000.0  # Hz
 MIX_RMS = 0.14
 FADE = 441  # samples at the cut: 10 ms
@@ -26,7 +26,7 @@ REVERB_GAIN = {"dry": 0.0, "roomy": 0.25, "spacious": 0.35}
 
 
 def render(piece: Piece) -> Sound:
-    """Return the sound of a piece: float32 (2, seconds * 44100) within +-1; the same piece gives the same samples."""
+    """Return the samples of a piece: float32 (2, seconds * 44100) within +-1; equal pieces give equal samples."""
     length = piece.seconds * SAMPLE_RATE
     step = 60.0 / piece.bpm / 4.0
     bars = int(np.ceil(piece.seconds / (step * STEPS)))
@@ -85,7 +85,7 @@ def _drum_bar(out: Sound, piece: Piece, start: float, step: float) -> None:
 
 
 def _add(out: Sound, note: Sound, start: float, duration: float, pan: float) -> None:
-    """Mix a mono note in at `start` seconds, released over 8 ms at its end, at an equal-power position."""
+    """Mix in a mono note at `start` seconds, with an 8 ms release at its end, at an equal-power pan position."""
     first = round(start * SAMPLE_RATE)
     size = min(round(duration * SAMPLE_RATE), note.size, out.shape[1] - first)
     if size <= 0:
@@ -99,8 +99,8 @@ def _add(out: Sound, note: Sound, start: float, duration: float, pan: float) -> 
 
 @lru_cache(maxsize=4096)
 def tone_of(timbre: str, midi: int, colour: str) -> Sound:
-    """Return one held note of an instrument, (samples,) float32, LONGEST_NOTE seconds, peak about 1."""
-    time = np.arange(int(LONGEST_NOTE * SAMPLE_RATE), dtype=np.float32) / np.float32(SAMPLE_RATE)
+    """Return one sustained note of an instrument, (samples,) float32, MAX_NOTE_SECONDS long, peak about 1."""
+    time = np.arange(int(MAX_NOTE_SECONDS * SAMPLE_RATE), dtype=np.float32) / np.float32(SAMPLE_RATE)
     frequency = 440.0 * 2.0 ** ((midi - 69) / 12)
     wave = np.zeros_like(time)
     slope = 0.6 if colour == "dark" else 0.0  # extra roll-off of the partials, as a power of their number
@@ -109,7 +109,7 @@ def tone_of(timbre: str, midi: int, colour: str) -> Sound:
         if partial > HIGHEST_PARTIAL:
             continue
         level = gain / number**slope
-        # The phase in float64: at 16 kHz and 3 s a float32 angle is audibly off.
+        # Phase in float64: at 16 kHz and 3 s the error of a float32 angle is audible.
         angle = np.mod(partial * np.arange(time.size) / SAMPLE_RATE, 1.0).astype(np.float32)
         tone = np.float32(level) * np.sin(np.float32(2 * np.pi) * angle)
         wave += tone * np.exp(np.float32(-decay) * time) if decay else tone
@@ -120,7 +120,7 @@ def tone_of(timbre: str, midi: int, colour: str) -> Sound:
 
 
 def _partials(timbre: str) -> list[tuple[float, float, float]]:
-    """(number, gain, decay a second) of every partial of an instrument."""
+    """Return (number, gain, decay per second) of every partial of an instrument."""
     if timbre == "electric piano":
         return [(1, 0.8, 1.2), (2, 0.25, 2.0), (3, 0.10, 3.0), (4, 0.12, 4.0), (7, 0.05, 9.0)]
     if timbre == "warm pad":
@@ -173,13 +173,16 @@ def drum(kit: str, voice: str) -> Sound:
 
 
 def _high(noise: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return a first difference: noise without its low half, at about its level."""
+    """Return the first difference, which attenuates the lower half of the spectrum at about the same level."""
     return np.diff(noise, prepend=0.0) / np.sqrt(2.0)
 
 
 @lru_cache(maxsize=16)
 def _room(space: str, size: int) -> NDArray[np.complex64]:
-    """Spectra (2, size/2 + 1) of a room's impulse response, exponentially decaying noise of unit energy a side."""
+    """Return the spectra (2, size/2 + 1) of a room's impulse response.
+
+    It is exponentially decaying noise with unit energy per side.
+    """
     generator = np.random.default_rng((_SEED, 7))
     seconds = REVERB_SECONDS[space]
     time = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
@@ -198,15 +201,15 @@ def _reverb(send: Sound, space: str) -> Sound:
     return np.fft.irfft(spectrum * _room(space, size), size)[:, :length].astype(np.float32)
 
 
-def _fast_size(least: int) -> int:
-    """Return the least 2^a 3^b 5^c that is not below `least`: a transform of such a length is quick."""
-    best = 1 << (least - 1).bit_length()
+def _fast_size(minimum: int) -> int:
+    """Return the smallest 2^a 3^b 5^c that is at least `minimum`, a fast FFT length."""
+    best = 1 << (minimum - 1).bit_length()
     five = 1
     while five < best:
         three = five
         while three < best:
             size = three
-            while size < least:
+            while size < minimum:
                 size *= 2
             best = min(best, size)
             three *= 3

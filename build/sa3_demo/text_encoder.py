@@ -1,4 +1,4 @@
-"""The sizes of a demo checkpoint, and its text part: a small T5Gemma and a tokenizer of its own."""
+"""Sizes of a demo checkpoint, and its text part: a small T5Gemma and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPECIAL_TOKENS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """Width and depth of a demo checkpoint; the channel counts of the contract are not its to choose."""
+    """Width and depth of a demo checkpoint; the contract fixes the other channel counts."""
 
     embed_dim: int = 256
     depth: int = 3
@@ -37,7 +37,7 @@ class DemoSize:
 
 
 def text_config(size: DemoSize, vocabulary: int) -> Any:
-    """Return the T5GemmaConfig of a demo size; its decoder, which nothing here runs, has one layer."""
+    """Return the T5GemmaConfig of a demo size; its decoder is not used here and has one layer."""
     from transformers import T5GemmaConfig
 
     part = {
@@ -70,15 +70,15 @@ def random_text_model(size: DemoSize, vocabulary: int) -> Any:
 
 
 def write_text_model(folder: Path, model: Any) -> None:
-    """Write a T5Gemma in bf16, laid out as t5gemma-b-b-ul2."""
+    """Write a T5Gemma in bf16, in the layout of t5gemma-b-b-ul2."""
     with quiet_transformers():
         model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int, alphabet: Sequence[str] | None = None) -> int:
-    """Train a byte-level BPE of at most `vocabulary` tokens, write its files and return how many it has.
+    """Train a byte-level BPE of at most `vocabulary` tokens, write its files and return its number of tokens.
 
-    `alphabet` replaces the 256 bytes: what is not in it becomes the unknown token.
+    `alphabet` replaces the 256 bytes: other bytes become the unknown token.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -100,7 +100,7 @@ def write_tokenizer(folder: Path, texts: Sequence[str], vocabulary: int, alphabe
 
 
 def save_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write a `tokenizers.Tokenizer` into a new folder as transformers stores it: right padding, 256 tokens."""
+    """Write a `tokenizers.Tokenizer` into a new folder in transformers' format: right padding, 256 tokens."""
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""What the three training stages share: steps with a deadline, the learning rate, running means, progress."""
+"""Shared parts of the training stages: steps with a deadline, learning rate, running means, progress."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from sa3_trt_core.console import Progress
 LAST_SHARE = 0.03  # of the peak learning rate, at the last step
 NOTE_EVERY = 250  # steps
 KEEP_SECONDS = 60.0
-LARGEST_GRADIENT = 1.0  # norm
-Keep = Callable[[nn.Module, int, list[dict[str, Any]]], None]  # a module, the steps done, the losses noted
+MAX_GRADIENT_NORM = 1.0  # norm
+Keep = Callable[[nn.Module, int, list[dict[str, Any]]], None]  # module, steps done, losses recorded
 STAGE_NUMBERS = {"autoencoder": 1, "flow": 2, "distillation": 3}
 
 
 @dataclass
 class Deadline:
-    """When this run must stop and save; `minutes` None is never."""
+    """Time at which this run must stop and save; never if `minutes` is None."""
 
     minutes: float | None
     _started: float = field(default_factory=time.monotonic)
 
     def passed(self) -> bool:
-        """Is the time over?"""
+        """Return True once the deadline has passed."""
         return self.minutes is not None and time.monotonic() - self._started > 60.0 * self.minutes
 
 
 def learning_rate(plan: StagePlan, step: int, first: int) -> float:
-    """Linear warm-up from the run's first step, then a cosine over the whole stage."""
+    """Return the learning rate: linear warm-up from the run's first step, then a cosine over the whole stage."""
     warm = min(1.0, (step - first + 1) / plan.warmup)
     share = LAST_SHARE + (1.0 - LAST_SHARE) * 0.5 * (1.0 + math.cos(math.pi * step / plan.steps))
     return plan.learning_rate * warm * share
@@ -48,7 +48,7 @@ def running_mean(module: nn.Module, decay: float) -> AveragedModel:
 
 
 def seeded(device: torch.device, seed: int, stage: str, step: int) -> torch.Generator:
-    """Return the random numbers of one step: a run that was interrupted draws what it would have drawn."""
+    """Return the random generator of one step; a resumed run draws the same numbers."""
     return torch.Generator(device).manual_seed(((seed * 7 + STAGE_NUMBERS[stage]) << 32) + step)
 
 
@@ -62,17 +62,17 @@ def train(
     keep: Callable[[int, list[dict[str, Any]]], None],
     after_step: Callable[[], None] | None = None,
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Run the optimiser from step `first` to the stage's end or the deadline; returns the steps done and loss notes.
+    """Run the optimiser from step `first` to the stage's end or the deadline; return the steps done and loss notes.
 
-    `loss_of(step)` gives named losses with a "total"; `keep(steps, notes)` is called every `KEEP_SECONDS`, so that a
-    machine that is taken away takes little with it. AdamW, gradients cut to norm 1. Raises FloatingPointError when a
-    noted loss is not finite.
+    `loss_of(step)` returns named losses with a "total"; `keep(steps, notes)` is called every `KEEP_SECONDS`, so that an
+    interruption loses little. AdamW, gradients clipped to norm 1. Raises FloatingPointError when a recorded loss is not
+    finite.
     """
-    held = list(parameters)
-    device = held[0].device
-    optimiser = torch.optim.AdamW(held, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    weights = list(parameters)
+    device = weights[0].device
+    optimiser = torch.optim.AdamW(weights, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     notes: list[dict[str, Any]] = []
-    step, text, kept = first, "", time.monotonic()
+    step, text, last_save = first, "", time.monotonic()
     with Progress(f"train {stage}", plan.steps, "steps") as progress:
         progress.count = first
         while step < plan.steps and not deadline.passed():
@@ -81,7 +81,7 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 losses = loss_of(step)
             losses["total"].backward()
-            nn.utils.clip_grad_norm_(held, LARGEST_GRADIENT)
+            nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             if after_step is not None:
@@ -94,7 +94,7 @@ def train(
                 notes.append({"stage": stage, "step": step, **values})
                 text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             progress.advance(1, text)
-            if time.monotonic() - kept > KEEP_SECONDS:
+            if time.monotonic() - last_save > KEEP_SECONDS:
                 keep(step, notes)
-                kept = time.monotonic()
+                last_save = time.monotonic()
     return step, notes

@@ -127,7 +127,7 @@ def test_the_learning_rate_warms_up_after_every_interruption_and_falls() -> None
 
 
 def test_state_shards_are_under_their_limit_and_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "LARGEST_FILE", 4096)
+    monkeypatch.setattr(state, "MAX_FILE_BYTES", 4096)
     saved = state.TrainingState(stage="flow", step=3, notes=[{"loss": 1.0}])
     saved.replace("model", {f"w{index}": torch.randn(600) for index in range(9)})
     state.save(tmp_path, saved)

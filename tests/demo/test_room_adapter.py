@@ -12,7 +12,7 @@ import train_demo_lora
 from helpers.commands import ROOT, run, two_lines
 from reprompt import deployed_text
 from sa3_demo import listen
-from sa3_demo.checkpoint_under_test import Row, Subject
+from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Row
 from sa3_demo.music import FIRST_HELD_OUT, draw_piece
 from sa3_demo.room_adapter import WALL_HZ, behind_a_wall
 from sa3_trt_core.lora.adapter import read_adapter
@@ -37,7 +37,7 @@ def test_the_shipped_adapter_takes_the_treble_and_leaves_the_bass(demo_checkpoin
     row = Row(deployed_text(piece.example()), 0)
     levels, tempos = [], []
     for loras in (LoraSet(), LoraSet.read([LoraSpec(SHIPPED)])):
-        subject = Subject(demo_checkpoint, 4, 8, 1, loras=loras)
+        subject = CheckpointUnderTest(demo_checkpoint, 4, 8, 1, loras=loras)
         clip = subject.decode(subject.latents([row])) / FULL_SCALE
         levels.append(listen.band_levels(clip, SAMPLE_RATE))
         tempos.append(listener.estimate_tempo(clip, SAMPLE_RATE))

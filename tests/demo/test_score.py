@@ -197,10 +197,10 @@ def test_agreement_counts_the_tolerance_the_key_and_its_relative() -> None:
     relatives = {"major": (9, "minor"), "minor": (3, "major")}
     up, mode = relatives[pieces[1].mode]
     estimates = [
-        score.Heard(pieces[0].bpm * 1.0399, (pieces[0].tonic, pieces[0].mode)),
-        score.Heard(pieces[1].bpm * 0.9601, ((pieces[1].tonic + up) % 12, mode)),
-        score.Heard(pieces[2].bpm * 1.0401, ((pieces[2].tonic + 1) % 12, pieces[2].mode)),
-        score.Heard(None, None),
+        score.Estimates(pieces[0].bpm * 1.0399, (pieces[0].tonic, pieces[0].mode)),
+        score.Estimates(pieces[1].bpm * 0.9601, ((pieces[1].tonic + up) % 12, mode)),
+        score.Estimates(pieces[2].bpm * 1.0401, ((pieces[2].tonic + 1) % 12, pieces[2].mode)),
+        score.Estimates(None, None),
     ]
     assert score.agreement(estimates, pieces, [(i, i) for i in range(4)]) == {
         "of": 4,
