@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _begin(args: argparse.Namespace) -> TrainingPlan:
-    """Put what --start-from holds into an empty --work, and return the plan."""
+    """Start an empty --work with the weights of --start-from; return the plan."""
     from sa3_demo import plan, ship, state
 
     folder: Path = args.work / "state"

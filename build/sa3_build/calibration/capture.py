@@ -26,7 +26,7 @@ from sa3_trt_core.sampling.sampler import ping_pong, row_noise
 
 @dataclass(frozen=True)
 class CaptureSettings:
-    """What the rows depend on besides the checkpoint.
+    """Settings that the rows depend on, besides the checkpoint.
 
     `seconds` are the durations, used in turn; `cover` as in plan.COVERS.
     """

@@ -1,8 +1,8 @@
-"""What a compiled engine consists of, from TensorRT's engine inspector: FP8 products, fused attention, fp32 islands.
+"""Counts of a compiled engine's layers from TensorRT's engine inspector: FP8 GEMMs, fused attention, fp32 layers.
 
-Two dialects: TensorRT 10 writes a tensor's type into "Format/Datatype", TensorRT 11 into "DataType", and lists inputs
-and outputs as "I/O Tensors" instead of "Bindings". The source of both is NVIDIA's documentation: no engine of this
-project has been inspected on a GPU yet.
+There are two JSON dialects: TensorRT 10 states a tensor's type in "Format/Datatype", TensorRT 11 in "DataType", and the
+latter lists inputs and outputs as "I/O Tensors" instead of "Bindings". Both come from NVIDIA's documentation: no engine
+of this project has been inspected on a GPU yet.
 """
 
 from __future__ import annotations

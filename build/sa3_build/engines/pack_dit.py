@@ -206,7 +206,7 @@ class _Reader:
             self._put(f"blocks.{index}.modulation", table.reshape(-1), torch.float32)
 
     def _bias_of_linear(self, node: ir.Node) -> bool:
-        """Is this Add the bias of a MatMul, which a Gemm would hold?"""
+        """Return True if this Add is the bias of a MatMul, which a Gemm would contain."""
         return any(value is not None and (made := value.producer()) is not None and made.op_type == "MatMul"
                    for value in node.inputs)  # fmt: skip
 

@@ -88,11 +88,11 @@ def find_dit_islands(model: ir.Model) -> Islands:
     )
     rotary = rotary_rotations(model, dependencies)
     if not norms:
-        raise GraphNotRecognised("no RMSNorm chain (x^2, ReduceMean, Add, Sqrt, divide, multiply) was found")
+        raise GraphNotRecognised("no RMSNorm chain (x^2, ReduceMean, Add, Sqrt, divide, multiply)")
     if not any(node.op_type == "Sin" for node in front_end):
-        raise GraphNotRecognised("no Fourier features of t and seconds_total were found")
+        raise GraphNotRecognised("no Fourier features of t and seconds_total")
     if not rotary:
-        raise GraphNotRecognised("no rotary position embedding was found")
+        raise GraphNotRecognised("no rotary position embedding")
     constants = _constants_of(front_end | rotary | norms, dependencies)
     islands = Islands(norms, count, front_end, rotary, constants)
     _require_known_trunk(model, dependencies, islands.all())
@@ -111,7 +111,7 @@ def find_decoder_islands(model: ir.Model) -> Islands:
     )
     convs = [node for node in model.graph if node.op_type == "Conv"]
     if not convs or not rotary:
-        raise GraphNotRecognised("no 1x1 Conv before the samples, or no rotary embedding, was found")
+        raise GraphNotRecognised("no 1x1 Conv before the samples, or no rotary embedding")
     tail, queue = {convs[-1]}, [convs[-1]]
     while queue:
         for value in queue.pop().outputs:
