@@ -28,7 +28,7 @@ class StepCost:
     seconds: float
     peak_memory: int
     peak_scratch: int
-    made: int
+    written: int
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -75,10 +75,10 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
         return 0
     rows = [
-        [m.step, f"{m.seconds:.1f}", *(console.format_bytes(n) for n in (m.peak_memory, m.peak_scratch, m.made))]
+        [m.step, f"{m.seconds:.1f}", *(console.format_bytes(n) for n in (m.peak_memory, m.peak_scratch, m.written))]
         for m in costs
     ]
-    print(console.table(("step", "seconds", "peak memory", "peak scratch", "made"), rows))
+    print(console.table(("step", "seconds", "peak memory", "peak scratch", "written"), rows))
     return 0
 
 

@@ -58,8 +58,8 @@ def measured(source: Path, path: Path, name: str, shaping: Shaping) -> RewriteCo
     from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
     from sa3_trt_core.shapes import CONTRACTS
 
-    made = build_fp16_mixed(source, path, 0.0, shaping=shaping)
-    assert made is not None, "the artefact exists already"
+    result = build_fp16_mixed(source, path, 0.0, shaping=shaping)
+    assert result is not None, "the artefact exists already"
     model = graph_io.load(path)
     kinds = [node.op_type for node in model.graph]
     names = [spec.name for spec in CONTRACTS["dit"].inputs]
@@ -73,7 +73,7 @@ def measured(source: Path, path: Path, name: str, shaping: Shaping) -> RewriteCo
     gemms = sum(kind in query.GEMM_OPS for kind in kinds)
     best = min(seconds) * 1000
     return RewriteCost(
-        name, len(kinds), gemms, kinds.count("Softmax"), made.counts["norms"], made.bytes, made.worst, best
+        name, len(kinds), gemms, kinds.count("Softmax"), result.counts["norms"], result.bytes, result.worst, best
     )
 
 

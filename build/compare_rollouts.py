@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     print()
     print(show(rollouts.HEADER, rollouts.table_rows(candidates)))
     print()
-    print(show(("prompt", *(one.name for one in candidates)), rollouts.prompt_rows(candidates)))
+    print(show(("prompt", *(candidate.name for candidate in candidates)), rollouts.prompt_rows(candidates)))
     return 0
 
 

@@ -167,9 +167,9 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
     yield table((f"kept part of {len(inpainting['loops'])} in-painted loops", "latent rel L2", "SI-SDR, dB"), rows)
     rolled = document["rollouts"]
     if rolled:
-        half, export = rolled["worst"]["half"], rolled["worst"]["export"]
+        fp16_mixed, export = rolled["worst"]["half"], rolled["worst"]["export"]
         yield (
-            f"rollouts, worst cosine: FP16-mixed against fp32 {half} (required >= {rolled['required']}), "
+            f"rollouts, worst cosine: FP16-mixed against fp32 {fp16_mixed} (required >= {rolled['required']}), "
             f"fp32 against the checkpoint {export}"
         )
     again = document["repeated"]

@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             "training requires an NVIDIA GPU",
             "--tiny runs the same code on a CPU, as a test; --shorten 700 16 1000 is a stage of 90 minutes",
         )
-    wanted = _begin(args)
-    run = Run(args.work, wanted, device, Deadline(args.minutes), args.workers)
+    training_plan = _begin(args)
+    run = Run(args.work, training_plan, device, Deadline(args.minutes), args.workers)
     stage = run.go(1 if args.shorten else args.stages or len(STAGES))
     if args.copy_state:
         state.copy(run.folder, args.copy_state)
@@ -92,16 +92,16 @@ def _begin(args: argparse.Namespace) -> TrainingPlan:
     from sa3_demo import plan, ship, state
 
     folder: Path = args.work / "state"
-    wanted = plan.TINY if args.tiny else plan.FULL
+    training_plan = plan.TINY if args.tiny else plan.FULL
     if args.start_from and not (folder / state.INDEX).is_file():
-        begun = ship.read_state(args.start_from, wanted.size, args.from_stage)
-        state.start(folder, begun, args.start_from / ship.TOKENIZER_FILE)
+        state_to_start = ship.read_state(args.start_from, training_plan.size, args.from_stage)
+        state.start(folder, state_to_start, args.start_from / ship.TOKENIZER_FILE)
     if not args.shorten:
-        return wanted
+        return training_plan
     under_way = state.load(folder).stage
     if under_way == "done":
         raise ToolError(f"{args.work} has been trained to the end", "name another --work folder")
-    return plan.shortened(wanted, under_way, *args.shorten)
+    return plan.shortened(training_plan, under_way, *args.shorten)
 
 
 if __name__ == "__main__":

@@ -159,14 +159,14 @@ def write_adapter(adapters: Mapping[str, LowRank], plan: RoomPlan, path: Path) -
 
 
 def _loss(subject: CheckpointUnderTest, cond: Any, pairs: Pairs, chosen: torch.Tensor) -> torch.Tensor:
-    place = subject.device
-    x, sigma, wanted = (part[chosen].clone().to(place) for part in (pairs.x, pairs.sigma, pairs.target))
-    picked = pairs.row[chosen].to(place)
+    device = subject.device
+    x, sigma, target = (part[chosen].clone().to(device) for part in (pairs.x, pairs.sigma, pairs.target))
+    picked = pairs.row[chosen].to(device)
     conditioning = [
         getattr(cond, name)[picked].clone() for name in ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")
     ]
     velocity = subject.model.module(x, sigma, *conditioning)
-    return (x - sigma[:, None, None] * velocity - wanted).square().mean()
+    return (x - sigma[:, None, None] * velocity - target).square().mean()
 
 
 def _through(subject: CheckpointUnderTest, latents: torch.Tensor, progress: Progress) -> torch.Tensor:

@@ -42,11 +42,11 @@ def write_shipped(
         with files.atomic_path(folder / f"{name}.safetensors") as temporary:
             save_file(stored, str(temporary))
     files.write_atomic_bytes(folder / TOKENIZER_FILE, tokenizer.read_bytes())
-    made = {
+    record = {
         "stage": state.stage, "step": state.step, "plan": asdict(plan), "losses": state.notes,
         "made_with": dict(made_with), "kept": state.kept,
     }  # fmt: skip
-    files.write_atomic_text(folder / TRAINING_FILE, json.dumps(made, indent=1) + "\n")
+    files.write_atomic_text(folder / TRAINING_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def read_state(shipped: Path, size: DemoSize, anew_from: str | None = None) -> TrainingState:
@@ -57,20 +57,22 @@ def read_state(shipped: Path, size: DemoSize, anew_from: str | None = None) -> T
     missing.
     """
     require_shipped(shipped)
-    made = json.loads((shipped / TRAINING_FILE).read_text())
-    if made["plan"]["size"] != asdict(size):
+    record = json.loads((shipped / TRAINING_FILE).read_text())
+    if record["plan"]["size"] != asdict(size):
         raise ToolError(f"{shipped} contains a model of another size", "omit --start-from to train a new model")
     if anew_from:
-        notes = [note for note in made["losses"] if note["stage"] == "autoencoder"]
-        state = TrainingState(stage=anew_from, notes=notes, kept={"autoencoder": made["made_with"]})
+        notes = [note for note in record["losses"] if note["stage"] == "autoencoder"]
+        state = TrainingState(stage=anew_from, notes=notes, kept={"autoencoder": record["made_with"]})
         state.replace("autoencoder", _read(shipped, "autoencoder"))
         return state
-    if made["stage"] == "done":
+    if record["stage"] == "done":
         raise ToolError(
             f"{shipped} has been trained to the end",
             "leave --start-from out to train a new model, or add --from-stage flow to keep its autoencoder",
         )
-    state = TrainingState(stage=made["stage"], step=made["step"], notes=made["losses"], kept=made.get("kept", {}))
+    state = TrainingState(
+        stage=record["stage"], step=record["step"], notes=record["losses"], kept=record.get("kept", {})
+    )
     model = {**_read(shipped, "dit"), **_read(shipped, "text")}
     for name, tensors in (("autoencoder", _read(shipped, "autoencoder")), ("model", model), ("teacher", model)):
         state.replace(name, tensors)

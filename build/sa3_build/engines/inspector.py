@@ -134,5 +134,5 @@ def _type(tensor: Mapping[str, Any]) -> str:
     return ""
 
 
-def _unknown(why: str) -> ToolError:
-    return ToolError(f"cannot read the engine's layers: {why}", "build the engine again with --force")
+def _unknown(problem: str) -> ToolError:
+    return ToolError(f"cannot read the engine's layers: {problem}", "build the engine again with --force")

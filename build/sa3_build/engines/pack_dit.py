@@ -207,7 +207,7 @@ class _Reader:
 
     def _bias_of_linear(self, node: ir.Node) -> bool:
         """Return True if this Add is the bias of a MatMul, which a Gemm would contain."""
-        return any(value is not None and (made := value.producer()) is not None and made.op_type == "MatMul"
+        return any(value is not None and (producer := value.producer()) is not None and producer.op_type == "MatMul"
                    for value in node.inputs)  # fmt: skip
 
     def _memory(self, first: dict[str, ir.Node], width: int) -> None:
@@ -226,7 +226,7 @@ class _Reader:
         memory = self._tensors["memory"].shape[0]
         for node in self._model.graph:
             if node.op_type == "Cos" and not self._depends_on[node]:
-                rates = [value for one in query.ancestors(node.inputs) for value in constants(one)
+                rates = [value for ancestor in query.ancestors(node.inputs) for value in constants(ancestor)
                          if value.size == HEAD_CHANNELS // 4 and value.dtype.kind == "f"]  # fmt: skip
                 if len(rates) == 1:
                     steps = torch.arange(MAX_FRAMES + memory, dtype=torch.float32)

@@ -187,7 +187,7 @@ class _Reader:
         """Store the radians per token of the 16 rotary pairs, from the graph's frequencies or its constant table."""
         for node in self._model.graph:
             if node.op_type == "Cos" and node in self._free:
-                array = [value for one in query.ancestors(node.inputs) for value in constants(one)
+                array = [value for ancestor in query.ancestors(node.inputs) for value in constants(ancestor)
                         if value.size == ROTATED_PAIRS and value.dtype.kind == "f"]  # fmt: skip
                 if len(array) == 1:
                     self._put("rates", array[0].reshape(-1), torch.float32)
@@ -261,12 +261,12 @@ def _weight(node: ir.Node) -> np.ndarray:
 def _scalars_above(node: ir.Node) -> set[float]:
     """Return the scalar factors of a node's input, skipping casts."""
     value = node.inputs[0]
-    while value is not None and (maker := value.producer()) is not None:
-        if maker.op_type == "Mul":
-            return {float(factor.reshape(-1)[0]) for factor in constants(maker) if factor.size == 1}
-        if maker.op_type != "Cast":
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "Mul":
+            return {float(factor.reshape(-1)[0]) for factor in constants(producer) if factor.size == 1}
+        if producer.op_type != "Cast":
             break
-        value = maker.inputs[0]
+        value = producer.inputs[0]
     return set()
 
 

@@ -129,7 +129,7 @@ class _Reader:
             if node.op_type == "Cos" and not self._depends_on[node]:
                 angles = _evaluated(node.inputs[0])
                 if angles is None:
-                    rates = [value for one in query.ancestors(node.inputs) for value in constants(one)
+                    rates = [value for ancestor in query.ancestors(node.inputs) for value in constants(ancestor)
                              if value.size > 1 and value.dtype.kind == "f" and value.size < TEXT_TOKENS]  # fmt: skip
                     if len(rates) != 1:
                         continue

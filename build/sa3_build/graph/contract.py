@@ -48,5 +48,5 @@ def require_contract(model: ir.Model, kind: str, source: Path) -> GraphContract:
     return contract
 
 
-def _not_a(kind: str, source: Path, why: str, hint: str | None = None) -> ToolError:
-    return ToolError(f"{source} is not a {kind} graph: {why}", hint or f"give the {kind} ONNX of Stable Audio 3")
+def _not_a(kind: str, source: Path, problem: str, hint: str | None = None) -> ToolError:
+    return ToolError(f"{source} is not a {kind} graph: {problem}", hint or f"give the {kind} ONNX of Stable Audio 3")

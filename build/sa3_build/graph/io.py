@@ -133,14 +133,14 @@ def _linked(stored: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
     )
 
 
-def move(made: Path, path: Path) -> list[Path]:
+def move(source: Path, path: Path) -> list[Path]:
     """Move a graph that `save` wrote to another folder, under the same name, into place; return the files.
 
     An older manifest is removed first. A marker file exists while the two files are replaced: a kill in between leaves
     an old graph with a new sidecar, and readers refuse a graph with a marker.
     """
-    assert made.name == path.name, "the graph contains the sidecar's name"
-    written = [file for file in (made.with_name(sidecar_of(made.name)), made) if file.exists()]
+    assert source.name == path.name, "the graph contains the sidecar's name"
+    written = [file for file in (source.with_name(sidecar_of(source.name)), source) if file.exists()]
     for file in written:
         _sync(file)
     manifest.manifest_path(path).unlink(missing_ok=True)

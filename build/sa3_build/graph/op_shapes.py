@@ -7,8 +7,8 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from sa3_build.graph.shape_rules import Numbers, whole
-from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, product, quotient
+from sa3_build.graph.shape_rules import Numbers, as_integers
+from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, element_count, quotient
 
 
 class Shapes(Protocol):
@@ -52,7 +52,7 @@ def _squeeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 
 
 def _unsqueeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
-    unsqueezed = whole(shapes.numbers(node.inputs[1])) if len(node.inputs) > 1 else None
+    unsqueezed = as_integers(shapes.numbers(node.inputs[1])) if len(node.inputs) > 1 else None
     if unsqueezed is None:
         return [None]
     rank, rest = len(shape) + len(unsqueezed), list(shape)
@@ -66,7 +66,7 @@ def _axes(shapes: Shapes, node: ir.Node, rank: int) -> set[int] | None:
     A reduction that names none reduces all of them. None if they are unknown.
     """
     if len(node.inputs) > 1 and node.inputs[1] is not None:
-        axes = whole(shapes.numbers(node.inputs[1]))
+        axes = as_integers(shapes.numbers(node.inputs[1]))
     else:
         stated = node.attributes.get("axes")
         axes = list(stated.as_ints()) if stated is not None else None
@@ -93,10 +93,10 @@ def _slice(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     starts, ends = shapes.numbers(node.inputs[1]), shapes.numbers(node.inputs[2])
     count = shapes.shape(node.inputs[1])
     named = len(node.inputs) > 3 and node.inputs[3] is not None
-    axes = whole(shapes.numbers(node.inputs[3])) if named else None
+    axes = as_integers(shapes.numbers(node.inputs[3])) if named else None
     if not named and count is not None and len(count) == 1 and count[0] is not None:
         axes = list(range(count[0].number or 0))
-    steps = whole(shapes.numbers(node.inputs[4])) if len(node.inputs) > 4 else None
+    steps = as_integers(shapes.numbers(node.inputs[4])) if len(node.inputs) > 4 else None
     result = list(shape)
     for index, axis in enumerate(axes if axes is not None else []):
         result[axis] = None
@@ -174,7 +174,7 @@ def _pad(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     pads = shapes.numbers(node.inputs[1]) if len(node.inputs) > 1 else None
     axes: list[int] | None = list(range(len(shape)))
     if len(node.inputs) > 3 and node.inputs[3] is not None:
-        axes = whole(shapes.numbers(node.inputs[3]))
+        axes = as_integers(shapes.numbers(node.inputs[3]))
     if pads is None or axes is None or pads.size != 2 * len(axes):
         return [(None,) * len(shape)]
     result = list(shape)
@@ -196,7 +196,7 @@ def _tile(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 
 def _flatten(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axis = node.attributes.get_int("axis", 1) % (len(shape) + 1)
-    return [(product(shape[:axis]), product(shape[axis:]))]
+    return [(element_count(shape[:axis]), element_count(shape[axis:]))]
 
 
 def _constant_of_shape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
@@ -230,7 +230,7 @@ def _conv(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
 def _range(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     start, end, step = (shapes.numbers(value) for value in node.inputs)
     counts = [bound is not None and isinstance(bound.reshape(-1)[0], Length) for bound in (start, end, step)]
-    if not all(counts) or whole(start) != [0] or whole(step) != [1] or end is None:
+    if not all(counts) or as_integers(start) != [0] or as_integers(step) != [1] or end is None:
         return [(None,)]
     return [(end.reshape(-1)[0],)]
 

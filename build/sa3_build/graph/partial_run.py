@@ -36,12 +36,12 @@ class PartialRun:
     def run(self, values: Sequence[ir.Value], known: Mapping[ir.Value, np.ndarray], frames: int) -> list[np.ndarray]:
         """Return `values`, computed from `known` values and a latent of `frames` frames. Raises NotComputable."""
         nodes = self.nodes_needed_for(values, known)
-        made = {value for node in nodes for value in node.outputs}
+        computable = {value for node in nodes for value in node.outputs}
         feeds = {str(value.name): array for value, array in known.items()}
         for value in {value for node in nodes for value in node.inputs if value is not None} | set(values):
-            if value not in made and value not in known:
+            if value not in computable and value not in known:
                 feeds[str(value.name)] = self._known(value, frames)
-        unknown = [value for value in values if value in made]
+        unknown = [value for value in values if value in computable]
         computed = dict(zip(unknown, self._evaluated(nodes, unknown, feeds), strict=True)) if unknown else {}
         return [computed[value] if value in computed else feeds[str(value.name)] for value in values]
 
@@ -74,8 +74,10 @@ class PartialRun:
              for name, array in feeds.items() if name in used],
             [onnx.helper.make_tensor_value_info(str(value.name), onnx.TensorProto.UNDEFINED, None) for value in values],
         )  # fmt: skip
-        whole = onnx.helper.make_model(part, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
-        results = ReferenceEvaluator(whole).run(None, {name: array for name, array in feeds.items() if name in used})
+        part_model = onnx.helper.make_model(part, opset_imports=[onnx.helper.make_opsetid("", self._opset)])
+        results = ReferenceEvaluator(part_model).run(
+            None, {name: array for name, array in feeds.items() if name in used}
+        )
         assert isinstance(results, list)
         return [np.asarray(result) for result in results]
 

@@ -11,7 +11,7 @@ from sa3_build.graph import query, shape_values
 from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.op_shapes import RULES, broadcast_all
 from sa3_build.graph.shape_rules import Numbers
-from sa3_build.graph.symbolic_dim import Length, Shape, product, symbol
+from sa3_build.graph.symbolic_dim import Length, Shape, element_count, symbol
 
 ELEMENTWISE = frozenset(
     (
@@ -83,7 +83,7 @@ def _sizes(node: ir.Node, shape: Shape | None) -> Numbers | None:
         return None
     if node.op_type == "Size":
         size = np.empty((), dtype=object)
-        size[()] = product(shape)
+        size[()] = element_count(shape)
         return size
     return _objects(list(shape)[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))])
 

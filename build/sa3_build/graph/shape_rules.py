@@ -34,7 +34,7 @@ def array_of(entries: list[object], shape: tuple[int, ...]) -> Numbers:
     return result.reshape(shape)
 
 
-def whole(numbers: Numbers | None) -> list[int] | None:
+def as_integers(numbers: Numbers | None) -> list[int] | None:
     """Return numbers as plain integers, or None when one is unknown or symbolic."""
     if numbers is None:
         return None
@@ -43,7 +43,7 @@ def whole(numbers: Numbers | None) -> list[int] | None:
 
 
 def _gather(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    indices, axis = whole(inputs[1]), node.attributes.get_int("axis", 0)
+    indices, axis = as_integers(inputs[1]), node.attributes.get_int("axis", 0)
     if indices is None:
         return None
     taken = np.take(inputs[0], np.array(indices, np.int64).reshape(-1), axis=axis)
@@ -53,7 +53,7 @@ def _gather(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
 
 
 def _slice(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    bounds = [whole(numbers) for numbers in inputs[1:]]
+    bounds = [as_integers(numbers) for numbers in inputs[1:]]
     if any(bound is None for bound in bounds):
         return None
     starts, ends, *rest = [bound for bound in bounds if bound is not None]
@@ -73,7 +73,7 @@ def _concat(node: ir.Node, inputs: list[Numbers]) -> Numbers:
 
 
 def _reshape(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    target = whole(inputs[1])
+    target = as_integers(inputs[1])
     if target is None:
         return None
     if not node.attributes.get_int("allowzero", 0):
@@ -82,12 +82,14 @@ def _reshape(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
 
 
 def _unsqueeze(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    axes = whole(inputs[1]) if len(inputs) > 1 else None
+    axes = as_integers(inputs[1]) if len(inputs) > 1 else None
     return None if axes is None else np.expand_dims(inputs[0], tuple(axes))
 
 
 def _squeeze(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    axes = whole(inputs[1]) if len(inputs) > 1 else [axis for axis, size in enumerate(inputs[0].shape) if size == 1]
+    axes = (
+        as_integers(inputs[1]) if len(inputs) > 1 else [axis for axis, size in enumerate(inputs[0].shape) if size == 1]
+    )
     return None if axes is None else np.squeeze(inputs[0], tuple(axes))
 
 
@@ -97,14 +99,14 @@ def _transpose(node: ir.Node, inputs: list[Numbers]) -> Numbers:
 
 
 def _expand(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    target = whole(inputs[1])
+    target = as_integers(inputs[1])
     if target is None or np.prod(target) > MAX_ENTRIES:
         return None
     return np.broadcast_to(inputs[0], np.broadcast_shapes(inputs[0].shape, tuple(target)))
 
 
 def _tile(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    repeats = whole(inputs[1])
+    repeats = as_integers(inputs[1])
     return None if repeats is None or np.prod(repeats) > MAX_ENTRIES else np.tile(inputs[0], repeats)
 
 
@@ -131,7 +133,7 @@ def _float(entry: object, dtype: ir.DataType) -> object:
 
 
 def _constant_of_shape(node: ir.Node, inputs: list[Numbers]) -> Numbers | None:
-    shape, fill = whole(inputs[0]), node.attributes.get("value")
+    shape, fill = as_integers(inputs[0]), node.attributes.get("value")
     if shape is None or np.prod(shape) > MAX_ENTRIES or fill is None or fill.as_tensor().dtype not in INTEGERS[:2]:
         return None
     count = int(np.prod(shape))
@@ -233,10 +235,10 @@ RULES: dict[str, Callable[[ir.Node, list[Numbers]], Numbers | None]] = {
     "Sqrt": _arithmetic(lambda a: None, np.sqrt),
     "Max": _extreme(1),
     "Min": _extreme(-1),
-    "Less": _compared(lambda apart: apart < 0),
-    "LessOrEqual": _compared(lambda apart: apart <= 0),
-    "Greater": _compared(lambda apart: apart > 0),
-    "GreaterOrEqual": _compared(lambda apart: apart >= 0),
+    "Less": _compared(lambda difference: difference < 0),
+    "LessOrEqual": _compared(lambda difference: difference <= 0),
+    "Greater": _compared(lambda difference: difference > 0),
+    "GreaterOrEqual": _compared(lambda difference: difference >= 0),
     "Equal": lambda node, inputs: each(_equal, *inputs),
     "ReduceProd": _reduced(lambda a, b: a.times(b)),
     "ReduceSum": _reduced(lambda a, b: a + b),

@@ -111,7 +111,7 @@ def broadcast(first: Length | None, second: Length | None) -> Length | None:
     raise ValueError(f"axes of {first} and {second} are incompatible")
 
 
-def product(lengths: Sequence[Length | None]) -> Length | None:
+def element_count(lengths: Sequence[Length | None]) -> Length | None:
     """Return the number of elements of a shape, or None when an axis is unknown."""
     total = Length(1)
     for length in lengths:
@@ -121,15 +121,15 @@ def product(lengths: Sequence[Length | None]) -> Length | None:
     return total
 
 
-def quotient(whole: Sequence[Length | None], parts: Sequence[Length | None]) -> Length | None:
-    """Return product(whole) / product(parts), or None when it is not a length."""
-    remaining, divisors = Counter(whole), []
-    for part in parts:
+def quotient(numerator_shape: Sequence[Length | None], denominator_shape: Sequence[Length | None]) -> Length | None:
+    """Return element_count(numerator_shape) / element_count(denominator_shape), or None when it is not a length."""
+    remaining, divisors = Counter(numerator_shape), []
+    for part in denominator_shape:
         if remaining[part] > 0:  # an unknown axis cancels only against itself
             remaining[part] -= 1
         else:
             divisors.append(part)
-    numerator, denominator = product(list(remaining.elements())), product(divisors)
+    numerator, denominator = element_count(list(remaining.elements())), element_count(divisors)
     return None if numerator is None or denominator is None else numerator.over(denominator)
 
 

@@ -17,14 +17,14 @@ FIRST_OPSET = 19  # first opset with FP8 types
 class InsertQuantizers:
     """Insert one Q/DQ pair per activation (shared by the layers that read it) and one per weight, with scales of 1.
 
-    `products` maps a linear layer's node name to the axis of its output channels in the weight, or to None for one
+    `channel_axes` maps a linear layer's node name to the axis of its output channels in the weight, or to None for one
     scale per weight tensor. Requires direct fp16 or fp32 weights. The caller sets the scales.
     """
 
     name = "insert-qdq"
 
-    def __init__(self, products: Mapping[str, int | None]) -> None:
-        self._products = dict(products)
+    def __init__(self, channel_axes: Mapping[str, int | None]) -> None:
+        self._channel_axes = dict(channel_axes)
 
     def requires(self, model: ir.Model) -> None:
         if (model.opset_imports.get("") or 0) < FIRST_OPSET:
@@ -40,10 +40,10 @@ class InsertQuantizers:
                 shared[activation] = _pair(model, node, activation, None)
                 pairs += 1
             node.replace_input_with(0, shared[activation])
-            node.replace_input_with(1, _pair(model, node, weight, self._products[str(node.name)]))
+            node.replace_input_with(1, _pair(model, node, weight, self._channel_axes[str(node.name)]))
             pairs += 1
         model.graph.sort()
-        return PassResult(self.name, {"pairs": pairs, "shared_activations": len(self._products) * 2 - pairs})
+        return PassResult(self.name, {"pairs": pairs, "shared_activations": len(self._channel_axes) * 2 - pairs})
 
     def ensures(self, model: ir.Model) -> None:
         check_sorted(model)
@@ -53,7 +53,7 @@ class InsertQuantizers:
                 assert producer is not None and producer.op_type == "DequantizeLinear", f"{node.name} is not quantised"
 
     def _nodes(self, model: ir.Model) -> Iterable[ir.Node]:
-        return [node for node in model.graph if str(node.name) in self._products]
+        return [node for node in model.graph if str(node.name) in self._channel_axes]
 
 
 def _pair(model: ir.Model, before: ir.Node, value: ir.Value, axis: int | None) -> ir.Value:

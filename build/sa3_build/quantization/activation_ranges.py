@@ -136,9 +136,9 @@ def _counts(value: ir.Value, scale: float) -> list[ir.Node]:
 
     def count(where: ir.Value) -> ir.Value:
         ones = add("Cast", [where], {"to": int(ir.DataType.INT32)})
-        return add("Reshape", [add("ReduceSum", [ones], {"keepdims": 0}), one])
+        return add("Reshape", [add("ReduceSum", [ones], {"keepdims": 0}), vector_shape])
 
-    one = add("Constant", [], {"value": ir.tensor(np.array([1], np.int64))})
+    vector_shape = add("Constant", [], {"value": ir.tensor(np.array([1], np.int64))})
     magnitude = absolute.outputs[0]
     saturated = count(add("Greater", [magnitude, number(scale * E4M3_MAX)]))
     small = add("Less", [magnitude, number(scale * MIN_NORMAL)])

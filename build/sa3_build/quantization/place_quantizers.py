@@ -13,7 +13,7 @@ from sa3_build.quantization import modelopt
 from sa3_build.quantization.workspace import Workspace
 
 
-def place(build: Workspace) -> Mapping[str, Any]:
+def insert_pairs(build: Workspace) -> Mapping[str, Any]:
     """Write the graph with Q/DQ pairs whose scales are not final; return the number of layers and their FP8 share."""
     selection = build.selection
     if build.settings.ptq == "modelopt":

@@ -21,7 +21,7 @@ def select_linears(model: ir.Model) -> selection.Selection:
     Includes the local embedding, latent in and velocity out.
     """
     standard = selection.select_linears(model)
-    standard_nodes = {product.node for product in standard.quantized}
+    standard_nodes = {linear.node for linear in standard.quantized}
     excluded = {node: reason for node, reason in standard.excluded.items() if reason not in ALSO_QUANTIZED}
     linears = [
         selection.linear_of(node, weight, per_channel=False)

@@ -51,8 +51,8 @@ class Workspace:
     @cached_property
     def rows(self) -> CalibrationSet:
         """The calibration rows that scales are measured on."""
-        whole = self.calibration
-        return reference_recipe.rows_of(whole) if self.settings.recipe == "reference" else whole
+        calibration = self.calibration
+        return reference_recipe.rows_of(calibration) if self.settings.recipe == "reference" else calibration
 
     @cached_property
     def parity_rows(self) -> CalibrationSet:

@@ -57,7 +57,7 @@ def stages_of(work: Workspace) -> list[Stage]:
         stage("amax", [clean], [work.amax], amax.measure),
         *([rounds] if settings.rounding == "gptq" else []),
         *([search] if settings.target_cosine is not None else []),
-        stage("quantize", [clean], [work.quantized], place_quantizers.place),
+        stage("quantize", [clean], [work.quantized], place_quantizers.insert_pairs),
         stage("scales", [work.quantized, work.amax], [result], graph_proof.finish_graph),
         stage("shares", [clean, result], [], activation_ranges.shares),
         stage("parity", [clean, result], [], parity.require_parity),

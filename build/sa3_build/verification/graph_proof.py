@@ -134,7 +134,7 @@ def _elsewhere_untouched(source: ir.Model, result: ir.Model) -> Check:
 
 
 def _initializers(source: ir.Model, result: ir.Model, selection: Selection) -> Check:
-    quantised = {product.weight for product in selection.quantized}
+    quantised = {linear.weight for linear in selection.quantized}
     failures, checked = [], 0
     for name, value in source.graph.initializers.items():
         if name in quantised and f"{name}{SUFFIX}" in result.graph.initializers:
