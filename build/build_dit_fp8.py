@@ -45,11 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--min-cosine", type=number_type(0, 1), default=0.9, help="minimum denoised cosine, 0..1 (default: 0.9)"
     )
     parser.add_argument(
-        "--parity-rows",
-        type=integer_type(1, 10**6),
-        default=64,
-        metavar="N",
-        help="rows of the parity check (default: 64)",
+        "--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on (default: 64)"
     )
     parser.add_argument(
         "--rollouts", type=integer_type(0, 10**6), default=Settings.rollouts, metavar="N",

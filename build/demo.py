@@ -88,12 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
     demo.stage("checkpoint", make_demo_checkpoint.main, ["--out", str(checkpoint)], checkpoint)
     demo.stage("export to ONNX", export_onnx.main, ["--model-dir", str(checkpoint), "--onnx-root", str(root)], root)
-    demo.stage(
-        "DiT to FP16-mixed",
-        build_dit_fp16mixed.main,
-        ["--input", str(dit), "--onnx", str(fp16_mixed)],
-        *_graph(fp16_mixed),
-    )
+    mix = ["--input", str(dit), "--onnx", str(fp16_mixed)]
+    demo.stage("DiT to FP16-mixed", build_dit_fp16mixed.main, mix, *_graph(fp16_mixed))
     capture = [
         "--model-config",
         str(checkpoint / "model_config.json"),

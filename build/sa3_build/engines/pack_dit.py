@@ -163,8 +163,7 @@ class _Reader:
         ):
             rows = torch.from_numpy(row_order.rows_of(self._run, nodes[name], operands, tokens))
             for key in (f"blocks.{index}.{name}.weight", f"blocks.{index}.{name}.weight_scale"):
-                if key in self._tensors:
-                    stored = self._tensors[key]
+                if (stored := self._tensors.get(key)) is not None:
                     raw = stored.view(torch.uint8) if stored.dtype == torch.float8_e4m3fn else stored
                     self._tensors[key] = raw[rows].view(stored.dtype).contiguous()
 

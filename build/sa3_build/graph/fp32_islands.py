@@ -21,23 +21,10 @@ SCALAR_INPUTS = frozenset({"t", "seconds_total"})
 LATENT = "x"
 MOVERS = frozenset(
     (
-        "Slice",
-        "Split",
-        "Concat",
-        "Transpose",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Expand",
-        "Identity",
-        "Neg",
-        "Gather",
-        "Where",
-        "Pad",
-        "Flatten",
-        "Tile",
+        "Slice", "Split", "Concat", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Expand", "Identity", "Neg",
+        "Gather", "Where", "Pad", "Flatten", "Tile",
     )
-)
+)  # fmt: skip
 # Other ops of a trunk. An op outside this list may need fp32 and has not been studied, so it is refused.
 TRUNK_OPS = MOVERS | {
     "Abs",

@@ -90,7 +90,7 @@ def test_states_and_sizes(root: Path, tmp_path: Path) -> None:
     document["settings"]["backend_version"] = "1.0"
     record.write_text(json.dumps(document))
     status = states(tmp_path)[DECODER.name]
-    assert status["state"] == "stale" and status["reason"].startswith("built by tensorrt_rtx 1.0, ")
+    assert status["state"] == "stale" and status["reason"].startswith("built with tensorrt_rtx 1.0; ")
     record.write_text(manifest_text[:40])
     assert states(tmp_path)[DECODER.name]["state"] == "stale"
     record.unlink()

@@ -87,6 +87,15 @@ def test_a_pull_request_has_exactly_the_published_names(local: LocalHub, tmp_pat
     ) > (requests.index(("POST", f"api/models/{HUB_REPOSITORY}/commit/main")))
 
 
+def test_a_manifest_with_the_earlier_name_of_the_gate_is_read(tmp_path: Path) -> None:
+    onnx = finished(tmp_path)
+    path = manifest.manifest_path(onnx)
+    for worst, code in (("0.995", 0), ("0.98", 3)):
+        path.write_text(path.read_text().replace('"worst_denoised_cosine": 0.995', f'"worst denoised cosine": {worst}'))
+        assert run(publish.main, ["--onnx", onnx]).code == code
+        path.write_text(path.read_text().replace(f'"worst denoised cosine": {worst}', '"worst_denoised_cosine": 0.995'))
+
+
 def test_what_was_published_is_what_a_consumer_finds(local: LocalHub, tmp_path: Path) -> None:
     sent(finished(tmp_path / "sa3-m"), "--branch", "main")
     path = resolve.resolve_onnx(find_target("sa3-m-fp8"), ModelSource())

@@ -216,7 +216,7 @@ def test_a_target_that_holds_already_keeps_nothing(
 
 def test_limits_without_a_target_are_a_mistake(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path) -> None:
     out = tmp_path / "dit_fp8.onnx"
-    two_lines(run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--max-fp16-products", 3)), "--target-cosine")
+    two_lines(run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--max-fp16-linears", 3)), "--target-cosine")
     both = command(tiny_onnx, tiny_calib, out, "--recipe", "reference", "--target-cosine", 0.99)
     two_lines(run(build_dit_fp8.main, both), "--recipe reference")
     assert listing(tmp_path) == {}
