@@ -46,7 +46,7 @@ def written(dialect: int, layers: list[tuple[str, list[str], str]]) -> str:
 @pytest.mark.parametrize("dialect", [10, 11])
 def test_layers_are_counted_in_both_dialects(dialect: int) -> None:
     report = inspector.read_report(written(dialect, LAYERS))
-    assert report.by_name == {
+    assert report.as_dict == {
         "layers": 8, "fp8_gemms": 2, "fp16_gemms": 1, "fp32_gemms": 1, "fused_attention": 1,
         "unfused_softmax": 0, "islands": 1,
     }  # fmt: skip
@@ -59,7 +59,7 @@ def test_gates_say_what_an_engine_must_not_be() -> None:
     loose = inspector.read_report(written(10, [LAYERS[0], ("SoftMax", ["Float"], "Float")]))
     assert inspector.broken_gates(loose, FP8) == ["1 unfused softmax layers: attention was not fused"]
     wide = inspector.read_report(written(10, [LAYERS[3]]))
-    assert inspector.broken_gates(wide, HALF) == ["1 of 1 products are in fp32"]
+    assert inspector.broken_gates(wide, HALF) == ["1 of 1 GEMMs are in fp32"]
     assert inspector.broken_gates(wide, TEXT) == []
 
 
