@@ -286,12 +286,15 @@ COMMANDS = {  # module -> arguments without which it would start its work
 }
 
 
+def _parser(name: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(name)
+    parser: argparse.ArgumentParser = (module.make_parser if hasattr(module, "make_parser") else module.parser)()
+    return parser
+
+
 def _words() -> st.SearchStrategy[Any]:
     flags = {
-        name: sorted(
-            {flag for action in importlib.import_module(name).parser()._actions for flag in action.option_strings}
-        )
-        for name in COMMANDS
+        name: sorted({flag for action in _parser(name)._actions for flag in action.option_strings}) for name in COMMANDS
     }
 
     def of(name: str) -> st.SearchStrategy[Any]:

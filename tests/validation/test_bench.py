@@ -35,9 +35,9 @@ def test_a_step_is_measured(tmp_path: Path) -> None:
     ]
     measured = bench_producer.measure("checkpoint", argv, tmp_path)
     weights = tmp_path / "checkpoint" / "model.safetensors"
-    assert measured.made > weights.stat().st_size > 1_000_000
+    assert measured.written > weights.stat().st_size > 1_000_000
     assert measured.peak_memory > 100_000_000  # torch alone is more
-    assert 0 < measured.peak_scratch <= 2 * measured.made  # made in a hidden folder and renamed
+    assert 0 < measured.peak_scratch <= 2 * measured.written  # made in a hidden folder and renamed
 
 
 def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
@@ -47,12 +47,12 @@ def test_a_step_that_fails_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ptq", ["modelopt", "direct"])
 def test_the_chain_is_made_of_commands_that_parse(tmp_path: Path, ptq: str) -> None:
-    args = bench_producer.parser().parse_args(["--work", str(tmp_path), "--ptq", ptq, "--arch", "sm_89"])
+    args = bench_producer.make_parser().parse_args(["--work", str(tmp_path), "--ptq", ptq, "--arch", "sm_89"])
     chain = bench_producer.steps(args, tmp_path)
     assert [step for step, _ in chain][-2:] == ["FP8", "engine"]
     for _, line in chain:
         module = importlib.import_module(re.sub(r"\.py$", "", line[0]))
-        assert module.parser().parse_args(line[1:])
+        assert module.make_parser().parse_args(line[1:])
 
 
 def test_engines_are_compared_by_their_files(tiny_fp8: Path, tmp_path: Path) -> None:

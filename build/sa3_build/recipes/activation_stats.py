@@ -23,7 +23,7 @@ from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representativ
 from sa3_trt_core.console import Progress
 from sa3_trt_core.errors import ToolError
 
-FORMAT = 1
+FORMAT = 2  # 2: "linears" instead of "products"
 FIGURES = ("worst amax", "median crest", "worst kurtosis", "min channel share", "worst underflow")
 FETCHED_ELEMENTS = 1 << 27  # activation elements fetched per run, about: 256 MB of fp16
 

@@ -93,7 +93,7 @@ def test_switched_off_it_is_the_source_and_on_it_is_the_fp8_graph(
     for path in (tiny_fp8 / HALF, tiny_fp8 / FP8):
         with OnnxRuntimeEngine(path) as engine:
             expected.append(parity.denoise_rows(engine, [row])[0][1].astype(np.float64))
-    count = len(switchable.units)
+    count = len(switchable.groups)
     off, on = (switchable.denoised(row, [state] * count) for state in (False, True))
     assert parity.relative(expected[0], off) < 1e-3  # a branch rounds to 16 bits what ONNX Runtime would not
     assert parity.relative(expected[1], on) < parity.relative(off, on) / 2  # other codes at the edges between two
@@ -104,7 +104,7 @@ def test_every_switch_has_an_effect_of_its_own_and_their_squares_add_up(
     switchable: SwitchableDit, tiny_calib: Path
 ) -> None:
     row = next(iter(CalibrationSet.open(tiny_calib)))
-    count = len(switchable.units)
+    count = len(switchable.groups)
     reference = switchable.denoised(row, [False] * count)
     alone = [
         parity.relative(reference, switchable.denoised(row, [index == active for index in range(count)])) ** 2
@@ -123,14 +123,14 @@ def effect(name: str, macs: int, *squared: float) -> Effect:
 def test_the_order_goes_by_error_per_multiply_add_where_it_is_worst() -> None:
     """`large` has the most error, `dense` the most per MAC; without `dense`, sigma 0.5 is worst, so `late` is next."""
     effects = [effect("large", 10, 4e-3, 1e-3), effect("dense", 1, 3e-3, 0.0), effect("late", 2, 0.0, 3.5e-3)]
-    assert [item.unit.activation for item in pareto.greedy_order(effects)] == ["dense", "late", "large"]
+    assert [item.group.activation for item in pareto.greedy_order(effects)] == ["dense", "late", "large"]
 
 
 def test_points_count_products_share_bytes_and_error() -> None:
     order = [effect("a", 20, 2e-3, 1e-3), effect("b", 30, 1e-3, 4e-3)]
     first, second = pareto.predicted_points(order, 50, "fp8")
-    assert (first.products, first.fp8_share, first.weight_bytes, first.predicted) == (0, 0.5, 150, 1 - 5e-3 / 2)
-    assert (second.products, second.fp8_share, second.weight_bytes, second.predicted) == (1, 0.3, 170, 1 - 4e-3 / 2)
+    assert (first.fp16_linears, first.fp8_share, first.weight_bytes, first.predicted) == (0, 0.5, 150, 1 - 5e-3 / 2)
+    assert (second.fp16_linears, second.fp8_share, second.weight_bytes, second.predicted) == (1, 0.3, 170, 1 - 4e-3 / 2)
     assert pareto.predicted_points(order, 50, "fp16")[1].weight_bytes == 200
 
 
@@ -244,7 +244,7 @@ def test_the_published_choices_are_made_and_proved(tiny_onnx: Path, tiny_calib: 
         "attention core: no weight",
         "front end: timestep and duration embedding",
     }
-    amax = {product: entry["amax"] for entry in stages["amax"]["amax"] for product in entry["products"]}
+    amax = {product: entry["amax"] for entry in stages["amax"]["amax"] for product in entry["linears"]}
     pairs = {str(n.name): quantizers.dequantizers(n) for n in graph_io.load(out).graph if n.op_type in query.GEMM_OPS}
     scales = {name: [float(query.constant_of(side.inputs[1])) for side in pairs[name]] for name in amax}  # one each
     assert min(amax.values()) == 0  # local_add_cond of text rows

@@ -61,7 +61,7 @@ def test_amax_and_scale_are_the_recipes(tiny_fp8: Path, document: dict) -> None:
     recorded = json.loads(report_path(tiny_fp8 / FP8).read_text())["stages"]["amax"]["amax"]
     activations = document["models"][0]["activations"]
     assert [activation["tensor"] for activation in activations] == [entry["activation"] for entry in recorded]
-    assert [len(activation["products"]) for activation in activations] == [len(entry["products"]) for entry in recorded]
+    assert [len(activation["linears"]) for activation in activations] == [len(entry["linears"]) for entry in recorded]
     for activation, entry in zip(activations, recorded, strict=True):
         assert {f"{figures['sigma']:g}": figures["amax"] for figures in activation["by_sigma"]} == pytest.approx(
             entry["by_sigma"], rel=2e-3
@@ -69,7 +69,7 @@ def test_amax_and_scale_are_the_recipes(tiny_fp8: Path, document: dict) -> None:
     result = graph_io.load(tiny_fp8 / FP8)
     pairs = [quantizers.dequantizers(node)[0] for node in result.graph if node.op_type in query.GEMM_OPS]
     scales = [query.constant_of(pair.inputs[1]) for pair in pairs if pair is not None]
-    assert Counter(activation["scale"] for activation in activations for _ in activation["products"]) == Counter(
+    assert Counter(activation["scale"] for activation in activations for _ in activation["linears"]) == Counter(
         float(s) for s in scales
     )
 
@@ -129,9 +129,9 @@ def test_groups_do_not_change_the_figures(
     assert "statistics: 4/4 rows" in progress and f"statistics: {4 * len(KINDS)}/{4 * len(KINDS)} rows" in progress
     assert len(together) == len(KINDS) and len(together[0].by_sigma) == 4
     for entry, entry_apart in zip(together, apart, strict=True):
-        assert (entry.tensor, entry.products, entry.scale) == (
+        assert (entry.tensor, entry.linears, entry.scale) == (
             entry_apart.tensor,
-            entry_apart.products,
+            entry_apart.linears,
             entry_apart.scale,
         )
         for figures, again in zip(entry.by_sigma, entry_apart.by_sigma, strict=True):

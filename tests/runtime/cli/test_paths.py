@@ -24,6 +24,8 @@ LONG, FAR = "n" * 300, "/".join(["d" * 200] * 30)  # a name, and a path, that no
 
 
 def parser_of(module) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    if hasattr(module, "make_parser"):
+        return module.make_parser()
     if hasattr(module, "parser"):
         return module.parser() if not isinstance(module.parser, argparse.ArgumentParser) else module.parser
     from sa3_trt_core.cli.parser import parser
