@@ -63,7 +63,8 @@ sa3_trt_core.torch_models
 sa3_trt_core.lora sa3_trt_core.hub sa3_trt_core.stage_timer
 sa3_trt_core.artifacts
 sa3_trt_core.paths sa3_trt_core.targets
-sa3_trt_core.conditioning sa3_trt_core.console sa3_trt_core.cuda_graph sa3_trt_core.gpu sa3_trt_core.number_formats sa3_trt_core.streams
+sa3_trt_core.conditioning sa3_trt_core.console sa3_trt_core.cuda_graph sa3_trt_core.gpu
+sa3_trt_core.number_formats sa3_trt_core.streams
 sa3_trt_core.shapes
 sa3_trt_core.errors sa3_trt_core.version
 reprompt
