@@ -24,7 +24,7 @@ def made(main, argv: list[object]) -> None:  # type: ignore[no-untyped-def]
     assert result.code == 0, result.err
 
 
-def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+def build_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """Return this process's copy of the folder `name`, which the first of the parallel test processes fills by `make`.
 
     Each process gets its own copy: a build hard-links its source's sidecar while it runs, and onnx refuses to read
@@ -51,7 +51,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import make_demo_checkpoint
 
     argv = ["--random", "--width", 128, "--depth", 1, "--out"]
-    return once(
+    return build_once(
         tmp_path_factory, "tiny-checkpoint",
         lambda folder: made(make_demo_checkpoint.main, [*argv, folder / "checkpoint"]),
     ) / "checkpoint"  # fmt: skip
@@ -67,7 +67,7 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         made(export_onnx.main, ["--model-dir", tiny_checkpoint, "--onnx-root", root])
         made(build_dit_fp16mixed.main, ["--input", onnx_of(root, "sa3-m-fp32"), "--onnx", onnx_of(root, "sa3-m")])
 
-    return once(tmp_path_factory, "tiny-onnx", make)
+    return build_once(tmp_path_factory, "tiny-onnx", make)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +79,9 @@ def tiny_calib(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     argv = ["--model-config", config, "--checkpoint", weights]
     argv += ["--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text", "--out"]
     name = "sa3-m.calib.npz"
-    return once(tmp_path_factory, "tiny-calib", lambda folder: made(make_calib.main, [*argv, folder / name])) / name
+    return (
+        build_once(tmp_path_factory, "tiny-calib", lambda folder: made(make_calib.main, [*argv, folder / name])) / name
+    )
 
 
 @pytest.fixture(scope="session")
@@ -92,4 +94,4 @@ def tiny_fp8(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPat
         argv = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
         made(build_dit_fp8.main, [*argv, "--parity-rows", 8])
 
-    return once(tmp_path_factory, "tiny-fp8", make)
+    return build_once(tmp_path_factory, "tiny-fp8", make)

@@ -12,7 +12,7 @@ import soundfile
 import sa3_trt
 from helpers import hub_server
 from helpers.commands import run, two_lines
-from helpers.hub_server import Answer, LocalHub
+from helpers.hub_server import InjectedResponse, LocalHub
 from sa3_trt_core import model_loader
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.paths import ModelSource
@@ -39,7 +39,7 @@ def local(tiny_fp8: Path, tmp_path: Path) -> Iterator[LocalHub]:
     tokenizer = {
         f"{CHECKPOINT_TOKENIZER_FOLDER}/{Path(name).name}": (tiny_fp8 / name).read_bytes() for name in TOKENIZER_FILES
     }
-    with hub_server.serve() as server:
+    with hub_server.serve_hub() as server:
         server.commit(HUB_REPOSITORY, files)
         server.commit(CHECKPOINT_REPOSITORY, tokenizer)
         with hub_server.client_at(server.address, tmp_path / "cache"):
@@ -65,13 +65,18 @@ def test_it_ends_with_a_sound_and_then_needs_no_network(local: LocalHub, tmp_pat
 @pytest.mark.parametrize(
     ("file", "answer", "words", "command"),
     [
-        ("onnx/sa3-m/dit_fp8.onnx", Answer(404, "EntryNotFound"), "is not published yet", "build/build_dit_fp8.py"),
-        ("onnx/same-l/dec_fp16.onnx", Answer(403, "GatedRepo"), "does not give", "hf auth login"),
-        ("t5gemma-b-b-ul2/tokenizer.json", Answer(401, "GatedRepo"), "does not give", "hf auth login"),
+        (
+            "onnx/sa3-m/dit_fp8.onnx",
+            InjectedResponse(404, "EntryNotFound"),
+            "is not published yet",
+            "build/build_dit_fp8.py",
+        ),
+        ("onnx/same-l/dec_fp16.onnx", InjectedResponse(403, "GatedRepo"), "does not give", "hf auth login"),
+        ("t5gemma-b-b-ul2/tokenizer.json", InjectedResponse(401, "GatedRepo"), "does not give", "hf auth login"),
     ],
 )
 def test_or_with_one_command_to_type(  # the fixture and the four
-    local: LocalHub, tmp_path: Path, file: str, answer: Answer, words: str, command: str
+    local: LocalHub, tmp_path: Path, file: str, answer: InjectedResponse, words: str, command: str
 ) -> None:
     local.refuse[file] = answer
     argv = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--out", tmp_path / "a.wav", "--quiet"]

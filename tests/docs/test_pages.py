@@ -86,11 +86,11 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     """Return every flag of a parser and of its subcommands."""
-    found = {flag for action in parser._actions for flag in action.option_strings}
+    flags = {flag for action in parser._actions for flag in action.option_strings}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found |= set().union(*(flags_of(one) for one in action.choices.values()))
-    return found
+            flags |= set().union(*(flags_of(subparser) for subparser in action.choices.values()))
+    return flags
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)
@@ -121,13 +121,13 @@ def test_every_flag_of_the_users_commands_is_explained(name: str) -> None:
 
 def texts(file: Path) -> str:
     """Return the string literals of a source file; what is formatted into one stands as an ellipsis."""
-    found = []
+    literals = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):
-            found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+            literals.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
-    return "\n".join(found)
+            literals.append(node.value)
+    return "\n".join(literals)
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_code() -> None:

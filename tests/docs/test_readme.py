@@ -51,7 +51,7 @@ def checkout(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def demo(checkout: Path) -> str:
-    """What `make demo` prints, after it has run from nothing."""
+    """Run `make demo` in an empty output/; return what it prints."""
     result = shell(["python", "build/demo.py"], checkout)
     assert result.returncode == 0, result.stderr
     return result.stdout

@@ -95,7 +95,7 @@ def test_kill_9_of_a_build_leaves_no_engine_and_the_rerun_one(tmp_path: Path) ->
     target = find_target("same-s-decoder")
     onnx = tmp_path / "root" / target.onnx[0]
     onnx.parent.mkdir(parents=True)
-    onnx.write_bytes(graphs.contract("same-decoder"))
+    onnx.write_bytes(graphs.contract_graph("same-decoder"))
     models = tmp_path / "models"
     argv = [sys.executable, str(ROOT / "build" / "build_from_onnx.py"), target.name, "--backend", "tensorrt_rtx",
             "--arch", "sm_89", "--onnx-root", str(tmp_path / "root"), "--models-dir", str(models)]  # fmt: skip

@@ -39,7 +39,7 @@ def test_the_fastest_of_three_is_kept(tmp_path: Path) -> None:
     target = find_target("same-s-decoder")
     onnx = tmp_path / target.onnx[0]
     onnx.parent.mkdir()
-    onnx.write_bytes(graphs.contract("same-decoder"))
+    onnx.write_bytes(graphs.contract_graph("same-decoder"))
     path, _ = built(target.name, tmp_path, tmp_path / "models", "--best-of", "3")
     record = manifest.read_manifest(path)
     assert record is not None and len(record.gates["milliseconds"]) == 3 and record.gates["run_on_gpu"] is True

@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, int]]
 QKV = "model.transformer.layers.0.self_attn.to_qkv"
 DURATION = "conditioners.seconds_total.embedder.embedding.1"
 # (out, in) of layers of a DiT of width 128, one of each special case: fused rows, K = 257, a convolution, the embedder.
-SOME = {
+LAYER_SHAPES = {
     QKV: (640, 128), "model.transformer.layers.0.to_local_embed.0": (128, 257), "model.preprocess_conv": (256, 256),
     DURATION: (768, 256), "model.transformer.layers.0.ff.ff.2": (128, 512),
 }  # fmt: skip
@@ -44,7 +44,7 @@ def write_native(
             tensors[f"{prefix}lora_A"] = generator.standard_normal((rank, into)) / np.sqrt(into)
             tensors[f"{prefix}lora_B"] = 0.2 * generator.standard_normal((out, rank))
         base = norms[layer] if norms is not None else np.ones((out, into), np.float32)
-        rows, columns = (_drawn(np.linalg.norm(base, axis=axis), generator) for axis in (1, 0))
+        rows, columns = (_random_magnitudes(np.linalg.norm(base, axis=axis), generator) for axis in (1, 0))
         if kind.startswith("dora"):
             tensors[f"{prefix}magnitude"] = rows if "rows" in kind else columns
         if kind.startswith("bora"):
@@ -56,13 +56,13 @@ def write_native(
     return path
 
 
-def _drawn(norm: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _random_magnitudes(norm: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return random magnitudes 10 % around a norm, some of them negative as in real files."""
     sign = np.where(generator.random(norm.shape) < 0.03, -1.0, 1.0)
     return norm * (1.0 + 0.1 * generator.standard_normal(norm.shape)) * sign
 
 
-def merged(
+def merged_weight(
     path: Path, layer: str, weight: np.ndarray, strength: float, original: np.ndarray | None = None
 ) -> np.ndarray:
     """Return the weight of a layer with a native adapter applied, fp32, by the native trainer's formulas.

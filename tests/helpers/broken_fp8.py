@@ -26,19 +26,21 @@ class Quantised:
     activation_scale: TensorProto
 
 
-def scale_times_four(model: onnx.ModelProto, product: int = 0) -> None:
+def quadruple_weight_scales(model: onnx.ModelProto, product: int = 0) -> None:
     """Multiply the scales of one weight by four without changing its codes."""
-    scales = list(quantised(model))[product].weight_scales
+    scales = list(quantised_products(model))[product].weight_scales
     set_values(scales, numpy_helper.to_array(scales) * 4)
 
 
-def island_in_16_bits(model: onnx.ModelProto, input_name: str = "t") -> None:
+def round_island_to_fp16(model: onnx.ModelProto, input_name: str = "t") -> None:
     """Compute the angles of the Fourier features of input `which` (`t` or the duration) in fp16."""
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     angles = dict.fromkeys(node.input[0] for node in graph.node if node.op_type == "Cos")
-    (angle,) = [name for name in angles if input_name in above(makers, name) and len(above(makers, name) & INPUTS) == 1]
-    island = [node for node in graph.node if above(makers, angle) & set(node.output) or angle in node.output]
+    (angle,) = [
+        name for name in angles if input_name in ancestors(makers, name) and len(ancestors(makers, name) & INPUTS) == 1
+    ]
+    island = [node for node in graph.node if ancestors(makers, angle) & set(node.output) or angle in node.output]
     constants = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
     for node in island:
         for index, name in enumerate(node.input):
@@ -57,15 +59,15 @@ def island_in_16_bits(model: onnx.ModelProto, input_name: str = "t") -> None:
     del graph.value_info[:]
 
 
-def uncalibrated_scales(model: onnx.ModelProto) -> None:
+def reset_activation_scales(model: onnx.ModelProto) -> None:
     """Set every activation scale to that of an amax of 1, which was not measured."""
-    for product in quantised(model):
+    for product in quantised_products(model):
         set_values(product.activation_scale, np.asarray(1 / 448))
 
 
-def swapped_weights(model: onnx.ModelProto) -> None:
+def swap_weights(model: onnx.ModelProto) -> None:
     """Swap the weights and scales of the first two products whose weights have the same shape."""
-    products = list(quantised(model))
+    products = list(quantised_products(model))
     first_product, second_product = next(
         (first, second)
         for index, first in enumerate(products)
@@ -92,7 +94,7 @@ def break_graph(source: Path, out: Path, damage: Callable[[onnx.ModelProto], Non
     return out
 
 
-def quantised(model: onnx.ModelProto) -> Iterator[Quantised]:
+def quantised_products(model: onnx.ModelProto) -> Iterator[Quantised]:
     """Yield the products whose two inputs come from DequantizeLinear, in the graph's order."""
     makers = {node.output[0]: node for node in model.graph.node}
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -115,7 +117,7 @@ def set_values(tensor: TensorProto, values: np.ndarray) -> None:
     )
 
 
-def above(makers: dict[str, onnx.NodeProto], name: str) -> set[str]:
+def ancestors(makers: dict[str, onnx.NodeProto], name: str) -> set[str]:
     """Return the names of all values that `name` is computed from, without itself."""
     names: set[str] = set()
     queue = [name]

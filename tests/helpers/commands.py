@@ -19,7 +19,7 @@ from sa3_trt_core.cli.arguments import run_command
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Done(NamedTuple):
+class CommandResult(NamedTuple):
     """The result of a command: exit code, standard output, standard error."""
 
     code: int
@@ -27,12 +27,12 @@ class Done(NamedTuple):
     err: str
 
 
-def run(main: Callable[[list[str]], int], argv: Sequence[object]) -> Done:
+def run(main: Callable[[list[str]], int], argv: Sequence[object]) -> CommandResult:
     """Call `main` through `run_command`. Libraries that write to the descriptors themselves are captured too."""
-    with _captured("stdout") as out, _captured("stderr") as err:
+    with _redirected("stdout") as out, _redirected("stderr") as err:
         code = run_command(lambda: main([str(word) for word in argv]))
     with out, err:
-        return Done(code, _text(out), _text(err))
+        return CommandResult(code, _read_back(out), _read_back(err))
 
 
 def kill_when(argv: Sequence[str], ready: Callable[[], bool], seconds: float = 180.0) -> None:
@@ -45,7 +45,7 @@ def kill_when(argv: Sequence[str], ready: Callable[[], bool], seconds: float = 1
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
 
 
-def two_lines(result: Done, *words: str) -> None:
+def two_lines(result: CommandResult, *words: str) -> None:
     """Assert a user error: exit 2, empty stdout, two lines on stderr, the first of which contains all of `words`."""
     assert (result.code, result.out) == (2, ""), result
     lines = result.err.splitlines()
@@ -69,7 +69,7 @@ def listing_without_checks(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _captured(name: str) -> Iterator[IO[str]]:
+def _redirected(name: str) -> Iterator[IO[str]]:
     """Redirect one standard stream to a temporary file, for Python code and for code that writes to the descriptor."""
     file = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # read after the block
     descriptor = {"stdout": 1, "stderr": 2}[name]
@@ -86,6 +86,6 @@ def _captured(name: str) -> Iterator[IO[str]]:
         os.close(kept)
 
 
-def _text(file: IO[str]) -> str:
+def _read_back(file: IO[str]) -> str:
     file.seek(0)
     return file.read()

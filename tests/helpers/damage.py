@@ -46,7 +46,7 @@ def edit_config(file: Path, path: str, value: Any = None, delete: bool = False) 
     file.write_text(json.dumps(document))
 
 
-def npy(array: np.ndarray, shape: tuple[int, ...] | None = None, version: tuple[int, int] = (1, 0)) -> bytes:
+def npy_bytes(array: np.ndarray, shape: tuple[int, ...] | None = None, version: tuple[int, int] = (1, 0)) -> bytes:
     """Return the bytes of an .npy member whose header states `shape`, whether or not the data has it."""
     out = io.BytesIO()
     header = {"descr": array.dtype.str, "fortran_order": False, "shape": shape or array.shape}
@@ -71,18 +71,18 @@ def write_members(
             archive.getinfo(f"{name}.npy").flag_bits |= bits
 
 
-def promise_rows(path: Path, arrays: Arrays, rows: int) -> None:
+def write_false_row_count(path: Path, arrays: Arrays, rows: int) -> None:
     """Write an archive whose headers and directory state `rows` rows, but which holds only those of `arrays`."""
-    members = {key: npy(value, (rows, *value.shape[1:])) for key, value in arrays.items()}
+    members = {key: npy_bytes(value, (rows, *value.shape[1:])) for key, value in arrays.items()}
     sizes = {key: len(members[key]) - value.nbytes + value.nbytes // len(value) * rows for key, value in arrays.items()}
     write_members(path, members, sizes)
 
 
-def corrupt_deflate(path: Path, arrays: Arrays, key: str) -> None:
+def write_corrupt_deflate(path: Path, arrays: Arrays, key: str) -> None:
     """Write a compressed archive in which one member's stream begins with a block type that deflate does not define."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, value in arrays.items():
-            archive.writestr(f"{name}.npy", npy(value))
+            archive.writestr(f"{name}.npy", npy_bytes(value))
         member = archive.getinfo(f"{key}.npy")
         start = member.header_offset + 30 + len(member.filename)  # 30: a local header without its name
     data = bytearray(path.read_bytes())
@@ -94,4 +94,4 @@ def write_gibberish_header(path: Path, arrays: Arrays, key: str) -> None:
     """Write an archive with one member whose .npy header is not a Python literal."""
     text = b"{'descr': '<f4', (((\n"
     header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-    write_members(path, {name: header if name == key else npy(value) for name, value in arrays.items()})
+    write_members(path, {name: header if name == key else npy_bytes(value) for name, value in arrays.items()})

@@ -23,7 +23,7 @@ def with_sidecar(location: str, name: str = "graph") -> bytes:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString()
 
 
-def contract(kind: str, spoilt: bool = False, name: str = "graph") -> bytes:
+def contract_graph(kind: str, spoilt: bool = False, name: str = "graph") -> bytes:
     """Return a minimal graph with a contract's inputs and outputs: zeros of the output's shape.
 
     `spoilt` adds a MatMul of shapes that do not fit, which onnx accepts and an engine builder refuses.

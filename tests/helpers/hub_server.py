@@ -26,7 +26,7 @@ Tree = dict[str, bytes]
 
 
 @dataclass
-class Answer:
+class InjectedResponse:
     """An injected response to a request: status, error code, headers."""
 
     status: int
@@ -47,7 +47,7 @@ class LocalHub:
     branches: dict[str, dict[str, str]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-    refuse: dict[str, Answer] = field(default_factory=dict)
+    refuse: dict[str, InjectedResponse] = field(default_factory=dict)
     cut: dict[str, list[int]] = field(default_factory=dict)
     spoil: set[str] = field(default_factory=set)
     pause: float = 0.0
@@ -78,7 +78,7 @@ def digest_of(path: str, data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def serve(hub: LocalHub | None = None) -> Iterator[LocalHub]:
+def serve_hub(hub: LocalHub | None = None) -> Iterator[LocalHub]:
     """Run a hub, at `address`, until the block ends."""
     hub = hub or LocalHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
@@ -127,12 +127,12 @@ class _Handler(BaseHTTPRequestHandler):
             revision, name = "/".join(parts[:3]), parts[3]
         refusal = self.hub.refuse.get(name) or self.hub.refuse.get("*")
         if refusal is None and repository not in self.hub.branches:
-            refusal = Answer(401, NO_REPOSITORY)
+            refusal = InjectedResponse(401, NO_REPOSITORY)
         commit_and_files = None if refusal else self.hub.tree(repository, revision)
         if refusal is None and commit_and_files is None:
-            refusal = Answer(404, "RevisionNotFound")
+            refusal = InjectedResponse(404, "RevisionNotFound")
         if commit_and_files is not None and name not in commit_and_files[1]:
-            refusal = Answer(404, MISSING, {"X-Repo-Commit": commit_and_files[0]})
+            refusal = InjectedResponse(404, MISSING, {"X-Repo-Commit": commit_and_files[0]})
         if refusal is not None or commit_and_files is None:
             assert refusal is not None
             self._answer(refusal.status, b"", {"X-Error-Code": refusal.code, **refusal.headers})

@@ -22,19 +22,19 @@ ROTARY = {"Slice", "Unsqueeze", "Concat", "Einsum", "Mul", "Div", "Cast"}
 FOURIER = {"Mul", "Cos", "Sin", "Concat", "Unsqueeze"}  # the last one stands on the frequencies
 
 
-def write_half(
+def write_fp16_mixed(
     module: DitContract | PublishedDit, path: Path, scratch: Path, softmax: int = FLOAT, sidecar: str = "other.bin"
 ) -> Path:
     """Write the FP16-mixed graph of the published style, batch fixed at 1; `softmax` is the type of that op."""
-    proto = published_style.traced(module, scratch)
+    proto = published_style.exported(module, scratch)
     if isinstance(module, DitContract):
         published_style.count_positions_in_integers(proto)
-    Surgery(proto, softmax, isinstance(module, PublishedDit) and module.conventions.fp32_duration).run()
-    published_style.disorder(proto)
-    return published_style.write(proto, path, sidecar)
+    Fp16Conversion(proto, softmax, isinstance(module, PublishedDit) and module.conventions.fp32_duration).run()
+    published_style.shuffle_nodes(proto)
+    return published_style.save_graph(proto, path, sidecar)
 
 
-class Surgery:
+class Fp16Conversion:
     """One conversion to FP16-mixed. Casts are appended at the end of the node list, after their users."""
 
     def __init__(self, proto: onnx.ModelProto, softmax: int, fp32_duration: bool = False) -> None:
@@ -122,10 +122,10 @@ class Surgery:
             if kind != FLOAT or not users or any(type_by_output.get(user.output[0], FLOAT) == FLOAT for user in users):
                 continue
             if name in self._initializers:
-                self._initializers[name].CopyFrom(_halved(self._initializers[name], name))
+                self._initializers[name].CopyFrom(_as_fp16(self._initializers[name], name))
             elif name in self._constants:
                 stored = self._constants[name].attribute[0]
-                stored.t.CopyFrom(_halved(stored.t, ""))
+                stored.t.CopyFrom(_as_fp16(stored.t, ""))
             elif all(user.op_type in ("Transpose", "Cast") for user in users):
                 continue
             else:
@@ -154,5 +154,5 @@ class Surgery:
         self._appended.append(helper.make_node("Cast", ["/surgery/velocity"], [output.name], "/surgery/last", to=FLOAT))
 
 
-def _halved(tensor: TensorProto, name: str) -> TensorProto:
+def _as_fp16(tensor: TensorProto, name: str) -> TensorProto:
     return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), name)

@@ -1,6 +1,6 @@
 """Export DiT graphs in the published style: the older exporter with its names and node patterns, at opset 17.
 
-`write_single` writes the fp32 graph; published_half.py converts it to FP16-mixed.
+`write_fp32` writes the fp32 graph; published_half.py converts it to FP16-mixed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def legacy_module(folder: Path) -> DitContract:
     return DitContract(dit, load_modules.load_duration_embedder(stored, geometry.conditioner)).eval()
 
 
-def traced(
+def exported(
     module: torch.nn.Module, scratch: Path, batch: int | None = 1, opset: int = OPSET, length: str | None = "L"
 ) -> onnx.ModelProto:
     """Return the module exported by PyTorch's older exporter, with published names; `batch` None: dynamic batch axis.
@@ -43,7 +43,7 @@ def traced(
     specs = (*contract.inputs, *contract.outputs)
     free = ("L",) if batch else ("B", "L")
     dims_by_name = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in free} for spec in specs}
-    axes = {name: _named(dims, length) for name, dims in dims_by_name.items() if dims}
+    axes = {name: _dynamic_axes(dims, length) for name, dims in dims_by_name.items() if dims}
     path = scratch / "traced.onnx"
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -58,7 +58,7 @@ def traced(
     return proto
 
 
-def _named(axes: dict[int, str], length: str | None) -> dict[int, str] | list[int]:
+def _dynamic_axes(axes: dict[int, str], length: str | None) -> dict[int, str] | list[int]:
     """Return dynamic axes as the exporter takes them: by name, or by number alone."""
     if length is None:
         return list(axes)
@@ -119,7 +119,7 @@ def append_redundant_casts(proto: onnx.ModelProto, every: int = 9) -> None:
             proto.graph.node.append(helper.make_node("Cast", [before], [after], after, to=TensorProto.FLOAT))
 
 
-def disorder(proto: onnx.ModelProto, every: int = 11) -> None:
+def shuffle_nodes(proto: onnx.ModelProto, every: int = 11) -> None:
     """Move about a tenth of the nodes to the end of the list, after their users."""
     nodes = list(proto.graph.node)
     moved = nodes[5::every]
@@ -128,7 +128,7 @@ def disorder(proto: onnx.ModelProto, every: int = 11) -> None:
     proto.graph.node.extend([*kept, *moved])
 
 
-def write(proto: onnx.ModelProto, path: Path, sidecar: str = SIDECAR) -> Path:
+def save_graph(proto: onnx.ModelProto, path: Path, sidecar: str = SIDECAR) -> Path:
     """Save a graph with a sidecar named `sidecar`, small tensors inline; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(
@@ -137,10 +137,10 @@ def write(proto: onnx.ModelProto, path: Path, sidecar: str = SIDECAR) -> Path:
     return path
 
 
-def write_single(module: DitContract, path: Path, scratch: Path, batch: int | None = 1) -> Path:
+def write_fp32(module: DitContract, path: Path, scratch: Path, batch: int | None = 1) -> Path:
     """Write the fp32 graph of the published style; return its path."""
-    proto = traced(module, scratch, batch)
+    proto = exported(module, scratch, batch)
     count_positions_in_integers(proto)
     append_redundant_casts(proto)
-    disorder(proto)
-    return write(proto, path)
+    shuffle_nodes(proto)
+    return save_graph(proto, path)

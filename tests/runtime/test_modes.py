@@ -245,7 +245,7 @@ def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> Non
     """Neither the bytes of live tensors nor the resident memory of the process grow with the generations."""
     request = replace(requested("audio to audio", sound), seconds=5.0, steps=1)
 
-    def held() -> int:
+    def tensor_bytes() -> int:
         gc.collect()
         return sum(t.numel() * t.element_size() for t in gc.get_objects() if type(t) is torch.Tensor)
 
@@ -255,11 +255,11 @@ def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> Non
 
     for _ in range(4):
         generator.generate(request)
-    tensors, memory = held(), resident()
+    tensors, memory = tensor_bytes(), resident()
     for seed in range(8):
         sizes = {result.audio.nbytes for _, result in generator.generate_many([replace(request, seed=seed)])}
     assert sizes == {5 * RATE * 2 * 4}
-    assert held() == tensors
+    assert tensor_bytes() == tensors
     assert resident() - memory < 8 * 1_500_000  # a sound is 1.8 MB: one kept a generation is more
 
 

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 
 import sa3_trt
-from helpers.commands import Done, run, two_lines
+from helpers.commands import CommandResult, run, two_lines
 from helpers.service import Service, comment, samples, serving
 
 LONG = {"prompt": "endless", "seconds": 1.0, "steps": 100, "seed": 1}
@@ -125,7 +125,7 @@ def test_a_stream_is_the_wav_of_windows_as_they_are_decoded(service: Service, ti
 
 def refused(answer: Any, status: int, *words: str) -> None:
     assert answer.status_code == status, answer.text
-    two_lines(Done(2, "", answer.text), *words)
+    two_lines(CommandResult(2, "", answer.text), *words)
 
 
 def test_wrong_input_is_two_lines(service: Service, sound: Path) -> None:

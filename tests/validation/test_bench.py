@@ -70,7 +70,7 @@ def test_engines_are_compared_by_their_files(tiny_fp8: Path, tmp_path: Path) -> 
 def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp_path: Path) -> None:
     root = tmp_path / "onnx"
     shutil.copytree(tiny_fp8, root)
-    broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), onnx_of(root, "sa3-m-fp8"), broken_fp8.swapped_weights)
+    broken_fp8.break_graph(onnx_of(tiny_fp8, "sa3-m-fp8"), onnx_of(root, "sa3-m-fp8"), broken_fp8.swap_weights)
     for beside in (".manifest.json", ".check.npz"):  # with them it is known to be another file
         Path(f"{onnx_of(root, 'sa3-m-fp8')}{beside}").unlink()
     result = run(bench_dit.main, [*PAIR, "--onnx-root", root, "--out", tmp_path / "out"])

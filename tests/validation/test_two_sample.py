@@ -12,7 +12,7 @@ import validate_fp8
 from conftest import onnx_of
 from onnx import TensorProto, helper, numpy_helper
 
-from helpers.broken_fp8 import quantised
+from helpers.broken_fp8 import quantised_products
 from helpers.commands import listing, run, two_lines
 from helpers.graphs import private_copy
 from sa3_trt_core.shapes import SAMPLE_RATE
@@ -123,11 +123,13 @@ def test_features_of_silence_and_of_a_short_sound_are_numbers() -> None:
 
 
 def test_distances_of_an_in_painting_are_of_what_was_to_be_kept_alone() -> None:
-    before, other = tone(440.0, seconds=3.0), tone(587.33, seconds=3.0)
-    curves = [spectrogram_of(sound) for sound in (before, joined(before, other, 0.75, 2.25), other, 0.5 * before)]
+    before, other_tone = tone(440.0, seconds=3.0), tone(587.33, seconds=3.0)
+    curves = [
+        spectrogram_of(sound) for sound in (before, joined(before, other_tone, 0.75, 2.25), other_tone, 0.5 * before)
+    ]
     kept = kept_frames(3.0, curves[0].levels.shape[1])
     same, anew, lost, softer = (
-        kept_features((curves[0].levels, curves[0].pitches), (one.levels, one.pitches), kept) for one in curves
+        kept_features((curves[0].levels, curves[0].pitches), (curve.levels, curve.pitches), kept) for curve in curves
     )
     assert np.abs(same).max() < 1e-9 and len(same) == COUNT
     assert np.abs(anew[:-1]).max() < 0.5, "only the middle half is another note"
@@ -150,7 +152,7 @@ def test_the_broken_control_differs_in_one_weight_scale(tiny_fp8: Path, tmp_path
     models = [onnx.load(path, load_external_data=False), onnx.load_from_string(graph)]
     for model in models:
         onnx.load_external_data_for_model(model, str(path.parent))
-    pairs = list(zip(*(quantised(model) for model in models), strict=True))
+    pairs = list(zip(*(quantised_products(model) for model in models), strict=True))
     changed = [
         (source, scaled) for source, scaled in pairs if source.weight_scales.raw_data != scaled.weight_scales.raw_data
     ]  # fmt: skip

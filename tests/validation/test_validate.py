@@ -17,14 +17,14 @@ import validate_fp8
 from conftest import onnx_of
 
 from helpers import broken_fp8
-from helpers.commands import Done, listing, run, two_lines
+from helpers.commands import CommandResult, listing, run, two_lines
 
 SHORT = ["--prompts", 1, "--seconds", 0.5, "--steps", 4, "--extra", 1]
 GATE = "single_step.by_kind.text.denoised.cosine.worst"
 VELOCITY_GATE = "single_step.by_kind.text.velocity.cosine.worst"  # untrained blocks hardly change the denoised latent
 
 
-def validate(root: Path, out: Path, *line: object) -> Done:
+def validate(root: Path, out: Path, *line: object) -> CommandResult:
     return run(validate_fp8.main, ["--onnx-root", root, "--out", out, "--backend", "onnxruntime", *SHORT, *line])
 
 
@@ -41,7 +41,7 @@ def good(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def failing(result: Done) -> list[str]:
+def failing(result: CommandResult) -> list[str]:
     """Return the figures of the gates that failed, from the command's output."""
     assert result.code == 3, (result.out, result.err)
     return [line.split("FAILS: ")[1].split(" is ")[0] for line in result.err.splitlines() if "FAILS: " in line]
@@ -75,16 +75,17 @@ def test_a_good_fp8_file_passes_and_is_not_identical(good: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "gate"),
     [
-        pytest.param(partial(broken_fp8.scale_times_four, product=-1), GATE, id="one scale x 4"),
+        pytest.param(partial(broken_fp8.quadruple_weight_scales, product=-1), GATE, id="one scale x 4"),
         pytest.param(
-            partial(broken_fp8.island_in_16_bits, input_name="t"), "resolution.t.share.worst", id="an island in fp16: t"
+            partial(broken_fp8.round_island_to_fp16, input_name="t"), "resolution.t.share.worst",
+            id="an island in fp16: t",
         ),
         pytest.param(
-            partial(broken_fp8.island_in_16_bits, input_name="seconds_total"), "resolution.seconds.share.worst",
+            partial(broken_fp8.round_island_to_fp16, input_name="seconds_total"), "resolution.seconds.share.worst",
             id="an island in fp16: the duration",
         ),
-        pytest.param(broken_fp8.uncalibrated_scales, GATE, id="uncalibrated scales"),
-        pytest.param(broken_fp8.swapped_weights, VELOCITY_GATE, id="two swapped weights"),
+        pytest.param(broken_fp8.reset_activation_scales, GATE, id="uncalibrated scales"),
+        pytest.param(broken_fp8.swap_weights, VELOCITY_GATE, id="two swapped weights"),
     ],
 )  # fmt: skip
 def test_a_broken_fp8_file_is_caught_by_a_gate(

@@ -209,8 +209,8 @@ FAULTS = {
     "x too short": (changed("x", lambda a: a[:-256]), ("member x", "shape")),
     "x in two axes": (changed("x", lambda a: a.reshape(256, -1)), ("member x", "shape")),
     "a local channel too few": (changed("local_add_cond", lambda a: a[:-1]), ("local_add_cond", "shape")),
-    "a million rows": (lambda p, a: damage.promise_rows(p, a, 1 << 20), ()),
-    "too many rows": (lambda p, a: damage.promise_rows(p, a, 1 << 40), (f"{1 << 40} rows",)),
+    "a million rows": (lambda p, a: damage.write_false_row_count(p, a, 1 << 20), ()),
+    "too many rows": (lambda p, a: damage.write_false_row_count(p, a, 1 << 40), (f"{1 << 40} rows",)),
 }
 
 

@@ -31,8 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("root")
     for target in (DECODER, ENCODER):
         (folder / target.onnx[0]).parent.mkdir(exist_ok=True)
-    (folder / DECODER.onnx[0]).write_bytes(graphs.contract("same-decoder"))
-    (folder / ENCODER.onnx[0]).write_bytes(graphs.contract("same-encoder", spoilt=True))
+    (folder / DECODER.onnx[0]).write_bytes(graphs.contract_graph("same-decoder"))
+    (folder / ENCODER.onnx[0]).write_bytes(graphs.contract_graph("same-encoder", spoilt=True))
     (folder / "t5gemma").mkdir()
     (folder / "t5gemma" / "encoder.onnx").write_bytes(b"\x08\x09torn")
     return folder
@@ -70,7 +70,7 @@ def test_a_reason_is_given_for_each_build(root: Path, tmp_path: Path) -> None:
     argv = [DECODER.name, "--onnx-root", onnx_root, "--models-dir", models]
     assert built(*argv)[1][0]["why"] == "missing"
     assert built(*argv, "--force")[1][0]["why"] == "--force: current"
-    (onnx_root / DECODER.onnx[0]).write_bytes(graphs.contract("same-decoder", name="newer"))
+    (onnx_root / DECODER.onnx[0]).write_bytes(graphs.contract_graph("same-decoder", name="newer"))
     assert built(*argv)[1][0]["why"] == "input dec_bf16.onnx has changed"
     engine = BACKENDS["tensorrt_rtx"].engine_path(models, "sm_89", DECODER)
     engine.write_bytes(engine.read_bytes()[:-1])
@@ -108,7 +108,7 @@ def test_a_graph_with_a_newer_manifest_makes_its_engine_stale(root: Path, tmp_pa
     manifest.write_manifest(onnx, "onnx", [onnx], {}, {})
     built(DECODER.name, "--onnx-root", onnx_root, "--models-dir", models)
     assert states(models, "--onnx-root", onnx_root)[DECODER.name]["state"] == "current"
-    onnx.write_bytes(graphs.contract("same-decoder", name="newer"))
+    onnx.write_bytes(graphs.contract_graph("same-decoder", name="newer"))
     manifest.write_manifest(onnx, "onnx", [onnx], {}, {})
     status = states(models, "--onnx-root", onnx_root)[DECODER.name]
     assert status["state"] == "stale" and status["reason"].endswith("dec_bf16.onnx has changed")

@@ -11,7 +11,7 @@ import pytest
 
 from helpers import graphs, hub_server
 from helpers.commands import listing, run, two_lines
-from helpers.hub_server import Answer, LocalHub
+from helpers.hub_server import InjectedResponse, LocalHub
 from sa3_build.engines import publish as engines_publish
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.hub import resolve
@@ -48,7 +48,7 @@ def finished(folder: Path, name: str = "dit_fp8.onnx", sidecar: str = "dit_fp8.o
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[LocalHub]:
-    with hub_server.serve(LocalHub(token=TOKEN)) as server:
+    with hub_server.serve_hub(LocalHub(token=TOKEN)) as server:
         server.commit(HUB_REPOSITORY, {"README.md": b"hello"})
         with hub_server.client_at(server.address, tmp_path / "cache", token=TOKEN):
             yield server
@@ -159,8 +159,16 @@ def test_a_changed_byte_is_found(tmp_path: Path, file: str) -> None:
     assert run(publish.main, ["--onnx", onnx]).code == 2
 
 
-@pytest.mark.parametrize("answer", [Answer(403), Answer(403, "GatedRepo"), Answer(404, "RepoNotFound"), Answer(418)])
-def test_a_hub_that_refuses_is_two_lines(local: LocalHub, tmp_path: Path, answer: Answer) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        InjectedResponse(403),
+        InjectedResponse(403, "GatedRepo"),
+        InjectedResponse(404, "RepoNotFound"),
+        InjectedResponse(418),
+    ],
+)
+def test_a_hub_that_refuses_is_two_lines(local: LocalHub, tmp_path: Path, answer: InjectedResponse) -> None:
     local.refuse["POST"] = answer
     _, errors = sent(finished(tmp_path / "sa3-m"), code=2)
     assert len(errors.splitlines()) == 2 and ("write permission" in errors or "418" in errors)

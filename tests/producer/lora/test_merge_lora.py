@@ -73,7 +73,7 @@ def merged_velocity(
     for layer, original in base.items():
         weight = original
         for path, strength in specs:
-            weight = adapters.merged(path, layer, weight, strength, original)
+            weight = adapters.merged_weight(path, layer, weight, strength, original)
         key = ("conditioner." if layer == adapters.DURATION else "model.") + f"{layer}.weight"
         changed[key] = torch.from_numpy(np.ascontiguousarray(weight)).reshape(weights[key].shape)
     with torch.no_grad():

@@ -181,8 +181,8 @@ def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("published")
     module = published_style.legacy_module(tiny_checkpoint)
     return {
-        "single": published_style.write_single(module, folder / "single" / "dit.onnx", folder),
-        "half": published_half.write_half(module, folder / "half" / "dit_fp16mixed.onnx", folder),
+        "single": published_style.write_fp32(module, folder / "single" / "dit.onnx", folder),
+        "half": published_half.write_fp16_mixed(module, folder / "half" / "dit_fp16mixed.onnx", folder),
     }
 
 
@@ -241,7 +241,7 @@ def add_to_velocity(source: Path, path: Path, op_type: str, *inputs: str, **attr
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([0]), "/theirs/first_axis"))
     more = onnx.helper.make_node(op_type, ["/theirs/velocity", *inputs], ["/theirs/more"], **attributes)
     proto.graph.node.extend([more, onnx.helper.make_node("Add", ["/theirs/velocity", "/theirs/more"], ["velocity"])])
-    return published_style.write(proto, path)
+    return published_style.save_graph(proto, path)
 
 
 def test_the_gates_see_rows_that_mix_and_another_network(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_graph_that_mixes_rows_is_refused_and_nothing_written(
     bounds = ["/theirs/0", "/theirs/1", "/theirs/0"]
     proto.graph.node.append(onnx.helper.make_node("Slice", [node.input[0], *bounds], ["/theirs/row"], "/theirs/Slice"))
     node.input[0] = "/theirs/row"
-    source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
+    source = published_style.save_graph(proto, tmp_path / "in" / "dit.onnx")
     before = listing(tmp_path)
     if kind == "single":
         result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "out.onnx"])

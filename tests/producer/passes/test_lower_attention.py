@@ -21,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 
 import sa3_trt
 from helpers.commands import listing, run, two_lines
-from helpers.plugged import HEADS, WIDTH, attention, autoencoder, dense
+from helpers.plugin_graphs import HEADS, WIDTH, dense_attention, plugin_decoder, plugin_graph
 from sa3_build.passes.lower_plugins import lowered
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.autoencoder import decode, is_clipped
@@ -39,7 +39,7 @@ def drawn(batch: int, frames: int, seed: int = 0, size: float = 1.0) -> list[np.
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSession:
     """Return a session of one lowered plug-in, for every batch and length."""
-    path = attention(tmp_path_factory.mktemp("swa") / "swa.onnx", num_heads=HEADS)
+    path = plugin_graph(tmp_path_factory.mktemp("swa") / "swa.onnx", num_heads=HEADS)
     return onnxruntime.InferenceSession(lowered(path))
 
 
@@ -48,7 +48,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> onnxruntime.InferenceSes
 def test_the_block_form_is_the_definition(single, batch: int, frames: int, seed: int, size: float) -> None:  # type: ignore[no-untyped-def]
     parts = drawn(batch, frames, seed, size)
     (output,) = single.run(None, dict(zip("qkv", parts, strict=True)))
-    expected = dense(*parts)
+    expected = dense_attention(*parts)
     assert output.shape == expected.shape == (batch, 17 * frames, HEADS, WIDTH)
     # A score of magnitude 400 has an fp32 step of 3e-5, which is the error of its softmax weight.
     assert np.abs(output - expected).max() <= 2e-5 * max(1.0, size) ** 2
@@ -57,7 +57,7 @@ def test_the_block_form_is_the_definition(single, batch: int, frames: int, seed:
 @pytest.mark.parametrize(("kind", "tolerance"), [("float32", 2e-5), ("float16", 6e-3), ("bfloat16", 5e-2)])
 @pytest.mark.parametrize("shape", [("B", "N", *SHAPE), (1, "N", *SHAPE), ("B", "N", "H2", "D")])
 def test_every_type_and_what_is_known_of_the_shape(tmp_path: Path, kind: str, tolerance: float, shape) -> None:  # type: ignore[no-untyped-def]
-    path = attention(tmp_path / "swa.onnx", kind, shape, num_heads=2 * HEADS)
+    path = plugin_graph(tmp_path / "swa.onnx", kind, shape, num_heads=2 * HEADS)
     proto = onnx.load_from_string(lowered(path))
     onnx.checker.check_model(proto, full_check=True)
     assert {node.domain for node in proto.graph.node} == {""}
@@ -70,13 +70,13 @@ def test_every_type_and_what_is_known_of_the_shape(tmp_path: Path, kind: str, to
     else:
         (output,) = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feeds)
     assert output.dtype == numpy_kind
-    assert np.abs(output.astype(np.float64) - dense(*parts)).max() <= tolerance
+    assert np.abs(output.astype(np.float64) - dense_attention(*parts)).max() <= tolerance
 
 
 def test_opset_13_is_served_too(tmp_path: Path) -> None:
     parts = drawn(1, 3)
-    session = onnxruntime.InferenceSession(lowered(attention(tmp_path / "swa.onnx", opset=13, num_heads=HEADS)))
-    assert np.abs(session.run(None, dict(zip("qkv", parts, strict=True)))[0] - dense(*parts)).max() <= 2e-5
+    session = onnxruntime.InferenceSession(lowered(plugin_graph(tmp_path / "swa.onnx", opset=13, num_heads=HEADS)))
+    assert np.abs(session.run(None, dict(zip("qkv", parts, strict=True)))[0] - dense_attention(*parts)).max() <= 2e-5
 
 
 BAD = {
@@ -92,7 +92,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_not_recognised_is_refused(tmp_path: Path, name: str) -> None:
     changes, words = BAD[name]
-    path = attention(tmp_path / "in" / "swa.onnx", **changes)
+    path = plugin_graph(tmp_path / "in" / "swa.onnx", **changes)
     before = listing(tmp_path)
     two_lines(run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "out" / "swa.onnx"]), "swa.onnx", words)
     assert listing(tmp_path) == before
@@ -102,7 +102,7 @@ def test_what_is_not_recognised_is_refused(tmp_path: Path, name: str) -> None:
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an ONNX root with a decoder under its published name, with plug-ins and without inner types."""
     root = tmp_path_factory.mktemp("published")
-    autoencoder(root / PUBLISHED, typed=False)
+    plugin_decoder(root / PUBLISHED, typed=False)
     return root
 
 
@@ -139,7 +139,7 @@ def test_the_published_file_is_compiled_as_it_is(published: Path, tmp_path: Path
 @pytest.mark.parametrize(("change", "words"), [("another op", "samel::other"), ("three heads", "declares 3 heads")])
 def test_a_plug_in_that_is_not_known_is_refused_still(tmp_path: Path, change: str, words: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
-    path = autoencoder(tmp_path / "root" / PUBLISHED)
+    path = plugin_decoder(tmp_path / "root" / PUBLISHED)
     proto = onnx.load(path, load_external_data=False)
     swa = next(node for node in proto.graph.node if node.domain)
     if change == "another op":
@@ -156,7 +156,7 @@ def test_a_plug_in_that_is_not_known_is_refused_still(tmp_path: Path, change: st
 @pytest.mark.parametrize("output", ["pcm", "audio"])
 def test_every_flavour_of_decoder_makes_sound(tiny_onnx: Path, tmp_path: Path, output: str, ceiling: bool) -> None:
     """The command lowers decoders of every output form for ONNX Runtime, and TensorRT-RTX compiles them."""
-    source = autoencoder(tmp_path / "published" / PUBLISHED, output, ceiling)
+    source = plugin_decoder(tmp_path / "published" / PUBLISHED, output, ceiling)
     root = tmp_path / "root"
     shutil.copytree(tiny_onnx, root, ignore=shutil.ignore_patterns("dec_*", "enc_*"))
     assert run(lower_attention.main, ["--input", source, "--onnx", onnx_of(root, "same-l-decoder")]).code == 0

@@ -31,7 +31,7 @@ def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Write the fp32 graph of the published style. Read only."""
     folder = tmp_path_factory.mktemp("published")
     module = published_style.legacy_module(tiny_checkpoint)
-    return published_style.write_single(module, folder / "theirs" / "dit.onnx", folder)
+    return published_style.write_fp32(module, folder / "theirs" / "dit.onnx", folder)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def single(request: pytest.FixtureRequest, tiny_onnx: Path, tiny_checkpoint: Pat
         return onnx_of(tiny_onnx, "sa3-m-fp32")
     folder = tmp_path_factory.mktemp("published")
     module = published_style.legacy_module(tiny_checkpoint)
-    return published_style.write_single(module, folder / "dit.onnx", folder)
+    return published_style.write_fp32(module, folder / "dit.onnx", folder)
 
 
 def adopted(path: Path) -> ir.Model:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from build_dit_fp8 import DEFAULT_HEADROOM
 
-from helpers.commands import Done, listing, run, two_lines
+from helpers.commands import CommandResult, listing, run, two_lines
 from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.quantization import selection as quantization_selection
 from sa3_build.quantization.layer_roles import KINDS, roles_of
@@ -31,7 +31,9 @@ def arguments(root: Path, calib: Path, *more: object) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def command_run(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, str]:
+def command_run(
+    tiny_fp8: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[CommandResult, str]:
     """Run the command with --json and --out; return its result and the file it wrote."""
     before = listing(tiny_fp8)
     out = tmp_path_factory.mktemp("stats") / "new" / "stats.json"
@@ -43,11 +45,11 @@ def command_run(tiny_fp8: Path, tiny_calib: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def document(command_run: tuple[Done, str]) -> dict:
+def document(command_run: tuple[CommandResult, str]) -> dict:
     return json.loads(command_run[0].out)
 
 
-def test_the_document_is_printed_and_written_and_progress_is_elsewhere(command_run: tuple[Done, str]) -> None:
+def test_the_document_is_printed_and_written_and_progress_is_elsewhere(command_run: tuple[CommandResult, str]) -> None:
     printed, written = command_run
     assert printed.out == written
     assert "activation statistics: 8/8 rows" in printed.err and "activation amax: 8/8 rows" in printed.err

@@ -67,12 +67,12 @@ def halves(singles: dict[str, Path]) -> dict[str, Path]:
 def surgeon(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an FP16-mixed graph of the published style. Read only."""
     folder = tmp_path_factory.mktemp("surgeon")
-    return published_half.write_half(PublishedDit(tiny_checkpoint), folder / "dit_fp16.onnx", folder)
+    return published_half.write_fp16_mixed(PublishedDit(tiny_checkpoint), folder / "dit_fp16.onnx", folder)
 
 
 def written(module: PublishedDit, path: Path, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return published_style.write(published_style.traced(module, path.parent, **options), path)
+    return published_style.save_graph(published_style.exported(module, path.parent, **options), path)
 
 
 def relative(values: np.ndarray, reference: np.ndarray) -> float:
@@ -88,7 +88,7 @@ def gates_of(path: Path) -> dict:
 def test_the_fixture_has_the_published_counts(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Casts of the traced graph, extrapolated to the published depth; one Pad with computed pads."""
     plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
-    proto = published_style.traced(PublishedDit(plain), tmp_path)
+    proto = published_style.exported(PublishedDit(plain), tmp_path)
     kinds = Counter(node.op_type for node in proto.graph.node)
     types = {value.name: value.type.tensor_type.elem_type
              for value in (*onnx.shape_inference.infer_shapes(proto).graph.value_info, *proto.graph.input)}  # fmt: skip
@@ -125,10 +125,10 @@ def census(proto: onnx.ModelProto) -> Counter:
 
 def test_every_convention_is_seen_in_the_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Each convention changes the graph, so that a fixture that lost one would be noticed."""
-    counts = [census(published_style.traced(PublishedDit(tiny_checkpoint), tmp_path))]
+    counts = [census(published_style.exported(PublishedDit(tiny_checkpoint), tmp_path))]
     for name, flipped in FLIPPED.items():
         module = PublishedDit(tiny_checkpoint, replace(PUBLISHED, **{name: flipped}))
-        counts.append(census(published_style.traced(module, tmp_path)))
+        counts.append(census(published_style.exported(module, tmp_path)))
         assert counts[-1] not in counts[:-1], name
     assert not [key for key in counts[1 + list(FLIPPED).index("left_pad")] if key[0] == "Pad"]
 
@@ -239,7 +239,7 @@ def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
 ) -> None:
     """The small DiTs have no halves to stack; all other passes apply."""
     plain = plain_checkpoint(tiny_checkpoint, tmp_path / "plain")
-    half = published_half.write_half(PublishedDit(plain), tmp_path / "in" / "dit_fp16.onnx", tmp_path)
+    half = published_half.write_fp16_mixed(PublishedDit(plain), tmp_path / "in" / "dit_fp16.onnx", tmp_path)
     path = tmp_path / "dit_fp8.onnx"
     argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
     made(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
@@ -285,7 +285,7 @@ def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_
     spoil, reason, cure = REFUSED[case]
     proto = onnx.load(singles["published"])
     spoil(proto)
-    source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
+    source = published_style.save_graph(proto, tmp_path / "in" / "dit.onnx")
     result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "half.onnx"])
     two_lines(result, str(source), reason)
     assert cure in result.err

@@ -37,7 +37,7 @@ SECONDS = (29.72, 30.0, 47.0, 120.0, 183.25)  # 30 and 120 divided by 384 are ex
 def single(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the fp32 graph, the reference. Read only."""
     folder = tmp_path_factory.mktemp("single")
-    return published_style.write_single(published_style.legacy_module(tiny_checkpoint), folder / "dit.onnx", folder)
+    return published_style.write_fp32(published_style.legacy_module(tiny_checkpoint), folder / "dit.onnx", folder)
 
 
 @pytest.fixture(scope="module", params=[onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16], ids=["fp32", "fp16"])
@@ -45,7 +45,7 @@ def half(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory
     """Return the FP16-mixed graph with its softmax in this type. Read only."""
     folder = tmp_path_factory.mktemp("half")
     module = published_style.legacy_module(tiny_checkpoint)
-    return published_half.write_half(module, folder / "dit_fp16mixed.onnx", folder, request.param)
+    return published_half.write_fp16_mixed(module, folder / "dit_fp16mixed.onnx", folder, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_an_fp32_softmax_alone_is_reason_enough(tiny_onnx: Path, tmp_path: Path)
     softmax.input[0], softmax.output[0] = "/theirs/in", "/theirs/out"
     proto.graph.node.extend([before, after])
     del proto.graph.value_info[:]
-    path = published_style.write(proto, tmp_path / "dit_fp16mixed.onnx")
+    path = published_style.save_graph(proto, tmp_path / "dit_fp16mixed.onnx")
     cleaned = clean(path)
     assert {str(node.outputs[0].dtype) for node in cleaned.graph if node.op_type == "Softmax"} == {"FLOAT16"}
 
@@ -247,7 +247,7 @@ def test_what_is_not_recognised_is_refused_by_name(
 ) -> None:
     proto = onnx.load(half)
     damage(proto)
-    source = published_style.write(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
+    source = published_style.save_graph(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
     before = listing(tmp_path)
     argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
     two_lines(run(build_dit_fp8.main, argv), str(source), *words)
@@ -264,7 +264,7 @@ def test_the_fp32_entrance_refuses_it_too(
 ) -> None:
     proto = onnx.load(single)
     damage(proto)
-    source = published_style.write(proto, tmp_path / "in" / "dit.onnx")
+    source = published_style.save_graph(proto, tmp_path / "in" / "dit.onnx")
     before = listing(tmp_path)
     argv = ["--input", source, "--onnx", tmp_path / "dit_fp16mixed.onnx"]
     two_lines(run(build_dit_fp16mixed.main, argv), str(source), *words)
@@ -275,6 +275,6 @@ def test_a_rounded_rotary_table_is_refused(half: Path, tiny_calib: Path, tmp_pat
     """Precision lost in fp16 cannot be restored, and parity with the source itself would not detect it."""
     proto = onnx.load(half)
     round_the_rotary_table(proto)
-    source = published_style.write(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
+    source = published_style.save_graph(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
     argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
     two_lines(run(build_dit_fp8.main, argv), "rotary_pos_emb.inv_freq", "rounded to 16 bits")

@@ -75,8 +75,8 @@ def test_a_session_gives_the_same_from_a_graph_with_every_tensor_in_its_sidecar(
     source = onnx_of(tiny_onnx, target)
     moved = saved_outside(source, tmp_path / "x.onnx", whole_nodes)
     with OnnxRuntimeEngine(source) as inside, OnnxRuntimeEngine(moved) as outside:
-        expected, given = answers(inside), answers(outside)
-    assert given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in expected)
+        expected, outputs = answers(inside), answers(outside)
+    assert outputs.keys() == expected.keys() and all(torch.equal(outputs[name], expected[name]) for name in expected)
 
 
 def test_what_is_put_inside_is_what_the_onnx_package_reads(tiny_onnx: Path, tmp_path: Path) -> None:
@@ -85,11 +85,15 @@ def test_what_is_put_inside_is_what_the_onnx_package_reads(tiny_onnx: Path, tmp_
     made = onnx.ModelProto.FromString(with_small_tensors(moved))
     whole = onnx.load(moved)
     small = 0
-    for got, wanted in zip(made.graph.initializer, whole.graph.initializer, strict=True):
-        assert (got.name, got.data_type, list(got.dims)) == (wanted.name, wanted.data_type, list(wanted.dims))
-        outside = len(wanted.raw_data) >= 1024
-        assert (got.data_location == onnx.TensorProto.EXTERNAL) == outside
-        assert outside or got.raw_data == wanted.raw_data
+    for actual, expected in zip(made.graph.initializer, whole.graph.initializer, strict=True):
+        assert (actual.name, actual.data_type, list(actual.dims)) == (
+            expected.name,
+            expected.data_type,
+            list(expected.dims),
+        )
+        outside = len(expected.raw_data) >= 1024
+        assert (actual.data_location == onnx.TensorProto.EXTERNAL) == outside
+        assert outside or actual.raw_data == expected.raw_data
         small += not outside
     assert small > 20
     made.graph.ClearField("initializer")

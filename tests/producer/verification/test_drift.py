@@ -11,7 +11,7 @@ import compare_rollouts
 import numpy as np
 import pytest
 
-from helpers.commands import Done, run, two_lines
+from helpers.commands import CommandResult, run, two_lines
 from sa3_build.calibration.writer import CalibrationWriter
 from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import rollouts
@@ -52,7 +52,7 @@ def document_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_fp8: Path, tiny_calib: Path, document_path: Path) -> Done:
+def compared(tiny_fp8: Path, tiny_calib: Path, document_path: Path) -> CommandResult:
     """Compare rollouts of one prompt: the tiny FP16-mixed DiT with itself and with the FP8 DiT."""
     argv = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8]
     return run(
@@ -60,7 +60,7 @@ def compared(tiny_fp8: Path, tiny_calib: Path, document_path: Path) -> Done:
     )
 
 
-def test_noise_is_shared_and_controls_grow(compared: Done, document_path: Path) -> None:
+def test_noise_is_shared_and_controls_grow(compared: CommandResult, document_path: Path) -> None:
     """The reference compared with itself is exact: unshared noise or an unseeded control would show."""
     assert compared.code == 0, compared.err
     document = json.loads(document_path.read_text())
@@ -74,7 +74,7 @@ def test_noise_is_shared_and_controls_grow(compared: Done, document_path: Path) 
 
 
 def test_the_start_alone_is_soon_replaced_by_noise(
-    compared: Done, document_path: Path, tiny_fp8: Path, tiny_calib: Path, tmp_path: Path
+    compared: CommandResult, document_path: Path, tiny_fp8: Path, tiny_calib: Path, tmp_path: Path
 ) -> None:
     every_step = json.loads(document_path.read_text())["controls"][0]
     out = tmp_path / "start.json"
@@ -85,7 +85,9 @@ def test_the_start_alone_is_soon_replaced_by_noise(
     assert start[3] < 1 - 1e-12 and 1 - min(start) < (1 - every_step[3]) / 10
 
 
-def test_rows_and_shares_stand_beside_the_rollouts(compared: Done, document_path: Path, tiny_fp8: Path) -> None:
+def test_rows_and_shares_stand_beside_the_rollouts(
+    compared: CommandResult, document_path: Path, tiny_fp8: Path
+) -> None:
     same, fp8 = json.loads(document_path.read_text())["candidates"]
     stages = json.loads(report_path(tiny_fp8 / FP8).read_text())["stages"]
     assert min(same["worst_by_sigma"].values()) == pytest.approx(1.0, abs=1e-12) and same["fp8_share"] == 0.0

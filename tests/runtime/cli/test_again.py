@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 import sa3_trt
-from helpers.commands import Done, run, two_lines
+from helpers.commands import CommandResult, run, two_lines
 from sa3_trt_core.audio import io as audio_io
 
 MODES = {
@@ -35,7 +35,7 @@ def machine_flags(tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return ["--onnx-root", tiny_onnx, "--backend", "onnxruntime"]
 
 
-def made(machine_flags: list[object], *words: object) -> Done:
+def made(machine_flags: list[object], *words: object) -> CommandResult:
     result = run(sa3_trt.main, [*words, *machine_flags, "--quiet"])
     assert result.code == 0, result.err
     return result

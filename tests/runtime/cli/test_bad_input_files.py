@@ -200,7 +200,7 @@ def with_members(**faults: object) -> Callable[[Path, damage.Arrays], None]:
 
     def write(path: Path, arrays: damage.Arrays) -> None:
         name, shape = faults.get("header", ("", None))  # type: ignore[misc]
-        members = {key: damage.npy(value, shape if key == name else None) for key, value in arrays.items()}
+        members = {key: damage.npy_bytes(value, shape if key == name else None) for key, value in arrays.items()}
         damage.write_members(path, members, flags=dict([faults["bits"]]) if "bits" in faults else None)  # type: ignore[list-item]
 
     return write
@@ -238,10 +238,13 @@ CALIBRATION_FAULTS = {
     "empty": (lambda p, a: p.write_bytes(b""), ("npz archive",)),
     "a header of a thousand rows": (with_members(header=("x", (1000, 256, 70))), ("member x", "header")),
     "a header of negative rows": (with_members(header=("x", (-8, 256, 70))), ("x",)),
-    "headers and directory of a million rows": (lambda p, a: damage.promise_rows(p, a, 1 << 20), ("row 8",)),
-    "headers and directory of too many rows": (lambda p, a: damage.promise_rows(p, a, 1 << 40), (f"{1 << 40} rows",)),
+    "headers and directory of a million rows": (lambda p, a: damage.write_false_row_count(p, a, 1 << 20), ("row 8",)),
+    "headers and directory of too many rows": (
+        lambda p, a: damage.write_false_row_count(p, a, 1 << 40),
+        (f"{1 << 40} rows",),
+    ),
     "encrypted": (with_members(bits=("x", damage.ENCRYPTED)), ()),
-    "spoilt compression": (lambda p, a: damage.corrupt_deflate(p, a, "t5_mask"), ("t5_mask",)),
+    "spoilt compression": (lambda p, a: damage.write_corrupt_deflate(p, a, "t5_mask"), ("t5_mask",)),
     "a header of gibberish": (lambda p, a: damage.write_gibberish_header(p, a, "t5_mask"), ("t5_mask",)),
 }
 

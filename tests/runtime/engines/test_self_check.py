@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 import sa3_trt
 from helpers import broken_fp8
-from helpers.broken_fp8 import quantised, set_values
+from helpers.broken_fp8 import quantised_products, set_values
 from helpers.commands import run
 from sa3_build.engines.torch_engine import pack_engine
 from sa3_build.graph.check_row_files import place_check_rows, write_check_rows
@@ -36,7 +36,7 @@ Breaking = Callable[[onnx.ModelProto], None]
 
 def exponent_flipped(model: onnx.ModelProto) -> None:
     """Flip one exponent bit of the scale of one channel of one weight."""
-    scales = list(quantised(model))[1].weight_scales
+    scales = list(quantised_products(model))[1].weight_scales
     values = numpy_helper.to_array(scales).copy()
     bits = values.view(np.uint16 if values.dtype == np.float16 else np.uint32)
     bits.ravel()[0] ^= np.asarray(1 << (8 * values.itemsize - 4), bits.dtype)
@@ -45,7 +45,7 @@ def exponent_flipped(model: onnx.ModelProto) -> None:
 
 def row_zeroed(model: onnx.ModelProto) -> None:
     """Set one row of one weight to zero."""
-    weight = list(quantised(model))[1].weight
+    weight = list(quantised_products(model))[1].weight
     codes = np.frombuffer(weight.raw_data, np.uint8).reshape(list(weight.dims)).copy()
     codes[0] = 0
     weight.raw_data = codes.tobytes()
@@ -53,18 +53,18 @@ def row_zeroed(model: onnx.ModelProto) -> None:
 
 def not_a_number(model: onnx.ModelProto) -> None:
     """Set the scale of one channel of one weight to NaN."""
-    scales = list(quantised(model))[1].weight_scales
+    scales = list(quantised_products(model))[1].weight_scales
     values = numpy_helper.to_array(scales).copy()
     values.ravel()[0] = np.nan
     set_values(scales, values)
 
 
 WRONG: dict[str, Breaking] = {
-    "one scale x 4": broken_fp8.scale_times_four,
-    "uncalibrated scales": broken_fp8.uncalibrated_scales,
-    "two swapped weights": broken_fp8.swapped_weights,
-    "an island in fp16: t": partial(broken_fp8.island_in_16_bits, input_name="t"),
-    "an island in fp16: the duration": partial(broken_fp8.island_in_16_bits, input_name="seconds_total"),
+    "one scale x 4": broken_fp8.quadruple_weight_scales,
+    "uncalibrated scales": broken_fp8.reset_activation_scales,
+    "two swapped weights": broken_fp8.swap_weights,
+    "an island in fp16: t": partial(broken_fp8.round_island_to_fp16, input_name="t"),
+    "an island in fp16: the duration": partial(broken_fp8.round_island_to_fp16, input_name="seconds_total"),
     "a NaN": not_a_number,
 }
 SUBTLE: dict[str, Breaking] = {"an exponent bit of a scale": exponent_flipped, "a zeroed row": row_zeroed}
@@ -182,7 +182,7 @@ def test_damaged_check_rows_are_a_mistake_and_not_a_pass(root: Path) -> None:
 
 
 def test_the_command_leaves_with_3_and_says_what_to_do(root: Path, tmp_path: Path) -> None:
-    broken(root, broken_fp8.scale_times_four, tmp_path)
+    broken(root, broken_fp8.quadruple_weight_scales, tmp_path)
     argv = ["--prompt", "bells", "--seconds", 0.5, "--precision", "fp8", "--backend", "onnxruntime"]
     result = run(sa3_trt.main, [*argv, "--onnx-root", root, "--out", tmp_path / "a.wav"])
     assert result.code == 3 and "Traceback" not in result.err and not (tmp_path / "a.wav").exists()
@@ -265,7 +265,7 @@ def test_a_swapped_torch_engine_is_refused(
     tiny_fp8: Path, root: Path, torch_models: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     """Another graph's engine under this one's name: with its own manifest and rows, or the file alone."""
-    graph = broken(root, broken_fp8.swapped_weights, tmp_path)
+    graph = broken(root, broken_fp8.swap_weights, tmp_path)
     manifest.manifest_path(graph).unlink()
     write_check_rows(graph, "dit", "fp8")
     other_models = tmp_path / "other"
@@ -279,7 +279,7 @@ def test_a_swapped_torch_engine_is_refused(
 
 def other_weights(model: onnx.ModelProto) -> None:
     """Reverse the codes of every weight: the weights of another checkpoint of the same sizes."""
-    for product in quantised(model):
+    for product in quantised_products(model):
         product.weight.raw_data = product.weight.raw_data[::-1]
 
 
@@ -296,9 +296,9 @@ def test_a_checked_artefact_that_is_exchanged_is_checked_again_whatever_its_time
 ) -> None:
     """Both an engine, and the sidecar of a graph without a manifest."""
     graph = onnx_of(root, FP8.name)
-    other = broken_fp8.break_graph(graph, tmp_path / "other" / graph.name, other_weights)
+    other_graph = broken_fp8.break_graph(graph, tmp_path / "other" / graph.name, other_weights)
     rewritten = broken_fp8.break_graph(graph, tmp_path / "same" / graph.name, lambda model: None)
-    pack_engine(other, FP8, "cpu", tmp_path / "other" / "dit_fp8.safetensors")
+    pack_engine(other_graph, FP8, "cpu", tmp_path / "other" / "dit_fp8.safetensors")
     models = shutil.copytree(torch_models, tmp_path / "models")
     opened(ModelSource(None, models), "torch")
     replaced(engine_of(models), tmp_path / "other" / "dit_fp8.safetensors")
@@ -309,7 +309,7 @@ def test_a_checked_artefact_that_is_exchanged_is_checked_again_whatever_its_time
         shutil.copyfile(rewritten.with_name(name), graph.with_name(name))
     write_check_rows(graph, "dit", "fp8")
     opened(ModelSource(root))
-    replaced(graph.with_name(f"{graph.name}.data"), other.with_name(f"{graph.name}.data"))
+    replaced(graph.with_name(f"{graph.name}.data"), other_graph.with_name(f"{graph.name}.data"))
     assert "answers of other bytes" in refusal(ModelSource(root)).message
 
 
@@ -349,8 +349,8 @@ def test_a_damaged_engine_fails_the_rows_of_its_graph(case: str, stage_models: P
 
     changed_in_place(engine, damage)
     with engines.BACKENDS["torch"].open(engine, target, "x", None) as opened_engine:
-        found = self_check.outcomes(check_rows.read(check_path(engine)), opened_engine.run)
-    assert any(outcome.failure for outcome in found)
+        outcomes = self_check.outcomes(check_rows.read(check_path(engine)), opened_engine.run)
+    assert any(outcome.failure for outcome in outcomes)
 
 
 def test_an_engine_of_a_graph_without_rows_gets_them_when_it_is_built(root: Path, tmp_path: Path) -> None:

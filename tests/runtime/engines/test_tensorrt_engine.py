@@ -14,7 +14,7 @@ from conftest import onnx_of
 
 import sa3_trt
 from helpers.commands import listing, run, two_lines
-from helpers.plugged import autoencoder
+from helpers.plugin_graphs import plugin_decoder
 from sa3_trt_core import Generator, gpu
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.engines import open_engine
@@ -35,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     import lower_attention
 
     folder = tmp_path_factory.mktemp("built")
-    source = autoencoder(folder / "published" / "dec.onnx")
+    source = plugin_decoder(folder / "published" / "dec.onnx")
     graph = onnx_of(folder / "onnx", "same-l-decoder")
     assert run(lower_attention.main, ["--input", source, "--onnx", graph]).code == 0
     argv = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--json"]
@@ -147,9 +147,12 @@ def test_limits_are_told_in_the_users_words(name: str, shape, limits, words: str
     assert mend in as_flags(caught.value.hint) and REBUILD in caught.value.hint
 
 
-def test_what_lies_inside_is_taken() -> None:
+def test_the_limits_are_inside_and_the_next_sizes_are_not() -> None:
     for shape in ((1, 256, 32), (4, 256, 646), (2, 256, 100)):
         require_inside(Path("a"), "x", shape, X, REBUILD)
+    for shape in ((1, 256, 31), (4, 256, 647), (5, 256, 646)):
+        with pytest.raises(ToolError):
+            require_inside(Path("a"), "x", shape, X, REBUILD)
 
 
 def test_the_rtx_package_has_every_call_that_is_made() -> None:

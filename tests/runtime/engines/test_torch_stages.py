@@ -16,7 +16,7 @@ from conftest import made, onnx_of
 from torch import Tensor
 
 import sa3_trt
-from helpers import plugged_same
+from helpers import plugin_same
 from helpers.commands import run, two_lines
 from sa3_build.engines import pack_t5gemma
 from sa3_build.graph import query
@@ -156,7 +156,7 @@ def test_a_token_that_the_encoder_does_not_know_is_the_users_mistake(models: Pat
 def test_published_decoders_are_lowered_and_packed(tiny_onnx: Path, models: Path, tmp_path: Path) -> None:
     root = tmp_path / "onnx"
     target = onnx_of(root, "same-l-decoder")
-    assert plugged_same.plug_in(onnx_of(tiny_onnx, "same-l-decoder-fp32"), target) > 0
+    assert plugin_same.insert_plugins(onnx_of(tiny_onnx, "same-l-decoder-fp32"), target) > 0
     argv = ["same-l-decoder", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path]
     made(build_from_onnx.main, argv)
     exported = Packed.load(packed(models, "same-l-decoder"), CPU)

@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named_with_its_cure(
 
 @pytest.fixture
 def hub() -> Iterator[LocalHub]:
-    with hub_server.serve() as server:
+    with hub_server.serve_hub() as server:
         server.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp16.onnx.data"), SIDECAR: WEIGHTS})
         yield server
 
@@ -66,7 +66,7 @@ def test_a_cache_without_links_works_and_holds_each_file_once(tmp_path: Path, hu
     for _ in range(2):
         result = request_dit(tmp_path, **settings)
         assert result.returncode == 0, result.stderr
-        hub.refuse = {"*": hub_server.Answer(500)}  # the second time nothing is asked for
+        hub.refuse = {"*": hub_server.InjectedResponse(500)}  # the second time nothing is asked for
         settings["HF_HUB_OFFLINE"] = "1"
     graph = Path(result.stdout.strip())
     assert graph.with_name("dit_fp16.onnx.data").read_bytes() == WEIGHTS

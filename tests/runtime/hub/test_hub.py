@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from helpers import graphs, hub_server
-from helpers.hub_server import GATED, NO_REPOSITORY, Answer, LocalHub
+from helpers.hub_server import GATED, NO_REPOSITORY, InjectedResponse, LocalHub
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download, resolve
 from sa3_trt_core.paths import ModelSource
@@ -28,7 +28,7 @@ WEIGHTS = bytes(range(256)) * 4000
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[LocalHub]:
     """Run a hub that has the FP8 DiT with a sidecar of another name, and a client with an empty cache."""
-    with hub_server.serve() as server:
+    with hub_server.serve_hub() as server:
         server.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp8lin.onnx.data"), SIDECAR: WEIGHTS})
         with hub_server.client_at(server.address, tmp_path / "cache", token="hf_secret"):
             yield server
@@ -92,7 +92,7 @@ def test_a_branch_moves_only_when_it_is_asked_to(local: LocalHub) -> None:
 
 def test_a_sidecar_is_of_its_graphs_commit(local: LocalHub) -> None:
     """The branch moves after the graph has arrived and before its sidecar is requested."""
-    local.refuse[SIDECAR] = Answer(503)
+    local.refuse[SIDECAR] = InjectedResponse(503)
     refused("answered 503", "later")
     local.refuse.clear()
     local.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp8lin.onnx.data", "newer"), SIDECAR: b"other"})
@@ -109,16 +109,16 @@ def test_what_is_not_published_says_how_to_make_it(local: LocalHub) -> None:
 @pytest.mark.parametrize(
     ("answer", "words", "hint"),
     [
-        (Answer(401, NO_REPOSITORY), "does not give", "hf auth login"),
-        (Answer(403, GATED), "does not give", "accept its licence at https://huggingface.co/"),
-        (Answer(403), "does not give", "hf auth login"),
-        (Answer(404, NO_REPOSITORY), "does not give", "hf auth login"),
-        (Answer(429, headers={"Retry-After": "33"}), "429", "wait 33 seconds"),
-        (Answer(503), "answered 503", "later"),
-        (Answer(418), "answered 418", "HF_ENDPOINT"),
+        (InjectedResponse(401, NO_REPOSITORY), "does not give", "hf auth login"),
+        (InjectedResponse(403, GATED), "does not give", "accept its licence at https://huggingface.co/"),
+        (InjectedResponse(403), "does not give", "hf auth login"),
+        (InjectedResponse(404, NO_REPOSITORY), "does not give", "hf auth login"),
+        (InjectedResponse(429, headers={"Retry-After": "33"}), "429", "wait 33 seconds"),
+        (InjectedResponse(503), "answered 503", "later"),
+        (InjectedResponse(418), "answered 418", "HF_ENDPOINT"),
     ],
 )
-def test_the_hubs_refusals_are_two_lines(local: LocalHub, answer: Answer, words: str, hint: str) -> None:
+def test_the_hubs_refusals_are_two_lines(local: LocalHub, answer: InjectedResponse, words: str, hint: str) -> None:
     local.refuse["*"] = answer
     error = refused(words, hint)
     assert "hf_secret" not in error.lines()
@@ -155,7 +155,7 @@ def test_small_files_are_checked_by_gits_digest(local: LocalHub) -> None:
 
 
 def test_an_endpoint_that_is_no_hub_is_refused(local: LocalHub) -> None:
-    local.refuse[GRAPH] = Answer(200)
+    local.refuse[GRAPH] = InjectedResponse(200)
     refused("no size and digest", "HF_ENDPOINT")
 
 
@@ -180,7 +180,7 @@ def test_offline_asks_the_cache_alone(local: LocalHub, monkeypatch: pytest.Monke
 
 def test_a_full_disk_is_told_before_anything_is_read(local: LocalHub) -> None:
     huge = local.commit(HUB_REPOSITORY, {GRAPH: b""})
-    local.refuse[GRAPH] = Answer(200, headers={
+    local.refuse[GRAPH] = InjectedResponse(200, headers={
         "X-Repo-Commit": huge, "ETag": f'"{"a" * 64}"', "X-Linked-Size": str(1 << 60)})  # fmt: skip
     refused("free, .* needs", "HF_HOME")
 

@@ -20,7 +20,7 @@ def base() -> dict[str, np.ndarray]:
     """Return base weights of some layers, with well separated singular values."""
     generator = np.random.default_rng(7)
     weights = {}
-    for layer, (out, into) in adapters.SOME.items():
+    for layer, (out, into) in adapters.LAYER_SHAPES.items():
         left, values, right = np.linalg.svd(generator.standard_normal((out, into)), full_matrices=False)
         weights[layer] = ((left * values * 0.97 ** np.arange(len(values))) @ right).astype(np.float32) / 20
     return weights
@@ -30,7 +30,7 @@ def base() -> dict[str, np.ndarray]:
 def files(base: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        kind: adapters.write_native(folder / f"{kind}.safetensors", kind, adapters.SOME, seed=index, norms=base)
+        kind: adapters.write_native(folder / f"{kind}.safetensors", kind, adapters.LAYER_SHAPES, seed=index, norms=base)
         for index, kind in enumerate(adapters.KINDS)
     }
 
@@ -50,8 +50,10 @@ def test_every_kind_at_every_strength_is_the_trainers_formula(
 ) -> None:
     for strength in STRENGTHS:
         loras = LoraSet.read([LoraSpec(files[kind], strength)])
-        loras.require_fits(adapters.SOME, "the test")
-        expected = {layer: adapters.merged(files[kind], layer, weight, strength) for layer, weight in base.items()}
+        loras.require_fits(adapters.LAYER_SHAPES, "the test")
+        expected = {
+            layer: adapters.merged_weight(files[kind], layer, weight, strength) for layer, weight in base.items()
+        }
         # Two fp32 decompositions of one matrix differ in the last places.
         assert difference(loras, base, expected) < (4e-5 if kind.endswith("-xs") else 2e-6), strength
         moved = max(float(np.abs(expected[layer] - base[layer]).max()) for layer in base)
@@ -64,7 +66,9 @@ def test_a_faded_adapter_is_the_line_between_the_base_and_its_full_strength(
 ) -> None:
     for strength in (-1.0, 1e-4, 0.4, 2.0):
         loras = LoraSet.read([LoraSpec(files[kind], strength)], LoraOptions(rule="fade"))
-        full_strength = {layer: adapters.merged(files[kind], layer, weight, 1.0) for layer, weight in base.items()}
+        full_strength = {
+            layer: adapters.merged_weight(files[kind], layer, weight, 1.0) for layer, weight in base.items()
+        }
         expected = {layer: base[layer] + strength * (full_strength[layer] - base[layer]) for layer in base}
         assert difference(loras, base, expected) < 4e-5
     native = LoraSet.read([LoraSpec(files[kind], 0.4)])
@@ -79,9 +83,9 @@ def test_a_chain_starts_each_adapter_from_the_result_before_and_a_sum_from_the_b
         specs = [LoraSpec(files[order[0]], 0.7), LoraSpec(files[order[1]], 1.3)]
         chained, summed = {}, {}
         for layer, weight in base.items():
-            first = adapters.merged(files[order[0]], layer, weight, 0.7)
-            chained[layer] = adapters.merged(files[order[1]], layer, first, 1.3, original=weight)
-            full = [adapters.merged(spec.path, layer, weight, 1.0) - weight for spec in specs]
+            first = adapters.merged_weight(files[order[0]], layer, weight, 0.7)
+            chained[layer] = adapters.merged_weight(files[order[1]], layer, first, 1.3, original=weight)
+            full = [adapters.merged_weight(spec.path, layer, weight, 1.0) - weight for spec in specs]
             summed[layer] = weight + 0.7 * full[0] + 1.3 * full[1]
         assert difference(LoraSet.read(specs), base, chained) < 4e-5
         assert difference(LoraSet.read(specs, LoraOptions(stacking="summed")), base, summed) < 4e-5
@@ -91,12 +95,14 @@ def test_a_chain_starts_each_adapter_from_the_result_before_and_a_sum_from_the_b
 def test_a_layer_that_only_the_second_adapter_has_is_changed_too(
     tmp_path: Path, base: dict[str, np.ndarray], files: dict[str, Path]
 ) -> None:
-    few = {adapters.QKV: adapters.SOME[adapters.QKV]}
+    few = {adapters.QKV: adapters.LAYER_SHAPES[adapters.QKV]}
     first = adapters.write_native(tmp_path / "few.safetensors", "lora", few, seed=50, norms=base)
     specs = [LoraSpec(first), LoraSpec(files["dora-rows"])]
     expected = {}
     for layer, weight in base.items():
-        expected[layer] = adapters.merged(files["dora-rows"], layer, adapters.merged(first, layer, weight, 1.0), 1.0)
+        expected[layer] = adapters.merged_weight(
+            files["dora-rows"], layer, adapters.merged_weight(first, layer, weight, 1.0), 1.0
+        )
     assert difference(LoraSet.read(specs), base, expected) < 1e-5
 
 

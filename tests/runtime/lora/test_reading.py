@@ -17,7 +17,7 @@ from sa3_trt_core.lora.adapter import read_adapter
 from sa3_trt_core.lora.lora_set import LoraSet, LoraSpec, parse_spec
 
 LAYER = "model.transformer.layers.0.ff.ff.2"
-OUT, INTO = adapters.SOME[LAYER]
+OUT, INTO = adapters.LAYER_SHAPES[LAYER]
 
 
 def factors(rank: int = 3, seed: int = 0, out: int = OUT, into: int = INTO) -> tuple[np.ndarray, np.ndarray]:
@@ -29,7 +29,7 @@ def factors(rank: int = 3, seed: int = 0, out: int = OUT, into: int = INTO) -> t
 
 
 def change_of(path: Path, layer: str = LAYER) -> np.ndarray:
-    shape = adapters.SOME[layer]
+    shape = adapters.LAYER_SHAPES[layer]
     return LoraSet.read([LoraSpec(path)]).merged(layer, torch.zeros(shape)).numpy()
 
 
@@ -86,7 +86,7 @@ def test_alpha_comes_from_the_tensor_the_metadata_or_the_peft_folder(tmp_path: P
 
 
 def test_rows_of_diffusers_names_are_put_in_native_order(tmp_path: Path) -> None:
-    width = adapters.SOME[adapters.QKV][1]
+    width = adapters.LAYER_SHAPES[adapters.QKV][1]
     into, out = factors(out=5 * width, into=width)
     q, q2, k, k2, v = np.split(out, 5)
     prefix = "transformer.transformer_blocks.0.self_attn.to_qkv"
@@ -185,16 +185,16 @@ def test_an_adapter_of_another_width_or_depth_names_what_fits_and_what_does_not(
         tmp_path / "wide.safetensors", "dora-rows", {LAYER: (1024, 4096), adapters.QKV: (640, 128)}
     )
     with pytest.raises(ToolError, match=r"1 of 2 layers fit; .*ff\.ff\.2 is 1024 x 4096, the model's is 128 x 512"):
-        LoraSet.read([LoraSpec(path)]).require_fits(adapters.SOME, "the model")
+        LoraSet.read([LoraSpec(path)]).require_fits(adapters.LAYER_SHAPES, "the model")
     deep = adapters.write_native(tmp_path / "deep.safetensors", "lora", {LAYER.replace("0", "9"): (OUT, INTO)})
     with pytest.raises(ToolError, match=r"0 of 1 layers fit; .*no layer of it"):
-        LoraSet.read([LoraSpec(deep)]).require_fits(adapters.SOME, "the model")
+        LoraSet.read([LoraSpec(deep)]).require_fits(adapters.LAYER_SHAPES, "the model")
     columns = adapters.write_native(tmp_path / "c.safetensors", "dora-cols", {LAYER: (OUT, INTO)})
     tensors, metadata = adapters.read_tensors(columns)
     tensors[f"{LAYER}.parametrizations.weight.0.magnitude"] = np.ones(OUT, np.float32)
     adapters.write_tensors(columns, tensors, metadata)
     with pytest.raises(ToolError, match=f"{OUT} values of magnitude"):
-        LoraSet.read([LoraSpec(columns)]).require_fits(adapters.SOME, "the model")
+        LoraSet.read([LoraSpec(columns)]).require_fits(adapters.LAYER_SHAPES, "the model")
 
 
 def test_a_strength_follows_the_last_colon(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_strength_follows_the_last_colon(tmp_path: Path) -> None:
 
 def test_info_says_kind_rank_layers_words_and_the_change(tiny_checkpoint: Path, tmp_path: Path) -> None:
     weights = tiny_checkpoint / "model.safetensors"
-    shapes = {LAYER: (OUT, INTO), adapters.DURATION: adapters.SOME[adapters.DURATION]}
+    shapes = {LAYER: (OUT, INTO), adapters.DURATION: adapters.LAYER_SHAPES[adapters.DURATION]}
     base = adapters.native_weights(weights)
     path = adapters.write_native(tmp_path / "song.safetensors", "dora-rows", shapes, norms=base)
     (tmp_path / "song.trigger.txt").write_text("tape hiss\n")
@@ -218,7 +218,7 @@ def test_info_says_kind_rank_layers_words_and_the_change(tiny_checkpoint: Path, 
     assert (document["kind"], document["ranks"], document["alpha"]) == ("dora-rows", [4], 6.0)
     assert document["trigger_words"] == ["tape hiss"] and document["layers"] == 2
     for layer in shapes:
-        expected = np.linalg.norm(adapters.merged(path, layer, base[layer], 1.0) - base[layer]) / np.linalg.norm(
+        expected = np.linalg.norm(adapters.merged_weight(path, layer, base[layer], 1.0) - base[layer]) / np.linalg.norm(
             base[layer]
         )
         assert document["changes"][layer] == pytest.approx(expected, rel=1e-4)

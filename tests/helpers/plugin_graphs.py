@@ -14,7 +14,7 @@ KINDS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16
 Nodes = list[onnx.NodeProto]
 
 
-def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Return attention (B, N, H, D) of q, k, v (B, N, 2H, D) in float64, by definition over all N x N scores."""
     q, k, v = (np.asarray(part, np.float64).transpose(0, 2, 1, 3) for part in (q, k, v))
     scores = q @ k.transpose(0, 1, 3, 2) / np.sqrt(q.shape[-1])
@@ -25,7 +25,7 @@ def dense(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return (first - last).transpose(0, 2, 1, 3)
 
 
-def attention(
+def plugin_graph(
     path: Path, kind: str = "float32", shape: tuple[object, ...] = ("B", "N", 2 * HEADS, WIDTH), opset: int = 18,
     **attributes: object,
 ) -> Path:  # fmt: skip
@@ -36,7 +36,7 @@ def attention(
     return _save(path, [node], inputs, [out], [], opset)
 
 
-def autoencoder(path: Path, output: str = "pcm", ceiling: bool = False, typed: bool = True) -> Path:
+def plugin_decoder(path: Path, output: str = "pcm", ceiling: bool = False, typed: bool = True) -> Path:
     """Write a SAME decoder that meets the contract: two plug-ins, random weights, a sidecar. Return its path.
 
     `output` is pcm or audio; `ceiling` adds the scalar input that some builds have; `typed` False omits the types

@@ -12,14 +12,14 @@ from sa3_build.graph import io as graph_io
 SEGMENT = 17
 
 
-def plug_in(source: Path, target: Path) -> int:
+def insert_plugins(source: Path, target: Path) -> int:
     """Write `source`, an exported decoder of plain ops, with plug-ins in place of its attentions; return their number.
 
     Inputs of the published op, each (1, 17 L, 2H, D): rotated q1 and q2, rotated k1 and k2, v twice.
     """
     model = graph_io.load(source)
     model.graph.sort()
-    differences = [node for node in model.graph if node.op_type == "Sub" and _mixes(node)]
+    differences = [node for node in model.graph if node.op_type == "Sub" and _mixes_values(node)]
     for number, node in enumerate(differences):
         _replace(model, node, f"swa_{number}")
     model.opset_imports["samel"] = 1
@@ -30,7 +30,7 @@ def plug_in(source: Path, target: Path) -> int:
     return len(differences)
 
 
-def _mixes(node: ir.Node) -> bool:
+def _mixes_values(node: ir.Node) -> bool:
     return all(value is not None and (made := value.producer()) and made.op_type == "MatMul" for value in node.inputs)
 
 
@@ -39,9 +39,9 @@ def _replace(model: ir.Model, node: ir.Node, prefix: str) -> None:
     for mixed in (value.producer() for value in node.inputs):
         softmax = mixed.inputs[0].producer()
         scores = softmax.inputs[0].producer().inputs[0].producer()
-        queries.append(_whole(scores.inputs[0]))
-        keys.append(_whole(scores.inputs[1]))
-        values.append(_whole(mixed.inputs[1]))
+        queries.append(_uncut(scores.inputs[0]))
+        keys.append(_uncut(scores.inputs[1]))
+        values.append(_uncut(mixed.inputs[1]))
     inserted: list[ir.Node] = []
 
     def add(op_type: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
@@ -68,7 +68,7 @@ def _replace(model: ir.Model, node: ir.Node, prefix: str) -> None:
     ir.convenience.replace_all_uses_with(merged, result)
 
 
-def _whole(value: ir.Value) -> ir.Value:
+def _uncut(value: ir.Value) -> ir.Value:
     """Return the value (1, L, 17, H, D) from which a query, or the windows of keys or values, are cut."""
     node = value.producer()
     while node.op_type != "Transpose" or len(node.inputs[0].shape or ()) != 5 or node.inputs[0].shape[2] != SEGMENT:
