@@ -89,7 +89,7 @@ def test_a_cluster_makes_every_sound_once_though_a_worker_is_killed(
     assert result.code == 0, result.err
     assert killed and "a worker was lost" in result.err and f"generate: {ROWS}/{ROWS} sounds 100%" in result.err
     assert "left" in result.err or "a second" in result.err
-    again = run(sa3_trt.main, [*line, "--ray", "127.0.0.1:1", "--out-dir", out])  # nothing is left to ask a Ray for
+    again = run(sa3_trt.main, [*line, "--ray", "127.0.0.1:1", "--out-dir", out])  # nothing is left to run on Ray
     assert again.code == 0 and f"{ROWS} of {ROWS} sounds are there already" in again.err, again.err
     for part in ("1/2", "2/2"):
         assert run(sa3_trt.main, [*line, "--shard", part, "--out-dir", tmp_path / "shards", "--quiet"]).code == 0

@@ -85,7 +85,7 @@ def test_the_other_parts_of_the_document(document: Document) -> None:
     painted = document["inpainting"]
     assert (painted["span_frames"], painted["frames"], len(painted["loops"])) == ([8, 15], 22, 3)
     conditioned, unconditioned = (painted[name]["latent_relative_l2"] for name in ("conditioned", "unconditioned"))
-    assert conditioned["mean"] != unconditioned["mean"]  # the DiT was told of the loop in one of the two
+    assert conditioned["mean"] != unconditioned["mean"]  # only one of the two conditions the DiT on the loop
     assert document["repeated"] == {"clips": 2, "identical_samples": True}
     assert {"torch", "numpy", "diffusers"} <= document["tools"].keys()
 

@@ -1,4 +1,4 @@
-"""The pages say what is there: links, anchors, commands, flags, messages, packages, figures."""
+"""The pages agree with the repository: links, anchors, commands, flags, messages, packages, figures."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_every_flag_of_the_users_commands_is_explained(name: str) -> None:
 
 
 def texts(file: Path) -> str:
-    """Return the string literals of a source file; what is formatted into one stands as an ellipsis."""
+    """Return the string literals of a source file; each formatted value is replaced by an ellipsis."""
     literals = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.JoinedStr):

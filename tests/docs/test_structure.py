@@ -25,7 +25,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 300, 50
 SOURCES = sorted(file for folder in ("build", "scripts", "interface") for file in (ROOT / folder).rglob("*.py"))
 RUNTIME = [file for file in SOURCES if file.is_relative_to(ROOT / "scripts")]
 CORE = ROOT / "scripts" / "sa3_trt_core"
-SEARCHED = [ROOT / "build", ROOT / "scripts", ROOT / "interface"]  # where our own modules are found
+SEARCHED = [ROOT / "build", ROOT / "scripts", ROOT / "interface"]  # folders on the import path of our modules
 COMMANDS = sorted([*(ROOT / "build").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 PIN = re.compile(r"([A-Za-z0-9_.-]+)==([0-9][A-Za-z0-9.+]*)")
 ONLY_GPU, ONLY_CPU = {"onnxruntime-gpu", "tensorrt"}, {"onnxruntime", "tensorrt-rtx"}

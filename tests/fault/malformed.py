@@ -74,7 +74,7 @@ def plain(kind: str, body: bytes) -> bytes:
 def send(service: Service, data: bytes) -> int:
     """Send raw bytes; return the status of the response, 0 for a connection closed without one."""
     with socket.create_connection(("127.0.0.1", service.port), ANSWER_SECONDS) as client:
-        with contextlib.suppress(OSError):  # cut off, which may have been said before
+        with contextlib.suppress(OSError):  # the server may have closed the connection already
             client.sendall(data)
         answer = b""
         try:

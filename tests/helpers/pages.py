@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 def blocks(kind: str | None = None) -> list[Block]:
-    """Return the fenced blocks of one kind, or all, in reading order; pages that nobody reads in order come last."""
+    """Return the fenced blocks of one kind, or all, in reading order; pages outside that order come last."""
     order = [*READ_IN_ORDER, *(page for page in PAGES if page not in READ_IN_ORDER)]
     every = [Block(page, *match) for page in order for match in _FENCE.findall(page.read_text())]
     return [block for block in every if kind in (None, block.kind)]

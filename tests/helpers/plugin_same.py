@@ -62,7 +62,7 @@ def _replace(model: ir.Model, node: ir.Node, prefix: str) -> None:
     plugin.outputs[0].name, plugin.outputs[0].dtype = f"{prefix}_attended", ir.DataType.FLOAT
     inserted.append(plugin)
     segmented = constant([1, -1, SEGMENT, heads * width], "segmented")
-    merged = node.outputs[0].uses()[0].node.outputs[0].uses()[0].node.outputs[0]  # behind Transpose and Reshape
+    merged = node.outputs[0].uses()[0].node.outputs[0].uses()[0].node.outputs[0]  # after Transpose and Reshape
     result = add("Reshape", [plugin.outputs[0], segmented])
     model.graph.insert_before(next(iter(merged.uses())).node, inserted)
     ir.convenience.replace_all_uses_with(merged, result)

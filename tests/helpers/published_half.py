@@ -19,7 +19,7 @@ from sa3_build.export.wrappers import DitContract
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 NORM_CORE = {"Pow", "ReduceMean", "Add", "Sqrt", "Div"}
 ROTARY = {"Slice", "Unsqueeze", "Concat", "Einsum", "Mul", "Div", "Cast"}
-FOURIER = {"Mul", "Cos", "Sin", "Concat", "Unsqueeze"}  # the last one stands on the frequencies
+FOURIER = {"Mul", "Cos", "Sin", "Concat", "Unsqueeze"}  # Unsqueeze is applied to the frequencies
 
 
 def write_fp16_mixed(

@@ -117,7 +117,7 @@ def test_examples_cannot_be_changed_in_place() -> None:
 
 def test_the_module_needs_only_the_standard_library() -> None:
     # -S hides site-packages and -I the environment and the current folder: a third-party import would fail, and the
-    # listing catches a sibling module of ours that found its own way onto the path.
+    # listing catches a sibling module of ours on the path.
     program = (
         "import runpy, sys\n"
         f"names = runpy.run_path({str(SOURCE)!r})\n"

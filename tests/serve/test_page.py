@@ -87,7 +87,7 @@ def test_it_makes_plays_and_makes_a_part_anew(tab: Any, tiny_onnx: Path, tmp_pat
     monkeypatch.chdir(tmp_path)
     fill(tab)
     tab.get_by_label("Prompt").press("Tab")
-    tab.get_by_role("button", name="Make a sound").press("Enter")  # by keyboard alone
+    tab.get_by_role("button", name="Make a sound").press("Enter")  # by keyboard only
     tab.get_by_text("made in").wait_for()
     first = samples(download(tab, tmp_path / "sa3_7.wav"))
     assert first.shape == (88_200, 2)

@@ -96,7 +96,7 @@ def test_many_clients_get_the_sounds_of_the_command_to_the_bit(
         for data in sounds[index :: len(kinds)]:
             if init_audio is None:
                 assert data == expected
-            assert np.array_equal(samples(data), samples(expected))  # the path of its start is the command's own
+            assert np.array_equal(samples(data), samples(expected))  # the path of the input sound differs
             assert comment(data) == {key: value for key, value in comment(expected).items() if key != "init_audio"}
         assert np.abs(samples(expected)).max() > 300 and comment(expected)["seed"] == fields["seed"]
     assert service.metric("sa3_requests_total", 'status="200"') >= 10

@@ -118,7 +118,7 @@ TAP = """registerProcessor("tap", class extends AudioWorkletProcessor {
     return true;
   }
 });"""
-# A processor of the audio thread sees every sample that is rendered; one of the page's own thread loses some on a
+# A processor on the audio thread receives every rendered sample; one on the page's thread loses some on a
 # busy machine, which looks like the discontinuity that the test looks for.
 CAPTURE = """async ([code, act]) => {
   await context.audioWorklet.addModule("data:text/javascript," + encodeURIComponent(code));

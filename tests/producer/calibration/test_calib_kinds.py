@@ -169,7 +169,7 @@ def test_rows_of_any_plan_come_back(tmp_path_factory, plan: list[tuple[int, str]
     rng = np.random.default_rng(0)
     written = [{key: rng.random((1, *row_shape(key, length)), np.float32) for key in KEYS} for length in frames]
     for row, kind in zip(written, kinds, strict=True):
-        row["local_add_cond"] *= kind == "inpaint"  # where no kinds are stored, a mask says that a row is of that kind
+        row["local_add_cond"] *= kind == "inpaint"  # without stored kinds, a nonzero mask marks a row as in-painting
     writer = CalibrationWriter(target, len(plan), frames, {}, kinds)
     for row in written:
         writer.append(row)

@@ -147,7 +147,7 @@ def test_the_attention_scale_becomes_a_number_and_the_length_stays_computed() ->
 
 
 def test_a_constant_is_not_folded() -> None:
-    """A frequency rounded to fp16 must stay visible behind its Cast."""
+    """A frequency rounded to fp16 must stay visible through its Cast."""
     model = small("w = Cast <to=1> (half)\n velocity = Mul(x, w)", half=np.array([0.3], np.float16))
     assert run_passes(model, [FoldShapes()])[0].counts["folded"] == 0
     assert [node.op_type for node in model.graph] == ["Cast", "Mul"]

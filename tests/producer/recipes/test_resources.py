@@ -124,7 +124,7 @@ def test_a_linked_graph_is_the_graph(tiny_onnx: Path, tmp_path: Path) -> None:
     changed = large[0]
     changed.const_value = ir.tensor(changed.const_value.numpy() + np.float16(1), name=changed.name)
     save_linked(model, tmp_path / "linked.onnx")
-    assert not isinstance(changed.const_value, ir.ExternalTensor)  # the model in hand is as it was
+    assert not isinstance(changed.const_value, ir.ExternalTensor)  # the loaded model is unchanged
     again = graph_io.load(tmp_path / "linked.onnx")
     for name, value in model.graph.initializers.items():
         assert again.graph.initializers[name].const_value.tobytes() == value.const_value.tobytes(), name

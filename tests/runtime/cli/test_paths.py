@@ -71,7 +71,7 @@ def test_names_that_are_too_long(name: str, tmp_path: Path, monkeypatch: pytest.
         assert result.code == 2, (flag_values, result)
         lines = result.err.splitlines()
         assert lines[0].startswith("error: ") and lines[1].startswith("  hint: "), (flag_values, result.err)
-        assert len(lines) == 2 or name == "bench_start"  # which shows what its child said, too
+        assert len(lines) == 2 or name == "bench_start"  # which also prints its child's stderr
     assert listing(tmp_path) == {}
 
 

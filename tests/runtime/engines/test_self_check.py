@@ -313,7 +313,7 @@ def test_a_checked_artefact_that_is_exchanged_is_checked_again_whatever_its_time
     assert "answers of other bytes" in refusal(ModelSource(root)).message
 
 
-# What each stage's answers alone must refuse: the digests are those of the wrong file, as a faulty build writes them.
+# Graphs that only each stage's check rows can refuse: the digests are those of the wrong file, as a faulty build's.
 DAMAGED: dict[str, tuple[str, str, float | None]] = {
     "a layer's bias zeroed": ("sa3-m", "modulation.0.bias", 0.0),
     "rotary columns shifted": ("sa3-m", "sine", None),

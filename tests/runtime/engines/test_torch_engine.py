@@ -162,7 +162,7 @@ def test_rows_given_one_by_one_are_those_of_the_batch_and_only_new_ones_are_take
         for order in (rows, [rows[0], rows_of(others)[1], rows[2]], [silent, silent, silent], rows):
             assert torch.equal(engine.rows_velocity(x, t, order), batch(order))
         engine.rows_velocity(x, t, rows)
-        rows[0].t5_hidden.mul_(-1.0)  # the same object: nobody changes one in place, and it is not compared again
+        rows[0].t5_hidden.mul_(-1.0)  # the same object: it must not be changed in place, and is not compared again
         assert not torch.equal(engine.rows_velocity(x, t, rows), batch(rows))
         assert torch.equal(engine.rows_velocity(x, t, [replace(rows[0]), *rows[1:]]), batch(rows))
 

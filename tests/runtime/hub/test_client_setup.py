@@ -66,7 +66,7 @@ def test_a_cache_without_links_works_and_holds_each_file_once(tmp_path: Path, hu
     for _ in range(2):
         result = request_dit(tmp_path, **settings)
         assert result.returncode == 0, result.stderr
-        hub.refuse = {"*": hub_server.InjectedResponse(500)}  # the second time nothing is asked for
+        hub.refuse = {"*": hub_server.InjectedResponse(500)}  # the second time nothing is requested
         settings["HF_HUB_OFFLINE"] = "1"
     graph = Path(result.stdout.strip())
     assert graph.with_name("dit_fp16.onnx.data").read_bytes() == WEIGHTS

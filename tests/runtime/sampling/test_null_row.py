@@ -30,7 +30,7 @@ def test_no_text_is_the_null_row_and_the_null_row_always_is(tokens: int, silent:
     hidden = torch.zeros(1, 256, 768) if silent else torch.randn(1, 256, 768)
     cond = Conditioning(*positive_conditioning(hidden, mask), torch.tensor([5.0]), torch.zeros(1, 257, 4))
     assert is_null(cond.t5_hidden, cond.t5_mask) == [False] and torch.equal(cond.t5_mask, mask)
-    read = mask[..., None] > 0.5  # elsewhere the padding embedding stands
+    read = mask[..., None] > 0.5  # elsewhere the features are the padding embedding
     assert torch.equal(cond.t5_hidden * read, hidden * read)
     negative = negative_conditioning(cond, hidden, mask)
     assert is_null(negative.t5_hidden, negative.t5_mask) == [False]

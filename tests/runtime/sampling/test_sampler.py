@@ -285,4 +285,4 @@ def test_muting_and_cutting() -> None:
     finished = autoencoder.finish(samples, seconds)
     assert finished.shape == (220_500, 2)
     assert bool((finished == 1).all())
-    assert bool((samples == 1).all())  # the decoder's tensor is left alone
+    assert bool((samples == 1).all())  # the decoder's tensor is not modified
