@@ -225,7 +225,7 @@ def test_training_goes_on_from_shipped_weights_that_are_not_distilled(trained: P
     before, after = (load_file(folder / "dit.safetensors") for folder in (shipped, tmp_path / "more"))
     assert any(not torch.equal(before[key], after[key]) for key in before)
     text = [load_file(folder / "text.safetensors") for folder in (shipped, tmp_path / "more")]
-    assert all(torch.equal(text[0][key], text[1][key]) for key in text[0])  # distillation does not change the text encoder
+    assert all(torch.equal(text[0][key], text[1][key]) for key in text[0])  # not distilled
 
 
 def test_the_rest_is_trained_anew_on_a_shipped_autoencoder(trained: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_running_the_valid_frames_alone_is_masking_the_others(dit, weights, vali
         velocity, unmasked = dit(*cut), dit(*inputs)[..., :valid]
         expected = native.velocity(weights, *inputs, valid=valid)[..., :valid]
     assert float((velocity - expected).abs().max()) < TOLERANCE
-    assert valid == 64 or float((unmasked - expected).abs().max()) > 10 * TOLERANCE  # attended padding changes the result
+    assert valid == 64 or float((unmasked - expected).abs().max()) > 10 * TOLERANCE  # padding must not be attended
 
 
 def test_trunk_norms_have_the_native_eps(dit, weights) -> None:
