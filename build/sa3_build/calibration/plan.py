@@ -56,7 +56,7 @@ class Generation:
         for share, share_end in self.spans:
             start, end = share * self.seconds, share_end * self.seconds
             first, last = inpainting.regenerated_frames(start, end)
-            if first == last:  # the frame that holds the start
+            if first == last:  # use the frame that contains the start
                 middle = (first - 1) * shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE
                 half = shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE / 2
                 start, end = max(0.0, middle - half), middle + half

@@ -1,1 +1,1 @@
-"""Compile ONNX graphs to engines, and what follows: inspection, state, publishing."""
+"""Build engines from ONNX graphs; inspect, check and publish them."""

@@ -18,7 +18,7 @@ from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_trt_core.shapes import AUDIO_CHANNELS, SAMPLES_PER_FRAME
 from sa3_trt_core.torch_models.same.weights import HEAD_CHANNELS, PRODUCTS, ROTATED_PAIRS, Sizes, paired
 
-GROUPED, NATIVE = (0, 1, 2, 3, 4), (0, 3, 1, 4, 2)  # where q1, q2, k1, k2, v stand among the five parts of a to_qkv
+GROUPED, NATIVE = (0, 1, 2, 3, 4), (0, 3, 1, 4, 2)  # positions of q1, q2, k1, k2, v among the five parts of to_qkv
 ORDERS = (GROUPED, NATIVE)
 MOVES = ("Transpose", "Reshape", "Cast", "Identity", "Unsqueeze", "Squeeze", "Flatten")
 

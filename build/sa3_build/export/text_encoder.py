@@ -35,7 +35,7 @@ def load_text_encoder(folder: Path) -> nn.Module:
                 use_safetensors=True, output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ToolError(f"{folder} does not hold a T5Gemma encoder ({error})", "download or make it again") from None
+        raise ToolError(f"{folder} does not hold a T5Gemma encoder ({error})", "download or export it again") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise ToolError(f"{folder}: tensor {missing[0]} is missing", "download or make the text encoder again")

@@ -1,1 +1,1 @@
-"""Graph passes: each says what it needs, does one thing, counts what it did, and checks what it leaves."""
+"""Graph passes: each checks its preconditions, makes one rewrite, counts the changes, and checks its postconditions."""

@@ -16,7 +16,7 @@ from sa3_build.passes.base import Pass, PassResult
 from sa3_trt_core.shapes import MAX_FRAMES
 
 TRIG = {"Cos": np.cos, "Sin": np.sin}
-FEW_FRAMES = 5  # a table of another length must begin with the same rows
+FEW_FRAMES = 5  # a shorter table must equal the first rows of the longer one
 MAX_TOKENS = 4096  # memory tokens before the latent frames
 
 

@@ -149,7 +149,7 @@ def _fused_matmul(write: _Writer) -> None:
         for index, flag in enumerate(("transA", "transB"))
     ]
     alpha = write.node.attributes.get_float("alpha", 1.0)
-    if alpha != 1.0:  # on the first side, where the attention core takes its scale
+    if alpha != 1.0:  # on the first operand, as in the attention core
         sides[0] = write.add("Mul", [sides[0], write.number(alpha)])
     write.add("MatMul", sides)
 

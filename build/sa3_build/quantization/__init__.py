@@ -1,1 +1,1 @@
-"""Choose products, measure activations, set scales and round weights for FP8."""
+"""Select linear layers, measure activations, set scales and round weights for FP8."""

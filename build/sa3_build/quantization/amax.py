@@ -4,8 +4,8 @@ An FP8 activation has one scale for the whole tensor:
     scale = headroom * amax / 448
 where amax = max |x| over every calibration row, token and channel. It must be known before the engine is built, because
 the scale is a constant of the graph. The maximum is taken over rows of every sigma and kind (text, in-painting,
-guidance, ...): an activation that is larger than any in the calibration set saturates at 448 * scale. amax is stored
-per row (R, A), so that the report can show which sigma and kind set each scale.
+guidance, ...): elements above headroom * amax saturate. amax is stored per row (R, A), so that the report can show which
+sigma and kind of row determine each scale.
 """
 
 from __future__ import annotations

@@ -6,9 +6,8 @@ format, so the relative step is the same at every scale. GPTQ (Frantar et al. 20
 calibration activations X (tokens, K) instead:
     1. H = X^T X (K, K) tells which inputs are correlated.
     2. Inputs k are rounded one after another, those with most energy first.
-    3. The error of input k is subtracted from the weights of the inputs still to come, weighted by H's inverse, so that
-their rounding makes up for it.
-The scale of each output channel stays amax / 448; only the choice between the neighbouring codes changes. It costs
+    3. The error of input k is subtracted from the inputs still to come, weighted by the inverse of H.
+The scale of each output channel stays amax / 448; only the choice of the codes changes. It costs
 nothing at inference. `damping` adds a share of the mean diagonal to H, which keeps the codes from overfitting the
 calibration rows.
 """
