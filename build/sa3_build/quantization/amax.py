@@ -4,8 +4,8 @@ An FP8 activation has one scale for the whole tensor:
     scale = headroom * amax / 448
 where amax = max |x| over every calibration row, token and channel. It must be known before the engine is built, because
 the scale is a constant of the graph. The maximum is taken over rows of every sigma and kind (text, in-painting,
-guidance, ...): elements above headroom * amax saturate. amax is stored per row (R, A), so that the report can show which
-sigma and kind of row determine each scale.
+guidance, ...): elements above headroom * amax saturate. amax is stored per row (R, A), so that the report can show the
+sigma and the kind of row that determine each scale.
 """
 
 from __future__ import annotations
