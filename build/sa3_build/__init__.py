@@ -1,1 +1,1 @@
-"""The producer and compile library behind the commands in build/."""
+"""Library of the producing and compiling commands in build/."""

@@ -73,7 +73,7 @@ class Pairs:
     target: torch.Tensor
 
 
-def behind_a_wall(samples: np.ndarray) -> np.ndarray:
+def low_pass(samples: np.ndarray) -> np.ndarray:
     """Return samples (2, N) low-pass filtered at WALL_HZ, 24 dB per octave, zero phase."""
     spectrum = np.fft.rfft(samples, axis=-1)
     frequencies = np.fft.rfftfreq(samples.shape[-1], 1.0 / shapes.SAMPLE_RATE)
@@ -174,7 +174,7 @@ def _through(subject: CheckpointUnderTest, latents: torch.Tensor, progress: Prog
     filtered = []
     for latent in latents:
         pcm = subject.decode(latent[None]).T.astype(np.float32) / FULL_SCALE
-        filtered.append(subject.encode(behind_a_wall(pcm)))
+        filtered.append(subject.encode(low_pass(pcm)))
         progress.advance()
     return torch.cat(filtered)
 

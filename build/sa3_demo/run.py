@@ -44,7 +44,7 @@ class Run:
         self.tokenizer: Any = tokenizer_of(self.folder, tokenizer_texts(), VOCABULARY)
         self._pool: LoopPool | None = None
         self._latents: torch.Tensor | None = None
-        self._noted: list[dict[str, Any]] = []
+        self._earlier_notes: list[dict[str, Any]] = []
 
     def go(self, stages: int = len(STAGES)) -> str:
         """Train at most `stages` stages or until the deadline; return the current stage, or "done"."""
@@ -109,17 +109,17 @@ class Run:
 
     def _keeper(self, part: str) -> Keep:
         """Return the callback that saves a stage's progress; notes of earlier stages precede its own."""
-        self._noted = list(self.state.notes)
+        self._earlier_notes = list(self.state.notes)
 
         def keep(module: torch.nn.Module, step: int, notes: list[dict[str, Any]]) -> None:
             self.state.replace(part, module.state_dict())
-            self.state.step, self.state.notes = step, self._noted + notes
+            self.state.step, self.state.notes = step, self._earlier_notes + notes
             state.save(self.folder, self.state)
 
         return keep
 
     def _advance(self, step: int, notes: list[dict[str, Any]], finished: bool) -> None:
-        self.state.notes = self._noted + notes
+        self.state.notes = self._earlier_notes + notes
         self.state.step = step
         if finished:
             self.state.stage, self.state.step = STAGES[STAGES.index(self.state.stage) + 1], 0

@@ -1,4 +1,4 @@
-"""The builders of engines by backend: the producer's half of sa3_trt_core.engines.BACKENDS."""
+"""Builders of engines by backend, one per backend of sa3_trt_core.engines.BACKENDS."""
 
 from __future__ import annotations
 

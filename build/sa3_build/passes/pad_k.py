@@ -55,8 +55,8 @@ class PadK(Pass):
 def missing(node: ir.Node, weight: ir.Value) -> int:
     """Return the number of rows that K lacks to a multiple of 16."""
     sizes = weight.const_value.shape.numpy() if weight.const_value is not None else ()
-    behind_transpose = node.inputs[1] is not weight or bool(node.attributes.get_int("transB", 0))
-    return -sizes[-1 if behind_transpose else 0] % MULTIPLE if len(sizes) == 2 else 0
+    transposed = node.inputs[1] is not weight or bool(node.attributes.get_int("transB", 0))
+    return -sizes[-1 if transposed else 0] % MULTIPLE if len(sizes) == 2 else 0
 
 
 def unaligned_linears(model: ir.Model) -> list[ir.Node]:
