@@ -18,7 +18,7 @@ def onnx_of(root: Path, target: str) -> Path:
     return root / find_target(target).onnx[0]
 
 
-def made(main, argv: list[object]) -> None:  # type: ignore[no-untyped-def]
+def run_checked(main, argv: list[object]) -> None:  # type: ignore[no-untyped-def]
     """Run a command and fail the test with its stderr unless it exits with 0."""
     result = run(main, argv)
     assert result.code == 0, result.err
@@ -53,7 +53,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = ["--random", "--width", 128, "--depth", 1, "--out"]
     return build_once(
         tmp_path_factory, "tiny-checkpoint",
-        lambda folder: made(make_demo_checkpoint.main, [*argv, folder / "checkpoint"]),
+        lambda folder: run_checked(make_demo_checkpoint.main, [*argv, folder / "checkpoint"]),
     ) / "checkpoint"  # fmt: skip
 
 
@@ -64,8 +64,10 @@ def tiny_onnx(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     import export_onnx
 
     def make(root: Path) -> None:
-        made(export_onnx.main, ["--model-dir", tiny_checkpoint, "--onnx-root", root])
-        made(build_dit_fp16mixed.main, ["--input", onnx_of(root, "sa3-m-fp32"), "--onnx", onnx_of(root, "sa3-m")])
+        run_checked(export_onnx.main, ["--model-dir", tiny_checkpoint, "--onnx-root", root])
+        run_checked(
+            build_dit_fp16mixed.main, ["--input", onnx_of(root, "sa3-m-fp32"), "--onnx", onnx_of(root, "sa3-m")]
+        )
 
     return build_once(tmp_path_factory, "tiny-onnx", make)
 
@@ -80,7 +82,8 @@ def tiny_calib(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     argv += ["--prompts", 2, "--duration", 0.5, "--steps", 4, "--cover", "text", "--out"]
     name = "sa3-m.calib.npz"
     return (
-        build_once(tmp_path_factory, "tiny-calib", lambda folder: made(make_calib.main, [*argv, folder / name])) / name
+        build_once(tmp_path_factory, "tiny-calib", lambda folder: run_checked(make_calib.main, [*argv, folder / name]))
+        / name
     )
 
 
@@ -92,6 +95,6 @@ def tiny_fp8(tiny_onnx: Path, tiny_calib: Path, tmp_path_factory: pytest.TempPat
     def make(root: Path) -> None:
         shutil.copytree(tiny_onnx, root, dirs_exist_ok=True)
         argv = ["--input", onnx_of(root, "sa3-m"), "--calib", tiny_calib, "--onnx", onnx_of(root, "sa3-m-fp8")]
-        made(build_dit_fp8.main, [*argv, "--parity-rows", 8])
+        run_checked(build_dit_fp8.main, [*argv, "--parity-rows", 8])
 
     return build_once(tmp_path_factory, "tiny-fp8", make)

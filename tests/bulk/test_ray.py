@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 import sa3_trt
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from sa3_bulk.worker import Worker
 from sa3_trt_core.cli.job import make_job
 
@@ -100,7 +100,7 @@ def test_what_a_worker_refuses_and_rows_that_fail_are_two_lines(
     nodes: Nodes, line: list[object], tmp_path: Path
 ) -> None:
     more = ["--ray", nodes.address, "--out-dir", tmp_path / "out", "--quiet"]
-    two_lines(run(sa3_trt.main, [*line, *more, "--peak", "limit"]), "--peak limit")
+    assert_user_error(run(sa3_trt.main, [*line, *more, "--peak", "limit"]), "--peak limit")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -135,7 +135,7 @@ def test_shards_are_every_nth_row_under_their_own_numbers(line: list[object], tm
     assert result.code == 0, result.err
     assert sorted(path.name for path in tmp_path.glob("*.wav")) == ["004_sound-3_6.wav", "008_sound-7_10.wav"]
     for wrong in ("0/2", "3/2", "1", "a/b"):
-        two_lines(run(sa3_trt.main, [*line, "--shard", wrong]))
+        assert_user_error(run(sa3_trt.main, [*line, "--shard", wrong]))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_shards_are_every_nth_row_under_their_own_numbers(line: list[object], tm
     ],
 )
 def test_mistakes_are_two_lines(line: list[object], tmp_path: Path, more: list[str], words: str) -> None:
-    two_lines(run(sa3_trt.main, [*line, *more, "--out-dir", tmp_path / "out"]), words)
+    assert_user_error(run(sa3_trt.main, [*line, *more, "--out-dir", tmp_path / "out"]), words)
     assert not list(tmp_path.glob("out/*.wav"))
 
 
@@ -157,7 +157,7 @@ def test_without_ray_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     result = run(sa3_trt.main, [*line, "--devices", "cpu", "--out-dir", tmp_path / "out"])
-    two_lines(result, "--devices needs Ray")
+    assert_user_error(result, "--devices needs Ray")
     assert "pip install 'sa3-trt[ray]'" in result.err and "--shard" in result.err
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reprompt
-from helpers.commands import ROOT, kill_when, listing, run, two_lines
+from helpers.commands import ROOT, assert_user_error, kill_when, listing, run
 from reprompt import deployed_text
 from sa3_build.calibration.capture import CheckpointModel
 from sa3_build.export import load_modules as native
@@ -217,7 +217,7 @@ def test_latents_have_mean_zero_and_deviation_one(trained: Path) -> None:
 def test_training_goes_on_from_shipped_weights_that_are_not_distilled(trained: Path, tmp_path: Path) -> None:
     shipped = shutil.copytree(trained / "shipped", tmp_path / "shipped")
     argv = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped]
-    two_lines(run(train_demo_model.main, argv), str(shipped))
+    assert_user_error(run(train_demo_model.main, argv), str(shipped))
     made = json.loads((shipped / "training.json").read_text())
     (shipped / "training.json").write_text(json.dumps({**made, "stage": "distillation", "step": 0}))
     result = run(train_demo_model.main, [*argv, "--ship", tmp_path / "more"])
@@ -251,7 +251,7 @@ def test_the_rest_is_trained_anew_on_a_shipped_autoencoder(trained: Path, tmp_pa
     ("flags", "named"), [(["--from-stage", "flow"], "--start-from"), (["--start-from", SHIPPED], "another size")]
 )
 def test_a_start_that_cannot_be_is_refused(tmp_path: Path, flags: list[str | Path], named: str) -> None:
-    two_lines(run(train_demo_model.main, ["--work", tmp_path / "work", "--tiny", *flags]), named)
+    assert_user_error(run(train_demo_model.main, ["--work", tmp_path / "work", "--tiny", *flags]), named)
     assert listing(tmp_path) == {}
 
 
@@ -268,12 +268,12 @@ def test_a_shortened_stage_is_one_stage_of_its_own_size(trained: Path, tmp_path:
     assert written["plan"]["flow"]["learning_rate"] == pytest.approx(plan.TINY.flow.learning_rate / 2**0.5)
     assert written["stage"] == "distillation"
     assert "done" in run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]).out
-    two_lines(run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]), "trained to the end")
+    assert_user_error(run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]), "trained to the end")
 
 
 def test_full_training_needs_a_gpu(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
-        two_lines(run(train_demo_model.main, ["--work", tmp_path / "work"]), "GPU")
+        assert_user_error(run(train_demo_model.main, ["--work", tmp_path / "work"]), "GPU")
         assert listing(tmp_path) == {}
 
 
@@ -313,13 +313,15 @@ def test_spoilt_weights_are_named_and_nothing_is_written(
     monkeypatch.setattr(reprompt, "__file__", str(tmp_path / "place" / "reprompt.py"))
     spoil(tmp_path / "place" / "demo_model")  # type: ignore[operator]
     (tmp_path / "out").mkdir()
-    two_lines(run(make_demo_checkpoint.main, ["--out", tmp_path / "out" / "checkpoint"]), named)
+    assert_user_error(run(make_demo_checkpoint.main, ["--out", tmp_path / "out" / "checkpoint"]), named)
     assert listing(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize("flag", ["--width 128", "--depth 2", "--geometry medium"])
 def test_sizes_belong_to_random_weights(tmp_path: Path, flag: str) -> None:
-    two_lines(run(make_demo_checkpoint.main, ["--out", tmp_path / "a", *flag.split()]), flag.split(maxsplit=1)[0])
+    assert_user_error(
+        run(make_demo_checkpoint.main, ["--out", tmp_path / "a", *flag.split()]), flag.split(maxsplit=1)[0]
+    )
     assert listing(tmp_path) == {}
 
 

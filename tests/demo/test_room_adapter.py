@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import train_demo_lora
 
-from helpers.commands import ROOT, run, two_lines
+from helpers.commands import ROOT, assert_user_error, run
 from reprompt import deployed_text
 from sa3_demo import listen
 from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Row
@@ -67,7 +67,7 @@ def test_training_writes_a_native_adapter_that_fits_the_checkpoint(tiny_checkpoi
 
 def test_a_device_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     line = ["--checkpoint", tiny_checkpoint, "--out", tmp_path / "a.safetensors", "--device", "cuda:99"]
-    two_lines(run(train_demo_lora.main, line), "--device cuda:99")
+    assert_user_error(run(train_demo_lora.main, line), "--device cuda:99")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,7 @@ import pytest
 import score_demo_model
 import soundfile
 
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from reprompt import deployed_text
 from sa3_demo import score
 from sa3_demo.music import FIRST_HELD_OUT, draw_piece
@@ -180,15 +180,21 @@ def test_a_wrong_folder_is_said_in_two_lines(
     folder = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, folder)
     spoil(folder)
-    two_lines(run(score_demo_model.main, ["--checkpoint", folder]), *words)
+    assert_user_error(run(score_demo_model.main, ["--checkpoint", folder]), *words)
 
 
 def test_a_wrong_root_and_a_wrong_destination_are_said_before_any_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("here")
     before = listing(tmp_path)
-    two_lines(run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--onnx-root", tmp_path]), "sa3-m/dit.onnx")
-    two_lines(run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--out", tmp_path / "file"]), "--out")
-    two_lines(run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--dit", tmp_path / "no.onnx"]), "no.onnx")
+    assert_user_error(
+        run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--onnx-root", tmp_path]), "sa3-m/dit.onnx"
+    )
+    assert_user_error(
+        run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--out", tmp_path / "file"]), "--out"
+    )
+    assert_user_error(
+        run(score_demo_model.main, ["--checkpoint", tiny_checkpoint, "--dit", tmp_path / "no.onnx"]), "no.onnx"
+    )
     assert listing(tmp_path) == before
 
 

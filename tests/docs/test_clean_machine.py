@@ -11,7 +11,7 @@ import soundfile
 
 import sa3_trt
 from helpers import hub_server
-from helpers.commands import run, two_lines
+from helpers.commands import assert_user_error, run
 from helpers.hub_server import InjectedResponse, LocalHub
 from sa3_trt_core import model_loader
 from sa3_trt_core.engines import BACKENDS
@@ -81,7 +81,7 @@ def test_or_with_one_command_to_type(  # the fixture and the four
     local.refuse[file] = answer
     argv = ["--prompt", "x", "--precision", "fp8", "--seconds", 0.5, "--out", tmp_path / "a.wav", "--quiet"]
     result = run(sa3_trt.main, [*argv, "--models-dir", tmp_path / "models"])
-    two_lines(result, words)
+    assert_user_error(result, words)
     assert command in result.err.splitlines()[1]
     assert not (tmp_path / "a.wav").exists()
 

@@ -45,7 +45,7 @@ def kill_when(argv: Sequence[str], ready: Callable[[], bool], seconds: float = 1
     assert process.wait() == -signal.SIGKILL, "the command ended before it could be killed"
 
 
-def two_lines(result: CommandResult, *words: str) -> None:
+def assert_user_error(result: CommandResult, *words: str) -> None:
     """Assert a user error: exit 2, empty stdout, two lines on stderr, the first of which contains all of `words`."""
     assert (result.code, result.out) == (2, ""), result
     lines = result.err.splitlines()

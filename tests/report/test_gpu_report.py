@@ -14,7 +14,7 @@ from sa3_gpu_report.host import this_host
 from sa3_gpu_report.parts import Part, run_parts
 from sa3_gpu_report.scrub import Scrubber
 
-from helpers.commands import ROOT, run, two_lines
+from helpers.commands import ROOT, assert_user_error, run
 
 SECRET = "hf_abcdefgh0123456789"
 
@@ -115,10 +115,12 @@ def test_a_report_on_graphs_that_are_not_there_runs_to_its_end(tmp_path: Path) -
 
 
 def test_mistakes_are_two_lines(tmp_path: Path) -> None:
-    two_lines(run(gpu_report.main, ["--onnx-root", tmp_path / "none", "--out", tmp_path / "out"]), "is no folder")
+    assert_user_error(
+        run(gpu_report.main, ["--onnx-root", tmp_path / "none", "--out", tmp_path / "out"]), "is no folder"
+    )
     file = tmp_path / "file"
     file.write_text("")
-    two_lines(run(gpu_report.main, ["--out", file]), "is not a folder")
+    assert_user_error(run(gpu_report.main, ["--out", file]), "is not a folder")
 
 
 def test_the_readme_shows_what_the_kept_reports_say() -> None:

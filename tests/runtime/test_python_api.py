@@ -14,7 +14,7 @@ import torch
 
 import sa3_trt
 import sa3_trt_core
-from helpers.commands import run, two_lines
+from helpers.commands import assert_user_error, run
 from sa3_trt_core import GateError, Generator, Request, Result, ToolError
 from sa3_trt_core.errors import as_flags
 
@@ -146,5 +146,5 @@ def test_the_command_line_adds_the_dashes() -> None:
         "--init-noise-level and --inpaint-range: --cfg 3, `a b`"
     )
     result = run(sa3_trt.main, ["--prompt", "x", "--apg", "0.5"])
-    two_lines(result, "--apg does nothing")
+    assert_user_error(result, "--apg does nothing")
     assert "--cfg 3" in result.err and "`" not in result.err

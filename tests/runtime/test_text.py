@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer as Backend, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from sa3_trt_core.engines.base import DeviceEngine
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.text import Tokenizer, encode_text
 
@@ -106,17 +107,11 @@ def test_broken_tokenizer_files_are_two_lines(tmp_path: Path, file: str, text: s
 
 
 def test_features_come_out_as_the_dit_takes_them(tmp_path: Path) -> None:
-    class Encoder:
+    class Encoder(DeviceEngine):
         input_names: tuple[str, ...] = ("input_ids", "attention_mask")
 
         def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {"hidden_states": inputs["input_ids"].double()[..., None].expand(-1, -1, 768)}
-
-        def close(self) -> None: ...
-        def __enter__(self) -> Encoder:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
 
     tokenizer = Tokenizer(make_folder(tmp_path, "<bos> $A", {}) / "tokenizer.json")
     hidden, mask = encode_text(Encoder(), tokenizer, ["", "drums"])

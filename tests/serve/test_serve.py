@@ -19,7 +19,7 @@ import pytest
 import soundfile
 
 import sa3_trt
-from helpers.commands import CommandResult, run, two_lines
+from helpers.commands import CommandResult, assert_user_error, run
 from helpers.service import Service, comment, samples, serving
 
 LONG = {"prompt": "endless", "seconds": 1.0, "steps": 100, "seed": 1}
@@ -125,7 +125,7 @@ def test_a_stream_is_the_wav_of_windows_as_they_are_decoded(service: Service, ti
 
 def refused(answer: Any, status: int, *words: str) -> None:
     assert answer.status_code == status, answer.text
-    two_lines(CommandResult(2, "", answer.text), *words)
+    assert_user_error(CommandResult(2, "", answer.text), *words)
 
 
 def test_wrong_input_is_two_lines(service: Service, sound: Path) -> None:
@@ -242,12 +242,12 @@ def test_mistakes_of_the_command_are_two_lines(tiny_onnx: Path, tmp_path: Path) 
     short = tmp_path / "token"
     short.write_text("short")
     argv = ["--onnx-root", tiny_onnx, "--backend", "onnxruntime", "--precision", "fp32", "--port", 0]
-    two_lines(run(command.main, [*argv, "--token-file", short]), "holds no token")
-    two_lines(run(command.main, [*argv, "--token-file", tmp_path / "none"]), "cannot read --token-file")
-    two_lines(run(command.main, ["--onnx-root", tmp_path, "--backend", "onnxruntime"]))
+    assert_user_error(run(command.main, [*argv, "--token-file", short]), "holds no token")
+    assert_user_error(run(command.main, [*argv, "--token-file", tmp_path / "none"]), "cannot read --token-file")
+    assert_user_error(run(command.main, ["--onnx-root", tmp_path, "--backend", "onnxruntime"]))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         taken_line = [*argv[:-1], taken.getsockname()[1]]
-        two_lines(run(command.main, taken_line), "cannot listen on 127.0.0.1")
+        assert_user_error(run(command.main, taken_line), "cannot listen on 127.0.0.1")
 
 
 def test_help_needs_no_package() -> None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import onnx_of
 
 from helpers import broken_fp8
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from sa3_trt_core.errors import ToolError
 
 PAIR = ["--engines", "fp16mixed@onnxruntime", "fp8@onnxruntime", "--lengths", "12", "--repeats", "1", "--batches"]
@@ -89,7 +89,7 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
 )
 def test_engines_that_cannot_be_compared(tiny_fp8: Path, tmp_path: Path, words: list[str], reason: str) -> None:
     argv = ["--engines", *words, "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "models", "--out", tmp_path]
-    two_lines(run(bench_dit.main, argv), reason)
+    assert_user_error(run(bench_dit.main, argv), reason)
     assert listing(tmp_path) == {}
 
 

@@ -13,7 +13,7 @@ from conftest import onnx_of
 from onnx import TensorProto, helper, numpy_helper
 
 from helpers.broken_fp8 import quantised_products
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from helpers.graphs import private_copy
 from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_validation import sound_features, two_sample
@@ -245,11 +245,15 @@ def test_two_sample_figures_are_judged_by_the_shipped_gates() -> None:
 def test_mistakes_are_two_lines_and_write_nothing(tiny_fp8: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     base = ["--onnx-root", tiny_fp8, "--out", out, *SHORT]
-    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--no-audio"]), "--no-audio makes none")
-    two_lines(run(validate_fp8.main, [*base, "--published", "x.onnx"]), "belong to --two-sample")
-    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--published", tmp_path / "x.onnx"]), "is not there")
-    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--embedder", "clap", "x"]), "no kind of network")
-    two_lines(run(validate_fp8.main, [*base, "--two-sample", 1]), "--two-sample")
+    assert_user_error(run(validate_fp8.main, [*base, "--two-sample", 4, "--no-audio"]), "--no-audio makes none")
+    assert_user_error(run(validate_fp8.main, [*base, "--published", "x.onnx"]), "belong to --two-sample")
+    assert_user_error(
+        run(validate_fp8.main, [*base, "--two-sample", 4, "--published", tmp_path / "x.onnx"]), "is not there"
+    )
+    assert_user_error(
+        run(validate_fp8.main, [*base, "--two-sample", 4, "--embedder", "clap", "x"]), "no kind of network"
+    )
+    assert_user_error(run(validate_fp8.main, [*base, "--two-sample", 1]), "--two-sample")
     wrong = onnx_of(tiny_fp8, "sa3-m-fp8")
-    two_lines(run(validate_fp8.main, [*base, "--two-sample", 4, "--embedder", "onnx", wrong]), "--embedder: ")
+    assert_user_error(run(validate_fp8.main, [*base, "--two-sample", 4, "--embedder", "onnx", wrong]), "--embedder: ")
     assert listing(tmp_path) == {}

@@ -17,7 +17,7 @@ import validate_fp8
 from conftest import onnx_of
 
 from helpers import broken_fp8
-from helpers.commands import CommandResult, listing, run, two_lines
+from helpers.commands import CommandResult, assert_user_error, listing, run
 
 SHORT = ["--prompts", 1, "--seconds", 0.5, "--steps", 4, "--extra", 1]
 GATE = "single_step.by_kind.text.denoised.cosine.worst"
@@ -154,14 +154,14 @@ def test_mistakes_are_two_lines_and_write_nothing(tiny_fp8: Path, tiny_calib: Pa
     out = tmp_path / "out"
     wrong = tmp_path / "gates.toml"
     wrong.write_text("format = 1\n")
-    two_lines(validate(tiny_fp8, out, "--gate", wrong), "gates.toml has no [[gate]]")
-    two_lines(validate(tiny_fp8, out, "--candidate", "fp7"), "fp7 is no precision and no file")
-    two_lines(validate(tiny_fp8, out, "--html", "--no-audio"), "--html has nothing to play")
-    two_lines(validate(tiny_fp8, out, "--calib", tmp_path / "a.npz"), "no such calibration file")
-    two_lines(validate(tiny_fp8, out, "--calib", tiny_calib, "--prompts-file", wrong), "two sources")
-    two_lines(validate(tiny_fp8, out, "--prompts", 1000), "--prompts 1000")
+    assert_user_error(validate(tiny_fp8, out, "--gate", wrong), "gates.toml has no [[gate]]")
+    assert_user_error(validate(tiny_fp8, out, "--candidate", "fp7"), "fp7 is no precision and no file")
+    assert_user_error(validate(tiny_fp8, out, "--html", "--no-audio"), "--html has nothing to play")
+    assert_user_error(validate(tiny_fp8, out, "--calib", tmp_path / "a.npz"), "no such calibration file")
+    assert_user_error(validate(tiny_fp8, out, "--calib", tiny_calib, "--prompts-file", wrong), "two sources")
+    assert_user_error(validate(tiny_fp8, out, "--prompts", 1000), "--prompts 1000")
     absent = shutil.copytree(tiny_fp8, tmp_path / "root", ignore=shutil.ignore_patterns("dit_fp8*"))
-    two_lines(validate(absent, out), "dit_fp8.onnx")
+    assert_user_error(validate(absent, out), "dit_fp8.onnx")
     assert not out.exists()
 
 
@@ -183,7 +183,9 @@ def test_the_consumer_validates_only_dits(tiny_fp8: Path, tmp_path: Path) -> Non
 
     pytest.importorskip("tensorrt_rtx", reason="the RTX builder is part of requirements-cpu.txt only")
     argv = ["--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tiny_fp8, "--models-dir", tmp_path / "m"]
-    two_lines(run(build_from_onnx.main, ["t5gemma", *argv, "--validate"]), "--validate requires at least one DiT")
+    assert_user_error(
+        run(build_from_onnx.main, ["t5gemma", *argv, "--validate"]), "--validate requires at least one DiT"
+    )
     assert listing(tmp_path) == {}
 
 

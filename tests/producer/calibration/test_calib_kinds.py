@@ -12,7 +12,7 @@ import make_calib
 import numpy as np
 import pytest
 import torch
-from conftest import made, onnx_of
+from conftest import onnx_of, run_checked
 from hypothesis import given, settings, strategies as st
 
 from helpers import damage
@@ -42,7 +42,7 @@ def covering(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("kinds") / "sa3-m.calib.npz"
     config, weights = tiny_checkpoint / "model_config.json", tiny_checkpoint / "model.safetensors"
     argv = ["--model-config", config, "--checkpoint", weights, "--out", path, "--prompts", 4, "--steps", STEPS]
-    made(make_calib.main, [*argv, "--duration", *SECONDS])
+    run_checked(make_calib.main, [*argv, "--duration", *SECONDS])
     return path
 
 

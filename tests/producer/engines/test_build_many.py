@@ -14,7 +14,7 @@ import pytest
 
 import build
 from helpers import graphs
-from helpers.commands import ROOT, run, two_lines
+from helpers.commands import ROOT, assert_user_error, run
 from sa3_trt_core.artifacts import locks, manifest
 from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.engines import BACKENDS
@@ -137,9 +137,9 @@ def test_the_menu_builds_what_is_chosen(root: Path, tmp_path: Path, monkeypatch:
 
 def test_what_needs_a_gpu_is_refused_without_one(root: Path, tmp_path: Path) -> None:
     argv = [DECODER.name, *RTX, "--onnx-root", root, "--models-dir", tmp_path]
-    two_lines(run(build_from_onnx.main, [*argv, "--best-of", "3"]), "--best-of")
-    two_lines(run(build_from_onnx.main, [*argv, "--engine-report"]), "--engine-report")
-    two_lines(run(build_from_onnx.main, [*argv, "--prebuilt"]), "10.15.1.29")
+    assert_user_error(run(build_from_onnx.main, [*argv, "--best-of", "3"]), "--best-of")
+    assert_user_error(run(build_from_onnx.main, [*argv, "--engine-report"]), "--engine-report")
+    assert_user_error(run(build_from_onnx.main, [*argv, "--prebuilt"]), "10.15.1.29")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ import publish
 import pytest
 
 from helpers import graphs, hub_server
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from helpers.hub_server import InjectedResponse, LocalHub
 from sa3_build.engines import publish as engines_publish
 from sa3_trt_core.artifacts import manifest
@@ -131,7 +131,7 @@ def test_what_comes_back_otherwise_is_exit_3(local: LocalHub, tmp_path: Path) ->
 )
 def test_what_is_not_a_finished_dit_is_refused(tmp_path: Path, change: dict, words: str) -> None:
     onnx = finished(tmp_path, **change)
-    two_lines(run(publish.main, ["--onnx", onnx]), words)
+    assert_user_error(run(publish.main, ["--onnx", onnx]), words)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_changed_byte_is_found(tmp_path: Path, file: str) -> None:
     onnx = finished(tmp_path)
     data = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    two_lines(run(publish.main, ["--onnx", onnx]), "is not a finished artefact")
+    assert_user_error(run(publish.main, ["--onnx", onnx]), "is not a finished artefact")
     (tmp_path / file).unlink()
     assert run(publish.main, ["--onnx", onnx]).code == 2
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 import sa3_trt
 from helpers import adapters, native
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from sa3_build.export import torch_to_onnx
 from sa3_build.lora.graph_layers import find_layers
 from sa3_build.lora.merge import merge_graph
@@ -294,10 +294,10 @@ def test_a_missing_merged_graph_is_refused_with_the_command_that_makes_it(
     argv = ["--prompt", "x", "--seconds", 1, "--precision", "fp8", "--onnx-root", root / "onnx", "--models-dir",
             tmp_path, "--out", tmp_path / "x.wav", "--lora", f"{adapted('lora', 5)}:0.7"]  # fmt: skip
     result = run(sa3_trt.main, [*argv, "--backend", "onnxruntime"])
-    two_lines(result, "sa3-m-fp8.lora-")
+    assert_user_error(result, "sa3-m-fp8.lora-")
     hint = result.err.splitlines()[1]
     assert "merge_lora.py --input" in hint and f"{adapted('lora', 5)}:0.7" in hint and "--fp8-base" in hint
-    two_lines(run(sa3_trt.main, [*argv, "--backend", "torch"]), "no engine")
+    assert_user_error(run(sa3_trt.main, [*argv, "--backend", "torch"]), "no engine")
     assert listing(root) == before
 
 
@@ -360,4 +360,4 @@ def test_validation_compares_both_precisions_with_the_adapter(root: Path, adapte
     text = json.dumps(about)
     assert "dit_fp16mixed.lora-" in text and "dit_fp8.lora-" in text
     assert "dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in text
-    two_lines(run(validate_fp8.main, [*argv, "--lora", f"{adapted('dora-rows', 0)}:0.7"]), "sa3-m.lora-")
+    assert_user_error(run(validate_fp8.main, [*argv, "--lora", f"{adapted('dora-rows', 0)}:0.7"]), "sa3-m.lora-")

@@ -20,7 +20,7 @@ from hypothesis import given, settings, strategies as st
 from onnx.reference import ReferenceEvaluator
 
 import sa3_trt
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from helpers.plugin_graphs import HEADS, WIDTH, dense_attention, plugin_decoder, plugin_graph
 from sa3_build.passes.lower_plugins import lowered
 from sa3_trt_core.artifacts import manifest
@@ -94,7 +94,9 @@ def test_what_is_not_recognised_is_refused(tmp_path: Path, name: str) -> None:
     changes, words = BAD[name]
     path = plugin_graph(tmp_path / "in" / "swa.onnx", **changes)
     before = listing(tmp_path)
-    two_lines(run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "out" / "swa.onnx"]), "swa.onnx", words)
+    assert_user_error(
+        run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "out" / "swa.onnx"]), "swa.onnx", words
+    )
     assert listing(tmp_path) == before
 
 
@@ -119,8 +121,8 @@ def test_the_lowered_file_runs_in_onnxruntime_and_is_kept(published: Path, tmp_p
         latents = torch.randn(1, 256, 200, generator=torch.Generator().manual_seed(0)) / 8
         whole, windows = decode(engine, latents), decode(engine, latents, 64)
     assert float((whole - windows).abs().max()) <= 2 / 32767 and float(whole.abs().max()) > 0.01
-    two_lines(run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "x.onnx"]), "no plug-in")
-    two_lines(run(lower_attention.main, [*argv[:2], "--onnx", argv[1]]), "is also the input")
+    assert_user_error(run(lower_attention.main, ["--input", path, "--onnx", tmp_path / "x.onnx"]), "no plug-in")
+    assert_user_error(run(lower_attention.main, [*argv[:2], "--onnx", argv[1]]), "is also the input")
 
 
 def test_the_published_file_is_compiled_as_it_is(published: Path, tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_a_plug_in_that_is_not_known_is_refused_still(tmp_path: Path, change: st
         swa.attribute[0].i = 3
     onnx.save(proto, path)
     argv = ["same-l-decoder", "--backend", "tensorrt_rtx", "--arch", "sm_89", "--onnx-root", tmp_path / "root"]
-    two_lines(run(build_from_onnx.main, [*argv, "--models-dir", tmp_path / "models"]), words)
+    assert_user_error(run(build_from_onnx.main, [*argv, "--models-dir", tmp_path / "models"]), words)
     assert not (tmp_path / "models").exists()
 
 

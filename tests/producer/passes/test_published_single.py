@@ -11,10 +11,10 @@ import build_dit_fp16mixed
 import numpy as np
 import onnx
 import pytest
-from conftest import made, onnx_of
+from conftest import onnx_of, run_checked
 
 from helpers import published_style
-from helpers.placed import placed_amax, placed_scales
+from helpers.layer_scales import amax_by_role, scales_by_role
 from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.fp32_islands import rms_norms
 from sa3_build.recipes.fp8 import report_path
@@ -38,7 +38,7 @@ def published(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def half(published: Path) -> Path:
     """Convert it to FP16-mixed by the command. Read only."""
     path = published.parents[1] / "half" / "dit_fp16mixed.onnx"
-    made(build_dit_fp16mixed.main, ["--input", published, "--onnx", path])
+    run_checked(build_dit_fp16mixed.main, ["--input", published, "--onnx", path])
     return path
 
 
@@ -46,7 +46,7 @@ def half(published: Path) -> Path:
 def quantised(request: pytest.FixtureRequest, half: Path, tiny_calib: Path) -> Path:
     path = half.parents[1] / request.param / "dit_fp8.onnx"
     argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", request.param, "--parity-rows", 8]
-    made(build_dit_fp8.main, argv)
+    run_checked(build_dit_fp8.main, argv)
     return path
 
 
@@ -106,15 +106,15 @@ def test_the_same_activations_enter_the_same_products(
     published: Path, tiny_onnx: Path, tiny_calib: Path, tmp_path: Path
 ) -> None:
     """In fp32 without rounding: the limit is 0.01 %, the measured difference 3e-7."""
-    exported = placed_amax(onnx_of(tiny_onnx, "sa3-m-fp32"), tmp_path, tiny_calib)
-    published_amax = placed_amax(published, tmp_path, tiny_calib)
+    exported = amax_by_role(onnx_of(tiny_onnx, "sa3-m-fp32"), tmp_path, tiny_calib)
+    published_amax = amax_by_role(published, tmp_path, tiny_calib)
     assert published_amax == pytest.approx(exported, rel=1e-4) and len(published_amax) == 7 * DEPTH + 2
 
 
 def test_it_becomes_fp8_as_ours_does(quantised: Path, half: Path, tiny_fp8: Path, tiny_calib: Path) -> None:
     """The same products with the same scales: weights' equal, activations' within two fp16 steps."""
-    exported = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
-    published_scales = placed_scales(half, quantised)
+    exported = scales_by_role(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
+    published_scales = scales_by_role(half, quantised)
     assert published_scales.keys() == exported.keys() and len(exported) == 7 * DEPTH + 2
     for role, (activation, weight) in exported.items():
         assert published_scales[role][0] == pytest.approx(activation, rel=2e-3), role

@@ -9,7 +9,7 @@ import build_dit_fp16mixed
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import made, onnx_of
+from conftest import onnx_of, run_checked
 
 from helpers import published_style
 from sa3_build.export import torch_to_onnx
@@ -152,7 +152,7 @@ def test_switches(tiny_onnx: Path, tmp_path: Path) -> None:
     counts_by_switch = {}
     for switch in ("", "--no-bake-rope", "--no-stack-attention", "--no-pad-k"):
         path = tmp_path / f"d{switch}" / "dit.onnx"
-        made(build_dit_fp16mixed.main, ["--input", source, "--onnx", path, *([switch] if switch else [])])
+        run_checked(build_dit_fp16mixed.main, ["--input", source, "--onnx", path, *([switch] if switch else [])])
         counts = kinds(graph_io.load(path))
         counts_by_switch[switch] = ("Range" in counts, counts["Softmax"], counts["Pad"])
     assert counts_by_switch == {

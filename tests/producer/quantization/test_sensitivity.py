@@ -11,7 +11,7 @@ import build_dit_fp8
 import numpy as np
 import pytest
 
-from helpers.commands import ROOT, kill_when, listing, run, two_lines
+from helpers.commands import ROOT, assert_user_error, kill_when, listing, run
 from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.passes.base import run_passes
 from sa3_build.passes.fold_weights import FoldWeights
@@ -216,9 +216,11 @@ def test_a_target_that_holds_already_keeps_nothing(
 
 def test_limits_without_a_target_are_a_mistake(tiny_onnx: Path, tiny_calib: Path, tmp_path: Path) -> None:
     out = tmp_path / "dit_fp8.onnx"
-    two_lines(run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--max-fp16-linears", 3)), "--target-cosine")
+    assert_user_error(
+        run(build_dit_fp8.main, command(tiny_onnx, tiny_calib, out, "--max-fp16-linears", 3)), "--target-cosine"
+    )
     both = command(tiny_onnx, tiny_calib, out, "--recipe", "reference", "--target-cosine", 0.99)
-    two_lines(run(build_dit_fp8.main, both), "--recipe reference")
+    assert_user_error(run(build_dit_fp8.main, both), "--recipe reference")
     assert listing(tmp_path) == {}
 
 

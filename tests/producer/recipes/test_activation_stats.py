@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from build_dit_fp8 import DEFAULT_HEADROOM
 
-from helpers.commands import CommandResult, listing, run, two_lines
+from helpers.commands import CommandResult, assert_user_error, listing, run
 from sa3_build.graph import io as graph_io, quantizers, query
 from sa3_build.quantization import selection as quantization_selection
 from sa3_build.quantization.layer_roles import KINDS, roles_of
@@ -277,5 +277,5 @@ def test_a_mistake_is_two_lines_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     Path("a_file").write_text("not what is wanted")
     before = listing(tmp_path), listing(tiny_fp8)
-    two_lines(run(activation_stats.main, line.format(root=tiny_fp8, calib=tiny_calib).split()), named)
+    assert_user_error(run(activation_stats.main, line.format(root=tiny_fp8, calib=tiny_calib).split()), named)
     assert (listing(tmp_path), listing(tiny_fp8)) == before

@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import made
+from conftest import run_checked
 from onnx.reference import ReferenceEvaluator
 
 from helpers import published_half, published_style
-from helpers.commands import run, two_lines
+from helpers.commands import assert_user_error, run
 from helpers.published_module import OTHER, PUBLISHED, Conventions, PublishedDit, plain_checkpoint
 from sa3_build.engines import pack_dit, torch_dit
 from sa3_build.graph import io as graph_io
@@ -59,7 +59,7 @@ def halves(singles: dict[str, Path]) -> dict[str, Path]:
     half_by_style = {}
     for name, path in singles.items():
         half_by_style[name] = path.parent / "half" / "dit_fp16mixed.onnx"
-        made(build_dit_fp16mixed.main, ["--input", path, "--onnx", half_by_style[name]])
+        run_checked(build_dit_fp16mixed.main, ["--input", path, "--onnx", half_by_style[name]])
     return half_by_style
 
 
@@ -172,7 +172,7 @@ def test_guidance_needs_the_rule(tiny_checkpoint: Path, halves: dict[str, Path],
     """With the null-row rule a guided velocity equals that of the fp32 network's null branch; without, it differs."""
     module, without = PublishedDit(tiny_checkpoint), tmp_path / "without.onnx"
     source = halves["published"].parents[1] / "dit.onnx"
-    made(build_dit_fp16mixed.main, ["--input", source, "--onnx", without, "--no-null-row"])
+    run_checked(build_dit_fp16mixed.main, ["--input", source, "--onnx", without, "--no-null-row"])
     assert gates_of(without)["null_row"] is False
     row = {name: torch.from_numpy(value) for name, value in list(check_rows())[4].items()}
     null = row | {"t5_hidden": torch.zeros_like(row["t5_hidden"]), "t5_mask": torch.zeros_like(row["t5_mask"])}
@@ -242,7 +242,7 @@ def test_without_a_second_half_it_is_fp8_and_no_torch_engine(
     half = published_half.write_fp16_mixed(PublishedDit(plain), tmp_path / "in" / "dit_fp16.onnx", tmp_path)
     path = tmp_path / "dit_fp8.onnx"
     argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--rollouts", 0]
-    made(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
+    run_checked(build_dit_fp8.main, [*argv, "--rounding", "nearest", "--parity-rows", 8])
     report = json.loads(report_path(path).read_text())["stages"]
     assert report["quantize"]["quantized_linears"] == 7 * DEPTH + 2 and report["parity"]["worst"] >= 0.998
     assert all(claim["holds"] for claim in report["scales"]["proof"])
@@ -287,7 +287,7 @@ def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_
     spoil(proto)
     source = published_style.save_graph(proto, tmp_path / "in" / "dit.onnx")
     result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "half.onnx"])
-    two_lines(result, str(source), reason)
+    assert_user_error(result, str(source), reason)
     assert cure in result.err
     assert not (tmp_path / "half.onnx").exists()
 
@@ -295,5 +295,5 @@ def test_what_cannot_be_taken_says_what_to_export(singles: dict[str, Path], tmp_
 def test_what_is_mixed_already_is_sent_on(surgeon: Path, tmp_path: Path) -> None:
     argv = ["--input", surgeon, "--onnx", tmp_path / "half.onnx"]
     result = run(build_dit_fp16mixed.main, argv)
-    two_lines(result, str(surgeon), "the graph is already FP16-mixed")
+    assert_user_error(result, str(surgeon), "the graph is already FP16-mixed")
     assert "pass it to build/build_dit_fp8.py without this step" in result.err

@@ -13,11 +13,11 @@ import build_from_onnx
 import numpy as np
 import onnx
 import pytest
-from conftest import made, onnx_of
+from conftest import onnx_of, run_checked
 
 from helpers import published_half, published_style
-from helpers.commands import listing, run, two_lines
-from helpers.placed import clean, placed_scales
+from helpers.commands import assert_user_error, listing, run
+from helpers.layer_scales import canonical_graph, scales_by_role
 from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.fp32_islands import find_dit_islands
 from sa3_build.passes.widen_fp16 import fp16_mismatches
@@ -52,7 +52,7 @@ def half(request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory
 def quantised(half: Path, tiny_calib: Path) -> Path:
     path = half.parent / "out" / "sa3-m" / "dit_fp8.onnx"
     argv = ["--input", half, "--calib", tiny_calib, "--onnx", path, "--ptq", "direct", "--parity-rows", 8]
-    made(build_dit_fp8.main, argv)
+    run_checked(build_dit_fp8.main, argv)
     return path
 
 
@@ -88,7 +88,7 @@ def test_the_graph_has_the_defect_and_the_habits(single: Path, half: Path) -> No
 def test_what_was_wrong_in_it_is_right_in_what_is_made_of_it(single: Path, half: Path, tmp_path: Path) -> None:
     """The seconds path is fp32 again: durations that fp16 rounds are as accurate as the others."""
     cleaned = tmp_path / "clean.onnx"
-    graph_io.save(clean(half), cleaned)
+    graph_io.save(canonical_graph(half), cleaned)
     assert max(errors(single, cleaned)) < 1e-3
     model = graph_io.load(cleaned)
     behind = query.input_dependencies(model)
@@ -98,7 +98,7 @@ def test_what_was_wrong_in_it_is_right_in_what_is_made_of_it(single: Path, half:
 
 
 def test_the_attention_core_is_one_type_afterwards(half: Path) -> None:
-    model = clean(half)
+    model = canonical_graph(half)
     core = [node for node in model.graph if node.op_type in query.GEMM_OPS and query.weight_of(node) is None]
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     assert (len(core), len(softmaxes)) == (4 * DEPTH, 2 * DEPTH)  # both halves of an attention in one call
@@ -121,7 +121,7 @@ def test_an_fp32_softmax_alone_is_reason_enough(tiny_onnx: Path, tmp_path: Path)
     proto.graph.node.extend([before, after])
     del proto.graph.value_info[:]
     path = published_style.save_graph(proto, tmp_path / "dit_fp16mixed.onnx")
-    cleaned = clean(path)
+    cleaned = canonical_graph(path)
     assert {str(node.outputs[0].dtype) for node in cleaned.graph if node.op_type == "Softmax"} == {"FLOAT16"}
 
 
@@ -129,7 +129,7 @@ def test_every_weight_is_the_source_weight_bit_for_bit(half: Path) -> None:
     """fp16 -> fp32 -> fp16 is exact, and folding only transposes."""
     proto = onnx.load(half)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    model = clean(half)
+    model = canonical_graph(half)
     products = selection.select_linears(model).quantized
     assert len(products) == 7 * DEPTH + 2
     for product in products:
@@ -141,8 +141,8 @@ def test_every_weight_is_the_source_weight_bit_for_bit(half: Path) -> None:
 def test_the_fp8_graph_is_as_right_as_ours(
     single: Path, half: Path, quantised: Path, tiny_fp8: Path, tiny_onnx: Path
 ) -> None:
-    exported = placed_scales(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
-    published = placed_scales(half, quantised)
+    exported = scales_by_role(onnx_of(tiny_fp8, "sa3-m"), onnx_of(tiny_fp8, "sa3-m-fp8"))
+    published = scales_by_role(half, quantised)
     assert published.keys() == exported.keys()
     for role, (activation, weight) in exported.items():
         assert published[role][0] == pytest.approx(activation, rel=2e-3), role
@@ -164,7 +164,7 @@ def test_parity_is_measured_against_what_was_put_right(half: Path, tiny_calib: P
     rows["seconds_total"] = np.full_like(rows["seconds_total"], 183.25)
     np.savez(tmp_path / "long.npz", **rows)
     argv = ["--input", half, "--calib", tmp_path / "long.npz", "--onnx", tmp_path / "dit_fp8.onnx", "--ptq", "direct"]
-    made(build_dit_fp8.main, [*argv, "--parity-rows", 4])
+    run_checked(build_dit_fp8.main, [*argv, "--parity-rows", 4])
     parity = json.loads(report_path(tmp_path / "dit_fp8.onnx").read_text())["stages"]["parity"]
     with OnnxRuntimeEngine(half) as first, OnnxRuntimeEngine(tmp_path / "dit_fp8.onnx") as second:
         chosen = [{key: value[:1] for key, value in rows.items()}]
@@ -174,8 +174,8 @@ def test_parity_is_measured_against_what_was_put_right(half: Path, tiny_calib: P
 
 def test_modelopt_puts_the_same_pairs_and_scales(half: Path, quantised: Path, tiny_calib: Path, tmp_path: Path) -> None:
     path = tmp_path / "dit_fp8.onnx"
-    made(build_dit_fp8.main, ["--input", half, "--calib", tiny_calib, "--onnx", path, "--parity-rows", 4])
-    direct, modelopt = placed_scales(half, quantised), placed_scales(half, path)
+    run_checked(build_dit_fp8.main, ["--input", half, "--calib", tiny_calib, "--onnx", path, "--parity-rows", 4])
+    direct, modelopt = scales_by_role(half, quantised), scales_by_role(half, path)
     assert direct.keys() == modelopt.keys()
     for place, (activation, weight) in direct.items():
         assert modelopt[place][0] == activation and np.array_equal(modelopt[place][1], weight), place
@@ -250,7 +250,7 @@ def test_what_is_not_recognised_is_refused_by_name(
     source = published_style.save_graph(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
     before = listing(tmp_path)
     argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
-    two_lines(run(build_dit_fp8.main, argv), str(source), *words)
+    assert_user_error(run(build_dit_fp8.main, argv), str(source), *words)
     assert listing(tmp_path) == before
 
 
@@ -267,7 +267,7 @@ def test_the_fp32_entrance_refuses_it_too(
     source = published_style.save_graph(proto, tmp_path / "in" / "dit.onnx")
     before = listing(tmp_path)
     argv = ["--input", source, "--onnx", tmp_path / "dit_fp16mixed.onnx"]
-    two_lines(run(build_dit_fp16mixed.main, argv), str(source), *words)
+    assert_user_error(run(build_dit_fp16mixed.main, argv), str(source), *words)
     assert listing(tmp_path) == before
 
 
@@ -277,4 +277,4 @@ def test_a_rounded_rotary_table_is_refused(half: Path, tiny_calib: Path, tmp_pat
     round_the_rotary_table(proto)
     source = published_style.save_graph(proto, tmp_path / "in" / "dit_fp16mixed.onnx")
     argv = ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "dit_fp8.onnx"]
-    two_lines(run(build_dit_fp8.main, argv), "rotary_pos_emb.inv_freq", "rounded to 16 bits")
+    assert_user_error(run(build_dit_fp8.main, argv), "rotary_pos_emb.inv_freq", "rounded to 16 bits")

@@ -11,7 +11,7 @@ import compare_rollouts
 import numpy as np
 import pytest
 
-from helpers.commands import CommandResult, run, two_lines
+from helpers.commands import CommandResult, assert_user_error, run
 from sa3_build.calibration.writer import CalibrationWriter
 from sa3_build.recipes.fp8 import report_path
 from sa3_build.verification import rollouts
@@ -103,7 +103,7 @@ def test_a_set_without_a_start_is_refused(tiny_fp8: Path, tiny_calib: Path, tmp_
     writer.append({key: np.array(value) for key, value in list(CalibrationSet.open(tiny_calib))[1].items()})
     writer.finish()
     argv = ["--reference", tiny_fp8 / HALF, "--candidate", tiny_fp8 / FP8, "--calib", path]
-    two_lines(run(compare_rollouts.main, argv), "late.npz has no row of sigma 1")
+    assert_user_error(run(compare_rollouts.main, argv), "late.npz has no row of sigma 1")
 
 
 def test_a_candidate_that_is_no_dit_is_refused(tiny_fp8: Path, tiny_calib: Path, tmp_path: Path) -> None:
@@ -111,4 +111,4 @@ def test_a_candidate_that_is_no_dit_is_refused(tiny_fp8: Path, tiny_calib: Path,
     shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx", candidate)
     shutil.copy(tiny_fp8 / "t5gemma" / "encoder.onnx.data", tmp_path / "encoder.onnx.data")
     argv = ["--reference", tiny_fp8 / HALF, "--candidate", candidate, "--calib", tiny_calib]
-    two_lines(run(compare_rollouts.main, argv), "is not a dit graph")
+    assert_user_error(run(compare_rollouts.main, argv), "is not a dit graph")

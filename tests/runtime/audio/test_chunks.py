@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from sa3_trt_core import Generator, Request
 from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.audio.tiling import CONTEXT, LEAST_CHUNK, LONGEST_SHOT, chunks
+from sa3_trt_core.engines.base import DeviceEngine
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.shapes import MAX_FRAMES
 from sa3_trt_core.targets import find_dit
@@ -36,7 +36,7 @@ def test_every_frame_comes_from_exactly_one_window(frames: int, size: int) -> No
         assert window.stop == frames or window.stop - window.last >= CONTEXT
 
 
-class Blurring:
+class Blurring(DeviceEngine):
     """An autoencoder that sums integers up to `REACH` frames away and records the lengths of its inputs."""
 
     input_names, output_names = ("latent",), ("audio",)
@@ -53,12 +53,6 @@ class Blurring:
         frames = torch.nn.functional.conv1d(inputs["audio"][:, :1, ::4096], window, padding=REACH)
         self.lengths.append(frames.shape[-1])
         return {"latent": frames.expand(1, 256, -1)}
-
-    def close(self) -> None: ...
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 @given(st.integers(1, 400), st.integers(LEAST_CHUNK, 150))

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 import sa3_trt
-from helpers.commands import CommandResult, run, two_lines
+from helpers.commands import CommandResult, assert_user_error, run
 from sa3_trt_core.audio import io as audio_io
 
 MODES = {
@@ -97,8 +97,8 @@ def test_a_file_that_cannot_be_made_again_says_why(machine_flags: list[object], 
         soundfile.write("a.wav", np.zeros(10), 44_100)
     else:
         audio_io.write_audio(Path("a.wav"), torch.zeros(10, 2), "16", about)
-    two_lines(run(sa3_trt.main, ["--again", "a.wav", *machine_flags]), words)
-    two_lines(run(sa3_trt.main, ["--again", "absent.wav", *machine_flags]), "absent.wav")
+    assert_user_error(run(sa3_trt.main, ["--again", "a.wav", *machine_flags]), words)
+    assert_user_error(run(sa3_trt.main, ["--again", "absent.wav", *machine_flags]), "absent.wav")
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

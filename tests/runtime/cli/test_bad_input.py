@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from helpers.commands import ROOT, listing, listing_without_checks, run, two_lines
+from helpers.commands import ROOT, assert_user_error, listing, listing_without_checks, run
 from sa3_trt_core.targets import DITS, TARGETS, find_target
 
 DIT, HALF, FP8, TEXT = (find_target(name).onnx[0] for name in ("sa3-m-fp32", "sa3-m", "sa3-m-fp8", "t5gemma"))
@@ -40,7 +40,7 @@ def refused(line: str, paths: dict[str, Path], *words: str) -> str:
     command, *arguments = line.format(**paths).split()
     before = listing_without_checks(Path.cwd())
     result = run(importlib.import_module(command).main, arguments)
-    two_lines(result, *words)
+    assert_user_error(result, *words)
     assert listing_without_checks(Path.cwd()) == before
     return result.err
 
@@ -130,7 +130,7 @@ def test_an_unknown_target_lists_the_good_ones(paths: dict[str, Path], name: str
     before = listing(Path.cwd())
     build_from_onnx = importlib.import_module("build_from_onnx")
     result = run(build_from_onnx.main, [name, *RTX.split(), "--arch", "sm_89", "--models-dir", "out"])
-    two_lines(result, repr(name))
+    assert_user_error(result, repr(name))
     assert all(target.name in result.err for target in TARGETS)
     assert listing(Path.cwd()) == before
 

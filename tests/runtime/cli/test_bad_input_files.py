@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import damage
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from sa3_trt_core.targets import find_target
 
 DIT_KEY = "model.model.transformer.layers.0.ff.ff.2.weight"
@@ -76,7 +76,7 @@ def export_refuses(folder: Path, *words: str, only: str | None = None) -> None:
 def unchanged(main: Callable[[list[str]], int], line: list[object], folder: Path, *words: str) -> None:
     before = listing(folder)
     result = run(main, line)
-    two_lines(result, *words)
+    assert_user_error(result, *words)
     assert listing(folder) == before
 
 

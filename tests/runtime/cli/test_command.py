@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 import sa3_trt
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.targets import find_target
 
@@ -81,7 +81,7 @@ def test_a_file_of_prompts_in_batches(base: list[object]) -> None:
 
 def test_a_limiter_behind_a_decoder_that_clips_is_refused(base: list[object]) -> None:
     before = listing(Path())
-    two_lines(
+    assert_user_error(
         run(sa3_trt.main, ["--prompt", "x", *base, "--quiet", "--out", "x.wav", "--peak", "limit"]), "--peak limit"
     )
     assert listing(Path()) == before

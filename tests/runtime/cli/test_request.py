@@ -15,7 +15,7 @@ import soundfile
 from hypothesis import given, settings, strategies as st
 
 import sa3_trt
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from sa3_trt_core import Request, shapes
 from sa3_trt_core.cli import prompts
 from sa3_trt_core.errors import ToolError
@@ -102,7 +102,7 @@ def test_a_contradiction_is_two_lines_and_nothing_is_written(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", (folder / "many.txt").open())
     before = listing(folder)
-    two_lines(run(sa3_trt.main, [*line, "--backend", "onnxruntime"]), words)
+    assert_user_error(run(sa3_trt.main, [*line, "--backend", "onnxruntime"]), words)
     assert listing(folder) == before
 
 

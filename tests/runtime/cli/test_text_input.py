@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sa3_trt
-from helpers.commands import run, two_lines
+from helpers.commands import assert_user_error, run
 from sa3_trt_core import Request
 from sa3_trt_core.cli import prompts
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path: Path, data: bytes, words
 @pytest.mark.parametrize("flag", ["--prompt", "--negative-prompt"])
 def test_bytes_of_another_encoding_are_refused_before_anything_is_loaded(flag: str) -> None:
     argv = ["--prompt", "x", "--cfg", "3", "--backend", "onnxruntime", flag, "caf\udce9"]
-    two_lines(run(sa3_trt.main, argv), "no Unicode", "caf\\udce9")
+    assert_user_error(run(sa3_trt.main, argv), "no Unicode", "caf\\udce9")
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "-" + "9" * 400, "9" * 5000, "1e400", "0." + "0" * 5000 + "1", "٣" * 5000])
@@ -124,14 +124,14 @@ def test_the_python_door_refuses_them_too(bad: dict) -> None:
 ])  # fmt: skip
 def test_endless_numbers_on_the_command_line(line: list[str], words: str) -> None:
     result = run(sa3_trt.main, ["--prompt", "x", "--backend", "onnxruntime", "--dry-run", *line])
-    two_lines(result, words)
+    assert_user_error(result, words)
 
 
 def test_a_value_that_begins_with_a_dash_is_explained() -> None:
     argv = ["--prompt", "x", "--cfg", "3", "--dry-run", "--backend", "onnxruntime"]
     for flag in ("--negative-prompt", "--prompt", "--out", "--prompts-file"):
         result = run(sa3_trt.main, [*argv, flag, "-drums"])
-        two_lines(result, flag)
+        assert_user_error(result, flag)
         assert f"{flag}=-" in result.err
     result = run(sa3_trt.main, [*argv, "--negative-prompt=-drums"])
     assert result.code == 0, result.err
@@ -194,4 +194,4 @@ def test_a_dry_run_opens_the_sound_to_start_from(tmp_path: Path, text: str | Non
     if text is not None:
         sound.write_text(text)
     argv = ["--prompt", "x", "--dry-run", "--backend", "onnxruntime", "--init-noise-level", ".5", "--init-audio", sound]
-    two_lines(run(sa3_trt.main, argv), "a.wav")
+    assert_user_error(run(sa3_trt.main, argv), "a.wav")

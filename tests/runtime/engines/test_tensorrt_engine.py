@@ -13,7 +13,7 @@ import pytest
 from conftest import onnx_of
 
 import sa3_trt
-from helpers.commands import listing, run, two_lines
+from helpers.commands import assert_user_error, listing, run
 from helpers.plugin_graphs import plugin_decoder
 from sa3_trt_core import Generator, gpu
 from sa3_trt_core.artifacts import manifest
@@ -101,7 +101,7 @@ def test_without_a_gpu_the_command_says_so(
     root, path = built
     monkeypatch.chdir(tmp_path)
     argv = ["--prompt", "x", "--backend", "tensorrt_rtx", "--onnx-root", tiny_onnx, "--models-dir", path.parents[2]]
-    two_lines(run(sa3_trt.main, [*argv, "--quiet"]), "tensorrt_rtx needs an NVIDIA GPU")
+    assert_user_error(run(sa3_trt.main, [*argv, "--quiet"]), "tensorrt_rtx needs an NVIDIA GPU")
     assert listing(tmp_path) == {}
     with pytest.raises(ToolError, match="needs an NVIDIA GPU"):
         open_engine(find_target("same-l-decoder"), "tensorrt_rtx", ModelSource(root, path.parents[2]), path)

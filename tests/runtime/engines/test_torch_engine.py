@@ -14,7 +14,7 @@ import build_from_onnx
 import onnx
 import pytest
 import torch
-from conftest import made, onnx_of
+from conftest import onnx_of, run_checked
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,7 +44,7 @@ def tiny_models(tiny_fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Return the torch engines of every stage and both precisions, built by the command. Read only."""
     models = tmp_path_factory.mktemp("tiny") / "models"
     argv = [*STAGES, "sa3-m", "sa3-m-fp8", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_fp8]
-    made(build_from_onnx.main, [*argv, "--models-dir", models])
+    run_checked(build_from_onnx.main, [*argv, "--models-dir", models])
     return models
 
 
@@ -112,9 +112,9 @@ def test_the_fp8_engine_runs_fp8_products_and_not_the_16_bit_ones(tiny_fp8: Path
 def test_graphs_of_other_shapes_are_packed_too(tiny_onnx: Path, tmp_path: Path, switches: list[str]) -> None:
     root = tmp_path / "onnx"
     half = onnx_of(root, "sa3-m")
-    made(build_dit_fp16mixed.main, ["--input", onnx_of(tiny_onnx, "sa3-m-fp32"), "--onnx", half, *switches])
+    run_checked(build_dit_fp16mixed.main, ["--input", onnx_of(tiny_onnx, "sa3-m-fp32"), "--onnx", half, *switches])
     argv = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
-    made(build_from_onnx.main, argv)
+    run_checked(build_from_onnx.main, argv)
     with TorchEngine(packed(tmp_path / "models", "sa3-m"), "again") as engine, OnnxRuntimeEngine(half) as reference:
         assert worst_cosine(engine, reference) > ALIKE["sa3-m"]
 
@@ -198,7 +198,7 @@ def test_every_mode_sounds_as_through_onnx_runtime(
     sounds = []
     for backend in ("torch", "onnxruntime"):
         out = tmp_path / f"{backend}.wav"
-        made(sa3_trt.main, [*line, "--backend", backend, "--out", out])
+        run_checked(sa3_trt.main, [*line, "--backend", backend, "--out", out])
         sounds.append(torch.from_numpy(soundfile.read(out)[0]).flatten())
     assert sounds[0].abs().max() > 0
     assert functional.cosine_similarity(sounds[0], sounds[1], dim=0) > 0.9999
@@ -284,7 +284,7 @@ def test_a_torn_engine_and_a_missing_one_say_how_to_build_it(tiny_fp8: Path, tin
 
 def test_the_benchmark_compares_with_diffusers_on_the_same_weights(tmp_path: Path) -> None:
     argv = ["--tiny", "--lengths", 12, "--batches", "--peers", "eager", "--repeats", 1, "--out", tmp_path]
-    made(bench_dit.main, argv)
+    run_checked(bench_dit.main, argv)
     record = json.loads((tmp_path / "bench.json").read_text())
     cosines = {timing["contestant"]: timing["cosine"] for timing in record["timings"]}
     assert cosines["fp16mixed"] > 0.99999 and 0.999 < cosines["fp8"] < cosines["fp16mixed"]

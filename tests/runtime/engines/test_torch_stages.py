@@ -12,12 +12,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import made, onnx_of
+from conftest import onnx_of, run_checked
 from torch import Tensor
 
 import sa3_trt
 from helpers import plugin_same
-from helpers.commands import run, two_lines
+from helpers.commands import assert_user_error, run
 from sa3_build.engines import pack_t5gemma
 from sa3_build.graph import query
 from sa3_build.passes.lower_plugins import plain_graph
@@ -49,7 +49,7 @@ def models(tiny_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the three engines, built by the command. Read only."""
     folder = tmp_path_factory.mktemp("stages") / "models"
     argv = [*NAMES, "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_onnx, "--models-dir", folder]
-    made(build_from_onnx.main, argv)
+    run_checked(build_from_onnx.main, argv)
     return folder
 
 
@@ -158,7 +158,7 @@ def test_published_decoders_are_lowered_and_packed(tiny_onnx: Path, models: Path
     target = onnx_of(root, "same-l-decoder")
     assert plugin_same.insert_plugins(onnx_of(tiny_onnx, "same-l-decoder-fp32"), target) > 0
     argv = ["same-l-decoder", "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path]
-    made(build_from_onnx.main, argv)
+    run_checked(build_from_onnx.main, argv)
     exported = Packed.load(packed(models, "same-l-decoder"), CPU)
     published = Packed.load(packed(tmp_path, "same-l-decoder"), CPU)
     assert exported.sizes == published.sizes
@@ -194,7 +194,7 @@ def test_a_graph_without_its_structure_is_said_in_two_lines(tiny_onnx: Path, tmp
         node.op_type = "Sigmoid" if node.op_type == "Tanh" else node.op_type
     path.write_bytes(model.SerializeToString())
     argv = [name, "--backend", "torch", "--arch", "cpu", "--onnx-root", root, "--models-dir", tmp_path / "models"]
-    two_lines(run(build_from_onnx.main, argv), "")
+    assert_user_error(run(build_from_onnx.main, argv), "")
 
 
 def test_a_torn_decoder_says_how_to_build_it(tiny_onnx: Path, models: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_command_names_the_engines_that_it_runs(tiny_onnx: Path, models: Pat
         tmp_path / "m",
     ]
     shutil.copytree(models, tmp_path / "m")
-    made(build_from_onnx.main, argv)
+    run_checked(build_from_onnx.main, argv)
     sound_argv = ["--prompt", "x", "--seconds", 1, "--steps", 1, "--json", "--quiet", "--backend", "torch"]
     sound_argv += ["--onnx-root", tiny_onnx, "--models-dir", tmp_path / "m", "--out", tmp_path / "a.wav"]
     backends = []

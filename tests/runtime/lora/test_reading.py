@@ -11,7 +11,7 @@ import sa3_lora
 import torch
 
 from helpers import adapters
-from helpers.commands import run, two_lines
+from helpers.commands import assert_user_error, run
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.adapter import read_adapter
 from sa3_trt_core.lora.lora_set import LoraSet, LoraSpec, parse_spec
@@ -177,7 +177,7 @@ def damaged(folder: Path, fault: str) -> Path:
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_in_two_lines(tmp_path: Path, fault: str, word: str) -> None:
-    two_lines(run(sa3_lora.main, ["info", damaged(tmp_path, fault)]), word)
+    assert_user_error(run(sa3_lora.main, ["info", damaged(tmp_path, fault)]), word)
 
 
 def test_an_adapter_of_another_width_or_depth_names_what_fits_and_what_does_not(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 import onnx
 import pytest
@@ -15,7 +14,7 @@ from onnx import TensorProto, helper
 
 from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.conditioning import Conditioning
-from sa3_trt_core.engines.base import DiTVelocity
+from sa3_trt_core.engines.base import DeviceEngine, DiTVelocity
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.sampling.ring import RingRow, ring
@@ -224,7 +223,7 @@ def test_a_graph_that_gives_no_velocity_is_two_lines() -> None:
         DiTVelocity(Nothing()).velocity(torch.zeros(1, 256, FRAMES), torch.ones(1), random_conditioning(1))
 
 
-class Decoder:
+class Decoder(DeviceEngine):
     """A decoder whose sample value is its frame's index, for either kind of output; records its inputs."""
 
     def __init__(self, flavour: str, input_names: tuple[str, ...] = ("latent",)) -> None:
@@ -239,12 +238,6 @@ class Decoder:
         if self.flavour == "pcm":
             return {"pcm": torch.stack([ramp, -ramp], dim=-1).int()[None]}
         return {"audio": torch.stack([ramp, -ramp]).float()[None] / 32767}
-
-    def close(self) -> None: ...
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 class Nothing(Decoder):

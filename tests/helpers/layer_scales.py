@@ -19,7 +19,7 @@ from sa3_trt_core.artifacts.calibration_set import CalibrationSet
 Scales = tuple[float, np.ndarray]
 
 
-def clean(half: Path) -> ir.Model:
+def canonical_graph(half: Path) -> ir.Model:
     """Return the canonical graph that the FP8 recipe quantises."""
     model = graph_io.load(half)
     canonicalize.canonicalize(model)
@@ -28,9 +28,9 @@ def clean(half: Path) -> ir.Model:
     return model
 
 
-def placed_scales(half: Path, fp8: Path) -> dict[LayerRole, Scales]:
+def scales_by_role(half: Path, fp8: Path) -> dict[LayerRole, Scales]:
     """Return the activation scale and weight scales (N,) of every quantised product by its role."""
-    source = clean(half)
+    source = canonical_graph(half)
     selection = quantization_selection.select_linears(source)
     role_by_node = roles_of(source, selection)
     nodes = {str(node.name): node for node in graph_io.load(fp8).graph}
@@ -43,7 +43,7 @@ def placed_scales(half: Path, fp8: Path) -> dict[LayerRole, Scales]:
     return scales
 
 
-def placed_amax(path: Path, scratch: Path, calibration: Path) -> dict[LayerRole, float]:
+def amax_by_role(path: Path, scratch: Path, calibration: Path) -> dict[LayerRole, float]:
     """Return the amax of every product's activation in an fp32 or FP16-mixed graph by its role."""
     model = graph_io.load(path)
     canonicalize.canonicalize(model)
