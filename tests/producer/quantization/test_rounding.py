@@ -193,7 +193,7 @@ def test_the_proof_knows_the_chosen_codes(proven) -> None:
     flipped.reshape(-1).view(np.uint8)[5] ^= 1
     stored.const_value = ir.tensor(flipped, name=stored.name)
     failures = graph_proof.failures_of(graph_proof.prove(source, result, selection, codes))
-    assert [line for line in failures if "is not the E4M3 codes chosen for it" in line]
+    assert [line for line in failures if "does not have the E4M3 codes chosen for it" in line]
 
 
 def test_the_proof_does_not_take_codes_of_another_weight(proven) -> None:

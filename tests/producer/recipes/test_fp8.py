@@ -241,8 +241,8 @@ DAMAGE: list[tuple[str, Callable[[ir.Model, ir.Node], None], str]] = [
     ("scale NaN", lambda m, p: set_scale(p, 0, float("nan")), "not finite"),
     ("weight scale infinite", lambda m, p: set_scale(p, 1, float("inf")), "not finite"),
     ("a weight bit", flip_a_weight_bit, "is not bit-identical"),
-    ("a stored code", flip_a_stored_code, "is not the nearest E4M3 of its source"),
-    ("an island in fp16", round_an_island, "gives FLOAT16"),
+    ("a stored code", flip_a_stored_code, "does not have the nearest E4M3 codes"),
+    ("an island in fp16", round_an_island, "returns FLOAT16"),
     ("attention quantised", quantise_attention, "is quantised but must not be (attention core"),
     ("an attribute", change_an_attribute, "has changed"),
 ]
