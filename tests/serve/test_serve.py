@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import bench_serve
 import numpy as np
 import pytest
 import soundfile
@@ -265,3 +267,29 @@ def test_a_request_for_other_adapters_is_refused_with_those_that_run(service: Se
     assert service.generate(**fields, loras_digest=model["loras_digest"]).status_code == 200
     refused = service.generate(**fields, loras_digest="0123456789ab")
     assert refused.status_code in (400, 422) and "adapters" in refused.text and "0123456789ab" in refused.text
+
+
+def test_a_server_for_text_alone_needs_no_audio_encoder_and_refuses_sounds(
+    tiny_onnx: Path, tmp_path: Path, sound: Path
+) -> None:
+    root = tmp_path / "onnx"
+    shutil.copytree(tiny_onnx, root)
+    for encoder in root.glob("same-l/enc_*"):
+        encoder.unlink()
+    with serving(root, "--text-only") as server:
+        assert server.client.get("/v1/models").json()["models"][0]["init_audio"] is False
+        assert (
+            server.client.post("/v1/audio/generate", json={"prompt": "a", "seconds": 1, "steps": 1}).status_code == 200
+        )
+        files = {"init_audio": ("a.wav", sound.read_bytes())}
+        answer = server.client.post("/v1/audio/generate", data={"prompt": "a", "seconds": "1"}, files=files)
+        assert answer.status_code == 422 and "takes no init_audio" in answer.text and len(answer.text.splitlines()) == 2
+
+
+def test_the_benchmark_compares_the_service_with_its_ring(tiny_onnx: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--precision", "fp32", "--backend", "onnxruntime", "--onnx-root", str(tiny_onnx), "--seconds", "0.5"]
+    assert bench_serve.main([*argv, "--steps", "1", "--clients", "2", "--sounds", "4", "--repeats", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["share_of_ring"] == report["server_sounds_per_second"] / report["ring_sounds_per_second"] > 0
+    assert report["overhead_ms"] == report["one_client_ms"] - report["generate_ms"]
+    assert 0 < report["p50_seconds"] <= report["p99_seconds"]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from sa3_trt_core.torch_models.kernels.graphs import Captured
-from sa3_trt_core.torch_models.same.model import TOKENS_AT_ONCE, TOKENS_IN_ONE, Same, SameOps
+from sa3_trt_core.torch_models.same.model import TOKENS_IN_ONE, TOKENS_WHERE_SCARCE, Same, SameOps
 from sa3_trt_core.torch_models.same.weights import Packed
 
 KEPT_GRAPHS = 2  # shapes whose graph and activations are kept
-SCARCE = (None, TOKENS_AT_ONCE // 4, TOKENS_AT_ONCE // 16)  # tokens at once, tried in this order as memory ends
+PLENTY_BYTES = 2 << 30  # free on the GPU beside what PyTorch has reserved: the widest pieces are taken
+SCARCE = (None, TOKENS_WHERE_SCARCE, 1024, 512)  # tokens at once, tried in this order as memory ends
 
 
 class DecoderRunner:
@@ -66,8 +67,12 @@ class DecoderRunner:
             torch.cuda.empty_cache()
             return None
 
+    def _has_plenty(self) -> bool:
+        """Return True where the widest pieces cannot crowd out anybody: on a CPU, or with PLENTY_BYTES free."""
+        return self._device.type != "cuda" or torch.cuda.mem_get_info(self._device)[0] >= PLENTY_BYTES
+
     def _eager(self, latents: Tensor) -> Tensor:
-        for model in self._models[:-1]:
+        for model in self._models[0 if self._has_plenty() else 1 : -1]:
             try:
                 return model.pcm(latents)
             except torch.OutOfMemoryError:
