@@ -273,9 +273,9 @@ def other_name(proto: onnx.ModelProto) -> None:
 
 
 REFUSED = {
-    "a fixed length": (fixed_length, "fixed at 34 frames", "dynamic length"),
-    "fp16 inputs": (half_input, "input x is FLOAT16, not float32", "export it with float32 for x"),
-    "an integer mask": (integer_mask, "input t5_mask is INT64, not float32", "export it with float32 for t5_mask"),
+    "a fixed length": (fixed_length, "fixed length of 34 frames", "dynamic length"),
+    "fp16 inputs": (half_input, "input x is FLOAT16, expected float32", "export it with float32 for x"),
+    "an integer mask": (integer_mask, "input t5_mask is INT64, expected float32", "export it with float32 for t5_mask"),
     "another name": (other_name, "it has no input t5_hidden", "input_names x, t, t5_hidden"),
 }
 
