@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the DiT is told besides x and t, all fp32.
+    """Inputs of the DiT other than x and t, all fp32.
 
     t5_hidden (B, 256, 768), t5_mask (B, 256) of 0/1, seconds_total (B,) in seconds, local_add_cond (B, 257, L): keep
     mask and masked latent, zeros for plain text to audio (zeros are fed, never left out: its embedding has biases).

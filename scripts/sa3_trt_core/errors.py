@@ -1,4 +1,4 @@
-"""What a user's mistake looks like: two lines on stderr and an exit code, never a traceback."""
+"""Errors of the user: two lines on stderr and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ _FLAGS = {"inpaint": "inpaint-range"}  # that are spelt differently
 def as_flags(text: str) -> str:
     """Return a message whose arguments, `name` or `name=value`, are flags of the command line: --name value."""
 
-    def flag(found: re.Match[str]) -> str:
-        name, value = found.groups()
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
         return f"--{_FLAGS.get(name, name.replace('_', '-'))}{f' {value}' if value else ''}"
 
     return _ARGUMENT.sub(flag, text)
@@ -93,9 +93,9 @@ def as_tool_error(error: BaseException) -> ToolError | None:
     for one in _chain(error):
         if isinstance(one, ToolError):
             return one
-        found = memory_error(one) or _disk_error(one) or _path_error(one)
-        if found is not None:
-            return found
+        translated = memory_error(one) or _disk_error(one) or _path_error(one)
+        if translated is not None:
+            return translated
     return None
 
 

@@ -1,4 +1,4 @@
-"""What this machine can run, asked of the driver itself: no torch, no subprocess."""
+"""Queries of the NVIDIA driver: GPU, architecture, memory; without torch or a subprocess."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether a usable NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES counts)."""
+    """Return True if a usable NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES counts)."""
     return current_arch() is not None
 
 

@@ -71,7 +71,7 @@ class LiveRing(Closing):
 
     @property
     def occupancy(self) -> Occupancy:
-        """How many requests stand where."""
+        """Numbers of requests by stage."""
         with self._changed:
             decoding = len(self._finished) + sum(ticket.job is not None for ticket in self._busy)
             preparing = sum(ticket.job is None for ticket in self._busy)
@@ -221,7 +221,7 @@ class LiveRing(Closing):
             before.synchronize()
 
     def _decoder_keeps_up(self) -> bool:
-        """Whether fewer sounds wait for the decoder than a ring holds: their latents would pile up otherwise."""
+        """Return True while the decoder's queue is shorter than the ring: latents would pile up otherwise."""
         return len(self._finished) < self.depth
 
     def _decode_some(self) -> bool:
@@ -256,5 +256,5 @@ class LiveRing(Closing):
 
 
 def _rows_alone(generator: Generator) -> bool:
-    """Whether every request gets a forward of its own: larger batches gain nothing on a CPU."""
+    """Return True if every request gets a forward of its own: larger batches gain nothing on a CPU."""
     return generator.engines.devices.get("dit") == "cpu"

@@ -1,4 +1,4 @@
-"""Which engines a model needs, where their files lie, and opening them: each once, on its first use."""
+"""Plan of a model's engines, paths of their files, and the open engines: each is opened once, on its first use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NULL_ROW_GATES = ("null_row", "null row")  # gate of a DiT's manifest; the secon
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decided before a file is opened: a target and a backend for each stage, and where their files lie.
+    """Decisions made before a file is opened: target, backend and file locations of each stage.
 
     `stages` are those opened at once, in the order they run; the audio encoder is opened when it is first needed
     unless it stands among them. `chunk_frames` is the window of the autoencoder: 0 for one piece, None for what the
@@ -104,7 +104,7 @@ class EngineSet(Closing):
     """The tokenizer and the engines of a plan; after closing, asking for an engine raises RuntimeError."""
 
     def __init__(self, plan: Plan) -> None:
-        """Find every file of the plan's stages, so that a missing one is told before minutes of loading.
+        """Find every file of the plan's stages, so that a missing one is reported before minutes of loading.
 
         Raises ToolError.
         """
@@ -119,7 +119,7 @@ class EngineSet(Closing):
             raise ToolError(
                 f"{plan.source.models_dir} has not all engines that are asked for", f"build them: {command}"
             )
-        # An opt-in file may not be published: that is told first. The small tokenizer, behind a licence, comes next.
+        # An opt-in file may not be published: reported first. The small tokenizer, behind a licence, comes next.
         opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
         for stage in opt_in:
             self._source(stage)
@@ -171,8 +171,8 @@ class EngineSet(Closing):
 
     def has_null_rule(self) -> bool:
         """Return True if the DiT's manifest says that it zeroes all cross tokens of guidance's null row."""
-        found = manifest.read_manifest(self._source("dit"))
-        return found is not None and any(found.gates.get(name) is True for name in NULL_ROW_GATES)
+        record = manifest.read_manifest(self._source("dit"))
+        return record is not None and any(record.gates.get(name) is True for name in NULL_ROW_GATES)
 
     @property
     def open_stages(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Where engines and ONNX files lie on this machine."""
+"""Paths of engines and ONNX files on this machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def onnx_root_from(value: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files come from: a folder of ONNX files (None: the hub) and a folder of engines.
+    """Source of a model's files: a folder of ONNX files (None: the hub) and a folder of engines.
 
     `revision` is a commit or branch of the hub, instead of the pinned one; `offline` takes the hub's cache only.
     """

@@ -103,7 +103,7 @@ class Generator(Stages):
 
     @property
     def clips(self) -> bool:
-        """Whether the decoder cuts its samples to full scale itself, so that there is nothing for a limiter to do."""
+        """True if the decoder clips its samples to full scale itself, so that a limiter has no effect."""
         try:
             return autoencoder.is_clipped(self.engines.engine("decoder"))
         finally:
@@ -126,8 +126,8 @@ class Generator(Stages):
         self, requests: Sequence[Request], batch: int = 1, on_stage: Progress | None = None
     ) -> list[Result]:
         """The sounds of requests in their order, as `generate_many` makes them. Raises ToolError."""
-        found = dict(self.generate_many(requests, batch, on_stage))
-        return [found[index] for index in range(len(requests))]
+        results = dict(self.generate_many(requests, batch, on_stage))
+        return [results[index] for index in range(len(requests))]
 
     def generate_many(
         self, requests: Sequence[Request], batch: int = 1, on_stage: Progress | None = None

@@ -1,4 +1,4 @@
-"""What is asked for: one sound, its mode and its settings, checked before anything is loaded."""
+"""Requests: one sound, its mode and its settings, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -189,8 +189,8 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
             guided = " of guided requests, two rows each," if request.forward_rows > 1 else ""
             raise InvalidRequest(f"a batch of {batch}{guided} does not fit an engine", f"choose `batch=1` to {most}")
         groups.setdefault(request.batch_key, []).append(index)
-    found = [group[at : at + batch] for group in groups.values() for at in range(0, len(group), batch)]
-    yield from sorted(found)
+    groups_of_rows = [group[at : at + batch] for group in groups.values() for at in range(0, len(group), batch)]
+    yield from sorted(groups_of_rows)
 
 
 def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None = None) -> list[list[int]]:
@@ -213,7 +213,7 @@ def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None =
 
 
 def count_stages(requests: Sequence[Request], batch: int) -> int:
-    """How often the generator reports its progress for these requests: the `total` of its callback."""
+    """Return the number of progress reports for these requests: the `total` of the callback."""
     return sum(
         1 + any(requests[row].init_audio is not None for row in rows) + requests[rows[0]].steps + len(rows)
         for rows in batches(requests, batch)
@@ -229,7 +229,7 @@ def _require_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def _sound(given: object) -> Path | Waveform | None:
-    """What `init_audio` holds, as a path or a waveform. Raises InvalidRequest."""
+    """Return `init_audio` as a path or a waveform. Raises InvalidRequest."""
     if given is None or isinstance(given, Path | Waveform):
         return given
     if isinstance(given, str):

@@ -1,4 +1,4 @@
-"""What a request becomes: the sound, its latents and what making it took."""
+"""Result of a request: the sound, its latents, and time and memory of each stage."""
 
 from __future__ import annotations
 

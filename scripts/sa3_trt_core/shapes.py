@@ -110,7 +110,7 @@ CONTRACTS: Mapping[str, GraphContract] = {
 
 
 def output_samples(seconds: float) -> int:
-    """How many samples a channel the finished audio has: int(seconds * 44100)."""
+    """Return the samples a channel of the finished audio: int(seconds * 44100)."""
     return int(seconds * SAMPLE_RATE)
 
 
@@ -125,7 +125,7 @@ def latent_frames(seconds: float, padding: float = PADDING_SECONDS, cap: int = M
 
 
 def legacy_latent_frames(seconds: float) -> int:
-    """How many latent frames the published TensorRT runtime generates: no padding, not made even.
+    """Return the latent frames that the published TensorRT runtime generates: no padding, not made even.
 
     Source: optimized/tensorRT/scripts/sa3_trt_core.py of github.com/Stability-AI/stable-audio-3, commit 0450443.
     """

@@ -1,4 +1,4 @@
-"""What a batch costs: seconds of each stage, and the GPU's memory after it."""
+"""Cost of a batch: seconds of each stage, and the GPU's memory after it."""
 
 from __future__ import annotations
 

@@ -94,19 +94,19 @@ class Stages(Closing):
         job.inits = [None] * len(job.rows)
         if all(row.sound is None for row in job.rows):
             return
-        found: list[Tensor | None] = []
+        init_latents: list[Tensor | None] = []
         encoder = self._engine("encode", job.meter)
         with torch.inference_mode(), job.meter.stage("encode"):
             for row in job.rows:
                 if row.sound is None:
-                    found.append(None)
+                    init_latents.append(None)
                     continue
                 key = (row.sound, row.init_start, row.frames)
                 if key not in known.sounds:
                     samples = reader.read_audio(row.sound, row.init_start, row.frames * SAMPLES_PER_FRAME)
                     known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
-                found.append(known.sounds[key])
-        job.inits = found
+                init_latents.append(known.sounds[key])
+        job.inits = init_latents
         tell("init audio")
 
     def _engine(self, stage: str, meter: Meter) -> GraphEngine:
@@ -204,6 +204,6 @@ class Stages(Closing):
 def _on(
     device: str, start: Tensor | None, kept: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-    """What audio to audio starts from and what in-painting puts back, on a device."""
+    """Return the initial latents and the kept latents and mask on a device."""
     moved = None if kept is None else (kept[0].to(device), kept[1].to(device))
     return None if start is None else start.to(device), moved

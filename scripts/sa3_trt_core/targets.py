@@ -202,14 +202,14 @@ def expand(names: Sequence[str]) -> list[Target]:
     chosen: dict[str, Target] = {}
     for name in names:
         if name in GROUPS:
-            found = [target for target in TARGETS if name in target.groups]
+            matching = [target for target in TARGETS if name in target.groups]
         else:
-            found = [target for target in TARGETS if target.name == name]
-        if not found and _LORA_NAME.fullmatch(name):
-            found = [find_target(name)]
-        if not found:
+            matching = [target for target in TARGETS if target.name == name]
+        if not matching and _LORA_NAME.fullmatch(name):
+            matching = [find_target(name)]
+        if not matching:
             raise _unknown(name, [*(target.name for target in TARGETS), *GROUPS])
-        chosen.update({target.name: target for target in found})
+        chosen.update({target.name: target for target in matching})
     return list(chosen.values())
 
 
@@ -221,15 +221,15 @@ def missing_candidates() -> list[Target]:
 def dit_target(dit: str, precision: str) -> Target:
     """The engine of a DiT at a precision. Raises ToolError that names the precisions it has."""
     find_dit(dit)
-    found = {target.precision: target for target in TARGETS if target.dit == dit}
-    for name, target in found.items():
+    by_precision = {target.precision: target for target in TARGETS if target.dit == dit}
+    for name, target in by_precision.items():
         if name == precision:
             return target
     having = [target.dit for target in TARGETS if target.precision == precision and target.dit]
     elsewhere = f", or `dit={having[0]}` for {precision}" if having else ""
     raise ToolError(
-        f"the DiT {dit} has no {precision} engine (it has {', '.join(found)})",
-        f"choose `precision={next(iter(found))}`{elsewhere}",
+        f"the DiT {dit} has no {precision} engine (it has {', '.join(by_precision)})",
+        f"choose `precision={next(iter(by_precision))}`{elsewhere}",
     )
 
 

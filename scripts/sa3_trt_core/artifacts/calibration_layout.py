@@ -38,7 +38,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checked archive holds: L and kind of every row, in order."""
+    """Latent frames L and kind of every row of a checked archive, in order."""
 
     ragged: bool
     frames: tuple[int, ...]
@@ -68,17 +68,17 @@ def read_layout(path: Path) -> Layout:
     try:
         with zipfile.ZipFile(path) as archive:
             ragged = f"{FRAMES}.npy" in archive.namelist()
-            found = {key: _checked_shape(archive, key, path, np.dtype(np.float32)) for key in KEYS}
-            rows = found["t"][0] if found["t"] else 0
+            member_shapes = {key: _checked_shape(archive, key, path, np.dtype(np.float32)) for key in KEYS}
+            rows = member_shapes["t"][0] if member_shapes["t"] else 0
             if not 1 <= rows <= MAX_ROWS:
                 raise bad(path, f"has {rows} rows")
             if ragged:
                 frames = _column(archive, FRAMES, path, rows, np.dtype(np.int32))
                 kinds = _column(archive, KIND, path, rows, np.dtype(np.uint8))
             else:
-                if len(found["x"]) != 3:
-                    raise bad(path, f"member x has shape {list(found['x'])}, expected [{rows}, 256, L]")
-                frames, kinds = [found["x"][2]] * rows, [0] * rows
+                if len(member_shapes["x"]) != 3:
+                    raise bad(path, f"member x has shape {list(member_shapes['x'])}, expected [{rows}, 256, L]")
+                frames, kinds = [member_shapes["x"][2]] * rows, [0] * rows
     except UNREADABLE as error:
         raise bad(path, f"is not an npz archive ({error})") from None
     for row, (length, kind) in enumerate(zip(frames, kinds, strict=True)):
@@ -86,7 +86,7 @@ def read_layout(path: Path) -> Layout:
             raise bad(path, f"has {rows} rows, and row {row} is of {length} latent frames")
         if kind >= len(KINDS):
             raise bad(path, f"row {row} is of kind {kind}; there are {len(KINDS)}: {', '.join(KINDS)}")
-    for key, shape in found.items():
+    for key, shape in member_shapes.items():
         wanted = member_shape(key, frames, ragged)
         if shape != wanted:
             raise bad(path, f"member {key} has shape {list(shape)}, expected {list(wanted)}")

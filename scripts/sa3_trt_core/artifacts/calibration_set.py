@@ -57,7 +57,7 @@ class CalibrationSet:
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """Number of rows."""
         return len(self.indices)
 
     @property
@@ -137,7 +137,7 @@ def _kinds_by_mask(path: Path, _: int, layout: calibration_layout.Layout) -> tup
 
 
 def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
-    """Which rows stand for a set: at most `limit`, but one at least of every kind at every sigma.
+    """Return indices of rows that represent a set: at most `limit`, and at least one of every kind at every sigma.
 
     The same number of each, spread over the set; `kinds` is that of every row, none given where there is one only.
     """
@@ -166,13 +166,16 @@ def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def summary(calibration: CalibrationSet, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """What a person checks: rows, every L, rows by kind and L, the list of sigmas, ranges."""
-    found = list(zip(calibration.kinds(), calibration.lengths(), strict=True))
+    """Return what a person checks: rows, every L, rows by kind and L, the list of sigmas, ranges."""
+    kind_lengths = list(zip(calibration.kinds(), calibration.lengths(), strict=True))
     return {
         "rows": calibration.rows,
         "latent_frames": sorted(set(calibration.lengths())),
         "kinds": {
-            kind: {str(length): found.count((kind, length)) for length in sorted({n for k, n in found if k == kind})}
+            kind: {
+                str(length): kind_lengths.count((kind, length))
+                for length in sorted({n for k, n in kind_lengths if k == kind})
+            }
             for kind in KINDS
             if kind in calibration.kinds()
         },

@@ -43,7 +43,7 @@ DTYPES: Mapping[str, type] = {
 
 @dataclass(frozen=True)
 class CheckRow:
-    """What one run's inputs are drawn from. `sigma` and `seconds` are those of each of `batch` rows."""
+    """Description of the inputs of one run. `sigma` and `seconds` are those of each of `batch` rows."""
 
     purpose: int
     seed: int
@@ -76,7 +76,7 @@ class CheckSet:
 
 
 def check_path(artefact: Path) -> Path:
-    """Where the check rows of a graph or an engine lie: beside it, its whole name kept."""
+    """Return the path of the check rows of a graph or an engine: beside it, with its whole name."""
     return artefact.with_name(artefact.name + SUFFIX)
 
 
@@ -148,16 +148,16 @@ def _dit_inputs(row: CheckRow, normal: Any) -> dict[str, NDArray[Any]]:
 
 
 def stored_part(kind: str, row: CheckRow, outputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
-    """What is compared of a graph's outputs, flat: a velocity whole; of features and samples every 17th.
+    """Return the compared part of a graph's outputs, flat: a velocity whole, every 17th value of features and samples.
 
     Text features behind the tokens in use are left out: nothing reads them. Samples of integer outputs are scaled to
     [-1, 1]. Raises ToolError when the graph has not the contract's output.
     """
     spec = shapes.CONTRACTS[kind].outputs[0]
-    found = outputs.get(spec.name, outputs.get("audio"))
-    if found is None:
+    output = outputs.get(spec.name, outputs.get("audio"))
+    if output is None:
         raise ToolError(f"the graph gives {', '.join(outputs)}, not {spec.name}", "use the graph of that target")
-    values = found.detach().cpu().numpy()
+    values = output.detach().cpu().numpy()
     if kind == "t5gemma":
         values = values[:, : row.frames]
     if values.dtype.kind == "i":

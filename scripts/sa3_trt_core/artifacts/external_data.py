@@ -14,7 +14,7 @@ LONGEST_LOCATION = 4096
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 IR_VERSION, GRAPH = 1, 7  # of ModelProto: without both it is no model
 RAW_DATA, EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 9, 13, 14, 1  # of TensorProto
-SMALL = 1024  # bytes; onnx.save keeps tensors of less in the graph unless it is told otherwise
+SMALL = 1024  # bytes; onnx.save keeps smaller tensors in the graph by default
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]{40}/")
 
@@ -36,7 +36,7 @@ class _Malformed(Exception):
 
 
 def unfinished_marker(onnx_path: Path) -> Path:
-    """What stands beside a graph while it and its sidecar are replaced by new ones."""
+    """Return the path of the file that lies beside a graph while it and its sidecar are being replaced."""
     return onnx_path.with_name(f".{onnx_path.name}.unfinished")
 
 
@@ -158,12 +158,12 @@ def _model_locations(data: Buffer) -> list[str]:
                 names[location] = None
             continue
         children = _CHILDREN[message]
-        found = [
+        nested = [
             (children[number], at, at + size, depth + 1)
             for number, kind, at, size in _fields(data, start, end)
             if number in children and kind == BYTES
         ]
-        pending.extend(reversed(found))
+        pending.extend(reversed(nested))
     return list(names)
 
 
@@ -250,13 +250,13 @@ def _require_inside(name: str, onnx_path: Path) -> None:
 
 
 def _leads_away(sidecar: Path, onnx_path: Path) -> bool:
-    """Whether a symbolic link takes a sidecar out of the folder of its graph.
+    """Return True if a symbolic link takes a sidecar out of the folder of its graph.
 
     The hub's cache is made of such links: there the graph's own leads to the same place, or the path says so.
     """
     try:
-        homes, found = (onnx_path.parent.resolve(), onnx_path.resolve().parent), sidecar.resolve()
+        homes, target = (onnx_path.parent.resolve(), onnx_path.resolve().parent), sidecar.resolve()
     except (OSError, RuntimeError):  # a ring of links
         return True
     cached = _SNAPSHOT.search(onnx_path.as_posix()) is not None
-    return not cached and not any(found.is_relative_to(home) for home in homes)
+    return not cached and not any(target.is_relative_to(home) for home in homes)

@@ -31,13 +31,13 @@ def held(path: Path, what: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is still held: whoever waits sees that its file is gone, and opens anew
         lock.release()
-        with contextlib.suppress(OSError):  # not empty, or somebody else's by now
+        with contextlib.suppress(OSError):  # not empty, or taken by another process meanwhile
             for folder in made:
                 folder.rmdir()
 
 
 def lock_path(artefact: Path) -> Path:
-    """Where the lock of an artefact lies: hidden, beside it."""
+    """Return the path of an artefact's lock: a hidden file beside it."""
     return artefact.with_name(f".{artefact.name}.lock")
 
 

@@ -44,7 +44,7 @@ class Manifest:
 
 
 def manifest_path(artefact: Path) -> Path:
-    """Where the manifest of an artefact lies: beside it, its whole name kept."""
+    """Return the path of an artefact's manifest: beside it, with its whole name."""
     return artefact.with_name(artefact.name + MANIFEST_SUFFIX)
 
 
@@ -99,7 +99,7 @@ def read_manifest(artefact: Path) -> Manifest | None:
 
 
 def verify_manifest(artefact: Path, deep: bool = False) -> str | None:
-    """Why an artefact is incomplete or changed, or None when it is good; `deep` reads every byte again."""
+    """Return why an artefact is incomplete or changed, or None; `deep` hashes every byte again."""
     manifest = read_manifest(artefact)
     if manifest is None:
         return f"{manifest_path(artefact).name} is missing"
@@ -127,7 +127,7 @@ def identity(artefact: Path) -> str | None:
 
 
 def is_current(artefact: Path, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether an artefact is whole and was made from these inputs with these settings; else the reason why not."""
+    """Return (True, "current") for a whole artefact made from these inputs and settings, else (False, the reason)."""
     try:
         reason = verify_manifest(artefact)
         manifest = read_manifest(artefact)
@@ -136,9 +136,9 @@ def is_current(artefact: Path, inputs: Mapping[str, str], settings: Mapping[str,
     if reason is not None or manifest is None:
         return False, reason or "its manifest is missing"
     pairs = (("input", dict(inputs), manifest.inputs), ("setting", _plain(settings), manifest.settings))
-    for name, wanted, found in pairs:
-        for key in sorted(wanted.keys() | found.keys()):
-            if key not in wanted or key not in found or wanted[key] != found[key]:
+    for name, wanted, recorded in pairs:
+        for key in sorted(wanted.keys() | recorded.keys()):
+            if key not in wanted or key not in recorded or wanted[key] != recorded[key]:
                 return False, f"{name} {key} has changed"
     return True, "current"
 

@@ -46,8 +46,8 @@ def encode(engine: GraphEngine, audio: Tensor, chunk: int = 0) -> Tensor:
     frames = audio.shape[-1] // SAMPLES_PER_FRAME
     latents = torch.empty(1, LATENT_CHANNELS, frames)
     for part in chunks(frames, 0 if takes_rows(engine) else chunk):
-        found = _encode(engine, audio[:, part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME])
-        latents[..., part.first : part.last] = found[..., part.first - part.start : part.last - part.start]
+        encoded = _encode(engine, audio[:, part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME])
+        latents[..., part.first : part.last] = encoded[..., part.first - part.start : part.last - part.start]
     return latents
 
 
@@ -63,7 +63,7 @@ def _encode(engine: GraphEngine, audio: Tensor) -> Tensor:
 
 
 def is_clipped(engine: GraphEngine) -> bool:
-    """Whether a decoder gives samples that are cut to full scale already: what was above it cannot be had back."""
+    """Return True if a decoder clips its samples to full scale itself: nothing above it can be recovered."""
     return "pcm" in engine.output_names and "limiter_ceiling" not in engine.input_names
 
 
@@ -79,7 +79,7 @@ def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
 
 
 def takes_rows(engine: GraphEngine) -> bool:
-    """Whether a decoder takes any number of rows at once and bounds its own memory: it is given no windows."""
+    """Return True if a decoder takes any number of rows at once and bounds its own memory: windows are not needed."""
     return bool(getattr(engine, "takes_rows", False))
 
 
@@ -104,9 +104,9 @@ def _decode_row(engine: GraphEngine, latents: Tensor, chunk: int) -> Tensor:
     frames = latents.shape[-1]
     samples = torch.empty(frames * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
     for part in chunks(frames, chunk):
-        found = _decode(engine, latents[..., part.start : part.stop].contiguous())[0]
+        decoded = _decode(engine, latents[..., part.start : part.stop].contiguous())[0]
         kept = slice((part.first - part.start) * SAMPLES_PER_FRAME, (part.last - part.start) * SAMPLES_PER_FRAME)
-        samples[part.first * SAMPLES_PER_FRAME : part.last * SAMPLES_PER_FRAME] = found[kept]
+        samples[part.first * SAMPLES_PER_FRAME : part.last * SAMPLES_PER_FRAME] = decoded[kept]
     return samples
 
 

@@ -126,14 +126,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise ToolError(f"no such sound file: {path}", hint)
     try:
         with soundfile.SoundFile(os.fsencode(path)) as sound:
-            found = json.loads(sound.comment)
+            metadata = json.loads(sound.comment)
     except (RuntimeError, TypeError, UnicodeError) as error:
         raise ToolError(f"cannot read {path}: {error}", hint) from None
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        metadata = None
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
         raise ToolError(f"{path} does not say how it was made", hint)
-    return found
+    return metadata
 
 
 def write_wav_16(path: Path, pcm: Tensor | np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
@@ -150,7 +150,7 @@ def write_wav_16(path: Path, pcm: Tensor | np.ndarray, sample_rate: int = SAMPLE
 
 @contextmanager
 def _written(path: Path) -> Iterator[None]:
-    """What libsndfile calls a "System error" while it writes is a disk that takes no more."""
+    """Raise OSError for a full disk in place of libsndfile's "System error" while it writes."""
     import soundfile
 
     try:

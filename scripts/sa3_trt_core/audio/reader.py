@@ -114,7 +114,7 @@ def _opened(path: Path) -> Any:
         if sound.frames >= UNKNOWN_LENGTH or not sound.seekable():
             sound.close()
             sound = Sequential(name)
-    except (RuntimeError, TypeError) as error:  # TypeError: headerless formats, which need to be told what they are
+    except (RuntimeError, TypeError) as error:  # TypeError: headerless formats, whose parameters have to be given
         raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
     right = 1 <= sound.channels <= AUDIO_CHANNELS and LOWEST_RATE <= sound.samplerate <= HIGHEST_RATE
     if not right or sound.frames < 1:

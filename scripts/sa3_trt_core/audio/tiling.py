@@ -31,14 +31,14 @@ def chunks(frames: int, size: int) -> list[Chunk]:
     """
     if size == 0 or frames <= size:
         return [Chunk(0, frames, 0, frames)]
-    found, first = [], 0
+    tiles, first = [], 0
     while first < frames:
         start = max(0, min(first - CONTEXT, frames - size))
         stop = start + size
         last = frames if stop == frames else stop - CONTEXT
-        found.append(Chunk(start, stop, first, last))
+        tiles.append(Chunk(start, stop, first, last))
         first = last
-    return found
+    return tiles
 
 
 def chunk_frames(frames: int, asked: int | None) -> int:

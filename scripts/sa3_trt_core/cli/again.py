@@ -45,10 +45,10 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
     settings["lora"] = [f"{spec.path.resolve()}:{spec.strength!r}" for spec in map(parse_spec, run.get("lora") or [])]
     if request.inpaint:
         settings["inpaint"] = [list(part) for part in request.inpaint]
-    found = {
+    request_fields = {
         name: value for name, value in settings.items() if name not in DEFAULTS or value != DEFAULTS[name]
     } | {"mode": request.mode}  # fmt: skip
-    return {**found, "engines": dict(identities), "version": __version__}
+    return {**request_fields, "engines": dict(identities), "version": __version__}
 
 
 def again_line(path: Path, given: argparse.Namespace) -> list[str]:

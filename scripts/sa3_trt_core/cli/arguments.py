@@ -18,7 +18,7 @@ from sa3_trt_core.errors import ToolError, ToolWarning, as_flags, as_tool_error,
 INTERRUPT_EXIT = 130
 
 MOST_DIGITS = 4000
-RESERVE = 4 << 20  # bytes, given back when memory ends so that the error can be told
+RESERVE = 4 << 20  # bytes, freed when memory ends, so that the error can be printed
 SHOWN_DIGITS = 40  # of a number or text that is refused
 _DASHED = re.compile(r"argument ([^:]+): expected (?:one|at least one) argument")
 
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[], int]) -> int:
     """Return the exit code of `main`; print a ToolError, and what the system refuses, as two lines on stderr.
 
-    Anything unforeseen keeps its traceback. Standard streams that are closed or that nobody reads do not stop a run.
+    Anything unforeseen keeps its traceback. Standard streams that are closed or not read do not stop a run.
     """
     streams.make_usable()
     reserve = bytearray(RESERVE)

@@ -25,8 +25,8 @@ def parse_devices(text: str) -> tuple[str, ...]:
     visible = visible_devices()
     for name in names:
         if name != CPU and int(name) >= len(visible):
-            found = f"{len(visible)} visible" if visible else "none"
-            raise ToolError(f"there is no GPU {name} here: {found}", "see nvidia-smi -L, or take cpu")
+            available = f"{len(visible)} visible" if visible else "none"
+            raise ToolError(f"there is no GPU {name} here: {available}", "see nvidia-smi -L, or take cpu")
     return names
 
 
@@ -57,7 +57,7 @@ def visible_devices() -> list[str]:
 
 
 def _count() -> int:
-    """How many GPUs there are, asked of the management library: asking CUDA would fix what this process sees."""
+    """Return the number of GPUs, by the management library: a query to CUDA would fix this process's devices."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -65,6 +65,6 @@ def _count() -> int:
     count = ctypes.c_uint()
     if library.nvmlInit_v2() != 0:
         return 0
-    found = library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    status = library.nvmlDeviceGetCount_v2(ctypes.byref(count))
     library.nvmlShutdown()
-    return count.value if found == 0 else 0
+    return count.value if status == 0 else 0

@@ -1,4 +1,4 @@
-"""What one run of the command makes: every sound, its settings and its file, decided before a file is opened."""
+"""The job of one run of the command: every sound, its settings and its file, decided before a file is opened."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def stages(self) -> int:
-        """How often the generator reports its progress."""
+        """Number of progress reports of the generator."""
         return count_stages(self.requests, 1 if self.options.depth else self.options.batch or 1)
 
     def planned(self, plan: Plan) -> Job:

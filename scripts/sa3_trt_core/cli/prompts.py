@@ -72,21 +72,21 @@ def read_prompts(path: Path) -> list[Row]:
 def _object(name: str, number: int, line: str) -> Row:
     hint = f"a line is text, or a JSON object of {', '.join(_KINDS)}"
     try:
-        found: Any = json.loads(line, parse_int=_whole_number)
+        fields: Any = json.loads(line, parse_int=_whole_number)
     except (ValueError, RecursionError):
         raise ToolError(f"{name} line {number} begins with {{ and is not JSON", hint) from None
-    unknown = sorted(found.keys() - _KINDS.keys())
-    if unknown or "prompt" not in found:
+    unknown = sorted(fields.keys() - _KINDS.keys())
+    if unknown or "prompt" not in fields:
         wrong = f"has {unknown[0]!a:.60}" if unknown else "has no 'prompt'"
         raise ToolError(f"{name} line {number} {wrong}", hint)
-    for key, value in found.items():
+    for key, value in fields.items():
         if not isinstance(value, _KINDS[key]) or isinstance(value, bool):
             raise ToolError(f"{name} line {number}: {key} is {shown(value)}", hint)
         if key in _RANGES:
             low, high = _RANGES[key]
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ToolError(f"{name} line {number}: {key} {shown(value)} is outside {low:g} to {high:g}", hint)
-    return Row(**found)
+    return Row(**fields)
 
 
 def _whole_number(digits: str) -> int:
@@ -120,7 +120,7 @@ def slug(prompt: str) -> str:
 
 
 def out_paths(prompts: Sequence[tuple[str, int]], folder: Path, suffix: str) -> list[Path]:
-    """Where the sounds of (prompt, seed) go: <prompt>_<seed>, the number of the row in front where there are more."""
+    """Return the output paths of (prompt, seed) rows: <prompt>_<seed>, with the row's number first in several rows."""
     digits = max(3, len(str(len(prompts))))
     numbers = [f"{number:0{digits}d}_" if len(prompts) > 1 else "" for number in range(1, len(prompts) + 1)]
     return [

@@ -1,4 +1,4 @@
-"""What the command prints: the plan, the table of stages, and either of them as one JSON document."""
+"""Output of the command: the plan, the table of stages, and either of them as one JSON document."""
 
 from __future__ import annotations
 

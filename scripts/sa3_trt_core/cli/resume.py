@@ -1,4 +1,4 @@
-"""Which sounds of a job are there already: files of the same name that say the same of how they were made."""
+"""Selection of a job's sounds that exist already: files of the same name whose metadata state the same settings."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def keep_finished(job: Job, totals: report.Totals) -> None:
 def _says(path: Path, asked: Mapping[str, Any]) -> bool:
     """Return True if a sound was made with the settings of `asked`; a text that a WAV file cut counts by its head."""
     try:
-        found = audio_io.read_metadata(path)
+        stored = audio_io.read_metadata(path)
     except ToolError:
         return False
-    names = (found.keys() | asked.keys()) - set(OF_THE_MACHINE)
-    return all(_same(path, found.get(name), asked.get(name)) for name in names)
+    names = (stored.keys() | asked.keys()) - set(OF_THE_MACHINE)
+    return all(_same(path, stored.get(name), asked.get(name)) for name in names)
 
 
-def _same(path: Path, found: object, asked: object) -> bool:
-    if isinstance(found, str) and isinstance(asked, str) and audio_io.was_cut(path, found):
-        return asked.startswith(found.removesuffix(audio_io.ELLIPSIS))
-    return found == asked
+def _same(path: Path, stored: object, asked: object) -> bool:
+    if isinstance(stored, str) and isinstance(asked, str) and audio_io.was_cut(path, stored):
+        return asked.startswith(stored.removesuffix(audio_io.ELLIPSIS))
+    return stored == asked

@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Output(io.FileIO):
-    """The descriptor of an output stream; what nobody can read any more is dropped and not raised.
+    """The descriptor of an output stream; output that cannot be read any more is dropped without an error.
 
     `full` is the error of a file that takes no more, kept for the end of the run: the sounds are worth more than the
     table about them.
@@ -47,7 +47,7 @@ def make_usable() -> None:
     """Give this process three standard streams that can be written to, whatever it was started with.
 
     A closed descriptor is opened on the null device first: the next file that is opened would get its number, and what
-    a library prints would be written into that file. Streams that somebody has put in their place are left alone.
+    a library prints would be written into that file. Streams that were replaced by other objects are left alone.
     """
     for number in (STDIN, STDOUT, STDERR):
         try:

@@ -97,9 +97,9 @@ def check_engine(target: Target, backend: str, source: ModelSource) -> list[self
 
     Raises ToolError; GateError when it is wrong.
     """
-    engine, found = _checked(target, backend, source, source_path(target, backend, source), again=True)
+    engine, outcomes = _checked(target, backend, source, source_path(target, backend, source), again=True)
     engine.close()
-    return found
+    return outcomes
 
 
 def _checked(

@@ -60,8 +60,8 @@ class Backend:
 
     def version(self) -> str | None:
         """The installed version that engines depend on; None where it is not installed or they depend on none."""
-        found = getattr(self.find_package(self.package), "__version__", None)
-        return None if found is None else str(found)
+        version = getattr(self.find_package(self.package), "__version__", None)
+        return None if version is None else str(version)
 
     def supports(self, target: Target) -> bool:
         """Return True if it runs this graph at this precision."""

@@ -1,4 +1,4 @@
-"""What an engine is: one protocol for any graph, one for the DiT's velocity, and the bridge between them."""
+"""Protocols of engines: one for any graph, one for the DiT's velocity, and the adapter between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every packed engine of PyTorch has: its file, its place, its kernels' folder, and memory that ends."""
+"""Base of the packed engines of PyTorch: the file, the device, the folder of compiled kernels, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class PackedEngine(DeviceEngine):
 
 
 def tiles_path(path: Path) -> Path:
-    """Where the tiles of a packed DiT lie, if they were measured."""
+    """Return the path of the measured tiles of a packed network; the file may be absent."""
     return path.with_suffix(".tiles.json")
 
 
 def kernels_folder(path: Path) -> Path:
-    """Where Triton's compiled kernels lie: one folder for all engines of an architecture."""
+    """Return the folder of Triton's compiled kernels: one for all engines of an architecture."""
     return path.parent.parent / KERNELS_FOLDER
 
 

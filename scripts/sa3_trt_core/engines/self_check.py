@@ -39,7 +39,7 @@ REPORT = "python scripts/gpu_report.py"
 
 @dataclass(frozen=True)
 class Place:
-    """What an answer is valid for: card, driver and the version of the library that runs the engine."""
+    """Validity of a check: card, driver and the version of the library that runs the engine."""
 
     card: str
     driver: str
@@ -90,15 +90,15 @@ def outcomes(checks: CheckSet, run: Run) -> list[Outcome]:
 
 def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
     row, expected = checks.rows[index], checks.expected[index]
-    found = check_rows.stored_part(checks.kind, row, run(check_rows.inputs_of(checks.kind, row)))
-    if found.shape != expected.shape:
-        return Outcome(row.name, math.inf, f"{row.name}: {found.size} values, the graph gives {expected.size}")
-    if not np.isfinite(found).all():
+    answer = check_rows.stored_part(checks.kind, row, run(check_rows.inputs_of(checks.kind, row)))
+    if answer.shape != expected.shape:
+        return Outcome(row.name, math.inf, f"{row.name}: {answer.size} values, the graph gives {expected.size}")
+    if not np.isfinite(answer).all():
         return Outcome(row.name, math.inf, f"{row.name}: values that are not finite")
     allowed = max(LIMIT * checks.response[index], checks.floor * _norm(expected))
-    distance = _norm(found - expected)
+    distance = _norm(answer - expected)
     apart = distance / allowed if allowed else (0.0 if not distance else math.inf)
-    share = _share(row, expected, found)
+    share = _share(row, expected, answer)
     failure = None
     if not apart <= 1.0:
         off = distance / max(_norm(expected), 1e-30)
@@ -109,11 +109,11 @@ def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
     return Outcome(row.name, apart, failure)
 
 
-def _share(row: CheckRow, expected: np.ndarray, found: np.ndarray) -> float | None:
+def _share(row: CheckRow, expected: np.ndarray, answer: np.ndarray) -> float | None:
     """The engine's share of the graph's difference between the two rows of a probe; None for other rows."""
     if row.purpose not in (NOISE_LEVELS, DURATIONS):
         return None
-    wanted, given = (_norm(np.subtract(*side.reshape(2, -1))) for side in (expected, found))
+    wanted, given = (_norm(np.subtract(*side.reshape(2, -1))) for side in (expected, answer))
     return given / wanted if wanted else None
 
 
@@ -137,20 +137,21 @@ def require_correct(
     if checks is None:
         _keep(path, key, 0.0)  # else every start would read every byte again
         return []
-    found = outcomes(checks, engine.run)
-    failures = [one.failure for one in found if one.failure is not None]
+    results = outcomes(checks, engine.run)
+    failures = [one.failure for one in results if one.failure is not None]
     if failures:
         raise GateError(
-            f"{path} fails {len(failures)} of {len(found)} check rows on {place.card} ({place.library}): {failures[0]}",
+            f"{path} fails {len(failures)} of {len(results)} check rows on {place.card} ({place.library}): "
+            f"{failures[0]}",
             f"make it again: {rebuild}; if it fails again, report it with the folder that {REPORT} writes",
             "\n".join(failures[1:]) or None,
         )
-    _keep(path, key, max(one.apart for one in found))
-    return found
+    _keep(path, key, max(one.apart for one in results))
+    return results
 
 
 def changed_bytes(path: Path, checks: CheckSet | None) -> str | None:
-    """Why an engine or a graph is not the one that its manifest and its check rows are of, or None when it is.
+    """Return why the bytes of an engine or a graph differ from its manifest or its check rows, or None.
 
     Every byte is read. An engine is of the graph of the rows when its manifest names that graph's digests among its
     inputs; a graph is when it has them itself.
@@ -181,7 +182,7 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    """What was kept beside an engine; nothing where it cannot be read."""
+    """Return the checks that were kept beside an engine; an empty list where they cannot be read."""
     kept = path.with_name(path.name + ANSWERS_SUFFIX)
     try:
         document = json.loads(kept.read_bytes()) if kept.stat().st_size <= LARGEST else None

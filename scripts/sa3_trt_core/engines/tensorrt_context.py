@@ -82,7 +82,7 @@ class BoundContext:
 
     @property
     def captured(self) -> bool:
-        """Whether it runs as a CUDA graph."""
+        """True if the context runs as a CUDA graph."""
         return self._graph is not None
 
     def run(self, inputs: Mapping[str, Tensor], capture: bool) -> dict[str, Tensor]:
@@ -98,12 +98,12 @@ class BoundContext:
                 self._graph.replay()
             else:
                 self.enqueue()
-            found = {name: buffer.to(device, copy=True) for name, buffer in self._outputs.items()}
+            outputs = {name: buffer.to(device, copy=True) for name, buffer in self._outputs.items()}
         self._stream.synchronize()
         self._runs += 1
         if capture and self._runs == RUNS_BEFORE_CAPTURE:
             self._capture()
-        return found
+        return outputs
 
     def _capture(self) -> None:
         """Keep a CUDA graph of the run if its replay gives, bit for bit, what the run itself has just given."""

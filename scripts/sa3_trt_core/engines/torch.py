@@ -38,14 +38,14 @@ class TorchEngine(PackedEngine):
         self.require_inputs(inputs)
         if self._runner is None:
             raise RuntimeError("this engine is closed")
-        told = {name: value.float() for name, value in inputs.items() if name not in ("x", "t")}
+        conditioning = {name: value.float() for name, value in inputs.items() if name not in ("x", "t")}
         runner, (rows, _, frames) = self._runner, inputs["x"].shape
-        found = self.guarded(
-            lambda: runner.velocity(inputs["x"].float(), inputs["t"].float(), told),
+        velocity = self.guarded(
+            lambda: runner.velocity(inputs["x"].float(), inputs["t"].float(), conditioning),
             f"{rows} rows of {frames} latent frames",
         )
         place = inputs["x"].device
-        return {self.output_names[0]: found.clone() if found.device == place else found.to(place)}
+        return {self.output_names[0]: velocity.clone() if velocity.device == place else velocity.to(place)}
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
         """Velocity (R, 256, L) fp32 of rows whose conditioning lies on the engine's device; see RowsEngine."""
@@ -132,7 +132,7 @@ def open_runner(path: Path, device: torch.device) -> Runner:
 
 
 def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
-    """What stands between the products. Raises ToolError for FP8 on a GPU without it, and for a missing Triton."""
+    """Return the operations between the linear layers. Raises ToolError: no FP8 on this GPU, or no Triton."""
     tables = packed.tensor("cosine"), packed.tensor("sine")
     if device.type == "cpu":
         from sa3_trt_core.torch_models.dit.reference_ops import PlainOps

@@ -37,8 +37,8 @@ class TorchTextEncoder(PackedEngine):
         self.require_inputs(inputs)
         encoder = _opened(self._encoder)
         ids, mask = (inputs[name] for name in self.input_names)
-        found = self.guarded(lambda: encoder.hidden_states(ids.cpu(), mask.cpu()), "a text")
-        return {self.output_names[0]: found.clone() if found.device == ids.device else found.to(ids.device)}
+        features = self.guarded(lambda: encoder.hidden_states(ids.cpu(), mask.cpu()), "a text")
+        return {self.output_names[0]: features.clone() if features.device == ids.device else features.to(ids.device)}
 
     def close(self) -> None:
         if self._encoder is not None:
@@ -65,8 +65,8 @@ class TorchDecoder(PackedEngine):
         self.require_inputs(inputs)
         runner, latents = _opened(self._runner), inputs[self.input_names[0]].float()
         rows, _, frames = latents.shape
-        found = self.guarded(lambda: runner.pcm(latents), f"{rows} sounds of {frames} latent frames")
-        return {self.output_names[0]: found}
+        pcm = self.guarded(lambda: runner.pcm(latents), f"{rows} sounds of {frames} latent frames")
+        return {self.output_names[0]: pcm}
 
     def close(self) -> None:
         if self._runner is not None:
@@ -88,8 +88,8 @@ class TorchEncoder(PackedEngine):
         """{"latent": (R, 256, N / 4096) fp32} for audio (R, 2, N), on its device."""
         self.require_inputs(inputs)
         model, audio = _opened(self._model), inputs[self.input_names[0]]
-        found = self.guarded(lambda: model.latents(audio.to(self._place)), f"{audio.shape[-1]} samples")
-        return {self.output_names[0]: found.to(audio.device)}
+        latents = self.guarded(lambda: model.latents(audio.to(self._place)), f"{audio.shape[-1]} samples")
+        return {self.output_names[0]: latents.to(audio.device)}
 
     def close(self) -> None:
         self._model = None
@@ -114,7 +114,7 @@ def open_same(path: Path, device: torch.device) -> Same:
 
 
 def same_operations(packed: Packed, device: torch.device, path: Path) -> SameOps:
-    """What stands between the products of a SAME half. Raises ToolError."""
+    """Return the operations between the linear layers of a SAME half. Raises ToolError."""
     if device.type == "cpu":
         from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
 

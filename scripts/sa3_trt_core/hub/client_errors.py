@@ -91,13 +91,13 @@ def _missing_certificates() -> str:
 
 def _set(names: tuple[str, ...]) -> str:
     """Return the variables of these that are set, as a shell writes them; a proxy's password is left out."""
-    found = []
+    proxies = []
     for name in names:
         for spelt in dict.fromkeys((name, name.lower())):
             value = os.environ.get(spelt)
             if value:
-                found.append(f"{spelt}={_without_password(value)}")
-    return ", ".join(found)
+                proxies.append(f"{spelt}={_without_password(value)}")
+    return ", ".join(proxies)
 
 
 def _without_password(address: str) -> str:

@@ -28,7 +28,7 @@ _SHA256, _GIT = (
     40,
 )  # letters of a digest: of a large file its SHA-256, of a small one git's SHA-1 of header and bytes
 _FORBIDDEN = (401, 403)
-_NO_REPOSITORY = 404  # what the hub also says of a private one to somebody who is not logged in
+_NO_REPOSITORY = 404  # also the hub's answer for a private one without a login
 _TOO_MANY, _SERVER = 429, 500
 _TRANSPORT = "httpx"  # the client's transport, whichever release of it: httpx, httpx2
 
@@ -47,8 +47,8 @@ def _client() -> Any:
 
 def cached(repository: str, name: str, revision: str) -> Path | None:
     """The file in the cache, or None. A branch is the commit that it was when it was last asked for."""
-    found = _client().try_to_load_from_cache(repository, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    cached = _client().try_to_load_from_cache(repository, name, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def commit_of(path: Path) -> str | None:
@@ -59,14 +59,14 @@ def commit_of(path: Path) -> str | None:
 
 
 def expected_sha256(path: Path) -> str | None:
-    """What the hub said of a large file of the cache when it was downloaded; None of any other file."""
+    """Return the SHA-256 that the hub stated for a large file of the cache; None for any other file."""
     blob = path.resolve()
     known = blob.parent.name == "blobs" and len(blob.name) == _SHA256 and commit_of(path) is not None
     return blob.name if known else None
 
 
 def switched_off() -> bool:
-    """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+    """Return True if HF_HUB_OFFLINE forbids requests to the hub."""
     return bool(_client().is_offline_mode())
 
 
@@ -110,7 +110,7 @@ def _same_file(path: Path, blob: Path, metadata: HfFileMetadata) -> bool:
 
 
 def _blob(repository: str, name: str, metadata: HfFileMetadata) -> Path:
-    """Where the cache keeps the bytes: a file named by their digest."""
+    """Return the cache's file of these bytes, named by their digest."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -170,10 +170,10 @@ def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None
             f"the connection broke while {name} was fetched; {kept} of {format_bytes(size)} are kept",
             "run the same command again: it goes on from there",
         ) from None
-    found = _digest(partial, metadata.etag)
-    if found != metadata.etag:
+    digest = _digest(partial, metadata.etag)
+    if digest != metadata.etag:
         partial.unlink()
-        raise _spoilt(name, f"digest {found[:12]}, not the {metadata.etag[:12]} that")
+        raise _spoilt(name, f"digest {digest[:12]}, not the {metadata.etag[:12]} that")
     os.replace(partial, blob)
 
 
@@ -230,7 +230,7 @@ def _told(repository: str, name: str, revision: str) -> Iterator[None]:
 
 
 def is_transport(error: Exception) -> bool:
-    """Whether an error is of the connection: the client passes those of its transport on as they are."""
+    """Return True for an error of the connection: the client passes those of its transport on as they are."""
     return type(error).__module__.startswith(_TRANSPORT)
 
 

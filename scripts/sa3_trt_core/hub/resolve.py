@@ -96,15 +96,15 @@ def resolve_tokenizer(source: ModelSource) -> Path:
                 "make them: python build/export_onnx.py --model-dir DIR --onnx-root ROOT",
             )
         return path
-    found: list[Path] = []
+    paths: list[Path] = []
     for name in TOKENIZER_FILES:
         file = f"{CHECKPOINT_TOKENIZER_FOLDER}/{name.rpartition('/')[2]}"
-        pinned = (download.commit_of(found[0]) if found else None) or HUB_REVISION
+        pinned = (download.commit_of(paths[0]) if paths else None) or HUB_REVISION
         path = _find(CHECKPOINT_REPOSITORY, [file], pinned, None, source.offline)
         if path is None:
             raise ToolError(f"{CHECKPOINT_REPOSITORY} has no {file}", "give `onnx_root=ROOT` with t5gemma/ in it")
-        found.append(path)
-    return found[0]
+        paths.append(path)
+    return paths[0]
 
 
 def _find(repository: str, names: list[str], pinned: str, given: str | None, offline: bool) -> Path | None:

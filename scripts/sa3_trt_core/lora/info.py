@@ -78,8 +78,8 @@ def _change(loras: LoraSet, layer: str, stored: Tensor, bases: SvdBases) -> floa
 def _words_of(document: Any) -> list[str]:
     if not isinstance(document, dict):
         return []
-    found = [value for key, value in document.items() if "trigger" in str(key).lower()]
-    return [str(word) for value in found for word in (value if isinstance(value, list) else [value]) if word]
+    trigger_values = [value for key, value in document.items() if "trigger" in str(key).lower()]
+    return [str(word) for value in trigger_values for word in (value if isinstance(value, list) else [value]) if word]
 
 
 def _document(text: str) -> Any:

@@ -35,7 +35,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """How adapters act: strength rule, stacking rule, the duration embedder's layer, files with unknown layers.
+    """Options of adapters: strength rule, stacking rule, the duration embedder's layer, files with unknown layers.
 
     `chained`: each adapter takes the result of those before it as its base weight, as the native loader does.
     `summed`: W + sum of s (W_i(1) - W), as the native merge function does; it fades whatever `rule` says.

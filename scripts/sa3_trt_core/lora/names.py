@@ -32,7 +32,7 @@ _DIFFUSERS_OTHER = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a file belongs: native layer and tensor name, and how the file wrote it.
+    """Target of a tensor of a file: native layer and tensor name, and the file's own spelling.
 
     `known` is False for a layer that no Stable Audio 3 DiT has; `layer` is then the file's own name. `regrouped`: rows
     of the fused to_qkv stand as diffusers has them, q | q2 | k | k2 | v. `index` is the native parametrization's.

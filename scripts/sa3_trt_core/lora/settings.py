@@ -24,7 +24,7 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a file says of itself. `kind` None: not stated. `alpha` None: alpha / rank is 1."""
+    """Settings stated in an adapter file. `kind` None: not stated. `alpha` None: alpha / rank is 1."""
 
     source: str  # "lora_config", "adapter_config.json", ... or "" without any
     kind: str | None = None

@@ -25,7 +25,7 @@ _DIGEST_LETTERS = 32
 
 
 class BasisSource(Protocol):
-    """Where the bases of a layer come from."""
+    """Source of the SVD bases of a layer."""
 
     def bases(self, layer: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return U (out, rank) and V (in, rank) fp32; `weight` is the layer's base weight (out, in) in native rows."""

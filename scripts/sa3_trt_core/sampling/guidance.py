@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What rows are led by: `null`, the conditioning of the rows to lead away from, and how far.
+    """Classifier-free guidance settings: `null`, the unconditional or negative inputs; scale `cfg`; APG strength `apg`.
 
     `apg` in 0..1 is how much of the guidance along the denoised latent is taken away.
     """
@@ -51,8 +51,8 @@ class GuidedVelocity(Closing):
 
         if self._both is None or self._both[0] is not cond:
             self._both = cond, Conditioning.joined([cond, self._guidance.null])
-        found = self._engine.velocity(torch.cat([x, x]), torch.cat([t, t]), self._both[1])
-        return self._guidance.velocity(x, t, *found.chunk(2))
+        velocities = self._engine.velocity(torch.cat([x, x]), torch.cat([t, t]), self._both[1])
+        return self._guidance.velocity(x, t, *velocities.chunk(2))
 
 
 def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
@@ -77,7 +77,7 @@ def parallel_part(difference: Tensor, direction: Tensor) -> Tensor:
 
 
 def negative_conditioning(cond: Conditioning, hidden: Tensor, mask: Tensor) -> Conditioning:
-    """Return the conditioning of rows led away from a text: its features (B, 256, 768), zero where its mask is zero.
+    """Return the conditioning of negative-prompt rows: the text's features (B, 256, 768), zero where its mask is zero.
 
     The mask (B, 256) itself becomes one, so that no padding embedding takes those places, and the duration stays: so it
     is for an empty text too, which is a text. Source: the model's own generation.

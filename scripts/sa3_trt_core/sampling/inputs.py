@@ -1,4 +1,4 @@
-"""What requests tell the sampler: noise levels, conditioning, what they start from, what they are led by."""
+"""Build sampler inputs from requests: sigmas, conditioning, initial latents and guidance."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RingRow:
-    """One generation in the ring: where it stands, what the DiT is told of it (one row), and what it is led by."""
+    """State of one in-flight generation: trajectory, conditioning (one row) and optional guidance."""
 
     path: Trajectory
     cond: Conditioning

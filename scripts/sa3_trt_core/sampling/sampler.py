@@ -64,7 +64,7 @@ class Trajectory:
 
     @property
     def finished(self) -> bool:
-        """Whether `x` is the clean latent."""
+        """True if `x` is the clean latent."""
         return self.step == len(self._sigmas) - 1
 
     def advance(self, velocity: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a DiT computes before its blocks, in fp32: the modulation of a noise level, the cross tokens of a text."""
+"""Inputs of the DiT's blocks, computed in fp32: the modulation of a noise level, the cross tokens of a text."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Front:
         return self._linear("seconds", self._waves(share, "seconds.frequencies", self._packed.sizes.angular))
 
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
-        """What every block adds, multiplies and gates with: (6, depth, B, width) fp32 of t (B,) and seconds (B,).
+        """Return scales, shifts and gates of every block: (6, depth, B, width) fp32 of t (B,) and seconds (B,).
 
         Scale, shift and gate of the self-attention, then of the feed-forward; gates are sigmoid(1 - g) already.
         """
-        told = functional.silu(functional.linear(self.duration(seconds), self._packed.tensor("global.0.weight")))
-        told = functional.linear(told, self._packed.tensor("global.2.weight"))
+        condition = functional.silu(functional.linear(self.duration(seconds), self._packed.tensor("global.0.weight")))
+        condition = functional.linear(condition, self._packed.tensor("global.2.weight"))
         level = self._linear("time.0", self._waves(t.float(), "time.frequencies"))
-        told = told + self._linear("time.2", functional.silu(level))
-        shared = self._linear("modulation.2", functional.silu(self._linear("modulation.0", told)))
+        condition = condition + self._linear("time.2", functional.silu(level))
+        shared = self._linear("modulation.2", functional.silu(self._linear("modulation.0", condition)))
         parts = (self._tables[:, None, :] + shared).unflatten(-1, (6, -1)).permute(2, 0, 1, 3).contiguous()
         for gate in (2, 5):
             parts[gate] = torch.sigmoid(1.0 - parts[gate])

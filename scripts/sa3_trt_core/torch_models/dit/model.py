@@ -17,7 +17,7 @@ from sa3_trt_core.torch_models.kernels.linear import Product, finished, quantize
 
 
 class BlockOps(Protocol):
-    """What stands between the products of a block: plain.PlainOps, or the kernels of fused.FusedOps.
+    """Operations between the linear layers of a block: reference_ops.PlainOps, or the kernels of triton_ops.FusedOps.
 
     `stored` are a product's sums without its channels' `ratio` (None in 16 bits). What feeds a product is coded for its
     activation scale. Vectors are (B or 1, width) fp32. No score of an attention is larger than its `bound`.
@@ -61,8 +61,8 @@ GATED = ("self_out", "ff_out")  # products whose branch a gate of the modulation
 
 
 @dataclass
-class Told:
-    """What a batch of rows is told, ready for the blocks: the same at every step.
+class RowConditioning:
+    """Step-independent conditioning of a batch, precomputed per block.
 
     `keys` (depth, B, 257, 3 width): k1, k2, normed, and v. `local` (depth, B or 1, L or 1, width): one value where
     local_add_cond is zero throughout, because its embedding is then a constant.
@@ -111,7 +111,7 @@ class Dit:
         self._first, self._last = self._ends()
 
     def refresh(self) -> None:
-        """Compute again, in place, what was derived from weights of `packed` that have been replaced."""
+        """Compute again, in slot, what was derived from weights of `packed` that have been replaced."""
         products = {
             f"blocks.{i}.{name}": one for i, block in enumerate(self.blocks) for name, one in block.products.items()
         }
@@ -142,12 +142,12 @@ class Dit:
     def local(self, local_add_cond: Tensor) -> Tensor:
         """The local embedding of every block (depth, B, L, width) fp16 of local_add_cond (B, 257, L)."""
         given = local_add_cond.transpose(1, 2).to(torch.float16).contiguous()
-        found = []
+        embeddings = []
         for block in self.blocks:
             into, out = block.products["local_in"], block.products["local_out"]
             padded = functional.pad(given, (0, into.weight.shape[1] - given.shape[-1]))
-            found.append(result(functional.silu(result(padded, into).float()).to(torch.float16), out))
-        return torch.stack(found)
+            embeddings.append(result(functional.silu(result(padded, into).float()).to(torch.float16), out))
+        return torch.stack(embeddings)
 
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
         """The vectors that blocks multiply and add (7, depth, B, width) fp32, for t (B,) and seconds (B,).
@@ -164,7 +164,7 @@ class Dit:
             ]
         )  # fmt: skip
 
-    def step(self, x: Tensor, modulation: Tensor, told: Told) -> Tensor:
+    def step(self, x: Tensor, modulation: Tensor, conditioning: RowConditioning) -> Tensor:
         """Velocity (B, 256, L) fp32 of x (B, 256, L) fp32, and `modulation` of the same rows."""
         ops, memory, epsilon = self.ops, self.sizes.memory, self.sizes.norm_epsilon
         rows = x.shape[0]
@@ -178,10 +178,10 @@ class Dit:
                 hidden, sums(mixed, block.products["self_out"]), gate_a[index], None, None, memory,
                 block.vector("cross_norm"), None, epsilon, block.scale("cross_q"),
             )  # fmt: skip
-            mixed = self._cross_attention(block, normed, told.keys[index])
+            mixed = self._cross_attention(block, normed, conditioning.keys[index])
             hidden, normed = ops.add_normed(
-                hidden, sums(mixed, block.products["cross_out"]), block.cross_ratio, None, told.local[index], memory,
-                gain_f[index], shift_f[index], epsilon, block.scale("ff_in"),
+                hidden, sums(mixed, block.products["cross_out"]), block.cross_ratio, None, conditioning.local[index],
+                memory, gain_f[index], shift_f[index], epsilon, block.scale("ff_in"),
             )  # fmt: skip
             into = block.products["ff_in"]
             assert into.bias is not None
@@ -211,8 +211,10 @@ class Dit:
     def _keys(self, block: Block, context: Tensor) -> Tensor:
         """k1, k2, normed, and v of the cross tokens (B, 257, width): (B, 257, 3 width) fp16."""
         product = block.products["cross_kv"]
-        found = finished(sums(quantize(context, product.activation_scale), product), product).to(torch.float16)
-        k, v = found.split((2 * self.sizes.width, self.sizes.width), dim=-1)
+        keys_and_values = finished(sums(quantize(context, product.activation_scale), product), product).to(
+            torch.float16
+        )
+        k, v = keys_and_values.split((2 * self.sizes.width, self.sizes.width), dim=-1)
         normed = head_norm(k.unflatten(-1, (-1, HEAD_CHANNELS)), block.gammas["cross_k_norm"], self.sizes.head_epsilon)
         return torch.cat([normed.flatten(2), v], dim=-1)
 

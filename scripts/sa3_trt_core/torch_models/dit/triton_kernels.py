@@ -43,8 +43,8 @@ def residual_norm(
         value += branch
     if has_local:
         place = row.to(tl.int64) * local_row + (position - memory).to(tl.int64) * local_token
-        told = here & (position >= memory)[:, None]
-        value += tl.load(local + place[:, None] + channel[None, :], mask=told, other=0.0).to(tl.float32)
+        behind_memory = here & (position >= memory)[:, None]
+        value += tl.load(local + place[:, None] + channel[None, :], mask=behind_memory, other=0.0).to(tl.float32)
     if has_sums or has_local:
         rounded = value.to(tl.float16)
         tl.store(hidden_out + at, rounded, mask=here)

@@ -21,7 +21,7 @@ LARGEST_BOUND = 20.0  # in powers of two: a score as far below 0 as this leaves 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel cuts its work: rows (tokens, queries, heads) and columns (channels, keys) a program, warps, blocks
+    """Tile of a kernel: rows (tokens, queries, heads) and columns (channels, keys) a program, warps, blocks
     of keys in flight, and the most registers a thread."""
 
     rows: int

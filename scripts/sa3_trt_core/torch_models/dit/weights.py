@@ -25,7 +25,7 @@ ENDS = ("input", "output", "context_in", "context_out")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a packed DiT is: its widths, its norms' epsilons, the longest duration (s) and what its graph can do."""
+    """Sizes of a packed DiT: its widths, its norms' epsilons, the longest duration (s) and what its graph can do."""
 
     width: int
     depth: int
@@ -102,7 +102,7 @@ def expected(sizes: Sizes) -> Iterator[str]:
 
 
 def header(sizes: Sizes) -> dict[str, str]:
-    """What stands in a packed file's header."""
+    """Return the header of a packed file."""
     return {"format": FORMAT, "sizes": json.dumps(asdict(sizes), sort_keys=True)}
 
 

@@ -1,1 +1,1 @@
-"""What the packed networks share: products in 16 bits or FP8, the packed file, parts of kernels."""
+"""Shared by the packed networks: linear layers in 16 bits or FP8, the packed file, parts of kernels."""

@@ -69,26 +69,26 @@ def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None
     dtype = torch.float32 if wide else torch.float16
     if value.is_cuda:
         flat = value if value.dim() == 2 else value.flatten(0, -2)
-        found = _cuda_sums(flat, product, dtype, out).unflatten(0, value.shape[:-1])
+        stored = _cuda_sums(flat, product, dtype, out).unflatten(0, value.shape[:-1])
     else:
-        found = (functional.linear(value.float(), product.weight.float()) * product.sum_scale).to(dtype)
-    if out is None or found.data_ptr() == out.data_ptr():
-        return found
-    return out.copy_(found)
+        stored = (functional.linear(value.float(), product.weight.float()) * product.sum_scale).to(dtype)
+    if out is None or stored.data_ptr() == out.data_ptr():
+        return stored
+    return out.copy_(stored)
 
 
 def finished(stored: Tensor, product: Product) -> Tensor:
     """The result in fp32 of stored sums."""
-    found = stored.float()
+    scaled = stored.float()
     if product.ratio is not None:
-        found = found * product.ratio
-    return found if product.bias is None else found + product.bias
+        scaled = scaled * product.ratio
+    return scaled if product.bias is None else scaled + product.bias
 
 
 def result(value: Tensor, product: Product, wide: bool = False) -> Tensor:
     """A product's whole result, in fp16 or in fp32 if `wide`, of a value in any precision."""
-    found = finished(sums(quantize(value, product.activation_scale), product, wide), product)
-    return found if wide else found.to(torch.float16)
+    value_out = finished(sums(quantize(value, product.activation_scale), product, wide), product)
+    return value_out if wide else value_out.to(torch.float16)
 
 
 def _cuda_sums(value: Tensor, product: Product, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -89,5 +89,5 @@ def rotate(first, second, cosine, sine, approximate: tl.constexpr):
             "{ .reg .b32 t; mul.rn.f16x2 t, $2, $4; neg.f16x2 t, t; fma.rn.f16x2 $0, $1, $3, t; }",
             "=r,r,r,r,r", [first, second, cosine, sine], tl.float16, True, 2,
         )  # fmt: skip
-    found = first.to(tl.float32) * cosine.to(tl.float32) - second.to(tl.float32) * sine.to(tl.float32)
-    return found.to(tl.float16)
+    rotated = first.to(tl.float32) * cosine.to(tl.float32) - second.to(tl.float32) * sine.to(tl.float32)
+    return rotated.to(tl.float16)

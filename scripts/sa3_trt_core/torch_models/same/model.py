@@ -17,7 +17,7 @@ TOKENS_IN_ONE = 24576  # up to here in one piece
 
 
 class SameOps(Protocol):
-    """What stands between the products of a layer: reference_ops.ReferenceOps, or triton_ops.TritonOps."""
+    """Operations between the linear layers of a layer: reference_ops.ReferenceOps, or triton_ops.TritonOps."""
 
     def norm(self, hidden: Tensor, norm: DynamicTanh, scale: float | None, out: Tensor | None = None) -> Tensor: ...
     def add_norm(
@@ -64,8 +64,8 @@ class Same:
         hidden[:, : sizes.stride] = entered.unflatten(0, (frames, sizes.stride))
         hidden[:, sizes.stride] = self.packed.token
         self._run(hidden.flatten(0, 1), frames // rows)
-        found = result(hidden[:, sizes.stride].contiguous(), self.packed.output, wide=True)
-        return found.unflatten(0, (rows, -1)).transpose(1, 2).contiguous()
+        latents = result(hidden[:, sizes.stride].contiguous(), self.packed.output, wide=True)
+        return latents.unflatten(0, (rows, -1)).transpose(1, 2).contiguous()
 
     def _decoded(self, latents: Tensor, end: Callable[[Tensor, Tensor, int, int], Tensor]) -> Tensor:
         sizes, (rows, _, frames) = self.sizes, latents.shape
@@ -86,8 +86,8 @@ class Same:
             )
             for a in range(0, flat.shape[0], step)
         ]
-        found: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return found.unflatten(0, (rows, -1))
+        samples: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return samples.unflatten(0, (rows, -1))
 
     def _run(self, hidden: Tensor, frames: int) -> None:
         """The layers on the residual (M, width) fp16, in place; a row is `frames` latent frames."""
@@ -115,10 +115,10 @@ class Same:
             qkv[:head] = before
         sums(normed[begin:last], layer.qkv, out=qkv[head:])
         kept = None if end == total else qkv[max(0, head + end - begin - reach) : head + end - begin].clone()
-        found = self._ops.attention(
+        attended = self._ops.attention(
             qkv, begin - head, begin, end, tokens, reach, layer.q_norm, layer.k_norm
         )  # fmt: skip
-        return found, kept
+        return attended, kept
 
     def _finish(
         self, layer: Layer, hidden: Tensor, attended: Tensor, following: DynamicTanh | None, normed: Tensor

@@ -60,7 +60,7 @@ class ReferenceOps:
         q, k = (self._rotated(value, place % tokens).half().float() for value in turned)
         v = parts[:, 4]
         shift = torch.arange(-reach, reach + 1, device=qkv.device)
-        found = []
+        outputs = []
         for start in range(begin, end, QUERIES_AT_ONCE):
             query = torch.arange(start, min(start + QUERIES_AT_ONCE, end), device=qkv.device)
             key = query[:, None] + shift
@@ -69,8 +69,8 @@ class ReferenceOps:
             scores = torch.einsum("qshd,qkshd->qshk", q[query - first], k[at]) * HEAD_CHANNELS**-0.5
             weights = scores.masked_fill(~inside[:, None, None, :], float("-inf")).softmax(-1).half().float()
             halves = torch.einsum("qshk,qkhd->qshd", weights, v[at])
-            found.append((halves[:, 0] - halves[:, 1]).flatten(1).to(torch.float16))
-        return torch.cat(found)
+            outputs.append((halves[:, 0] - halves[:, 1]).flatten(1).to(torch.float16))
+        return torch.cat(outputs)
 
     def gate(self, stored: Tensor, product: Product, sinusoidal: bool, fp8: bool) -> tuple[Tensor, Tensor | None]:
         """a * silu(g), or a * sin(pi g), (M, F) of the sums (M, 2 F) of a and g; with `fp8` codes and rows' scales."""

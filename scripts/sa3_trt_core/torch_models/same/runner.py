@@ -32,9 +32,9 @@ class DecoderRunner:
         """
         if self._device.type != "cuda":
             return self._models[0].pcm(latents)
-        found = self._on_gpu(latents)
-        host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        host.copy_(found, non_blocking=True)
+        samples = self._on_gpu(latents)
+        host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+        host.copy_(samples, non_blocking=True)
         torch.cuda.current_stream().synchronize()
         return host
 

@@ -155,12 +155,12 @@ def paired() -> list[int]:
 
 def quantized(sizes: Sizes, tensors: Mapping[str, Tensor]) -> tuple[Sizes, dict[str, Tensor]]:
     """The same half with E4M3 feed-forward weights, a scale of each output channel."""
-    found = dict(tensors)
+    stored = dict(tensors)
     for index in range(sizes.depth):
         for name in FP8_PRODUCTS:
             key = f"layers.{index}.{name}"
-            weight = found[f"{key}.weight"].float()
+            weight = stored[f"{key}.weight"].float()
             scale = weight.abs().amax(dim=1).clamp(min=1e-12) / E4M3_MAX
-            found[f"{key}.weight"] = (weight / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-            found[f"{key}.weight_scale"] = scale
-    return Sizes(**{**asdict(sizes), "precision": "fp8"}), found
+            stored[f"{key}.weight"] = (weight / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            stored[f"{key}.weight_scale"] = scale
+    return Sizes(**{**asdict(sizes), "precision": "fp8"}), stored
