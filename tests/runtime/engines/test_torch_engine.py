@@ -164,7 +164,8 @@ def test_rows_given_one_by_one_are_those_of_the_batch_and_only_new_ones_are_take
         engine.rows_velocity(x, t, rows)
         rows[0].t5_hidden.mul_(-1.0)  # the same object: it must not be changed in place, and is not compared again
         assert not torch.equal(engine.rows_velocity(x, t, rows), batch(rows))
-        assert torch.equal(engine.rows_velocity(x, t, [replace(rows[0]), *rows[1:]]), batch(rows))
+        # One row's products round otherwise than those of three.
+        assert torch.allclose(engine.rows_velocity(x, t, [replace(rows[0]), *rows[1:]]), batch(rows), atol=5e-3)
 
 
 def test_rows_do_not_depend_on_their_neighbours(tiny_models: Path) -> None:
