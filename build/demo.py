@@ -196,7 +196,7 @@ def _print_sounds(prompt: str, wavs: list[Path]) -> None:
 def _show(demo: Demo, report: dict[str, Any], built: str) -> None:
     from sa3_build.verification.parity import KIND_HEADER, PARITY_HEADER, KindParity, SigmaParity, parity_rows
 
-    print(console.table(("stage", "seconds", "made"), demo.rows))
+    print(console.table(("stage", "seconds", "size"), demo.rows))
     print("\nDenoised latent, FP8 compared with FP16-mixed on the calibration rows, by sigma and by kind of row:")
     parity = report["stages"]["parity"]
     print(console.table(PARITY_HEADER, parity_rows([SigmaParity(**p) for p in parity["parity"]])))
