@@ -173,7 +173,7 @@ def _stored_weights(source: ir.Model, result: ir.Model, selection: Selection, ch
             axis = dequantize.attributes.get_int("axis", 1)
             chosen_codes = chosen.get(linear.weight)
             expected = chosen_codes.read() if chosen_codes is not None else quantized(weight, scale, axis)
-            what = "the nearest E4M3 code of its source" if chosen_codes is None else "the E4M3 codes chosen for it"
+            what = "the nearest E4M3 codes" if chosen_codes is None else "the E4M3 codes chosen for it"
             if codes is None or codes.shape != expected.shape or codes.tobytes() != expected.tobytes():
                 failures.append(f"{linear.weight} of {linear.node} does not have {what}")
             elif chosen_codes is not None and not deviation(weight, codes, scale, axis) <= MAX_DEVIATION:
