@@ -80,9 +80,9 @@ def _engines(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
     """Engines by their files."""
     from sa3_bench import engine_runs, results
     from sa3_trt_core import paths
-    from sa3_validation.models import Place
+    from sa3_validation.models import ModelPaths
 
-    place = Place(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
+    place = ModelPaths(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
     sides = engine_runs.find_engines(args.engines, place)
     with ExitStack() as stack:
         return results.run(engine_runs.contest_of(sides, stack), shapes, args.repeats, args.out)

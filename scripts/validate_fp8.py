@@ -1,4 +1,4 @@
-"""Compare a DiT with a reference: single steps, whole generations, their sound, batches; gates, a report and a page."""
+"""Compare a DiT with a reference: single steps, generations, sound, batches; apply gates; write a report and a page."""
 
 from __future__ import annotations
 
@@ -19,211 +19,244 @@ from sa3_trt_core.errors import GateError, ToolError
 if TYPE_CHECKING:
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
     from sa3_validation.gates import Verdict
-    from sa3_validation.models import Place, Side
-    from sa3_validation.study import Found
+    from sa3_validation.models import ComparedModel, ModelPaths
+    from sa3_validation.study import StudyResult
     from sa3_validation.two_sample_run import TwoSampleRun
 
 DEFAULT_PROMPTS = 8
 TOOLS = ("torch", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt_rtx")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = Parser(prog="validate_fp8.py", description=__doc__)
-    sides = line.add_argument_group("what is compared")
-    dit = f"{', '.join(targets.PRECISIONS)}, or the path of an ONNX file or engine"
-    sides.add_argument("--reference", default="fp16mixed", metavar="DIT", help=f"{dit} (default: %(default)s)")
-    sides.add_argument("--candidate", default="fp8", metavar="DIT", help="the same (default: %(default)s)")
-    sides.add_argument("--backend", choices=engines.CHOICES, default="auto", help="of both (default: %(default)s)")
-    for side in ("reference", "candidate"):
-        sides.add_argument(f"--{side}-backend", choices=engines.CHOICES, help=f"of the {side} alone")
-    sides.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
-    sides.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
-    sides.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
-    add_lora_flags(line)
-    _add_runs(line.add_argument_group("on what"))
-    out = line.add_argument_group("what is written")
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = Parser(prog="validate_fp8.py", description=__doc__)
+    models = parser.add_argument_group("models")
+    dit = f"a precision ({', '.join(targets.PRECISIONS)}), or the path of an ONNX file or engine"
+    models.add_argument(
+        "--reference", default="fp16mixed", metavar="DIT", help=f"reference DiT: {dit} (default: %(default)s)"
+    )
+    models.add_argument("--candidate", default="fp8", metavar="DIT", help="candidate DiT (default: %(default)s)")
+    models.add_argument(
+        "--backend", choices=engines.CHOICES, default="auto", help="backend of both DiTs (default: %(default)s)"
+    )
+    for role in ("reference", "candidate"):
+        models.add_argument(
+            f"--{role}-backend", choices=engines.CHOICES, help=f"backend of the {role} (default: that of --backend)"
+        )
+    models.add_argument(
+        "--dit",
+        choices=targets.DITS,
+        default=targets.DITS[0],
+        help="model that precisions refer to (default: %(default)s)",
+    )
+    models.add_argument(
+        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
+    )
+    models.add_argument(
+        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
+    )
+    add_lora_flags(parser)
+    _add_runs(parser.add_argument_group("inputs"))
+    out = parser.add_argument_group("output")
     out.add_argument(
         "--out", type=Path, default=Path("output/validation"), metavar="DIR",
-        help="report.json, report.md and plots (default: %(default)s)",
+        help="folder of report.json, report.md and plots (default: %(default)s)",
     )  # fmt: skip
     out.add_argument(
-        "--html", action="store_true", help="also listen.html there: a page to listen to, blind if you like"
+        "--html", action="store_true", help="also write listen.html, a page to listen to, with a blind test"
     )
-    out.add_argument(
-        "--gate", type=Path, metavar="F.toml", help="gates (default: those shipped, validation/gates.toml)"
-    )
+    out.add_argument("--gate", type=Path, metavar="F.toml", help="file of gates (default: sa3_validation/gates.toml)")
     out.add_argument("--bench", action="store_true", help="also time DiTs on this GPU (scripts/bench_dit.py)")
-    out.add_argument("--json", action="store_true", help="the report on stdout as JSON instead of tables")
-    return line
+    out.add_argument("--json", action="store_true", help="print the report as JSON instead of tables")
+    return parser
 
 
 def _add_runs(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--calib", type=Path, metavar="X.npz", help="starts and rows of a calibration set, not prompts")
-    group.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line (default: Music examples)")
+    group.add_argument("--calib", type=Path, metavar="X.npz", help="generate from a calibration set instead of prompts")
     group.add_argument(
-        "--prompts", type=integer_type(1, 1000), metavar="N", help=f"the first N (default {DEFAULT_PROMPTS})"
+        "--prompts-file", type=Path, metavar="F", help="file of prompts, one a line (default: the music examples)"
     )
-    group.add_argument("--seeds", type=integer_type(1, 100), default=1, metavar="K", help="a prompt (default 1)")
-    group.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="of the first one (default 0)")
-    seconds = number_type(shapes.MIN_SECONDS, int(shapes.MAX_SECONDS), "seconds")
-    group.add_argument("--seconds", type=seconds, default=10.0, help="of sound (default 10)")
-    group.add_argument("--steps", type=integer_type(1, 100), default=8, help="of a generation (default 8)")
     group.add_argument(
-        "--rows", type=integer_type(1, 10**6), default=64, metavar="N", help="of --calib, spread over it (default 64)"
+        "--prompts",
+        type=integer_type(1, 1000),
+        metavar="N",
+        help=f"number of prompts or starts, 1 to 1000 (default {DEFAULT_PROMPTS}, all of a file)",
+    )
+    group.add_argument(
+        "--seeds", type=integer_type(1, 100), default=1, metavar="K", help="seeds a prompt, 1 to 100 (default 1)"
+    )
+    group.add_argument("--seed", type=integer_type(0, 2**31 - 1), default=0, help="first seed (default 0)")
+    seconds = number_type(shapes.MIN_SECONDS, int(shapes.MAX_SECONDS), "seconds")
+    group.add_argument("--seconds", type=seconds, default=10.0, help="length of each sound in seconds (default 10)")
+    group.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps, 1 to 100 (default 8)")
+    group.add_argument(
+        "--rows",
+        type=integer_type(1, 10**6),
+        default=64,
+        metavar="N",
+        help="rows of --calib to compare as single steps (default 64)",
     )
     group.add_argument(
         "--extra", type=integer_type(0, 100), default=2, metavar="N",
-        help="texts that are also in-painted and guided, on lines of their own (default 2)",
+        help="number of texts that are also in-painted and guided, 0 to 100 (default 2)",
     )  # fmt: skip
     group.add_argument(
         "--two-sample",
         type=integer_type(2, 10_000),
         metavar="N",
-        help="also ask classifiers whether N sounds of each DiT can be told apart, over all prompts (200: judged)",
+        help="also run a classifier two-sample test on N sounds of each DiT, over all prompts (gates apply from 200)",
     )
     group.add_argument(
         "--published",
         type=Path,
         metavar="F.onnx",
-        help="with --two-sample: an FP8 graph of build_dit_fp8.py --recipe reference, as a control that must be caught",
+        help="with --two-sample: FP8 graph of build_dit_fp8.py --recipe reference, a control that the test must detect",
     )
     group.add_argument(
-        "--embedder", nargs=2, metavar=("onnx", "F"), help="with --two-sample: also compare what this network gives"
+        "--embedder", nargs=2, metavar=("onnx", "F"), help="with --two-sample: also compare embeddings of this network"
     )
-    group.add_argument("--no-audio", action="store_true", help="compare latents only; needs no decoder")
+    group.add_argument("--no-audio", action="store_true", help="compare latents only, without a decoder")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check everything, run, write, judge."""
-    args = parser().parse_args(argv)
+    """Run the comparison, write its report, and raise GateError when a gate fails."""
+    args = make_parser().parse_args(argv)
     if args.calib is not None and args.prompts_file is not None:
-        raise ToolError("--calib and --prompts-file are two sources of generations", "give one of them")
+        raise ToolError("--calib and --prompts-file exclude each other", "give one of them")
     if args.html and args.no_audio:
-        raise ToolError("--html has nothing to play with --no-audio", "leave one of them out")
+        raise ToolError("--html requires audio and --no-audio disables it", "leave one of them out")
     _require_two_sample(args)
     files.require_writable(args.out / "report.json", "--out")
 
     from sa3_trt_core.lora.lora_set import read_loras
     from sa3_trt_core.sampling import schedule
     from sa3_validation import gates, metrics
-    from sa3_validation.models import Place, control_side, find_side
+    from sa3_validation.models import ModelPaths, control_model, find_model
     from sa3_validation.study import Study
 
     limits = gates.read_gates(args.gate)
     loras = read_loras(lora_specs(args), lora_options(args))
-    place = Place(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir), loras)
-    reference = find_side(args.reference, args.reference_backend or args.backend, place)
-    candidate = find_side(args.candidate, args.candidate_backend or args.backend, place)
-    study = Study(reference, candidate, control_side(reference, place), args.steps, args.extra)
-    two_sample = _two_sampled(args, place, reference, candidate)
-    found = _run(args, place, study)
-    about = {
+    model_paths = ModelPaths(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir), loras)
+    reference = find_model(args.reference, args.reference_backend or args.backend, model_paths)
+    candidate = find_model(args.candidate, args.candidate_backend or args.backend, model_paths)
+    study = Study(reference, candidate, control_model(reference, model_paths), args.steps, args.extra)
+    two_sample = _two_sampled(args, model_paths, reference, candidate)
+    result = _run(args, model_paths, study)
+    context = {
         **_about(args), "reference": reference.described(), "candidate": candidate.described(),
         "control": study.control.described() if study.control else None,
         "speed": _speed(args.out / "bench", args.bench), "loras": loras.described(),
         "two_sample": two_sample.run() if two_sample is not None else None,
     }  # fmt: skip
-    document = metrics.document(found, schedule.sigmas(args.steps).tolist(), about)
+    document = metrics.document(result, schedule.sigmas(args.steps).tolist(), context)
     verdicts = gates.judge(document, limits)
     document["gates"] = [vars(verdict) for verdict in verdicts]
-    _write(args, document, verdicts, found)
+    _write(args, document, verdicts, result)
     failed = [verdict.line for verdict in verdicts if not verdict.passed]
     if failed:
-        hint = f"all figures: {args.out / 'report.md'}; what they mean: build/docs/validation.md"
+        hint = f"all figures: {args.out / 'report.md'}; their meaning: build/docs/validation.md"
         raise GateError(f"{candidate.name} {failed[0]}", hint, "\n".join(failed[1:]))
     return 0
 
 
 def _require_two_sample(args: argparse.Namespace) -> None:
-    """Refuse options of the two-sample test that are at odds or name nothing. Raises ToolError."""
+    """Raise ToolError when options of the two-sample test contradict each other or name missing files."""
     if args.two_sample is None:
         if args.published is not None or args.embedder is not None:
-            raise ToolError("--published and --embedder belong to --two-sample", "give --two-sample N too")
+            raise ToolError("--published and --embedder require --two-sample", "give --two-sample N too")
         return
     if args.no_audio:
-        raise ToolError("--two-sample compares sounds, and --no-audio makes none", "leave one of them out")
+        raise ToolError("--two-sample requires audio and --no-audio disables it", "leave one of them out")
     if args.embedder is not None and args.embedder[0] != "onnx":
-        raise ToolError(f"--embedder: {args.embedder[0]} is no kind of network", "give: --embedder onnx F")
+        raise ToolError(f"--embedder: unsupported kind {args.embedder[0]} (supported: onnx)", "give: --embedder onnx F")
     if args.published is not None and not args.published.is_file():
-        raise ToolError(f"--published: {args.published} is not there", "make it: build_dit_fp8.py --recipe reference")
+        raise ToolError(
+            f"--published: file not found: {args.published}", "build it: build_dit_fp8.py --recipe reference"
+        )
     missing = [name for name in ("librosa", "sklearn", "pyloudnorm") if importlib.util.find_spec(name) is None]
     if missing:
         raise ToolError(f"--two-sample needs {', '.join(missing)}", "pip install 'sa3-trt[validate]'")
 
 
-def _two_sampled(args: argparse.Namespace, place: Place, reference: Side, candidate: Side) -> TwoSampleRun | None:
-    """The two-sample test that is asked for, its files found; None where none is."""
+def _two_sampled(
+    args: argparse.Namespace, model_paths: ModelPaths, reference: ComparedModel, candidate: ComparedModel
+) -> TwoSampleRun | None:
+    """Return the two-sample test of the options with its files resolved; None without --two-sample."""
     if args.two_sample is None:
         return None
     import reprompt
     from sa3_validation import cases, two_sample_run
     from sa3_validation.embedding import Embedder
-    from sa3_validation.models import find_side
+    from sa3_validation.models import find_model
 
     prompts = cases.prompts_of(None, args.prompts_file, reprompt.calibration_prompts())
+    published = None if args.published is None else find_model(str(args.published), "onnxruntime", model_paths)
     return two_sample_run.TwoSampleRun(
-        reference, candidate, None if args.published is None else find_side(str(args.published), "onnxruntime", place),
-        place, prompts, args.two_sample, args.seed, args.seconds, args.steps, args.out,
-        text=_other(targets.find_target(targets.TEXT_ENCODER), args, place),
-        decoder=_other(targets.decoder_for(args.dit, "fp16mixed"), args, place),
+        reference, candidate, published,
+        model_paths, prompts, args.two_sample, args.seed, args.seconds, args.steps, args.out,
+        text=_other(targets.find_target(targets.TEXT_ENCODER), args, model_paths),
+        decoder=_other(targets.decoder_for(args.dit, "fp16mixed"), args, model_paths),
         embedder=None if args.embedder is None else Embedder(Path(args.embedder[1])),
     )  # fmt: skip
 
 
-def _write(args: argparse.Namespace, document: dict[str, Any], verdicts: Sequence[Verdict], found: Found) -> None:
-    """Plots, report and page; report.json last, so that a whole one says that the others are."""
+def _write(
+    args: argparse.Namespace, document: dict[str, Any], verdicts: Sequence[Verdict], result: StudyResult
+) -> None:
+    """Write plots, report and page, and report.json last: its presence marks a complete run."""
     from sa3_validation import page, plots, report
 
     text = json.dumps(document, indent=1, allow_nan=False) + "\n"
     written = [*plots.draw(document, args.out), args.out / "report.md"]
     files.write_atomic_text(args.out / "report.md", report.markdown(document, verdicts))
     if args.html:
-        written.append(page.write(args.out / "listen.html", document, found))
+        written.append(page.write(args.out / "listen.html", document, result))
     files.write_atomic_text(args.out / "report.json", text)
     print(text if args.json else report.summary(document, verdicts))
     print("\n".join(str(path) for path in (*written, args.out / "report.json")), file=sys.stderr)
 
 
-def _run(args: argparse.Namespace, place: Place, study: Any) -> Found:
-    """Texts or rows, generations and sounds, with one engine open at a time."""
+def _run(args: argparse.Namespace, model_paths: ModelPaths, study: Any) -> StudyResult:
+    """Run generations and decode their sounds, with one engine open at a time."""
     import reprompt
     from sa3_trt_core.artifacts.calibration_set import CalibrationSet
     from sa3_trt_core.hub import resolve
     from sa3_trt_core.text import Tokenizer
     from sa3_validation import cases
 
-    decoder = None if args.no_audio else _other(targets.decoder_for(args.dit, "fp16mixed"), args, place)
+    decoder = None if args.no_audio else _other(targets.decoder_for(args.dit, "fp16mixed"), args, model_paths)
     if args.calib is not None:
         calibration: CalibrationSet = CalibrationSet.open(args.calib)
         calibration.check_values()
         starts = cases.calibration_cases(calibration, cases.starts_of(calibration)[: args.prompts])
-        found = study.run(starts, cases.calibration_rows(calibration, args.rows))
+        result = study.run(starts, cases.calibration_rows(calibration, args.rows))
     else:
         default = None if args.prompts_file else DEFAULT_PROMPTS
         prompts = cases.prompts_of(args.prompts or default, args.prompts_file, reprompt.calibration_prompts())
-        wanted = cases.Wanted(prompts, args.seeds, args.seed, args.seconds)
-        target, backend, path = _other(targets.find_target(targets.TEXT_ENCODER), args, place)
-        tokenizer = Tokenizer(resolve.resolve_tokenizer(place.source))
-        with engines.open_engine(target, backend, place.source, path) as encoder:
-            texts = cases.text_cases(wanted, encoder, tokenizer)
-        found = study.run(texts, [])
+        options = cases.TextCaseOptions(prompts, args.seeds, args.seed, args.seconds)
+        target, backend, path = _other(targets.find_target(targets.TEXT_ENCODER), args, model_paths)
+        tokenizer = Tokenizer(resolve.resolve_tokenizer(model_paths.source))
+        with engines.open_engine(target, backend, model_paths.source, path) as encoder:
+            texts = cases.text_cases(options, encoder, tokenizer)
+        result = study.run(texts, [])
     if decoder is not None:
         target, backend, path = decoder
-        with engines.open_engine(target, backend, place.source, path) as engine:
-            study.decode(engine, found)
-    return found
+        with engines.open_engine(target, backend, model_paths.source, path) as engine:
+            study.decode(engine, result)
+    return result
 
 
-def _other(target: targets.Target, args: argparse.Namespace, place: Place) -> tuple[targets.Target, str, Path]:
-    """A text encoder or decoder: with the backend asked for where it has one, and where its file lies."""
-    wanted = engines.AUTO if args.backend in engines.BUILT else args.backend
-    backend = engines.pick_backend(wanted, target, place.source.models_dir)
-    return target, backend, engines.source_path(target, backend, place.source)
+def _other(
+    target: targets.Target, args: argparse.Namespace, model_paths: ModelPaths
+) -> tuple[targets.Target, str, Path]:
+    """Return the target, backend and path of a text encoder or decoder; `--backend` applies when the target has it."""
+    choice = engines.AUTO if args.backend in engines.BUILT else args.backend
+    backend = engines.pick_backend(choice, target, model_paths.source.models_dir)
+    return target, backend, engines.source_path(target, backend, model_paths.source)
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on besides the DiTs."""
+    """Return creation time, tool versions, threads and settings of a run, for the report."""
     import datetime
 
     import torch
@@ -254,7 +287,7 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _speed(out: Path, asked: bool) -> dict[str, Any]:
-    """What scripts/bench_dit.py measures on this GPU, or why there is nothing; never in the way of the report."""
+    """Return results of scripts/bench_dit.py on this GPU, or the reason for skipping it. Never raises."""
     import importlib.util
 
     from sa3_trt_core import gpu
@@ -264,7 +297,7 @@ def _speed(out: Path, asked: bool) -> dict[str, Any]:
     if not asked:
         return {"skipped": "--bench was not given"}
     if importlib.util.find_spec("bench_dit") is None:
-        return {"skipped": "scripts/bench_dit.py is not there"}
+        return {"skipped": "scripts/bench_dit.py is missing"}
     try:
         importlib.import_module("bench_dit").main(["--out", str(out)])
         return {"bench": json.loads((out / "bench.json").read_text("utf-8"))}

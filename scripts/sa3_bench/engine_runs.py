@@ -12,7 +12,7 @@ from sa3_bench.comparison import LEAST_COSINE, Contest, Step
 from sa3_trt_core import engines, targets
 from sa3_trt_core.engines.base import pick
 from sa3_trt_core.errors import ToolError
-from sa3_validation.models import Place, Side, find_side
+from sa3_validation.models import ComparedModel, ModelPaths, find_model
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
@@ -30,9 +30,9 @@ class Opened:
         return lambda: pick(self._engine.run(inputs), "velocity").float()
 
 
-def find_engines(words: Sequence[str], place: Place) -> dict[str, Side]:
+def find_engines(words: Sequence[str], place: ModelPaths) -> dict[str, ComparedModel]:
     """PRECISION@BACKEND each, by the word. Raises ToolError for one that is not known, named twice, or has no file."""
-    found: dict[str, Side] = {}
+    found: dict[str, ComparedModel] = {}
     for word in words:
         precision, at, backend = word.partition(AT)
         if not at or precision not in targets.PRECISIONS or backend not in engines.CHOICES:
@@ -42,13 +42,13 @@ def find_engines(words: Sequence[str], place: Place) -> dict[str, Side]:
             )
         if word in found:
             raise ToolError(f"--engines: {word} stands there twice", "name each engine once")
-        found[word] = find_side(precision, backend, place)
+        found[word] = find_model(precision, backend, place)
     if len(found) < 2:
         raise ToolError("--engines: one engine is compared with nothing", "name two or more, the reference first")
     return found
 
 
-def contest_of(sides: dict[str, Side], stack: ExitStack) -> Contest:
+def contest_of(sides: dict[str, ComparedModel], stack: ExitStack) -> Contest:
     """Open every engine until `stack` ends: the first is what the others are compared with. Raises ToolError."""
     opened = {word: Opened(stack.enter_context(side.open())) for word, side in sides.items()}
     first, *others = opened

@@ -1,4 +1,4 @@
-"""What is generated to compare two DiTs: prompts or a calibration set's starts, in-painting and guidance of some."""
+"""Generations and single steps on which two DiTs are compared: from prompts or from rows of a calibration set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sa3_trt_core.request import FULL_APG
 from sa3_trt_core.sampling.guidance import Guidance, GuidedVelocity, null_conditioning
 from sa3_trt_core.sampling.inpainting import keep_mask, local_conditioning
 from sa3_trt_core.sampling.sampler import row_noise
-from sa3_validation.perturbation import started
+from sa3_validation.perturbation import with_start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine, VelocityEngine
 
 TEXT, INPAINT, GUIDED = "text", "inpaint", "guided"
-KINDS = (TEXT, INPAINT, GUIDED, *(kind for kind in CALIBRATED if kind not in (TEXT, INPAINT)))  # then those of sets
-SCALE = 3.0  # of guided generations
-REGENERATED = (0.25, 0.75)  # of the sound: what in-painting makes anew
+KINDS = (TEXT, INPAINT, GUIDED, *(kind for kind in CALIBRATED if kind not in (TEXT, INPAINT)))
+GUIDANCE_SCALE = 3.0  # of guided generations
+INPAINT_RANGE = (0.25, 0.75)  # shares of the sound between which in-painting regenerates
 
 
 @dataclass(frozen=True)
 class Case:
-    """One generation of one row (B = 1). `null` is the conditioning to lead away from, None without guidance.
+    """One generation of one row (B = 1). `null` is the unconditional input of guidance, None without guidance.
 
-    `start` is the x at sigma 1 of a calibration row; without one it is the first draw of `seed`.
+    `start` is the x at sigma 1 of a calibration row; without it the start is the first draw of `seed`.
     """
 
     name: str
@@ -51,24 +51,24 @@ class Case:
 
     @property
     def frames(self) -> int:
-        """Latent frames that the DiT runs on."""
+        """Number of latent frames L."""
         return int(self.cond.local_add_cond.shape[-1])
 
     def dit(self, engine: GraphEngine) -> VelocityEngine:
-        """The DiT as this generation asks it: itself, or guided."""
-        return _asked(engine, self.null)
+        """Return the engine as the velocity function of this generation: plain, or guided."""
+        return _velocity_engine(engine, self.null)
 
     def noise(self) -> Iterator[Tensor]:
-        """The start, then one draw a step; the same for every DiT."""
+        """Return the start, then one draw a step; equal for all DiTs."""
         whole = shapes.latent_frames(self.seconds)
         padded = shapes.valid_frames(self.seconds, whole) == self.frames
         drawn = row_noise([self.seed], shapes.LATENT_CHANNELS, whole if padded else self.frames, self.frames)
-        return drawn if self.start is None else started(self.start, drawn)
+        return drawn if self.start is None else with_start(self.start, drawn)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One single step: what the DiT is fed, and where it comes from (`source`, for people)."""
+class StepInput:
+    """Inputs of one DiT step; `source` names its origin in reports."""
 
     source: str
     prompt: str
@@ -80,22 +80,22 @@ class Row:
 
     @property
     def sigma(self) -> float:
-        """The noise level."""
+        """Noise level."""
         return float(self.t[0])
 
     @property
     def frames(self) -> int:
-        """Latent frames."""
+        """Number of latent frames L."""
         return int(self.x.shape[-1])
 
     def dit(self, engine: GraphEngine) -> VelocityEngine:
-        """The DiT as the generation that this step is of asks it."""
-        return _asked(engine, self.null)
+        """Return the engine as the velocity function of the generation that the step belongs to."""
+        return _velocity_engine(engine, self.null)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a person asks for: texts, seeds a text, the first seed, and the length."""
+class TextCaseOptions:
+    """Prompts, seeds a prompt, first seed and length (seconds) of text cases."""
 
     prompts: tuple[str, ...]
     seeds: int
@@ -103,26 +103,26 @@ class Wanted:
     seconds: float
 
 
-def text_cases(wanted: Wanted, encoder: GraphEngine, tokenizer: text.Tokenizer) -> list[Case]:
-    """One case a prompt and seed, in that order of variation: all prompts with the first seed, then the second."""
+def text_cases(options: TextCaseOptions, encoder: GraphEngine, tokenizer: text.Tokenizer) -> list[Case]:
+    """Return one case for each prompt and seed: all prompts with the first seed, then all with the second."""
     import torch
 
-    frames = shapes.valid_frames(wanted.seconds, shapes.latent_frames(wanted.seconds))
+    frames = shapes.valid_frames(options.seconds, shapes.latent_frames(options.seconds))
     conds = []
-    for prompt in wanted.prompts:
+    for prompt in options.prompts:
         hidden, mask = text.encode_text(encoder, tokenizer, [prompt])
         local = torch.zeros(1, shapes.LOCAL_CHANNELS, frames)
-        conds.append(Conditioning(hidden, mask, torch.tensor([wanted.seconds], dtype=torch.float32), local))
+        conds.append(Conditioning(hidden, mask, torch.tensor([options.seconds], dtype=torch.float32), local))
     return [
-        Case(f"text {index + 1}" if wanted.seeds == 1 else f"text {index + 1}, seed {turn + 1}", TEXT, prompt,
-             wanted.seed + turn * len(conds) + index, wanted.seconds, conds[index])
-        for turn in range(wanted.seeds)
-        for index, prompt in enumerate(wanted.prompts)
+        Case(f"text {index + 1}" if options.seeds == 1 else f"text {index + 1}, seed {turn + 1}", TEXT, prompt,
+             options.seed + turn * len(conds) + index, options.seconds, conds[index])
+        for turn in range(options.seeds)
+        for index, prompt in enumerate(options.prompts)
     ]  # fmt: skip
 
 
 def starts_of(calibration: CalibrationSet) -> list[int]:
-    """The rows that generations can start from: of sigma 1, so that x is pure noise; the rest is the conditioning.
+    """Return the rows of sigma 1, where x is pure noise, so that generations can start from them.
 
     Raises ToolError when the set has no such row.
     """
@@ -133,78 +133,99 @@ def starts_of(calibration: CalibrationSet) -> list[int]:
 
 
 def calibration_cases(calibration: CalibrationSet, starts: Sequence[int]) -> list[Case]:
-    """One case for each of the rows `starts` (of `starts_of`), in their order; its seed is the row's number."""
+    """Return one case for each of the rows `starts` (of `starts_of`), in their order; its seed is the row's number."""
     prompts = _prompts_of_rows(calibration)
     chosen = calibration.subset(starts)
-    found = []
+    cases = []
     for index, kind, row in zip(sorted(chosen.indices), chosen.kinds(), chosen, strict=True):
-        held = tensors(row)
-        seconds = float(held["seconds_total"][0])
-        found.append(
-            Case(f"row {index}, {kind}", kind, prompts[index], index, seconds, _conditioning(held), None, held["x"])
+        row_tensors = tensors(row)
+        seconds = float(row_tensors["seconds_total"][0])
+        cases.append(
+            Case(
+                f"row {index}, {kind}",
+                kind,
+                prompts[index],
+                index,
+                seconds,
+                _conditioning(row_tensors),
+                start=row_tensors["x"],
+            )
         )
-    return found
+    return cases
 
 
-def calibration_rows(calibration: CalibrationSet, most: int) -> list[Row]:
-    """Single steps of a set: at most `most` rows, one at least of every kind at every sigma."""
-    chosen = representative(calibration, most)
+def calibration_rows(calibration: CalibrationSet, max_rows: int) -> list[StepInput]:
+    """Return at most `max_rows` single steps of a set, with at least one of every kind at every sigma."""
+    chosen = representative(calibration, max_rows)
     prompts = _prompts_of_rows(calibration)
-    found = []
+    steps = []
     for index, kind, row in zip(sorted(chosen.indices), chosen.kinds(), chosen, strict=True):
-        held = tensors(row)
-        found.append(Row(f"row {index} of the set", prompts[index], kind, held["x"], held["t"], _conditioning(held)))
-    return found
+        row_tensors = tensors(row)
+        steps.append(
+            StepInput(
+                f"row {index} of the set",
+                prompts[index],
+                kind,
+                row_tensors["x"],
+                row_tensors["t"],
+                _conditioning(row_tensors),
+            )
+        )
+    return steps
 
 
-def in_painted(case: Case, latents: np.ndarray) -> Case:
-    """The same text over its own latents (1, 256, L), of which the middle half is made anew, with other noise."""
+def inpaint_case(case: Case, latents: np.ndarray) -> Case:
+    """Return a case with the same text that in-paints the middle half of its own latents (1, 256, L) with other
+    noise.
+    """
     import torch
 
-    start, end = (share * case.seconds for share in REGENERATED)
+    start, end = (share * case.seconds for share in INPAINT_RANGE)
     keep = keep_mask(case.seconds, case.frames, [(start, end)])
     local = local_conditioning(torch.from_numpy(latents), keep)
     cond = replace(case.cond, local_add_cond=local)
     return replace(case, name=_renamed(case, INPAINT), kind=INPAINT, seed=case.seed + 10_000, cond=cond, start=None)
 
 
-def guided(case: Case) -> Case:
-    """The same text and noise, led away from the null row."""
+def guided_case(case: Case) -> Case:
+    """Return the case with classifier-free guidance: the same text and noise, and null conditioning."""
     return replace(case, name=_renamed(case, GUIDED), kind=GUIDED, null=null_conditioning(case.cond))
 
 
-def _asked(engine: GraphEngine, null: Conditioning | None) -> VelocityEngine:
+def _velocity_engine(engine: GraphEngine, null: Conditioning | None) -> VelocityEngine:
     plain = DiTVelocity(engine)
-    return plain if null is None else GuidedVelocity(plain, Guidance(null, SCALE, FULL_APG))
+    return plain if null is None else GuidedVelocity(plain, Guidance(null, GUIDANCE_SCALE, FULL_APG))
 
 
 def _renamed(case: Case, kind: str) -> str:
     return case.name.replace(TEXT, kind)
 
 
-def _conditioning(held: dict[str, Tensor]) -> Conditioning:
-    return Conditioning(held["t5_hidden"], held["t5_mask"], held["seconds_total"], held["local_add_cond"])
+def _conditioning(tensors: dict[str, Tensor]) -> Conditioning:
+    return Conditioning(tensors["t5_hidden"], tensors["t5_mask"], tensors["seconds_total"], tensors["local_add_cond"])
 
 
 def _prompts_of_rows(calibration: CalibrationSet) -> Sequence[str]:
-    """The text of every row, from the manifest beside the set; empty where that does not say."""
-    found = manifest.read_manifest(calibration.path)
-    settings = found.settings if found is not None else {}
+    """Return the text of every row from the manifest beside the set; empty texts when the manifest does not have
+    them.
+    """
+    record = manifest.read_manifest(calibration.path)
+    settings = record.settings if record is not None else {}
     texts, made, steps = (settings.get(key) for key in ("prompts", "generations", "steps"))
     if isinstance(texts, list) and isinstance(made, list) and isinstance(steps, int):
-        rows = [texts[one["prompt"]] for one in made for _ in range(steps)]
+        rows = [texts[generation["prompt"]] for generation in made for _ in range(steps)]
         if len(rows) == calibration.rows:
             return rows
     return [""] * calibration.rows
 
 
 def prompts_of(count: int | None, path: Path | None, examples: Sequence[str]) -> tuple[str, ...]:
-    """The texts: of a file, or the first of `examples` where none is given. Raises ToolError."""
+    """Return the prompts of a file, or the first `count` of `examples`. Raises ToolError."""
     if path is not None:
         from sa3_trt_core.cli.prompts import read_prompts
 
         texts = [row.prompt for row in read_prompts(path)]
         return tuple(texts[:count] if count else texts)
     if count is not None and count > len(examples):
-        raise ToolError(f"--prompts {count}: there are {len(examples)}", "give your own with --prompts-file")
+        raise ToolError(f"--prompts {count}: only {len(examples)} examples exist", "give your own with --prompts-file")
     return tuple(examples[:count])

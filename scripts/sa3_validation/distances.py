@@ -1,4 +1,4 @@
-"""How far one array is from another, and how such figures are spread over many rows."""
+"""Distances between arrays and their distribution over rows."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Cosine of two arrays taken as vectors; NaN when one has no length, which no gate lets pass."""
+    """Return the cosine of two arrays taken as vectors; NaN, which fails every gate, when one has length 0."""
     length = float(np.linalg.norm(first) * np.linalg.norm(second))
     return float(np.vdot(first, second) / length) if length else float("nan")
 
 
 def relative(reference: np.ndarray, candidate: np.ndarray) -> float:
-    """||candidate - reference|| / ||reference||; NaN when the reference has no length."""
+    """Return ||candidate - reference|| / ||reference||; NaN when the reference has length 0."""
     length = float(np.linalg.norm(reference))
     return float(np.linalg.norm(candidate - reference) / length) if length else float("nan")
 
 
 @dataclass(frozen=True)
-class Apart:
-    """One row: cosine, relative L2, and the length of the candidate's part along the reference as a share of it.
+class Distance:
+    """Distance of one row from its reference: cosine, relative L2 and gain.
 
-    `gain` is <candidate, reference> / <reference, reference>: 1 is right, and a scale that is off shows in it first.
+    `gain` is <candidate, reference> / <reference, reference>: 1 is exact, and a wrong scale shows in it first.
     """
 
     cosine: float
@@ -32,19 +32,19 @@ class Apart:
     gain: float
 
 
-def apart(reference: np.ndarray, candidate: np.ndarray) -> Apart:
-    """How far two arrays of one shape are apart, in fp64; exactly (1, 0, 1) when they are equal to the bit."""
+def distance(reference: np.ndarray, candidate: np.ndarray) -> Distance:
+    """Return the distance of two arrays of one shape, computed in fp64; exactly (1, 0, 1) for equal bits."""
     if np.array_equal(reference, candidate):
-        return Apart(1.0, 0.0, 1.0)
+        return Distance(1.0, 0.0, 1.0)
     wide = reference.astype(np.float64), candidate.astype(np.float64)
     power = float(np.vdot(wide[0], wide[0]))
     gain = float(np.vdot(*wide) / power) if power else float("nan")
-    return Apart(cosine(*wide), relative(*wide), gain)
+    return Distance(cosine(*wide), relative(*wide), gain)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Figures over rows: the worst, the one that 5 % are no better than, median and mean. `n` may be 0, all NaN."""
+    """Distribution of a figure over n rows: worst, 5 % from the worst end, median and mean. All NaN if n = 0."""
 
     n: int
     worst: float
@@ -54,16 +54,20 @@ class Spread:
 
 
 def spread(values: Sequence[float], best: float) -> Spread:
-    """The spread of figures whose good end is `best`: inf for the more the better, -inf for the less, else a target.
+    """Return the distribution of figures whose best value is `best`: inf, -inf, or a target.
 
-    With a target (a gain of 1) the worst is the furthest from it. NaN counts as the worst there is.
+    With a target (a gain of 1) the worst is the furthest from it. NaN counts as the worst value.
     """
-    found = np.asarray(values, np.float64)
-    if not found.size or np.isnan(found).any():
-        return Spread(len(found), *(float("nan"),) * 4)
-    badness = -found if best == np.inf else found if best == -np.inf else np.abs(found - best)
+    figures = np.asarray(values, np.float64)
+    if not figures.size or np.isnan(figures).any():
+        return Spread(len(figures), *(float("nan"),) * 4)
+    badness = -figures if best == np.inf else figures if best == -np.inf else np.abs(figures - best)
     order = np.argsort(badness, kind="stable")
-    rank = int(np.ceil(0.95 * len(found))) - 1  # of the figure that 5 % are no better than
+    rank = int(np.ceil(0.95 * len(figures))) - 1  # 5 % of the figures are at least this bad
     return Spread(
-        len(found), float(found[order[-1]]), float(found[order[rank]]), float(np.median(found)), float(found.mean())
+        len(figures),
+        float(figures[order[-1]]),
+        float(figures[order[rank]]),
+        float(np.median(figures)),
+        float(figures.mean()),
     )

@@ -9,21 +9,22 @@ Floats = NDArray[np.float64]
 
 
 def frechet_distance(first: Floats, second: Floats) -> float:
-    """Squared 2-Wasserstein distance of the Gaussians fitted to two sets of rows (n, D) and (m, D), n and m >= 2.
+    """Return the squared 2-Wasserstein distance of Gaussians fitted to two sets of rows (n, D) and (m, D), n and m >=
+    2.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the form of Dowson and Landau 1982. The trace of the root is the sum
-    of the singular values of C1^(1/2) C2^(1/2), which needs no root of a matrix that is not symmetric. Sets of fewer
-    rows than features give singular covariances: the value is biased then, and means something beside another value
-    of the same sizes only. Raises ValueError for other shapes and for values that are not finite.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Dowson and Landau 1982). The trace of the root is computed as the sum
+    of the singular values of C1^(1/2) C2^(1/2), which avoids the root of a non-symmetric matrix. Sets with fewer rows
+    than features give singular covariances: the value is then biased and comparable only with values of the same sizes.
+    Raises ValueError for other shapes and for values that are not finite.
     """
-    sides = [np.asarray(side, np.float64) for side in (first, second)]
-    if any(side.ndim != 2 or len(side) < 2 for side in sides) or sides[0].shape[1] != sides[1].shape[1]:
-        raise ValueError(f"two sets of rows of one width wanted, not {sides[0].shape} and {sides[1].shape}")
-    if not all(np.isfinite(side).all() for side in sides):
+    features = [np.asarray(side, np.float64) for side in (first, second)]
+    if any(side.ndim != 2 or len(side) < 2 for side in features) or features[0].shape[1] != features[1].shape[1]:
+        raise ValueError(f"expected two (n, D) arrays of one width, got {features[0].shape} and {features[1].shape}")
+    if not all(np.isfinite(side).all() for side in features):
         raise ValueError("the features are not finite")
-    shift = float(np.square(sides[0].mean(axis=0) - sides[1].mean(axis=0)).sum())
+    shift = float(np.square(features[0].mean(axis=0) - features[1].mean(axis=0)).sum())
     # C = X^T X of the centred rows X / sqrt(n - 1): the singular values of C1^(1/2) C2^(1/2) are those of X1 X2^T.
-    centred = [(side - side.mean(axis=0)) / np.sqrt(len(side) - 1) for side in sides]
+    centred = [(side - side.mean(axis=0)) / np.sqrt(len(side) - 1) for side in features]
     spread = sum(float(np.square(side).sum()) for side in centred)
     common = float(np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum())
     return max(shift + spread - 2.0 * common, 0.0)

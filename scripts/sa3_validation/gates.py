@@ -1,4 +1,4 @@
-"""What a candidate owes its reference: limits on figures of the report, from a TOML file."""
+"""Limits on figures of the validation report (gates), read from a TOML file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from sa3_trt_core.errors import ToolError
 
 FORMAT = 1
-LARGEST = 1 << 20  # bytes
+MAX_BYTES = 1 << 20
 DEFAULTS = "gates.toml"
 _KEYS = {"figure", "at_least", "at_most", "optional", "why"}
 
@@ -22,7 +22,7 @@ _KEYS = {"figure", "at_least", "at_most", "optional", "why"}
 class Gate:
     """One limit: `figure` is a path into the report, its parts separated by dots; `*` stands for any part.
 
-    `optional`: a report without such a figure passes. `why` is told when it fails.
+    `optional`: a report without such a figure passes. `why` is appended to the message of a failure.
     """
 
     figure: str
@@ -34,7 +34,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one gate said of one figure; `value` is None where the report has null or nothing there."""
+    """Result of one gate on one figure; `value` is None where the report has null or no such figure."""
 
     figure: str
     value: float | None
@@ -45,25 +45,25 @@ class Verdict:
 
 
 def read_gates(path: Path | None) -> list[Gate]:
-    """The gates of a file, or the shipped ones. Raises ToolError naming what is wrong with the file."""
+    """Read the gates of a file, or the shipped ones. Raises ToolError that names the defect of the file."""
     try:
         if path is None:
             text = resources.files(__package__).joinpath(DEFAULTS).read_text("utf-8")
         else:
             with path.open("rb") as file:
-                data = file.read(LARGEST + 1)
-            if len(data) > LARGEST:
-                raise _wrong(path, f"is larger than {LARGEST} bytes")
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise _wrong(path, f"is larger than {MAX_BYTES} bytes")
             text = data.decode("utf-8-sig")
-        found = tomllib.loads(text)
+        document = tomllib.loads(text)
     except OSError as error:
         raise _wrong(path, f"cannot be read ({error.strerror or error})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _wrong(path, f"is not TOML ({error})") from None
-    if found.get("format") != FORMAT:
-        raise _wrong(path, f"has format {found.get('format')!r}, not {FORMAT}")
-    unknown = sorted(found.keys() - {"format", "gate"})
-    entries = found.get("gate", [])
+    if document.get("format") != FORMAT:
+        raise _wrong(path, f"has format {document.get('format')!r}, not {FORMAT}")
+    unknown = sorted(document.keys() - {"format", "gate"})
+    entries = document.get("gate", [])
     if unknown or not isinstance(entries, list) or not entries:
         raise _wrong(path, f"has {unknown[0]!r}" if unknown else "has no [[gate]]")
     return [_gate(path, number, entry) for number, entry in enumerate(entries, 1)]
@@ -85,7 +85,7 @@ def _gate(path: Path | None, number: int, entry: Any) -> Gate:
 
 
 def judge(report: Mapping[str, Any], gates: Sequence[Gate]) -> list[Verdict]:
-    """Every gate on every figure that its path fits, in order. A figure that is null, or not there, fails."""
+    """Apply every gate to every figure that its path matches, in order. A figure that is null or absent fails."""
     verdicts = []
     for gate in gates:
         fits = list(_figures(report, gate.figure.split("."), ""))
@@ -98,16 +98,16 @@ def judge(report: Mapping[str, Any], gates: Sequence[Gate]) -> list[Verdict]:
 def _verdict(gate: Gate, name: str, value: Any) -> Verdict:
     number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
     passed = number is not None and gate.at_least <= number <= gate.at_most
-    owed = [f"at least {gate.at_least:g}"] if gate.at_least > -math.inf else []
-    owed += [f"at most {gate.at_most:g}"] if gate.at_most < math.inf else []
+    required = [f">= {gate.at_least:g}"] if gate.at_least > -math.inf else []
+    required += [f"<= {gate.at_most:g}"] if gate.at_most < math.inf else []
     shown = "not in the report" if number is None else f"{number:.6g}"
-    line = f"{'passes' if passed else 'FAILS'}: {name} is {shown}, owed {' and '.join(owed)}"
+    line = f"{'PASS' if passed else 'FAIL'} {name}: {shown} (required {' and '.join(required)})"
     low, high = (limit if math.isfinite(limit) else None for limit in (gate.at_least, gate.at_most))
-    return Verdict(name, number, low, high, passed, line if passed or not gate.why else f"{line} ({gate.why})")
+    return Verdict(name, number, low, high, passed, line if passed or not gate.why else f"{line}: {gate.why}")
 
 
 def _figures(value: Any, parts: Sequence[str], above: str) -> Iterator[tuple[str, Any]]:
-    """Every figure under a path, with its name in full; an entry of a list goes by its number."""
+    """Yield every figure under a path with its full name; entries of a list are named by their index."""
     if not parts:
         yield above.removesuffix("."), value
         return
@@ -122,5 +122,5 @@ def _figures(value: Any, parts: Sequence[str], above: str) -> Iterator[tuple[str
             yield from _figures(item, parts[1:], f"{above}{key}.")
 
 
-def _wrong(path: Path | None, what: str) -> ToolError:
-    return ToolError(f"the gate file {path or DEFAULTS} {what}", "see scripts/sa3_validation/gates.toml")
+def _wrong(path: Path | None, defect: str) -> ToolError:
+    return ToolError(f"the gate file {path or DEFAULTS} {defect}", "see scripts/sa3_validation/gates.toml")

@@ -1,7 +1,7 @@
-"""Features of an in-painting beside the sound that it was made from: how unlike what was to be kept it has become.
+"""Features of an in-painting against its source sound: distances over the spans to keep.
 
-The sound alone cannot show whether a DiT keeps: one that ignores its local conditioning makes good music of the same
-prompt. Whoever in-paints has both sounds, so both are compared, over the spans that are not made anew.
+The in-painting alone does not show an error of the local conditioning: a DiT that ignores it generates plausible music
+for the same prompt. So source and in-painting are compared over the spans that are not regenerated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sa3_trt_core.shapes import SAMPLE_RATE, SAMPLES_PER_FRAME
-from sa3_validation.cases import REGENERATED
+from sa3_validation.cases import INPAINT_RANGE
 from sa3_validation.sound_features import HOP, MEL_BANDS, onset_envelope
 
 Floats = NDArray[np.float64]
@@ -20,12 +20,12 @@ COUNT = MEL_BANDS + 3
 
 
 def kept_frames(seconds: float, frames: int) -> NDArray[np.bool_]:
-    """True (frames,) for the frames of a spectrogram that lie in what in-painting keeps, away from its seams.
+    """Return a mask (frames,), True for spectrogram frames in the spans that in-painting keeps, without the seams.
 
-    The first one always is: a sound of some tenths of a second may have no other.
+    The first frame is always True: a sound of some tenths of a second may have no further one.
     """
     times = np.arange(frames) * HOP / SAMPLE_RATE
-    start, end = (share * seconds for share in REGENERATED)
+    start, end = (share * seconds for share in INPAINT_RANGE)
     kept = (times < start - SEAM) | ((times > end + SEAM) & (times < seconds))
     kept[:1] = True
     return np.asarray(kept, np.bool_)
@@ -36,18 +36,20 @@ def kept_features(
     made: tuple[NDArray[np.floating], NDArray[np.floating]],
     kept: NDArray[np.bool_],
 ) -> Floats:
-    """Distances (COUNT,) of an in-painting from its source over the frames `kept`; each side is (levels, pitches).
+    """Return distances (COUNT,) of an in-painting from its source over the frames `kept`; each is (levels, pitches).
 
     Mean absolute difference of every mel band in dB, mean difference of all bands in dB, mean cosine distance of the
     pitch classes, and 1 less the correlation of the onset envelopes (1 where one of them does not vary).
     """
     (levels, pitches), (made_levels, made_pitches) = ([np.asarray(part, np.float64) for part in side]
                                                       for side in (source, made))  # fmt: skip
-    apart = (made_levels - levels)[:, kept]
+    difference = (made_levels - levels)[:, kept]
     norms = np.linalg.norm(pitches, axis=0) * np.linalg.norm(made_pitches, axis=0)
-    alike = (pitches * made_pitches).sum(axis=0) / np.maximum(norms, 1e-9)
+    cosine = (pitches * made_pitches).sum(axis=0) / np.maximum(norms, 1e-9)
     onsets = [onset_envelope(side)[kept] for side in (levels, made_levels)]
-    return np.array([*np.abs(apart).mean(axis=1), apart.mean(), 1.0 - alike[kept].mean(), 1.0 - _correlation(*onsets)])
+    return np.array(
+        [*np.abs(difference).mean(axis=1), difference.mean(), 1.0 - cosine[kept].mean(), 1.0 - _correlation(*onsets)]
+    )
 
 
 def kept_decibels(features: Floats) -> float:

@@ -1,4 +1,4 @@
-"""Which DiTs are compared: a precision, an ONNX file or an engine, each with the backend that runs it."""
+"""DiTs to compare: each a precision, an ONNX file or an engine, with the backend that runs it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which model is compared, and where its engines and graphs are looked for."""
+class ModelPaths:
+    """Model to compare, and the folders of its engines and graphs."""
 
     dit: str
     source: ModelSource
-    loras: LoraSet = field(default_factory=LoraSet)  # of both models that are named by their precision
+    loras: LoraSet = field(default_factory=LoraSet)  # apply to models named by a precision
 
 
 @dataclass(frozen=True)
-class Side:
-    """One DiT: what it is called, its file and its backend; `plain` is ONNX Runtime without graph optimisation."""
+class ComparedModel:
+    """One DiT: display name, file and backend; `plain` is ONNX Runtime without graph optimization."""
 
     name: str
     target: targets.Target
     backend: str
     path: Path
     plain: bool = False
-    loras: LoraSet = field(default_factory=LoraSet)  # merged when it is opened; a merged graph has them in it
+    loras: LoraSet = field(default_factory=LoraSet)  # merged at opening; empty when the graph already contains them
 
     def open(self) -> GraphEngine:
-        """Load it. Raises ToolError."""
+        """Load the engine. Raises ToolError."""
         if self.plain:
             from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 
@@ -46,64 +46,68 @@ class Side:
         engine = engines.open_engine(self.target, self.backend, ModelSource(), self.path)
         if self.loras:
             models_dir = self.path.parent.parent.parent  # models/<arch>/<folder>/<file>
-            half, rebuild = adapter_placement.merge_source(self.target, self.backend, models_dir)
-            cast("TorchEngine", engine).set_loras(self.loras, half, rebuild)
+            fp16_graph, rebuild = adapter_placement.merge_source(self.target, self.backend, models_dir)
+            cast("TorchEngine", engine).set_loras(self.loras, fp16_graph, rebuild)
         return engine
 
     def described(self) -> dict[str, str | None]:
-        """What the report says of it."""
+        """Return name, backend, file and manifest identity for the report."""
         return {
             "name": self.name,
-            "backend": f"{self.backend}, not optimised" if self.plain else self.backend,
+            "backend": f"{self.backend}, not optimized" if self.plain else self.backend,
             "file": str(self.path),
             "manifest": manifest.identity(self.path),
         }
 
 
-def find_side(text: str, backend: str, place: Place) -> Side:
-    """The DiT that a person names: fp16mixed, fp32, fp8, or the path of a .onnx, .trt or .rtx file. Raises ToolError.
+def find_model(text: str, backend: str, paths: ModelPaths) -> ComparedModel:
+    """Return the DiT named by `text`: fp16mixed, fp32, fp8, or the path of a .onnx, .trt or .rtx file. Raises
+    ToolError.
 
-    Files are found, and a missing one is told, before anything is loaded.
+    Files are resolved here, so that a missing one is reported before anything is loaded.
     """
     if text in targets.PRECISIONS:
-        target = targets.dit_target(place.dit, text)
-        chosen = engines.pick_backend(backend, target, place.source.models_dir)
-        return _adapted(text, target, chosen, place)
+        target = targets.dit_target(paths.dit, text)
+        backend_name = engines.pick_backend(backend, target, paths.source.models_dir)
+        return _adapted(text, target, backend_name, paths)
     path = Path(text)
     if not path.is_file():
-        raise ToolError(f"{text} is no precision and no file", f"give {', '.join(targets.PRECISIONS)}, or a path")
-    target = targets.dit_target(place.dit, targets.PRECISIONS[0])
+        hint = f"give {', '.join(targets.PRECISIONS)}, or a path"
+        raise ToolError(f"unknown DiT {text}: not a precision or a file", hint)
+    target = targets.dit_target(paths.dit, targets.PRECISIONS[0])
     engine = engines.backend_of_file(path)
     if engine is not None:
-        return Side(path.stem, target, engines.pick_backend(engine.name, target, place.source.models_dir), path)
+        backend_name = engines.pick_backend(engine.name, target, paths.source.models_dir)
+        return ComparedModel(path.stem, target, backend_name, path)
     direct = engines.DIRECT.name
-    chosen = engines.pick_backend(direct if backend == engines.AUTO else backend, target, place.source.models_dir)
-    if chosen in engines.BUILT:
-        raise ToolError(f"{chosen} runs engines, not {path}", f"give the engine's own path, or --backend {direct}")
-    return Side(path.stem, target, chosen, path)
+    backend_name = engines.pick_backend(direct if backend == engines.AUTO else backend, target, paths.source.models_dir)
+    if backend_name in engines.BUILT:
+        hint = f"give the path of its engine, or --backend {direct}"
+        raise ToolError(f"backend {backend_name} cannot run {path}", hint)
+    return ComparedModel(path.stem, target, backend_name, path)
 
 
-def _adapted(name: str, target: targets.Target, backend: str, place: Place) -> Side:
-    """A DiT of a precision with the adapters of a place: a merged graph or engine, or merged when it is opened."""
-    target = adapter_placement.target_with(target, backend, place.loras, place.source)
-    loras = place.loras if engines.BACKENDS[backend].merges_adapters else LoraSet()
-    return Side(name, target, backend, engines.source_path(target, backend, place.source), loras=loras)
+def _adapted(name: str, target: targets.Target, backend: str, paths: ModelPaths) -> ComparedModel:
+    """Return the DiT of a precision with adapters: of a merged graph or engine, or merged at opening."""
+    target = adapter_placement.target_with(target, backend, paths.loras, paths.source)
+    loras = paths.loras if engines.BACKENDS[backend].merges_adapters else LoraSet()
+    return ComparedModel(name, target, backend, engines.source_path(target, backend, paths.source), loras=loras)
 
 
-def control_side(reference: Side, place: Place) -> Side | None:
-    """The reference in another backend, or with other kernels where there is one backend only; None where neither is.
+def control_model(reference: ComparedModel, paths: ModelPaths) -> ComparedModel | None:
+    """Return the reference in another backend or with other kernels, as a control; None when neither is available.
 
-    A TensorRT engine is compared with its ONNX, an ONNX with a built engine that this machine runs, else with ONNX
-    Runtime without graph optimisation.
+    A TensorRT engine is compared with its ONNX file. An ONNX file is compared with a built engine that runs on this
+    machine, otherwise with ONNX Runtime without graph optimization.
     """
     try:
         direct = engines.DIRECT.name
         if reference.backend != direct:
-            return _adapted(reference.name, adapter_placement.base_target(reference.target), direct, place)
-        best = engines.pick_backend(engines.AUTO, reference.target, place.source.models_dir)
-        if best != direct and reference.name == reference.target.precision:
-            path = engines.source_path(reference.target, best, place.source)
-            return replace(reference, backend=best, path=path)
+            return _adapted(reference.name, adapter_placement.base_target(reference.target), direct, paths)
+        fastest = engines.pick_backend(engines.AUTO, reference.target, paths.source.models_dir)
+        if fastest != direct and reference.name == reference.target.precision:
+            path = engines.source_path(reference.target, fastest, paths.source)
+            return replace(reference, backend=fastest, path=path)
     except ToolError:
         return None
     return replace(reference, plain=True)

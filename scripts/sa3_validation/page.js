@@ -249,9 +249,9 @@ function key(event) {
 
 byId("verdict").textContent = data.verdict;
 if (data.twoSample) {
-  const { title, header, rows, words } = data.twoSample, told = byId("told");
-  told.hidden = false;
-  told.append(element("h2", {}, title), ...words.map((line) => element("p", {}, line)),
+  const { title, header, rows, words } = data.twoSample, section = byId("two-sample");
+  section.hidden = false;
+  section.append(element("h2", {}, title), ...words.map((line) => element("p", {}, line)),
     element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Figures of the two-sample test" },
       element("table", {},
         element("thead", {}, element("tr", {}, ...header.map((name) => element("th", { scope: "col" }, name)))),

@@ -1,4 +1,4 @@
-"""The page to listen to: one HTML file with sounds, spectrograms, figures and a blind test in it; no network."""
+"""Write the listening page: one HTML file with sounds, spectrograms, figures and a blind test; no network access."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_validation import two_sample_report
 from sa3_validation.report import NAMES, SOUND_FIGURES
 from sa3_validation.spectra import spectrogram
-from sa3_validation.study import CANDIDATE, COMPARED, Found
+from sa3_validation.study import CANDIDATE, COMPARED, StudyResult
 
 PARTS = {"@STYLE@": "page.css", "@SCRIPT@": "page.js"}
 PICTURE_HOP = 1024  # samples: 43 columns a second, as wide as a screen for 10 s
 
 
-def write(path: Path, document: Mapping[str, Any], found: Found) -> Path:
-    """The page of a report and its sounds, written atomically; returns its path."""
-    names = [document[side]["name"] for side in ("reference", "candidate")]
+def write(path: Path, document: Mapping[str, Any], result: StudyResult) -> Path:
+    """Write the page of a report and its sounds atomically; return its path."""
+    names = [document[dit]["name"] for dit in ("reference", "candidate")]
     if names[0] == names[1]:
-        names = [f"{name} ({side})" for name, side in zip(names, ("reference", "candidate"), strict=True)]
-    shown = [name for name in COMPARED if name in found.sounds]
+        names = [f"{name} ({dit})" for name, dit in zip(names, ("reference", "candidate"), strict=True)]
+    shown = [name for name in COMPARED if name in result.sounds]
     failed = [verdict for verdict in document["gates"] if not verdict["passed"]]
-    passed = f"All {len(document['gates'])} gates pass." if not failed else f"{len(failed)} gates fail: "
+    passed = f"All {len(document['gates'])} gates pass." if not failed else f"{len(failed)} gates failed: "
     data = {
         "names": names,
         "sampleRate": SAMPLE_RATE,
@@ -39,11 +39,11 @@ def write(path: Path, document: Mapping[str, Any], found: Found) -> Path:
         "verdict": passed + "; ".join(verdict["line"] for verdict in failed),
         "columns": ["against the reference", *(NAMES[name] for name in shown)],
         "twoSample": _two_sample(document),
-        "cases": [_case(case, found, shown) for case in document["cases"]],
+        "cases": [_case(case, result, shown) for case in document["cases"]],
     }
     text = resources.files(__package__).joinpath("page.html").read_text("utf-8")
-    for place, name in PARTS.items():
-        text = text.replace(place, resources.files(__package__).joinpath(name).read_text("utf-8"))
+    for placeholder, name in PARTS.items():
+        text = text.replace(placeholder, resources.files(__package__).joinpath(name).read_text("utf-8"))
     text = text.replace("@TITLE@", html.escape(f"{names[1]} against {names[0]}"))
     # A "<" would let a prompt end the script element.
     text = text.replace("@DATA@", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
@@ -52,22 +52,22 @@ def write(path: Path, document: Mapping[str, Any], found: Found) -> Path:
 
 
 def _two_sample(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The table and the words of the two-sample test; None where it was not run."""
-    made = document.get("two_sample")
-    if not made:
+    """Return the table and the explanation of the two-sample test; None when it was not run."""
+    figures = document.get("two_sample")
+    if not figures:
         return None
     return {
-        "title": two_sample_report.TITLE, "header": two_sample_report.HEADER, "rows": two_sample_report.rows(made),
-        "words": two_sample_report.words(made),
+        "title": two_sample_report.TITLE, "header": two_sample_report.HEADER, "rows": two_sample_report.rows(figures),
+        "words": two_sample_report.words(figures),
     }  # fmt: skip
 
 
-def _case(case: Mapping[str, Any], found: Found, shown: list[str]) -> dict[str, Any]:
-    pair = [found.sounds[side][case["name"]] for side in ("reference", CANDIDATE)]
+def _case(case: Mapping[str, Any], result: StudyResult, shown: list[str]) -> dict[str, Any]:
+    pair = [result.sounds[dit][case["name"]] for dit in ("reference", CANDIDATE)]
     rows = [["final latent, cosine", *(f"{case['rollouts']['ping_pong'][name]['cosine']:.6f}" for name in shown)]]
     rows += [[label, *(_cell(case["audio"][name][key]) for name in shown)] for key, label in SOUND_FIGURES.items()]
-    heard = [case["heard"][side]["loudness"] for side in ("reference", CANDIDATE)]
-    rows.append(["LUFS (reference, candidate)", ", ".join("-" if x is None else f"{x:.1f}" for x in heard)])
+    loudness = [case["heard"][dit]["loudness"] for dit in ("reference", CANDIDATE)]
+    rows.append(["LUFS (reference, candidate)", ", ".join("-" if x is None else f"{x:.1f}" for x in loudness)])
     rows[-1] += [""] * (len(shown) - 1)
     return {
         "name": case["name"],
@@ -79,7 +79,7 @@ def _case(case: Mapping[str, Any], found: Found, shown: list[str]) -> dict[str, 
 
 
 def flac(samples: np.ndarray) -> bytes:
-    """A 16-bit FLAC of fp32 samples (N, 2): lossless, so that only the DiTs are heard, and read by all browsers."""
+    """Return a 16-bit FLAC of fp32 samples (N, 2): lossless, and supported by all browsers."""
     import soundfile
 
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The control of every comparison of generations: a DiT that reads an x which is slightly off."""
+"""Perturb the x of a DiT by a fixed relative L2: the control for comparing generations."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
 
 class Perturbed(Closing):
-    """A DiT that reads an x off by a fixed share of its length, in a fresh direction at every step.
+    """DiT wrapper that adds a perturbation of fixed relative L2 to x, in a new random direction at every step.
 
-    Does not close the DiT.
+    It does not close the DiT.
     """
 
     def __init__(self, dit: VelocityEngine, size: float, directions: Iterator[Tensor]) -> None:
         self._dit, self._size, self._directions = dit, size, directions
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity of the perturbed x."""
-        return self._dit.velocity(off_by(x, self._size, next(self._directions)), t, cond)
+        """Return the velocity (B, C, L) of the perturbed x."""
+        return self._dit.velocity(perturb(x, self._size, next(self._directions)), t, cond)
 
 
-def off_by(x: Tensor, size: float, direction: Tensor) -> Tensor:
-    """x (B, C, L) and `size` of its length along a direction of that shape."""
+def perturb(x: Tensor, size: float, direction: Tensor) -> Tensor:
+    """Return x (B, C, L) plus `direction` (same shape) scaled to the relative L2 `size`."""
     return x + direction * (size * x.norm() / direction.norm())
 
 
-def started(start: Tensor, noise: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The draws of a generation that begins at `start`: the first draw of `noise` is passed over."""
+def with_start(start: Tensor, noise: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield `start`, then the draws of `noise` after its first one."""
     next(noise)
     yield start
     yield from noise

@@ -1,4 +1,4 @@
-"""Three pictures of a report: single steps by noise level, generations beside their controls, and their sound."""
+"""Plot a report: single steps by sigma, generations beside their controls, and audio distances."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from sa3_trt_core.artifacts.files import atomic_path
 from sa3_validation.report import NAMES, SHOWN, SOUND_FIGURES
 
-LEAST = 1e-12  # where a logarithmic axis puts no difference at all
+MIN_DIFFERENCE = 1e-12  # position of 1 - cosine = 0 on the logarithmic axis
 COLOURS = {"candidate": "C0", "perturbed": "C2", "other_kernels": "C7"}
 
 
 def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write steps.png, rollouts.png and, where sounds were made, audio.png; returns their paths."""
-    made = [_save(_steps(document), folder / "steps.png"), _save(_rollouts(document), folder / "rollouts.png")]
+    """Write steps.png, rollouts.png and, when sounds exist, audio.png; return their paths."""
+    paths = [_save(_steps(document), folder / "steps.png"), _save(_rollouts(document), folder / "rollouts.png")]
     if document["audio"]:
-        made.append(_save(_audio(document), folder / "audio.png"))
-    return made
+        paths.append(_save(_audio(document), folder / "audio.png"))
+    return paths
 
 
 def _figure(columns: int) -> tuple[Any, list[Any]]:
@@ -37,15 +37,15 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _off(cosine: float | None) -> float:
-    return LEAST if cosine is None else max(1.0 - cosine, LEAST)
+    return MIN_DIFFERENCE if cosine is None else max(1.0 - cosine, MIN_DIFFERENCE)
 
 
 def _steps(document: Mapping[str, Any]) -> Any:
     figure, (axes,) = _figure(1)
     rows = document["single_step"]["by_sigma"]
-    for what, label in SHOWN.items():
+    for output, label in SHOWN.items():
         for key, style in (("worst", "o-"), ("median", ".:")):
-            points = [_off(row[what]["cosine"][key]) for row in rows]
+            points = [_off(row[output]["cosine"][key]) for row in rows]
             axes.plot([row["sigma"] for row in rows], points, style, label=f"{label}, {key}", alpha=0.8)
     axes.set(xlabel="sigma", ylabel="1 - cosine", yscale="log", title="single steps")
     axes.grid(alpha=0.3)

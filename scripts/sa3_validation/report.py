@@ -1,4 +1,4 @@
-"""The report for people: Markdown of the document, and the lines that a terminal shows."""
+"""Format the report: Markdown of the document, and the summary for a terminal."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ SHOWN = {"velocity": "velocity v", "denoised": "denoised x - sigma v", "euler": 
 PROBED = {"t": "noise levels", "seconds": "durations"}
 SOUND_FIGURES = {
     "rms": "RMS curve", "spectral": "spectral, dB", "chroma": "chroma", "onsets": "onsets", "loudness": "loudness, LU",
-    "clipped": "clipped more", "silent": "silent more",
+    "clipped": "clipped, difference", "silent": "silent, difference",
 }  # fmt: skip
 Section = tuple[str, Sequence[str], list[list[str]]]
 
 
 def sections(document: Mapping[str, Any]) -> list[Section]:
-    """Title, header and cells of every table of the report, in order."""
+    """Return title, header and cells of every table of the report, in order."""
     return [
         *two_sample_report.section(document), *_steps(document), *_rollouts(document), *_audio(document),
-        *_batches(document), *_resolution(document),
+        *_batches(document), *_fp16_collision(document),
     ]  # fmt: skip
 
 
 def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
-    """The whole report."""
-    sides = [document[name] for name in ("reference", "candidate")]
-    said = [f"{side['name']} ({side['backend']}, {side['file']})" for side in sides]
+    """Return the whole report as Markdown."""
+    models = [document[name] for name in ("reference", "candidate")]
+    descriptions = [f"{model['name']} ({model['backend']}, {model['file']})" for model in models]
     failed = [verdict for verdict in verdicts if not verdict.passed]
     lines = [
-        f"# {sides[1]['name']} against {sides[0]['name']}", "", f"Reference: {said[0]}  ", f"Candidate: {said[1]}  ",
-        f"Made: {document['created']}, {', '.join(f'{k} {v}' for k, v in document['tools'].items())}", "",
-        f"**{'No gate fails' if not failed else f'{len(failed)} of {len(verdicts)} gates fail'}.** {_same(document)}",
+        f"# {models[1]['name']} against {models[0]['name']}", "",
+        f"Reference: {descriptions[0]}  ", f"Candidate: {descriptions[1]}  ",
+        f"Created: {document['created']}, {', '.join(f'{k} {v}' for k, v in document['tools'].items())}", "",
+        f"**{f'{len(failed)} of {len(verdicts)} gates failed' if failed else 'All gates pass'}.** {_same(document)}",
         "", *(f"- {verdict.line}" for verdict in failed or verdicts), "",
-        "What each figure shows, and what it does not: build/docs/validation.md of the project.", "",
+        "Meaning and limits of each figure: build/docs/validation.md of the project.", "",
     ]  # fmt: skip
     for title, header, rows in sections(document):
         lines += [f"## {title}", "", console.markdown(header, rows), ""]
@@ -51,7 +52,7 @@ def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
 
 
 def summary(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
-    """What the terminal shows: the tables, the worst rows and the gates."""
+    """Return the terminal summary: tables, worst rows and gates."""
     parts = [f"{title}\n{console.table(header, rows)}" for title, header, rows in sections(document)]
     if document.get("two_sample"):
         parts.insert(1, "\n".join(two_sample_report.words(document["two_sample"])))
@@ -62,37 +63,37 @@ def summary(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
 
 
 def _same(document: Mapping[str, Any]) -> str:
-    return "Every bit is the reference's own." if document["identical"] else ""
+    return "Outputs are bit-identical to the reference." if document["identical"] else ""
 
 
 def _steps(document: Mapping[str, Any]) -> list[Section]:
     steps = document["single_step"]
-    header = ("figure", "rows", "worst cosine", "5 %", "median", "mean", "worst rel L2", "mean", "gain off by")
-    found: list[Section] = []
-    for what in STEP_FIGURES:
-        rows = [[kind, *_step_cells(one, what)] for kind, one in steps["by_kind"].items()]
-        rows += [[f"sigma {one['sigma']:.4f}", *_step_cells(one, what)] for one in steps["by_sigma"]]
-        found.append((f"Single steps: {SHOWN[what]}", ("rows are", *header[1:]), rows))
-    return found
+    header = ("figure", "rows", "worst cosine", "5 %", "median", "mean", "worst rel L2", "mean", "gain error")
+    tables: list[Section] = []
+    for output in STEP_FIGURES:
+        rows = [[kind, *_step_cells(figures, output)] for kind, figures in steps["by_kind"].items()]
+        rows += [[f"sigma {figures['sigma']:.4f}", *_step_cells(figures, output)] for figures in steps["by_sigma"]]
+        tables.append((f"Single steps: {SHOWN[output]}", ("rows by", *header[1:]), rows))
+    return tables
 
 
-def _step_cells(one: Mapping[str, Any], what: str) -> list[str]:
-    cosine, relative, gain = (one[what][name] for name in ("cosine", "relative", "gain"))
-    off = None if gain["worst"] is None else abs(gain["worst"] - 1.0)
+def _step_cells(figures: Mapping[str, Any], output: str) -> list[str]:
+    cosine, relative, gain = (figures[output][name] for name in ("cosine", "relative", "gain"))
+    gain_error = None if gain["worst"] is None else abs(gain["worst"] - 1.0)
     return [
-        str(one["rows"]), *(_number(cosine[name], 6) for name in ("worst", "p5", "median", "mean")),
-        _small(relative["worst"]), _small(relative["mean"]), _small(off),
+        str(figures["rows"]), *(_number(cosine[name], 6) for name in ("worst", "p5", "median", "mean")),
+        _small(relative["worst"]), _small(relative["mean"]), _small(gain_error),
     ]  # fmt: skip
 
 
 def _rollouts(document: Mapping[str, Any]) -> list[Section]:
     rows = [
-        [sampler.replace("_", "-"), kind, NAMES[name], str(one["cosine"]["n"]),
-         *(_number(one["cosine"][key], 6) for key in ("worst", "p5", "median", "mean")),
-         _small(one["relative"]["median"])]
+        [sampler.replace("_", "-"), kind, NAMES[name], str(figures["cosine"]["n"]),
+         *(_number(figures["cosine"][key], 6) for key in ("worst", "p5", "median", "mean")),
+         _small(figures["relative"]["median"])]
         for sampler, kinds in document["rollouts"].items()
         for kind, compared in kinds.items()
-        for name, one in compared.items()
+        for name, figures in compared.items()
     ]  # fmt: skip
     header = ("sampler", "kind", "against the reference", "n", "worst cosine", "5 %", "median", "mean", "median rel L2")
     return [("Whole generations, final latent", header, rows)]
@@ -100,9 +101,9 @@ def _rollouts(document: Mapping[str, Any]) -> list[Section]:
 
 def _audio(document: Mapping[str, Any]) -> list[Section]:
     rows = [
-        [kind, NAMES[name], key, *(_number(one[figure][key], 4) for figure in SOUND_FIGURES)]
+        [kind, NAMES[name], key, *(_number(figures[figure][key], 4) for figure in SOUND_FIGURES)]
         for kind, compared in document["audio"].items()
-        for name, one in compared.items()
+        for name, figures in compared.items()
         for key in ("worst", "median")
     ]
     return [
@@ -112,20 +113,21 @@ def _audio(document: Mapping[str, Any]) -> list[Section]:
 
 def _batches(document: Mapping[str, Any]) -> list[Section]:
     rows = [
-        [name, str(one["rows"]), _number(one["cosine"]["worst"], 6), _small(one["relative"]["worst"])]
+        [name, str(figures["rows"]), _number(figures["cosine"]["worst"], 6), _small(figures["relative"]["worst"])]
         for name, sizes in document["batch"].items()
-        for one in sizes
+        for figures in sizes
     ]
     return [("Rows of a batch against the same rows alone", ("DiT", "B", "worst cosine", "worst rel L2"), rows)]
 
 
-def _resolution(document: Mapping[str, Any]) -> list[Section]:
+def _fp16_collision(document: Mapping[str, Any]) -> list[Section]:
     rows = [
-        [PROBED[name], _small(max(one["reference"])), _small(max(one[CANDIDATE])), _number(one["share"]["worst"], 3)]
-        for name, one in document["resolution"].items()
+        [PROBED[name], _small(max(figures["reference"])), _small(max(figures[CANDIDATE])),
+         _number(figures["share"]["worst"], 3)]
+        for name, figures in document["resolution"].items()
     ]  # fmt: skip
-    header = ("two values that are one to 16 bits", "reference tells apart", "candidate", "worst share")
-    return [("Islands in fp32: relative L2 between answers", header, rows)]
+    header = ("two values that round to one fp16 number", "reference", "candidate", "worst share")
+    return [("fp32 islands: relative L2 between velocities", header, rows)]
 
 
 def _worst(document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

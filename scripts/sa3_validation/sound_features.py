@@ -1,7 +1,7 @@
-"""Features of one sound and of the latent it was decoded from: what a two-sample test compares.
+"""Features of a sound and of its latent, for the two-sample test.
 
 The features are the usual ones of music information retrieval, computed by librosa and pyloudnorm. Each belongs to a
-group whose name says what is heard in it.
+group named for a property of the sound.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GROUPS = (TIMBRE, NOTES, RHYTHM, LOUDNESS, BRIGHTNESS, STEREO, LATENT, EMBEDDING
 
 @dataclass(frozen=True)
 class Features:
-    """Named figures of one sound, in a fixed order; `groups` has the group of each."""
+    """Named features of one sound in a fixed order; `groups` has the group of each."""
 
     names: tuple[str, ...]
     groups: tuple[str, ...]
@@ -55,7 +55,8 @@ def features_of(
     samples: NDArray[Any], latent: NDArray[Any] | None = None, embedding: Floats | None = None,
     spectrogram: Spectrogram | None = None,
 ) -> Features:  # fmt: skip
-    """Features of a sound (N, 2) in [-1, 1] at 44.1 kHz, of its latent (256, L), and an embedding (D,) as it is.
+    """Return features of a sound (N, 2) in [-1, 1] at 44.1 kHz, of its latent (256, L), and an embedding (D,)
+    unchanged.
 
     Mean and deviation over time of every mel band in dB, of every pitch class, of the onset envelope, of spectral
     flatness and rolloff; loudness, loudness range and the level between the stereo sides; mean and log deviation of
@@ -63,24 +64,24 @@ def features_of(
     a sound shorter than one window.
     """
     sound = _checked(samples)
-    found: dict[str, dict[str, float]] = {
+    by_group: dict[str, dict[str, float]] = {
         **_spectral(spectrogram or spectrogram_of(sound)),
         LOUDNESS: _loudness(sound),
         STEREO: {"side level": _level(sound[:, 0] - sound[:, 1]) - _level(sound[:, 0] + sound[:, 1])},
     }
     if latent is not None:
-        found[LATENT] = _latent(np.asarray(latent, np.float64))
+        by_group[LATENT] = _latent(np.asarray(latent, np.float64))
     if embedding is not None:
-        found[EMBEDDING] = {f"embedding {i}": float(value) for i, value in enumerate(np.ravel(embedding))}
-    return _flat(found)
+        by_group[EMBEDDING] = {f"embedding {i}": float(value) for i, value in enumerate(np.ravel(embedding))}
+    return _flat(by_group)
 
 
-def _flat(found: Mapping[str, Mapping[str, float]]) -> Features:
-    order = [(group, name) for group in GROUPS for name in found.get(group, {})]
+def _flat(by_group: Mapping[str, Mapping[str, float]]) -> Features:
+    order = [(group, name) for group in GROUPS for name in by_group.get(group, {})]
     return Features(
         names=tuple(name for _, name in order),
         groups=tuple(group for group, _ in order),
-        values=np.asarray([found[group][name] for group, name in order], np.float64),
+        values=np.asarray([by_group[group][name] for group, name in order], np.float64),
     )
 
 
@@ -88,7 +89,7 @@ def _checked(samples: NDArray[Any]) -> Floats:
     """Return samples in fp64. Raises ValueError for another shape, too few of them, and values that are not finite."""
     sound = np.asarray(samples, np.float64)
     if sound.ndim != 2 or sound.shape[1] != 2 or len(sound) < WINDOW:
-        raise ValueError(f"samples (N, 2) of at least {WINDOW} frames wanted, not {sound.shape}")
+        raise ValueError(f"expected samples (N, 2) with N >= {WINDOW}, got {sound.shape}")
     if not np.isfinite(sound).all():
         raise ValueError("the samples are not finite")
     return sound
@@ -104,7 +105,7 @@ def spectrogram_of(samples: NDArray[Any]) -> Spectrogram:
     # A sine of amplitude 1 has a peak of WINDOW / 4 in a Hann window, so this refers levels to full scale.
     mel = librosa.feature.melspectrogram(S=power / (WINDOW / 4) ** 2, sr=SAMPLE_RATE, n_mels=MEL_BANDS)
     levels = 10.0 * np.log10(np.maximum(mel, 10.0 ** (FLOOR_DB / 10.0)))
-    # No estimate of the tuning: it is one more thing that two equal sounds could differ in.
+    # A fixed tuning: an estimate would add a difference between otherwise equal sounds.
     pitches = librosa.feature.chroma_stft(S=power, sr=SAMPLE_RATE, n_fft=WINDOW, hop_length=HOP, tuning=0.0)
     flatness = np.log10(np.maximum(librosa.feature.spectral_flatness(S=magnitude)[0], 1e-10))
     rolloff = librosa.feature.spectral_rolloff(S=magnitude, sr=SAMPLE_RATE, roll_percent=ROLLOFF)[0]
@@ -119,7 +120,7 @@ def onset_envelope(levels: NDArray[Any]) -> Floats:
 
 
 def _spectral(curves: Spectrogram) -> dict[str, dict[str, float]]:
-    """Timbre, notes, rhythm and brightness of a spectrogram."""
+    """Return timbre, notes, rhythm and brightness of a spectrogram."""
     onsets = onset_envelope(curves.levels)
     brightness = {"flatness": curves.flatness, "rolloff": curves.rolloff}
     return {
@@ -135,28 +136,28 @@ def _spectral(curves: Spectrogram) -> dict[str, dict[str, float]]:
 
 
 def _periodicity(onsets: Floats) -> list[float]:
-    """Autocorrelation of the onset envelope at the beats of 60, 80, ..., 180 BPM, as shares of its power."""
+    """Return the autocorrelation of the onset envelope at the beats of 60, 80, ..., 180 BPM, as shares of its power."""
     import librosa
 
-    spread = onsets - onsets.mean()
+    centred = onsets - onsets.mean()
     lags = [round(60.0 / tempo * SAMPLE_RATE / HOP) for tempo in range(60, 181, 20)]
-    likeness = librosa.autocorrelate(spread, max_size=max(lags) + 1)
-    if likeness[0] <= 0.0:
+    autocorrelation = librosa.autocorrelate(centred, max_size=max(lags) + 1)
+    if autocorrelation[0] <= 0.0:
         return [0.0] * len(lags)
-    return [float(likeness[lag] / likeness[0]) if lag < len(likeness) else 0.0 for lag in lags]
+    return [float(autocorrelation[lag] / autocorrelation[0]) if lag < len(autocorrelation) else 0.0 for lag in lags]
 
 
 def _loudness(sound: Floats) -> dict[str, float]:
-    """Integrated loudness in LUFS (ITU-R BS.1770) and loudness range in LU (EBU Tech 3342), by pyloudnorm.
+    """Return integrated loudness in LUFS (ITU-R BS.1770) and loudness range in LU (EBU Tech 3342), by pyloudnorm.
 
-    0 LU for sounds shorter than the 3 s of its window, as for silence.
+    The range is 0 LU for silence and for sounds shorter than its 3 s window.
     """
     import pyloudnorm
 
     meter = pyloudnorm.Meter(SAMPLE_RATE)
     level, spread = SILENCE_LUFS, 0.0
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # of a logarithm of zero, and of gates that leave nothing
+        warnings.simplefilter("ignore")  # logarithm of zero, and gates that reject all blocks
         if len(sound) >= meter.block_size * SAMPLE_RATE:
             level = max(float(meter.integrated_loudness(sound)), SILENCE_LUFS)
         if len(sound) >= 3 * SAMPLE_RATE:
@@ -166,7 +167,7 @@ def _loudness(sound: Floats) -> dict[str, float]:
 
 def _latent(latent: Floats) -> dict[str, float]:
     if latent.ndim != 2:
-        raise ValueError(f"a latent (256, L) wanted, not {latent.shape}")
+        raise ValueError(f"expected a latent (256, L), got {latent.shape}")
     deviation = np.log(np.maximum(latent.std(axis=1), 1e-6))
     return {
         **{f"mean of channel {i}": float(value) for i, value in enumerate(latent.mean(axis=1))},
@@ -182,5 +183,5 @@ def _moments(rows: Mapping[str, Floats]) -> dict[str, float]:
 
 
 def _level(samples: Floats) -> float:
-    """Level in dB below full scale, not under the floor."""
+    """Return the level in dB relative to full scale, clamped to FLOOR_DB."""
     return max(10.0 * float(np.log10(max(np.square(samples).mean(), 1e-12))), FLOOR_DB)

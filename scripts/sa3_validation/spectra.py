@@ -1,4 +1,4 @@
-"""Spectra, onsets and pitch classes of a sound, and a picture of it."""
+"""Spectra, onset strength and chroma of a sound, and its spectrogram."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sa3_trt_core.shapes import SAMPLE_RATE
 
 Floats = NDArray[np.float64]
 BAND_EDGES = (20.0, 120.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16_000.0)  # Hz
-QUIET = 1e-6  # a magnitude that nobody hears; a clip that never exceeds it is silent
+QUIET = 1e-6  # inaudible magnitude; a clip below it is silent
 
 ONSET_SECONDS, ONSET_HOPS = 0.023, 4  # window of the spectra, and windows that overlap
 COMPRESSION = 100.0  # of magnitudes, before the logarithm
@@ -28,12 +28,12 @@ COLOURS = ((0, 0, 0), (60, 15, 110), (170, 40, 110), (245, 120, 40), (255, 250, 
 
 
 def spectrogram_png(path: Path, samples: ArrayLike, sample_rate: float = SAMPLE_RATE) -> None:
-    """Write the picture of a clip, atomically."""
+    """Write the spectrogram of a clip as a PNG file, atomically."""
     files.write_atomic_bytes(path, spectrogram(samples, sample_rate))
 
 
 def spectrogram(samples: ArrayLike, sample_rate: float = SAMPLE_RATE, hop: int = PICTURE_HOP) -> bytes:
-    """A PNG picture of a clip: time to the right, pitch upwards, loudness from black to pale yellow.
+    """Return a PNG picture of a clip: time to the right, pitch upwards, loudness from black to pale yellow.
 
     samples (N, 2), (2, N) or (N,). Levels are in dB below the loudest point, a power mean over each row's frequencies.
     """
@@ -54,7 +54,8 @@ def spectrogram(samples: ArrayLike, sample_rate: float = SAMPLE_RATE, hop: int =
 
 
 def spectra(mono: Floats, size: int, hop: int) -> Floats:
-    """Magnitudes (frames, size / 2 + 1) of Hann windows every `hop` samples, the first centred on the first sample.
+    """Return magnitudes (frames, size / 2 + 1) of Hann windows every `hop` samples, the first centred on the first
+    sample.
 
     A sine of amplitude 1 has a peak of about 1.
     """
@@ -64,37 +65,37 @@ def spectra(mono: Floats, size: int, hop: int) -> Floats:
 
 
 def mono(samples: ArrayLike) -> Floats:
-    """The mean of the channels; the shorter axis is that of the channels."""
+    """Return the mean over channels; the shorter axis is the channel axis."""
     array = np.asarray(samples, dtype=np.float64)
     if array.ndim not in (1, 2) or not array.size:
-        raise ValueError(f"samples (N, 2), (2, N) or (N,) wanted, not {array.shape}")
+        raise ValueError(f"expected samples (N, 2), (2, N) or (N,), got {array.shape}")
     return array if array.ndim == 1 else array.mean(axis=int(np.argmin(array.shape)))
 
 
 def onset_strength(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
-    """How much begins at every moment in every band that is alive, (frames, bands), and frames a second.
+    """Return onset strength (frames, bands) of every band that is not silent, and frames a second.
 
     Each band has mean 0 and deviation 1 over the clip.
     """
     size = nearest_window(ONSET_SECONDS, sample_rate)
     hop = size // ONSET_HOPS
-    louder = np.maximum(np.diff(np.log1p(COMPRESSION * spectra(mono, size, hop)), axis=0), 0.0)
+    increase = np.maximum(np.diff(np.log1p(COMPRESSION * spectra(mono, size, hop)), axis=0), 0.0)
     edges = np.searchsorted(np.fft.rfftfreq(size, 1.0 / sample_rate), BAND_EDGES)
-    bands = [louder[:, low:high].mean(axis=1) for low, high in pairwise(edges) if high > low]
-    alive = [standard(band) for band in bands if band.std() > QUIET]
-    return np.stack(alive, axis=1) if alive else np.zeros((len(louder), 1)), sample_rate / hop
+    bands = [increase[:, low:high].mean(axis=1) for low, high in pairwise(edges) if high > low]
+    audible = [standard(band) for band in bands if band.std() > QUIET]
+    return np.stack(audible, axis=1) if audible else np.zeros((len(increase), 1)), sample_rate / hop
 
 
 def standard(values: Floats) -> Floats:
-    """The values at mean 0 and deviation 1."""
+    """Return the values scaled to mean 0 and deviation 1."""
     return (values - values.mean()) / values.std()
 
 
 def chroma(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
-    """Magnitude of every pitch class, C first, in every frame (frames, 12), and frames a second.
+    """Return the magnitude of every pitch class, C first, in every frame (frames, 12), and frames a second.
 
-    Only local peaks of the spectrum count, at their interpolated frequency, the less the further they lie from a
-    tempered note: drums have few peaks and out-of-tune ones.
+    Only local peaks of the spectrum are used, at their interpolated frequency, weighted down with their distance from a
+    tempered note: drums have few peaks, and those are out of tune.
     """
     size = nearest_window(CHROMA_SECONDS, sample_rate)
     hop = size // CHROMA_HOPS
@@ -108,11 +109,11 @@ def chroma(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
     nearest = np.round(pitch)
     weight: Floats = levels[frame, column + 1] * np.cos(np.pi * (pitch - nearest))
     cell = frame * 12 + nearest.astype(np.int64) % 12
-    found = np.zeros(12 * len(levels))
-    np.add.at(found, cell, weight)
-    return found.reshape(-1, 12), sample_rate / hop
+    magnitudes = np.zeros(12 * len(levels))
+    np.add.at(magnitudes, cell, weight)
+    return magnitudes.reshape(-1, 12), sample_rate / hop
 
 
 def nearest_window(seconds: float, sample_rate: float) -> int:
-    """The power of two of samples that is nearest to a length."""
+    """Return the power of two nearest to a length in samples."""
     return 1 << round(np.log2(seconds * sample_rate))

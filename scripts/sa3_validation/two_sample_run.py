@@ -1,4 +1,4 @@
-"""The two-sample test as a command runs it: from prompts and files to the figures of the report."""
+"""Run the two-sample test of a command: from prompts and files to the figures of the report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sa3_trt_core import engines, targets
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.number_formats import finite
 from sa3_trt_core.text import Tokenizer
-from sa3_validation.cases import Case, Wanted, text_cases
+from sa3_validation.cases import Case, TextCaseOptions, text_cases
 from sa3_validation.embedding import Embedder
-from sa3_validation.models import Place, Side
+from sa3_validation.models import ComparedModel, ModelPaths
 from sa3_validation.two_sample_arms import FOLDER, Recording
 from sa3_validation.two_sample_study import TwoSample
 
@@ -24,12 +24,12 @@ Source = tuple[targets.Target, str, Path]  # a target, its backend and the file 
 
 @dataclass(frozen=True)
 class TwoSampleRun:
-    """Everything that the test needs, found but not opened. Arms are kept in `out`/two_sample."""
+    """Inputs of the test, resolved but not opened. Arms are kept in `out`/two_sample."""
 
-    reference: Side
-    candidate: Side
-    published: Side | None
-    place: Place
+    reference: ComparedModel
+    candidate: ComparedModel
+    published: ComparedModel | None
+    place: ModelPaths
     prompts: tuple[str, ...]
     count: int
     seed: int
@@ -41,22 +41,22 @@ class TwoSampleRun:
     embedder: Embedder | None
 
     def run(self) -> dict[str, Any]:
-        """Generate, hear, compare. Raises ToolError and GateError as engines do."""
+        """Generate, measure and compare. Raises ToolError and GateError as engines do."""
         stat = self.decoder[2].stat()
         recording = Recording(
             self.steps, lambda: self._open(self.decoder), f"{self.decoder[1:]} {stat.st_size} {stat.st_mtime_ns}",
             self.embedder, self.out / FOLDER, targets.find_dit(self.place.dit).reach,
         )  # fmt: skip
-        made = TwoSample(
+        figures = TwoSample(
             self.reference, self.candidate, self.published, self.place, self.count, self.seed, recording
         ).run(self._cases())
-        return finite({"seconds": self.seconds, "seed": self.seed, **made})
+        return finite({"seconds": self.seconds, "seed": self.seed, **figures})
 
     def _cases(self) -> list[Case]:
         tokenizer = Tokenizer(resolve.resolve_tokenizer(self.place.source))
-        wanted = Wanted(self.prompts[: self.count], 1, self.seed, self.seconds)
+        options = TextCaseOptions(self.prompts[: self.count], 1, self.seed, self.seconds)
         with self._open(self.text) as encoder:
-            return text_cases(wanted, encoder, tokenizer)
+            return text_cases(options, encoder, tokenizer)
 
     def _open(self, source: Source) -> GraphEngine:
         target, backend, path = source

@@ -10,8 +10,8 @@ import pytest
 
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import SAMPLE_RATE
-from sa3_validation.audio_metrics import hear, sound_apart
-from sa3_validation.distances import Apart, apart, spread
+from sa3_validation.audio_metrics import audio_distance, sound_levels
+from sa3_validation.distances import Distance, distance, spread
 from sa3_validation.gates import Gate, judge, read_gates
 
 TIME = np.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
@@ -29,10 +29,10 @@ def notes(*pitches: float, beats: float = 2.0, level: float = 0.3) -> np.ndarray
 
 def test_equal_arrays_are_exactly_equal_and_others_are_not() -> None:
     values = np.random.default_rng(1).standard_normal((3, 5)).astype(np.float32)
-    assert apart(values, values.copy()) == Apart(1.0, 0.0, 1.0)
-    double = apart(values, 2 * values)
+    assert distance(values, values.copy()) == Distance(1.0, 0.0, 1.0)
+    double = distance(values, 2 * values)
     assert (double.cosine, double.relative, double.gain) == pytest.approx((1.0, 1.0, 2.0))
-    nothing = apart(values, np.zeros_like(values))
+    nothing = distance(values, np.zeros_like(values))
     assert math.isnan(nothing.cosine) and nothing.relative == 1.0 and nothing.gain == 0.0
 
 
@@ -53,8 +53,8 @@ def test_no_figure_and_nan_give_nan() -> None:
 def test_loudness_is_known_and_half_the_level_is_six_units_softer() -> None:
     tone = stereo(np.sin(2 * np.pi * 997.0 * TIME))
     # ITU-R BS.1770: a full-scale 997 Hz sine in one channel is -3.01 LUFS; in both, 3.01 louder.
-    assert hear(tone).loudness == pytest.approx(0.0, abs=0.1)
-    distance = sound_apart(notes(440.0), 0.5 * notes(440.0))
+    assert sound_levels(tone).loudness == pytest.approx(0.0, abs=0.1)
+    distance = audio_distance(notes(440.0), 0.5 * notes(440.0))
     assert distance.loudness == pytest.approx(-6.02, abs=0.05)
     assert (distance.rms, distance.chroma) == pytest.approx((1.0, 1.0), abs=0.02)
     assert distance.spectral == pytest.approx(6.02, rel=0.25)
@@ -62,7 +62,7 @@ def test_loudness_is_known_and_half_the_level_is_six_units_softer() -> None:
 
 def test_each_figure_hears_what_it_stands_for() -> None:
     truth = notes(440.0, 550.0)
-    retuned, faster = sound_apart(truth, notes(466.2, 622.3)), sound_apart(truth, notes(440.0, 550.0, beats=3.0))
+    retuned, faster = audio_distance(truth, notes(466.2, 622.3)), audio_distance(truth, notes(440.0, 550.0, beats=3.0))
     assert retuned.chroma is not None and retuned.chroma < 0.3 and retuned.onsets > 0.8 and retuned.rms > 0.95
     assert faster.onsets is not None and faster.onsets < 0.5 and faster.rms < 0.8 and faster.chroma > retuned.chroma
     assert retuned.spectral > 6.0 and faster.spectral > 3.0
@@ -72,12 +72,12 @@ def test_clipping_and_silence_are_shares() -> None:
     loud = np.clip(4.0 * notes(440.0), -1.0, 1.0)
     half = notes(440.0).copy()
     half[len(half) // 2 :] = 0.0
-    distance = sound_apart(notes(440.0), loud)
-    assert 0.001 < distance.clipped < 0.5 and hear(notes(440.0)).clipped == 0.0
-    assert hear(half).silent == pytest.approx(0.5, abs=0.02)
+    distance = audio_distance(notes(440.0), loud)
+    assert 0.001 < distance.clipped < 0.5 and sound_levels(notes(440.0)).clipped == 0.0
+    assert sound_levels(half).silent == pytest.approx(0.5, abs=0.02)
     nothing = np.zeros_like(half)
-    assert hear(nothing).loudness is None and hear(nothing).silent == 1.0
-    silent = sound_apart(notes(440.0), nothing)
+    assert sound_levels(nothing).loudness is None and sound_levels(nothing).silent == 1.0
+    silent = audio_distance(notes(440.0), nothing)
     assert silent.rms is None and silent.loudness is None and silent.silent == 1.0
 
 
@@ -102,7 +102,7 @@ def test_a_gate_judges_every_figure_that_it_fits(gate: Gate, figures: dict[str, 
 
 def test_the_line_of_a_gate_says_figure_value_limit_and_why() -> None:
     (verdict,) = judge(REPORT, [Gate("a.x.worst", at_least=0.95, why="a scale is wrong")])
-    assert verdict.line == "FAILS: a.x.worst is 0.9, owed at least 0.95 (a scale is wrong)"
+    assert verdict.line == "FAIL a.x.worst: 0.9 (required >= 0.95): a scale is wrong"
 
 
 def test_the_shipped_gates_are_read() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from sa3_trt_core.shapes import SAMPLE_RATE
 from sa3_validation import page
-from sa3_validation.study import Found
+from sa3_validation.study import StudyResult
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PITCH = 441.0  # Hz: 100 samples a period
@@ -46,7 +46,7 @@ def document() -> dict[str, Any]:
          "heard": {"reference": {"loudness": -14.0}, "candidate": {"loudness": None}}}
         for number in (1, 2, 3)
     ]  # fmt: skip
-    gates = [{"passed": True, "line": "passes: a"}, {"passed": False, "line": "FAILS: b is 1, owed at least 2"}]
+    gates = [{"passed": True, "line": "PASS a"}, {"passed": False, "line": "FAIL b: 1 (required >= 2)"}]
     sides = {side: {"name": name} for side, name in (("reference", "fp16mixed"), ("candidate", "fp8"))}
     return {**sides, "created": "2026-11-23T00:00:00+00:00", "gates": gates, "cases": cases}
 
@@ -65,7 +65,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a page of three sounds: one tone, half as loud in the candidate."""
     time = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     tone = np.stack([np.sin(2 * np.pi * PITCH * time)] * 2, axis=1)
-    page_sounds = Found([])
+    page_sounds = StudyResult([])
     for side, level in LEVELS.items():
         page_sounds.sounds[side] = {case["name"]: (level * tone).astype(np.float32) for case in document()["cases"]}
     return page.write(tmp_path_factory.mktemp("page") / "listen.html", document(), page_sounds)
@@ -244,7 +244,7 @@ def test_a_prompt_is_text_and_null_is_a_dash(tab: Any) -> None:
     card = tab.get_by_role("article", name="text 1")
     assert EVIL in card.inner_text()
     assert card.get_by_role("row", name="chroma").get_by_role("cell").inner_text() == "-"
-    assert "1 gates fail: FAILS: b is 1" in tab.locator("#verdict").inner_text()
+    assert "1 gates failed: FAIL b: 1" in tab.locator("#verdict").inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
