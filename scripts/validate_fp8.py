@@ -44,11 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
             f"--{role}-backend", choices=engines.CHOICES, help=f"backend of the {role} (default: that of --backend)"
         )
     models.add_argument(
-        "--dit",
-        choices=targets.DITS,
-        default=targets.DITS[0],
+        "--dit", choices=targets.DITS, default=targets.DITS[0],
         help="model that precisions refer to (default: %(default)s)",
-    )
+    )  # fmt: skip
     models.add_argument(
         "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
     )
@@ -90,12 +88,9 @@ def _add_runs(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seconds", type=seconds, default=10.0, help="length of each sound in seconds (default 10)")
     group.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps, 1 to 100 (default 8)")
     group.add_argument(
-        "--rows",
-        type=integer_type(1, 10**6),
-        default=64,
-        metavar="N",
+        "--rows", type=integer_type(1, 10**6), default=64, metavar="N",
         help="rows of --calib to compare as single steps (default 64)",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--extra", type=integer_type(0, 100), default=2, metavar="N",
         help="number of texts that are also in-painted and guided, 0 to 100 (default 2)",
@@ -264,19 +259,9 @@ def _about(args: argparse.Namespace) -> dict[str, Any]:
     from sa3_trt_core.artifacts import manifest
 
     names = (
-        "calib",
-        "prompts_file",
-        "two_sample",
-        "published",
-        "prompts",
-        "seeds",
-        "seed",
-        "seconds",
-        "steps",
-        "rows",
-        "extra",
-        "no_audio",
-    )
+        "calib", "prompts_file", "two_sample", "published", "prompts", "seeds", "seed", "seconds", "steps", "rows",
+        "extra", "no_audio",
+    )  # fmt: skip
     settings = {name: str(v) if isinstance(v := getattr(args, name), Path) else v for name in names}
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -155,10 +155,10 @@ def test_mistakes_are_two_lines_and_write_nothing(tiny_fp8: Path, tiny_calib: Pa
     wrong = tmp_path / "gates.toml"
     wrong.write_text("format = 1\n")
     assert_user_error(validate(tiny_fp8, out, "--gate", wrong), "gates.toml has no [[gate]]")
-    assert_user_error(validate(tiny_fp8, out, "--candidate", "fp7"), "fp7 is no precision and no file")
-    assert_user_error(validate(tiny_fp8, out, "--html", "--no-audio"), "--html has nothing to play")
+    assert_user_error(validate(tiny_fp8, out, "--candidate", "fp7"), "unknown DiT fp7")
+    assert_user_error(validate(tiny_fp8, out, "--html", "--no-audio"), "--html requires audio")
     assert_user_error(validate(tiny_fp8, out, "--calib", tmp_path / "a.npz"), "no such calibration file")
-    assert_user_error(validate(tiny_fp8, out, "--calib", tiny_calib, "--prompts-file", wrong), "two sources")
+    assert_user_error(validate(tiny_fp8, out, "--calib", tiny_calib, "--prompts-file", wrong), "exclude each other")
     assert_user_error(validate(tiny_fp8, out, "--prompts", 1000), "--prompts 1000")
     absent = shutil.copytree(tiny_fp8, tmp_path / "root", ignore=shutil.ignore_patterns("dit_fp8*"))
     assert_user_error(validate(absent, out), "dit_fp8.onnx")
