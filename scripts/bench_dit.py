@@ -20,23 +20,25 @@ RING_LENGTH = 646
 RING_BATCHES = (2, 4, 8)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = Parser(prog="bench_dit.py", description=__doc__)
-    line.add_argument("--out", type=Path, required=True, help="folder of bench.json, bench.md and bench.png")
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = Parser(prog="bench_dit.py", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of bench.json, bench.md and bench.png")
     frames = integer_type(1, 4096)
-    line.add_argument("--lengths", type=frames, nargs="+", default=list(LENGTHS), help="latent frames, one row")
-    line.add_argument(
+    parser.add_argument("--lengths", type=frames, nargs="+", default=list(LENGTHS), help="latent frames, one row")
+    parser.add_argument(
         "--batches", type=integer_type(1, 8), nargs="*", default=list(RING_BATCHES), help="rows of a ring of 646 frames"
     )
-    line.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
-    line.add_argument(
+    parser.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
+    parser.add_argument(
         "--peers", nargs="*", choices=("eager", "compiled", "torchao"), default=["eager", "compiled"],
         help="diffusers in fp16: eager, its blocks compiled, and these with torchao's float8",
     )  # fmt: skip
-    line.add_argument("--repeats", type=integer_type(1, 10_000), default=200, help="timings of each, taking turns")
-    line.add_argument("--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more")
-    files = line.add_argument_group("engines of this machine, instead of random weights")
+    parser.add_argument("--repeats", type=integer_type(1, 10_000), default=200, help="timings of each, taking turns")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more"
+    )
+    files = parser.add_argument_group("engines of this machine, instead of random weights")
     files.add_argument(
         "--engines", nargs="+", metavar="P@B",
         help="precision and backend of each, the reference first: fp16mixed@tensorrt fp8@tensorrt fp8@torch",
@@ -44,25 +46,25 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
     files.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
     files.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
-    return line
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Time, check, write the report."""
-    args = parser().parse_args(argv)
+    """Time and check all contestants, and write the report."""
+    args = make_parser().parse_args(argv)
 
     from sa3_trt_core.artifacts import files
 
     files.require_writable(args.out / "bench.json", "--out")
 
     shapes = [(1, frames) for frames in args.lengths] + [(rows, RING_LENGTH) for rows in args.batches]
-    found = _engines(args, shapes) if args.engines else _random(args, shapes)
-    print(found.markdown())
+    record = _engines(args, shapes) if args.engines else _random(args, shapes)
+    print(record.markdown())
     return 0
 
 
 def _random(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
-    """Our engine and its peers, on random weights."""
+    """Time our engine and its peers on random weights."""
     import torch
 
     if not torch.cuda.is_available() and not args.tiny:
@@ -70,22 +72,22 @@ def _random(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
 
     from sa3_bench import peers, results
 
-    named = {"eager": peers.EAGER, "compiled": peers.COMPILED, "torchao": peers.TORCHAO}
-    wanted = [*args.precisions, *(named[name] for name in args.peers)]
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return results.run(peers.contest_of(wanted, args.tiny, place), shapes, args.repeats, args.out)
+    peer_names = {"eager": peers.EAGER, "compiled": peers.COMPILED, "torchao": peers.TORCHAO}
+    names = [*args.precisions, *(peer_names[name] for name in args.peers)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return results.run(peers.contest_of(names, args.tiny, device), shapes, args.repeats, args.out)
 
 
 def _engines(args: argparse.Namespace, shapes: list[tuple[int, int]]) -> Record:
-    """Engines by their files."""
+    """Time engines from their files."""
     from sa3_bench import engine_runs, results
     from sa3_trt_core import paths
     from sa3_validation.models import ModelPaths
 
-    place = ModelPaths(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
-    sides = engine_runs.find_engines(args.engines, place)
+    model_paths = ModelPaths(args.dit, paths.ModelSource.of(args.onnx_root, args.models_dir))
+    models = engine_runs.find_engines(args.engines, model_paths)
     with ExitStack() as stack:
-        return results.run(engine_runs.contest_of(sides, stack), shapes, args.repeats, args.out)
+        return results.run(engine_runs.contest_of(models, stack), shapes, args.repeats, args.out)
 
 
 if __name__ == "__main__":

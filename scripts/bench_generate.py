@@ -23,26 +23,28 @@ PEER_LENGTHS = {"eager": (3.0, 30.0, 54.0, 120.0), "compiled": (54.0,)}  # other
 CHECKED_FRAMES = 64
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = Parser(prog="bench_generate.py", description=__doc__)
-    line.add_argument("--out", type=Path, required=True, help="folder of generate.json, generate.md and generate.png")
-    line.add_argument("--seconds", type=number_type(1, 380, "seconds"), nargs="+", default=list(LENGTHS))
-    line.add_argument(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = Parser(prog="bench_generate.py", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of generate.json, generate.md and generate.png")
+    parser.add_argument("--seconds", type=number_type(1, 380, "seconds"), nargs="+", default=list(LENGTHS))
+    parser.add_argument(
         "--precisions", nargs="*", choices=tuple(OURS), default=list(OURS),
         help="of DiT and decoder: fp8 both, fp8-fp16, fp16mixed with fp16",
     )  # fmt: skip
-    line.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="diffusers, fp16")
-    line.add_argument("--repeats", type=integer_type(1, 1000), default=20, help="of each call (default: 20)")
-    line.add_argument("--untuned", action="store_true", help="take the tiles of an H100 instead of measuring them")
-    line.add_argument("--start", action="store_true", help="also a fresh sa3_trt to its first WAV of 54 s, --tiny: 1 s")
-    line.add_argument("--tiny", action="store_true", help="a tiny model, also on a CPU: shows that it runs")
-    return line
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="diffusers, fp16")
+    parser.add_argument("--repeats", type=integer_type(1, 1000), default=20, help="of each call (default: 20)")
+    parser.add_argument("--untuned", action="store_true", help="take the tiles of an H100 instead of measuring them")
+    parser.add_argument(
+        "--start", action="store_true", help="also a fresh sa3_trt to its first WAV of 54 s, --tiny: 1 s"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, also on a CPU: shows that it runs")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Time, check, write the report."""
-    args = parser().parse_args(argv)
+    """Time and check all contestants, and write the report."""
+    args = make_parser().parse_args(argv)
 
     from sa3_trt_core.artifacts import files
 
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _starts(subject: Subject) -> dict[str, float]:
-    """Seconds of a fresh process, and of its stages."""
+    """Return the seconds of a fresh process and of its stages."""
     from sa3_bench import generation_start
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,7 +89,7 @@ def _starts(subject: Subject) -> dict[str, float]:
 def _contestants(
     args: argparse.Namespace, subject: Subject
 ) -> Iterator[tuple[str, Contestant, tuple[float, ...] | None]]:
-    """Name, contestant and its lengths, None for all: each is made when the one before is done."""
+    """Yield name, contestant and its lengths (None for all); each is created after the previous one is done."""
     from sa3_bench.generation import Ours, Pipeline
 
     for name in args.precisions:

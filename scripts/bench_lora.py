@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 HEADER = ("precision", "step, ms", "with adapter", "ratio", "first set, s", "other strength", "again", "without")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parse = Parser(prog="bench_lora.py", description=__doc__)
     parse.add_argument("--rank", type=integer_type(1, 512), default=16, help="of the random adapter (default 16)")
     parse.add_argument("--frames", type=integer_type(1, 4096), default=646, help="latent frames (default 646)")
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Make random engines and an adapter, time, print."""
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
 
     import torch
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _made(folder: Path, args: argparse.Namespace, device: torch.device) -> tuple[dict[str, Path], Path]:
-    """Packed engines of one random DiT by precision, and an adapter of every layer of it."""
+    """Write packed engines of one random DiT by precision, and an adapter of every layer of it."""
     import torch
     from safetensors.torch import save_file
 
@@ -78,11 +78,11 @@ def _made(folder: Path, args: argparse.Namespace, device: torch.device) -> tuple
     for precision in ("fp16mixed", "fp8"):
         packed = random_dit.packed_of(module, precision)
         path = engines[precision] = folder / f"dit_{precision}.safetensors"
-        held = {name: packed.tensor(name).cpu().clone() for name in packed.names}
-        save_file(held, str(path), metadata=weights.header(packed.sizes))
+        tensors_by_name = {name: packed.tensor(name).cpu().clone() for name in packed.names}
+        save_file(tensors_by_name, str(path), metadata=weights.header(packed.sizes))
         manifest.write_manifest(path, "engine", [path], {}, {})
         for role in roles(packed.sizes.depth):
-            weight = held[role if role in held else f"{role}.weight"]
+            weight = tensors_by_name[role if role in tensors_by_name else f"{role}.weight"]
             at, into = (
                 f"{layer_of_role(role)}.parametrizations.weight.0.",
                 257 if "local_in" in role else weight.shape[1],
@@ -97,7 +97,7 @@ def _made(folder: Path, args: argparse.Namespace, device: torch.device) -> tuple
 def _timed(
     precision: str, engines: dict[str, Path], adapter: Path, args: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
-    """Step times (ms) and times of a change of adapters (s) of one engine, weights in the page cache."""
+    """Return step times (ms) and times of a change of adapters (s) of one engine, weights in the page cache."""
     from sa3_bench.random_dit import random_inputs
     from sa3_trt_core.engines.torch import TorchEngine
     from sa3_trt_core.lora.lora_set import LoraSet, LoraSpec
@@ -118,7 +118,7 @@ def _timed(
 
 
 def _step_ms(engine: TorchEngine, inputs: dict[str, torch.Tensor], repeats: int) -> float:
-    """The median time of a step in ms, after the watch of a new adapter, which runs operation by operation."""
+    """Return the median time of a step in ms, after the first eager run of a new adapter."""
     from sa3_bench.timing import median_ms
 
     engine.run(inputs)

@@ -16,26 +16,28 @@ from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = Parser(prog="bench_ring.py", description=__doc__)
-    line.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0])
-    line.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="default: %(default)s")
-    line.add_argument("--backend", default=engines.AUTO, help="as of sa3_trt")
-    line.add_argument("--device", metavar="N", help="the GPU to use, or cpu")
-    line.add_argument("--onnx-root", type=Path, metavar="D")
-    line.add_argument("--models-dir", type=Path, metavar="D")
-    line.add_argument(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = Parser(prog="bench_ring.py", description=__doc__)
+    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0])
+    parser.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="default: %(default)s")
+    parser.add_argument("--backend", default=engines.AUTO, help="as of sa3_trt")
+    parser.add_argument("--device", metavar="N", help="the GPU to use, or cpu")
+    parser.add_argument("--onnx-root", type=Path, metavar="D")
+    parser.add_argument("--models-dir", type=Path, metavar="D")
+    parser.add_argument(
         "--ring", type=integer_type(1, 64, "places"), nargs="+", default=[8], metavar="D", help="depths (default: 8)"
     )
-    line.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=54.0, metavar="S")
-    line.add_argument("--sounds", type=integer_type(1, 100_000), default=200, metavar="N", help="timed (default: 200)")
-    return line
+    parser.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=54.0, metavar="S")
+    parser.add_argument(
+        "--sounds", type=integer_type(1, 100_000), default=200, metavar="N", help="timed (default: 200)"
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time every depth; one JSON document on stdout. Raises ToolError."""
-    args = parser().parse_args(argv)
+    """Time every depth; run JSON document on stdout. Raises ToolError."""
+    args = make_parser().parse_args(argv)
     choose_devices(args.device, None)
     from sa3_bench.ring_rate import measure_ring
     from sa3_trt_core.model_loader import make_plan
@@ -44,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = ModelSource.of(args.onnx_root, args.models_dir)
     with Generator.open(make_plan(args.dit, args.precision, args.backend, source)) as generator:
         request = Request("slow piano over soft strings, 70 BPM", args.seconds)
-        found = [measure_ring(generator, request, depth, args.sounds) for depth in args.ring]
+        figures = [measure_ring(generator, request, depth, args.sounds) for depth in args.ring]
         where = dict(generator.engines.devices)
-    rows = [{**asdict(one), "sounds_per_second": one.rate, "seconds": args.seconds} for one in found]
+    rows = [{**asdict(run), "sounds_per_second": run.rate, "seconds": args.seconds} for run in figures]
     print(json.dumps({"devices": where, "precision": args.precision, "rings": rows}, indent=2))
     return 0
 

@@ -25,23 +25,23 @@ PROMPT = "Slow piano over soft strings, 70 BPM"
 COLD, WARM = "cold", "warm"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = Parser(prog="bench_start.py", description=__doc__)
-    line.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
-    line.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="its DiT (default: %(default)s)")
-    line.add_argument("--backend", choices=engines.CHOICES, default="torch", help="(default: %(default)s)")
-    line.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
-    line.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
-    line.add_argument("--seconds", type=number_type(0.5, 380, "seconds"), default=54.0, help="of sound (default: 54)")
-    line.add_argument("--repeats", type=integer_type(1, 100), default=3, help="of each, taking turns (default: 3)")
-    line.add_argument("--json", action="store_true", help="one JSON document instead of the table")
-    return line
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = Parser(prog="bench_start.py", description=__doc__)
+    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
+    parser.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="its DiT (default: %(default)s)")
+    parser.add_argument("--backend", choices=engines.CHOICES, default="torch", help="(default: %(default)s)")
+    parser.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
+    parser.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
+    parser.add_argument("--seconds", type=number_type(0.5, 380, "seconds"), default=54.0, help="of sound (default: 54)")
+    parser.add_argument("--repeats", type=integer_type(1, 100), default=3, help="of each, taking turns (default: 3)")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start it again and again, and print what the time went to."""
-    args = parser().parse_args(argv)
+    """Start the command repeatedly and print the time by part."""
+    args = make_parser().parse_args(argv)
     line = [sys.executable, str(COMMAND), "--prompt", PROMPT, "--dit", args.dit, "--precision", args.precision]
     line += ["--backend", args.backend, "--seconds", str(args.seconds), "--steps", "1", "--seed", "0", "--json"]
     for flag, value in (("--onnx-root", args.onnx_root), ("--models-dir", args.models_dir)):
@@ -54,20 +54,20 @@ def main(argv: list[str] | None = None) -> int:
             for kind, runs in taken.items():
                 runs.append(start(line, kind))
                 progress.advance(1, kind)
-    found = {kind: {part: statistics.median(one[part] for one in runs) for part in runs[0]}
+    medians = {kind: {part: statistics.median(run[part] for run in runs) for part in runs[0]}
              for kind, runs in taken.items()}  # fmt: skip
-    ratio = found[COLD]["to the first step"] / found[WARM]["to the first step"]
+    ratio = medians[COLD]["to the first step"] / medians[WARM]["to the first step"]
     if args.json:
-        print(json.dumps({"seconds": found, "cold over warm": ratio, "runs": taken}, indent=2))
+        print(json.dumps({"seconds": medians, "cold over warm": ratio, "runs": taken}, indent=2))
         return 0
-    rows = [[kind, *(f"{seconds:.2f}" for seconds in parts.values())] for kind, parts in found.items()]
-    print(console.table(["start", *found[COLD]], rows))
+    rows = [[kind, *(f"{seconds:.2f}" for seconds in parts.values())] for kind, parts in medians.items()]
+    print(console.table(["start", *medians[COLD]], rows))
     print(f"cold over warm: {ratio:.2f}")
     return 0
 
 
 def start(line: list[str], kind: str) -> dict[str, float]:
-    """Seconds of one fresh process: Python and imports, each stage, all until the first step is done.
+    """Return the seconds of one fresh process: Python and imports, each stage, all until the first step is done.
 
     Raises ToolError when it fails; its own words are on stderr.
     """

@@ -12,25 +12,27 @@ from sa3_trt_core.errors import GateError, ToolError
 REPORTS = Path(__file__).resolve().parents[1] / "build" / "reports"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    line = Parser(prog="gpu_report.py", description=__doc__)
-    line.add_argument(
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    parser = Parser(prog="gpu_report.py", description=__doc__)
+    parser.add_argument(
         "--out", type=Path, default=Path("output/gpu-report"), metavar="DIR",
         help="report.md, report.json and logs (default: %(default)s); the rest, not for sending, in DIR/work",
     )  # fmt: skip
-    line.add_argument("--tiny", action="store_true", help="random weights of the least size: shows that it runs")
-    line.add_argument("--onnx-root", type=Path, metavar="D", help="graphs that are there, not the demonstration model")
-    line.add_argument(
+    parser.add_argument("--tiny", action="store_true", help="random weights of the least size: shows that it runs")
+    parser.add_argument(
+        "--onnx-root", type=Path, metavar="D", help="graphs that are there, not the demonstration model"
+    )
+    parser.add_argument(
         "--minutes", type=number_type(0.1, 600, "minutes"), default=10.0, help="what is not done then is left out"
     )
-    line.add_argument("--matrix", action="store_true", help="print the README's table of the kept reports, and leave")
-    return line
+    parser.add_argument("--matrix", action="store_true", help="print the README's table of the kept reports, and leave")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run every part, write the folder; exit 3 when a part failed."""
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if args.matrix:
         from sa3_gpu_report import page
 
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> str:
-    """Make the folder; returns the verdict."""
+    """Write the folder; return the verdict."""
     import datetime
     import json
     import time
@@ -57,7 +59,7 @@ def _report(args: argparse.Namespace) -> str:
     from sa3_gpu_report import page
     from sa3_gpu_report.host import this_host
     from sa3_gpu_report.parts import ROOT, run_parts
-    from sa3_gpu_report.plan import Wanted, parts_of
+    from sa3_gpu_report.plan import ReportOptions, report_parts
     from sa3_gpu_report.scrub import Scrubber
 
     from sa3_trt_core import __version__
@@ -71,8 +73,8 @@ def _report(args: argparse.Namespace) -> str:
     folders = {"out": out, "project": ROOT, "python": Path(sys.prefix)}
     if args.onnx_root is not None:
         folders["onnx-root"] = args.onnx_root
-    wanted = Wanted(out, args.tiny, None if args.onnx_root is None else args.onnx_root.resolve())
-    outcomes = run_parts(parts_of(wanted, host), out, Scrubber(folders, _prompts()), args.minutes)
+    options = ReportOptions(out, args.tiny, None if args.onnx_root is None else args.onnx_root.resolve())
+    outcomes = run_parts(report_parts(options, host), out, Scrubber(folders, _prompts()), args.minutes)
     about = {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "version": __version__,
         "tiny": args.tiny, "seconds": round(time.monotonic() - started, 1),
@@ -84,7 +86,7 @@ def _report(args: argparse.Namespace) -> str:
 
 
 def _prompts() -> list[str]:
-    """The texts that commands of the report may print."""
+    """Return the prompts that commands of the report may print."""
     import reprompt
 
     return list(reprompt.calibration_prompts())

@@ -11,8 +11,8 @@ from typing import Any
 from sa3_trt_core.cli.arguments import Parser, run_command
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parse = Parser(prog="sa3_lora", description=__doc__)
     commands = parse.add_subparsers(dest="command", required=True, metavar="info")
     info = commands.add_parser("info", help="what a file holds, and which part of it has an effect")
@@ -26,8 +26,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what an adapter holds."""
-    args = parser().parse_args(argv)
+    """Print the contents of an adapter."""
+    args = make_parser().parse_args(argv)
 
     from sa3_trt_core.lora import info
     from sa3_trt_core.lora.adapter import read_adapter
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _text(document: dict[str, Any]) -> str:
-    """The document as lines."""
+    """Return the document as lines of text."""
     from sa3_trt_core.console import table
 
     ranks, scales = ("/".join(f"{value:g}" for value in document[name]) for name in ("ranks", "scales"))

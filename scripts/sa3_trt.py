@@ -45,14 +45,14 @@ def _produce(job: Job, devices: Sequence[str]) -> report.Totals:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the flags; with --again those of that sound, replaced by what else is given. Raises ToolError."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(given)
-    return parser().parse_args([*again_line(args.again, args), *given]) if args.again is not None else args
+    """Return the flags; with --again those of that sound, overridden by the other flags. Raises ToolError."""
+    flags = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(flags)
+    return parser().parse_args([*again_line(args.again, args), *flags]) if args.again is not None else args
 
 
 def entry() -> None:
-    """The console script."""
+    """Run as a console command."""
     sys.exit(run_command(main))
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark compares: contestants on the same inputs, what they are right against and fast against."""
+"""Contestants of a benchmark on the same inputs, with the references of their outputs and times."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Contest:
-    """Contestants by name, and who is measured against whom.
+    """Contestants by name, with their reference and peers.
 
     `judged` maps a name to the least cosine of its velocity with `reference(inputs)` and of a row with itself alone;
-    the others are the peers that a judged one's time is compared with. `sizes` are None where they are not known, and
-    then no floor is given; where they are, a judged one is called by its precision.
+    the others are the peers of its time. `sizes` are None where unknown, and then there is no floor; otherwise a
+    judged contestant is named by its precision.
     """
 
     contestants: Mapping[str, Contestant]

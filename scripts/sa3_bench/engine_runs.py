@@ -21,7 +21,7 @@ AT = "@"  # between a precision and its backend
 
 
 class Opened:
-    """One engine; a step is a whole run of it, on tensors that lie on the device."""
+    """One engine; a step is a whole run on tensors of the device."""
 
     def __init__(self, engine: GraphEngine) -> None:
         self._engine = engine
@@ -30,31 +30,33 @@ class Opened:
         return lambda: pick(self._engine.run(inputs), "velocity").float()
 
 
-def find_engines(words: Sequence[str], place: ModelPaths) -> dict[str, ComparedModel]:
-    """PRECISION@BACKEND each, by the word. Raises ToolError for one that is not known, named twice, or has no file."""
-    found: dict[str, ComparedModel] = {}
-    for word in words:
-        precision, at, backend = word.partition(AT)
+def find_engines(names: Sequence[str], paths: ModelPaths) -> dict[str, ComparedModel]:
+    """Return models by name PRECISION@BACKEND. Raises ToolError for an unknown, repeated or missing one."""
+    models: dict[str, ComparedModel] = {}
+    for name in names:
+        precision, at, backend = name.partition(AT)
         if not at or precision not in targets.PRECISIONS or backend not in engines.CHOICES:
             raise ToolError(
-                f"--engines: {word!r} is no PRECISION{AT}BACKEND",
+                f"--engines: {name!r} is no PRECISION{AT}BACKEND",
                 f"precisions: {', '.join(targets.PRECISIONS)}; backends: {', '.join(engines.CHOICES)}",
             )
-        if word in found:
-            raise ToolError(f"--engines: {word} stands there twice", "name each engine once")
-        found[word] = find_model(precision, backend, place)
-    if len(found) < 2:
+        if name in models:
+            raise ToolError(f"--engines: {name} is repeated", "name each engine once")
+        models[name] = find_model(precision, backend, paths)
+    if len(models) < 2:
         raise ToolError("--engines: one engine is compared with nothing", "name two or more, the reference first")
-    return found
+    return models
 
 
-def contest_of(sides: dict[str, ComparedModel], stack: ExitStack) -> Contest:
-    """Open every engine until `stack` ends: the first is what the others are compared with. Raises ToolError."""
-    opened = {word: Opened(stack.enter_context(side.open())) for word, side in sides.items()}
+def contest_of(models: dict[str, ComparedModel], stack: ExitStack) -> Contest:
+    """Open every engine until `stack` ends; the first is the reference of the others. Raises ToolError."""
+    opened = {name: Opened(stack.enter_context(model.open())) for name, model in models.items()}
     first, *others = opened
-    least = LEAST_COSINE["fp8" if any(side.target.precision == "fp8" for side in sides.values()) else "fp16mixed"]
+    min_cosine = LEAST_COSINE[
+        "fp8" if any(model.target.precision == "fp8" for model in models.values()) else "fp16mixed"
+    ]
 
     def reference(inputs: dict[str, Tensor]) -> Tensor:
         return opened[first].prepare(inputs)().clone()
 
-    return Contest(opened, dict.fromkeys(others, least), reference, first, first, None)
+    return Contest(opened, dict.fromkeys(others, min_cosine), reference, first, first, None)

@@ -41,33 +41,33 @@ class Subject:
 
     @classmethod
     def make(cls, device: torch.device, tiny: bool) -> Subject:
-        """Random weights from fixed seeds."""
+        """Return random weights from fixed seeds."""
         sizes = (random_dit.SMALL, random_same.SMALL) if tiny else (random_dit.MEDIUM, random_same.MEDIUM)
         dit = random_dit.random_module(sizes[0], device)
         return cls(dit, random_same.random_autoencoder(sizes[1], device), device, tiny)
 
     @property
     def bytes(self) -> int:
-        """What the modules hold on the device: peaks of memory are given without it."""
+        """Return the bytes of the modules on the device; memory peaks exclude them."""
         return sum(value.nbytes for part in (self.dit, self.autoencoder) for value in part.state_dict().values())
 
     def packed_dit(self, precision: str) -> dit_weights.Packed:
-        """The DiT as a packed network on the device."""
+        """Return the DiT as a packed network on the device."""
         packed = random_dit.packed_of(self.dit.float(), precision)
         return dit_weights.Packed(packed.sizes, _copied(packed.tensors))
 
     def packed_decoder(self, precision: str) -> same_weights.Packed:
-        """The decoder as a packed network on the device."""
+        """Return the decoder as a packed network on the device."""
         packed = random_same.packed_decoder(self.autoencoder.float(), precision)
         return same_weights.Packed(packed.sizes, _copied(packed.tensors))
 
     def packed_text(self) -> text_weights.Packed:
-        """A text encoder as a packed network on the device."""
+        """Return a text encoder as a packed network on the device."""
         return random_same.random_text_encoder(1 if self.tiny else 12, self.device, 100 if self.tiny else 256_000)
 
 
 def frames_of(seconds: float) -> tuple[int, int]:
-    """Latent frames drawn, and those that the DiT and the decoder run on."""
+    """Return the latent frames of the noise, and those that the DiT and the decoder run on."""
     frames = shapes.latent_frames(seconds)
     return frames, shapes.valid_frames(seconds, frames)
 
@@ -100,13 +100,13 @@ class Ours:
         self._text = Encoder(subject.packed_text(), self.device)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """The velocity of a batch, as an engine gives it."""
-        told = {"t5_hidden": cond.t5_hidden, "t5_mask": cond.t5_mask, "seconds_total": cond.seconds_total,
+        """Return the velocity of a batch, as an engine does."""
+        conditioning = {"t5_hidden": cond.t5_hidden, "t5_mask": cond.t5_mask, "seconds_total": cond.seconds_total,
                 "local_add_cond": cond.local_add_cond}  # fmt: skip
-        return self._runner.velocity(x, t, told).clone()
+        return self._runner.velocity(x, t, conditioning).clone()
 
     def generate(self, seconds: float, seed: int, mark: Mark | None = None) -> Tensor:
-        """int16 samples (N, 2) in host memory; `mark(stage)` is called after each stage."""
+        """Return int16 samples (N, 2) in host memory; `mark(stage)` is called after each stage."""
         mark = mark or _unmarked
         frames, valid = frames_of(seconds)
         noise = UploadedNoise([seed], shapes.LATENT_CHANNELS, frames, valid, self.device.type)
@@ -121,13 +121,13 @@ class Ours:
         return samples
 
     def release(self) -> None:
-        """Free graphs and what rows were told; the next call makes them again."""
+        """Free graphs and cached conditioning; the next call rebuilds them."""
         self._runner.close()
         self.decoder.close()
         self._text.close()
 
     def close(self) -> None:
-        """The same: the weights go with the object."""
+        """Free the same as `release`; the weights are freed with the object."""
         self.release()
 
 
@@ -158,7 +158,7 @@ class Pipeline:
                 block.compile(dynamic=False)
 
     def generate(self, seconds: float, seed: int, mark: Mark | None = None) -> Tensor:
-        """int16 samples (N, 2) in host memory, of as many latent frames as ours."""
+        """Return int16 samples (N, 2) in host memory, of the same number of latent frames as ours."""
         mark = mark or _unmarked
         _, valid = frames_of(seconds)
         ids, mask = (value.to(self.device) for value in token_ids(seed))
@@ -177,20 +177,20 @@ class Pipeline:
         return samples
 
     def release(self) -> None:
-        """Nothing: what is compiled for a length is kept."""
+        """Do nothing: the code compiled for a length is kept."""
 
     def close(self) -> None:
-        """Forget what was compiled."""
+        """Free the compiled code."""
         torch.compiler.reset()
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own, which a module that changes its precision does not change."""
+    """Return copies, so that a module that changes its precision does not change them."""
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
 def token_ids(seed: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask (1, 256) of a made-up prompt."""
+    """Return token ids and mask (1, 256) of an artificial prompt."""
     ids = torch.randint(1, 100, (1, shapes.TEXT_TOKENS), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(shapes.TEXT_TOKENS) < USED_TOKENS).long()[None]
     return ids * mask, mask
@@ -198,20 +198,20 @@ def token_ids(seed: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' warnings of their own deprecations."""
+    """Suppress the libraries' deprecation warnings, in inference mode."""
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         yield
 
 
 def decoder_snr(subject: Subject, ours: Ours, frames: int) -> float:
-    """dB of our decoder's 16-bit samples against diffusers' module in fp32 on random latents."""
+    """Return the SNR in dB of our decoder's 16-bit samples against diffusers' module in fp32 on random latents."""
     latents = torch.randn(1, shapes.LATENT_CHANNELS, frames, generator=torch.Generator().manual_seed(4))
     with quiet():
         module = subject.autoencoder.float()
-        wanted = module.decode(latents.to(subject.device)).sample[0].t().clamp(-1.0, 1.0).double().cpu()
-        found = ours.decoder.pcm(latents)[0].double().cpu() / 32767.0
-    return float(10 * torch.log10(wanted.square().sum() / (wanted - found).square().sum()))
+        reference = module.decode(latents.to(subject.device)).sample[0].t().clamp(-1.0, 1.0).double().cpu()
+        samples = ours.decoder.pcm(latents)[0].double().cpu() / 32767.0
+    return float(10 * torch.log10(reference.square().sum() / (reference - samples).square().sum()))
 
 
 def _unmarked(stage: str) -> None:

@@ -30,7 +30,7 @@ PUBLISHED: Mapping[str, Mapping[float, float]] = {
 
 
 class Contestant(Protocol):
-    """Whatever makes int16 samples (N, 2) in host memory."""
+    """A generator of int16 samples (N, 2) in host memory."""
 
     device: torch.device
 
@@ -62,9 +62,9 @@ class Record:
     starts: dict[str, float] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """The tables that README and NOTES quote."""
-        lengths = sorted({one.seconds for one in self.timings})
-        names = list(dict.fromkeys(one.contestant for one in self.timings))
+        """Return the tables that README and NOTES quote."""
+        lengths = sorted({timing.seconds for timing in self.timings})
+        names = list(dict.fromkeys(timing.contestant for timing in self.timings))
         rows = [[name, *(self._cell(name, seconds) for seconds in lengths)] for name in names]
         rows += [
             [name, *(f"{known[s]:g}" if s in known else "-" for s in lengths)] for name, known in PUBLISHED.items()
@@ -72,14 +72,16 @@ class Record:
         parts = [f"Text to 16-bit samples in host memory, ms. {', '.join(self.machine.values())}"]
         parts.append(console.markdown(["", *(f"{seconds:g} s" for seconds in lengths)], rows))
         stages = [
-            [one.contestant, f"{one.seconds:g}", *(f"{one.stages[name]:.2f}" for name in STAGES),
-             f"{one.peak_bytes / 1e9:.2f}", f"{one.first_ms:.0f}"]
-            for one in self.timings
+            [timing.contestant, f"{timing.seconds:g}", *(f"{timing.stages[name]:.2f}" for name in STAGES),
+             f"{timing.peak_bytes / 1e9:.2f}", f"{timing.first_ms:.0f}"]
+            for timing in self.timings
         ]  # fmt: skip
         parts.append(console.markdown(["", "seconds", *STAGES, "peak GB", "first call"], stages))
-        for what, found in (("dB", self.notes), ("seconds", self.starts)):
-            if found:
-                parts.append(console.markdown(["", what], [[name, f"{value:.2f}"] for name, value in found.items()]))
+        for heading, figures in (("dB", self.notes), ("seconds", self.starts)):
+            if figures:
+                parts.append(
+                    console.markdown(["", heading], [[name, f"{value:.2f}"] for name, value in figures.items()])
+                )
         return "\n\n".join(parts)
 
     def save(self, out: Path) -> None:
@@ -89,30 +91,30 @@ class Record:
         _plot(self, out / "generate.png")
 
     def _cell(self, name: str, seconds: float) -> str:
-        found = [one for one in self.timings if (one.contestant, one.seconds) == (name, seconds)]
-        return f"{found[0].ms:.2f}" if found else "-"
+        timings = [timing for timing in self.timings if (timing.contestant, timing.seconds) == (name, seconds)]
+        return f"{timings[0].ms:.2f}" if timings else "-"
 
 
 def new_record() -> Record:
-    """An empty record of this machine."""
+    """Return an empty record of this machine."""
     return Record(machine())
 
 
 def measure(name: str, contestant: Contestant, lengths: Sequence[float], repeats: int, others: int) -> list[Timing]:
-    """Time a contestant at every length; a length whose memory is not there is left out.
+    """Time a contestant at every length; lengths that exceed the memory are left out.
 
-    `others` are bytes on the GPU that are not the contestant's: peaks are given without them.
+    `others` are bytes on the GPU of other objects: peaks exclude them.
     """
-    found = []
+    timings = []
     for seconds in lengths:
         try:
             with quiet():
-                found.append(_one(name, contestant, seconds, repeats, others))
+                timings.append(_one(name, contestant, seconds, repeats, others))
         except torch.OutOfMemoryError:
             print(f"{name}: no memory for {seconds:g} s", file=sys.stderr)
             torch.cuda.empty_cache()
         contestant.release()
-    return found
+    return timings
 
 
 def _one(name: str, contestant: Contestant, seconds: float, repeats: int, others: int) -> Timing:
@@ -132,15 +134,15 @@ def _one(name: str, contestant: Contestant, seconds: float, repeats: int, others
 
 
 def _clock(contestant: Contestant, seconds: float, seed: int) -> float:
-    """Milliseconds of one call; its samples lie in host memory when it returns."""
+    """Return the milliseconds of one call, up to its samples in host memory."""
     started = time.perf_counter()
     contestant.generate(seconds, seed)
     return 1e3 * (time.perf_counter() - started)
 
 
 def _stages(contestant: Contestant, seconds: float, seed: int) -> dict[str, float]:
-    """Milliseconds of each stage, waited for one after the other."""
-    found: dict[str, float] = {}
+    """Return the milliseconds of each stage, with a synchronisation after each."""
+    ms_by_stage: dict[str, float] = {}
     last = time.perf_counter()
 
     def mark(stage: str) -> None:
@@ -148,10 +150,10 @@ def _stages(contestant: Contestant, seconds: float, seed: int) -> dict[str, floa
         if contestant.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        found[stage], last = 1e3 * (now - last), now
+        ms_by_stage[stage], last = 1e3 * (now - last), now
 
     contestant.generate(seconds, seed, mark)
-    return found
+    return ms_by_stage
 
 
 def _plot(record: Record, path: Path) -> None:

@@ -46,22 +46,22 @@ def write_engines(subject: Subject, folder: Path) -> None:
 
 
 def starts(folder: Path, seconds: float) -> dict[str, float]:
-    """Seconds of a fresh process to its WAV: none of the kernels kept, then all of them."""
-    line = [sys.executable, str(COMMAND), "--prompt", " ".join(WORDS), "--precision", "fp8", "--backend", "torch"]
-    line += ["--seconds", str(seconds), "--seed", "0", "--json", "--quiet", "--onnx-root", str(folder / "onnx")]
-    line += ["--models-dir", str(folder / "models"), "--out", str(folder / "sound.wav")]
-    found: dict[str, float] = {}
+    """Return the seconds of a fresh process to its WAV: without kept kernels, then with all of them."""
+    argv = [sys.executable, str(COMMAND), "--prompt", " ".join(WORDS), "--precision", "fp8", "--backend", "torch"]
+    argv += ["--seconds", str(seconds), "--seed", "0", "--json", "--quiet", "--onnx-root", str(folder / "onnx")]
+    argv += ["--models-dir", str(folder / "models"), "--out", str(folder / "sound.wav")]
+    seconds_by_name: dict[str, float] = {}
     for kind in ("none kept", "kernels kept"):
         began = time.perf_counter()
         done = subprocess.run(
-            line, stdout=subprocess.PIPE, env=os.environ | {CACHE_VARIABLE: str(folder / "kernels")}, check=False
+            argv, stdout=subprocess.PIPE, env=os.environ | {CACHE_VARIABLE: str(folder / "kernels")}, check=False
         )
-        found[f"fresh process to its first WAV, {kind}"] = time.perf_counter() - began
+        seconds_by_name[f"fresh process to its first WAV, {kind}"] = time.perf_counter() - began
         if done.returncode:
-            raise ToolError(f"sa3_trt ended with {done.returncode}", f"run it alone: {' '.join(line)}")
+            raise ToolError(f"sa3_trt ended with {done.returncode}", f"run it alone: {' '.join(argv)}")
         stages: dict[str, Any] = json.loads(done.stdout)["timings"]
-        found.update({f"{kind}: {stage}": float(value) for stage, value in stages.items()})
-    return found
+        seconds_by_name.update({f"{kind}: {stage}": float(value) for stage, value in stages.items()})
+    return seconds_by_name
 
 
 def _write_tokenizer(root: Path) -> None:

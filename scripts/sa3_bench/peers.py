@@ -1,4 +1,4 @@
-"""What is timed: our engine in two precisions, diffusers eager, compiled, and compiled with torchao's float8."""
+"""Contestants of the benchmark: our engine in two precisions, diffusers eager, compiled, and with torchao's float8."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Ours:
             self._runner = Runner(Dit(packed, PlainOps(*tables)), device)
 
     def prepare(self, inputs: dict[str, Tensor]) -> Step:
-        told = {name: inputs[name].cpu() for name in CONDITIONING}
-        return self._runner.prepared(inputs["x"], inputs["t"].cpu(), told)
+        conditioning = {name: inputs[name].cpu() for name in CONDITIONING}
+        return self._runner.prepared(inputs["x"], inputs["t"].cpu(), conditioning)
 
     def call(self, inputs: dict[str, Tensor]) -> Step:
-        """A whole call as the sampler makes it: from the CPU and back, its work on the host included."""
-        here = {name: value.cpu() for name, value in inputs.items()}
-        told = {name: here[name] for name in CONDITIONING}
-        return lambda: self._runner.velocity(here["x"], here["t"], told).cpu()
+        """Return a whole call as the sampler makes it: from the CPU and back, including host work."""
+        on_cpu = {name: value.cpu() for name, value in inputs.items()}
+        conditioning = {name: on_cpu[name] for name in CONDITIONING}
+        return lambda: self._runner.velocity(on_cpu["x"], on_cpu["t"], conditioning).cpu()
 
     def close(self) -> None:
         self._runner.close()
@@ -75,11 +75,11 @@ class Diffusers:
         context = torch.cat([text, token.unsqueeze(1)], dim=1)
 
         def forward() -> Tensor:
-            found: Tensor = self._module(
+            velocity: Tensor = self._module(
                 half["x"], inputs["t"], encoder_hidden_states=context, global_hidden_states=token,
                 local_add_cond=half["local_add_cond"], return_dict=False,
             )[0]  # fmt: skip
-            return found
+            return velocity
 
         return forward if self._kind == EAGER else _graphed(forward)
 
@@ -88,47 +88,47 @@ class Diffusers:
 
 
 def _graphed(forward: Step) -> Step:
-    graph, found = capture(forward, warm_runs=WARM_RUNS)
+    graph, output = capture(forward, warm_runs=WARM_RUNS)
 
     def step() -> Tensor:
         graph.replay()
-        return found
+        return output
 
     return step
 
 
 def _is_trunk(part: nn.Module, name: str) -> bool:
-    """The products that our recipe quantises."""
+    """Return True for the linears that our recipe quantises."""
     return isinstance(part, nn.Linear) and "transformer_blocks" in name and "local" not in name
 
 
-def contest_of(wanted: Sequence[str], tiny: bool, device: torch.device) -> Contest:
-    """Our engine and its peers by name, on the same random weights of full size (or tiny)."""
+def contest_of(names: Sequence[str], tiny: bool, device: torch.device) -> Contest:
+    """Return our engine and its peers by name, on the same random weights of full size (or tiny)."""
     module = random_module(SMALL if tiny else MEDIUM, device)
     packed = packed_of(module, "fp8")
-    judged = {name: LEAST_COSINE[name] for name in wanted if name in OURS}
+    judged = {name: LEAST_COSINE[name] for name in names if name in OURS}
     return Contest(
-        {name: make(name, module, packed, device) for name in wanted}, judged,
+        {name: make(name, module, packed, device) for name in names}, judged,
         lambda inputs: _reference(module, packed, inputs), "the fp32 module", "the best peer", packed.sizes,
     )  # fmt: skip
 
 
 def _reference(module: Any, packed: Packed, inputs: dict[str, Tensor]) -> Tensor:
-    """The module's own velocity in fp32, row by row: attention in fp32 needs the memory."""
+    """Return the module's velocity in fp32, row by row: attention in fp32 needs the memory."""
     token = duration_token(packed, inputs["seconds_total"])
     keep = inputs["t5_mask"].unsqueeze(-1) > 0.5
     text = torch.where(keep, inputs["t5_hidden"], module.prompt_padding_embedding)
     context = torch.cat([text, token.unsqueeze(1)], dim=1)
-    found = [
+    rows = [
         module(inputs["x"][row], inputs["t"][row], encoder_hidden_states=context[row],
                global_hidden_states=token[row], local_add_cond=inputs["local_add_cond"][row], return_dict=False)[0]
         for row in (slice(index, index + 1) for index in range(len(token)))
     ]  # fmt: skip
-    return torch.cat(found)
+    return torch.cat(rows)
 
 
 def make(name: str, module: Any, packed: Packed, device: torch.device) -> Ours | Diffusers:
-    """A contestant by name, on the weights of `module`."""
+    """Return a contestant by name, on the weights of `module`."""
     if name in OURS:
         return Ours(packed if packed.sizes.precision == name else packed_of(module, name), device)
     return Diffusers(module, packed, name)

@@ -33,7 +33,7 @@ SMALL = (128, 2, 2, 2.0)  # for a machine without a GPU
 
 
 def random_module(geometry: tuple[int, int, int, float], device: torch.device, seed: int = 0) -> Any:
-    """diffusers' DiT in fp32 with weights of unit gain from one seed: every product's result is about its input's size.
+    """Return diffusers' DiT in fp32 with weights of unit gain from one seed: a linear keeps about its input's scale.
 
     The last linear layer of a branch gets a third of that, so that the residual does not explode over 24 blocks.
     """
@@ -57,7 +57,7 @@ def random_module(geometry: tuple[int, int, int, float], device: torch.device, s
 
 
 def packed_of(module: Any, precision: str) -> Packed:
-    """The packed weights of a module of `random_module`, with a random duration embedding; "fp8" or "fp16mixed"."""
+    """Return the packed weights of a module of `random_module`, with a random duration embedding (fp8 or fp16mixed)."""
     blocks = module.transformer_blocks
     width = module.proj_in.weight.shape[0]
     sizes = Sizes(
@@ -66,23 +66,23 @@ def packed_of(module: Any, precision: str) -> Packed:
         norm_epsilon=DIFFUSERS_EPSILON, head_epsilon=DIFFUSERS_EPSILON, seconds_range=SECONDS_RANGE, null_rows=True,
         precision=precision,
     )  # fmt: skip
-    found = _front(module)
+    tensors = _front(module)
     fp8 = precision == "fp8"
     for name, part in (("input", module.proj_in), ("output", module.proj_out)):
-        found.update(_product(name, part, False))
+        tensors.update(_product(name, part, False))
     for name, part in (("context_in", module.to_cond_embed[0]), ("context_out", module.to_cond_embed[2])):
-        found.update(_product(name, part, fp8))
+        tensors.update(_product(name, part, fp8))
     for index, block in enumerate(blocks):
         for name, path in PRODUCTS.items():
-            found.update(_product(f"blocks.{index}.{name}", block.get_submodule(path), fp8 and name in QUANTISED))
+            tensors.update(_product(f"blocks.{index}.{name}", block.get_submodule(path), fp8 and name in QUANTISED))
         for name, path in NORMS.items():
-            found[f"blocks.{index}.{name}"] = block.get_submodule(path).gamma.float()
-        found[f"blocks.{index}.modulation"] = block.to_scale_shift_gate.float()
-    return Packed(sizes, found)
+            tensors[f"blocks.{index}.{name}"] = block.get_submodule(path).gamma.float()
+        tensors[f"blocks.{index}.modulation"] = block.to_scale_shift_gate.float()
+    return Packed(sizes, tensors)
 
 
 def duration_token(packed: Packed, seconds: Tensor) -> Tensor:
-    """The duration token (B, 768) of a packed DiT, for a module that takes it from outside."""
+    """Return the duration token (B, 768) of a packed DiT, for a module that takes it as an input."""
     from sa3_trt_core.torch_models.dit.embeddings import Front
 
     return Front(packed).duration(seconds)
@@ -91,7 +91,7 @@ def duration_token(packed: Packed, seconds: Tensor) -> Tensor:
 def _front(module: Any) -> dict[str, Tensor]:
     device = module.proj_in.weight.device
     generator = torch.Generator(device).manual_seed(1)
-    found = {
+    tensors = {
         "padding": module.prompt_padding_embedding.float(),
         "memory": module.memory_tokens.half(),
         "preprocess": module.preprocess_conv.weight.float().squeeze(-1),
@@ -99,40 +99,40 @@ def _front(module: Any) -> dict[str, Tensor]:
         "seconds.weight": torch.randn(TEXT_CHANNELS, 2 * WAVES, generator=generator, device=device) / 16,
         "seconds.bias": torch.zeros(TEXT_CHANNELS, device=device),
     }
-    for ours, theirs in (
+    for packed_name, module_name in (
         ("time", "to_timestep_embed"),
         ("global", "to_global_embed"),
         ("modulation", "global_cond_embedder"),
     ):
         for layer in (0, 2):
-            part = module.get_submodule(f"{theirs}.{layer}")
-            found[f"{ours}.{layer}.weight"] = part.weight.float()
+            part = module.get_submodule(f"{module_name}.{layer}")
+            tensors[f"{packed_name}.{layer}.weight"] = part.weight.float()
             if part.bias is not None:
-                found[f"{ours}.{layer}.bias"] = part.bias.float()
+                tensors[f"{packed_name}.{layer}.bias"] = part.bias.float()
     ramp = torch.linspace(0.0, 1.0, WAVES, device=device)
     low, high = math.log(0.5), math.log(10000.0)
-    found["time.frequencies"] = found["seconds.frequencies"] = torch.exp(ramp * (high - low) + low)
+    tensors["time.frequencies"] = tensors["seconds.frequencies"] = torch.exp(ramp * (high - low) + low)
     angles = module.rotary_pos_emb(MAX_FRAMES + module.memory_tokens.shape[0], device)
-    found.update(cosine=angles.cos(), sine=angles.sin())
-    return found
+    tensors.update(cosine=angles.cos(), sine=angles.sin())
+    return tensors
 
 
 def _product(name: str, part: nn.Linear, quantised: bool) -> dict[str, Tensor]:
     weight = part.weight.float()
-    found = {} if part.bias is None else {f"{name}.bias": part.bias.float()}
+    tensors = {} if part.bias is None else {f"{name}.bias": part.bias.float()}
     if not quantised:
         short = -weight.shape[1] % TILE
-        found[f"{name}.weight"] = nn.functional.pad(weight, (0, short)).half()
-        return found
+        tensors[f"{name}.weight"] = nn.functional.pad(weight, (0, short)).half()
+        return tensors
     scale = weight.abs().amax(dim=1) / E4M3_MAX
-    found[f"{name}.weight"] = (weight / scale[:, None]).to(torch.float8_e4m3fn)
-    found[f"{name}.weight_scale"] = scale
-    found[f"{name}.activation_scale"] = torch.tensor(ACTIVATION_AMAX / E4M3_MAX)
-    return found
+    tensors[f"{name}.weight"] = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+    tensors[f"{name}.weight_scale"] = scale
+    tensors[f"{name}.activation_scale"] = torch.tensor(ACTIVATION_AMAX / E4M3_MAX)
+    return tensors
 
 
 def random_inputs(rows: int, frames: int, device: torch.device, seed: int, inpaint: bool = False) -> dict[str, Tensor]:
-    """The six inputs of a batch whose rows stand at different noise levels; local_add_cond zero unless in-painting."""
+    """Return the six inputs of a batch with a noise level per row; local_add_cond is zero unless in-painting."""
     from sa3_trt_core.sampling import schedule
 
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -140,14 +140,14 @@ def random_inputs(rows: int, frames: int, device: torch.device, seed: int, inpai
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    told = torch.zeros(rows, LOCAL_CHANNELS, frames)
+    local = torch.zeros(rows, LOCAL_CHANNELS, frames)
     if inpaint:
-        told[:, :1] = (torch.arange(frames) % 64 < 32).float()
-        told[:, 1:] = normal(rows, LATENT_CHANNELS, frames) * told[:, :1]
+        local[:, :1] = (torch.arange(frames) % 64 < 32).float()
+        local[:, 1:] = normal(rows, LATENT_CHANNELS, frames) * local[:, :1]
     levels = schedule.sigmas(8)[:-1].repeat(1 + rows // 8)[:rows]
     mask = (torch.arange(256)[None, :] < 48).float().expand(rows, -1)
     inputs = {
         "x": normal(rows, LATENT_CHANNELS, frames), "t": levels, "t5_hidden": 0.3 * normal(rows, 256, TEXT_CHANNELS),
-        "t5_mask": mask, "seconds_total": torch.full((rows,), 54.0), "local_add_cond": told,
+        "t5_mask": mask, "seconds_total": torch.full((rows,), 54.0), "local_add_cond": local,
     }  # fmt: skip
     return {name: value.to(device).contiguous() for name, value in inputs.items()}

@@ -18,7 +18,7 @@ OUTPUT_GAIN = 0.05  # of the last product: samples stay below full scale
 
 
 def random_autoencoder(sizes: dict[str, Any], device: torch.device, seed: int = 0) -> Any:
-    """diffusers' SAME autoencoder in fp32 with random weights of unit gain, weight normalisation removed."""
+    """Return diffusers' SAME autoencoder in fp32 with random weights of unit gain, weight normalisation removed."""
     import warnings
 
     from diffusers import AutoencoderSAME
@@ -49,7 +49,7 @@ def random_autoencoder(sizes: dict[str, Any], device: torch.device, seed: int = 
 
 
 def packed_decoder(module: Any, precision: str) -> Packed:
-    """The packed decoder of a module of `random_autoencoder`; `precision` fp16 or fp8."""
+    """Return the packed decoder of a module of `random_autoencoder`; `precision` fp16 or fp8."""
     (block,) = module.decoder.blocks
     width, inner = block.in_channels, block.transformers[0].ff.proj_out.weight.shape[1]
     turn = torch.tensor(paired(), device=block.new_tokens.device)
@@ -85,7 +85,7 @@ def packed_decoder(module: Any, precision: str) -> Packed:
 
 
 def random_text_encoder(depth: int, device: torch.device, vocabulary: int = 256_000) -> text_weights.Packed:
-    """A packed text encoder of T5Gemma b-b-ul2's sizes at a depth, with random weights."""
+    """Return a packed text encoder of T5Gemma b-b-ul2's sizes at a depth, with random weights."""
     sizes = text_weights.Sizes(
         width=768, depth=depth, heads=12, key_heads=12, head_channels=64, inner=2048, tokens=256, vocabulary=vocabulary,
         epsilon=1e-6, embedding_scale=768**0.5, score_scale=1 / 800, score_cap=50.0,

@@ -46,7 +46,7 @@ class Timing:
 
 @dataclass
 class Record:
-    """Everything of one run."""
+    """Record of one run."""
 
     machine: dict[str, str]
     sizes: dict[str, Any]
@@ -58,44 +58,46 @@ class Record:
     timings: list[Timing] = field(default_factory=list)
 
     def markdown(self) -> str:
-        """The table of the run; a column that says nothing of any contestant is left out."""
+        """Return the table of the run, without columns that are empty for every contestant."""
         rows = []
-        for one in self.timings:
-            best = [other.ms for other in self.timings if (other.rows, other.frames) == (one.rows, one.frames)
+        for entry in self.timings:
+            best = [other.ms for other in self.timings if (other.rows, other.frames) == (entry.rows, entry.frames)
                     and other.contestant not in self.judged]  # fmt: skip
-            ratio = f"{min(best) / one.ms:.2f}x" if best and one.contestant in self.judged else ""
+            ratio = f"{min(best) / entry.ms:.2f}x" if best and entry.contestant in self.judged else ""
             rows.append([
-                str(one.rows), str(one.frames), one.contestant, f"{one.ms:.2f}", ratio, f"{one.generations:.1f}",
-                "" if one.share is None else f"{one.share:.0%}", "" if one.cosine is None else f"{one.cosine:.5f}",
-                "" if one.batch_cosine is None else f"{one.batch_cosine:.5f}",
-                "" if one.call_ms is None else f"{one.call_ms:.2f}",
-                console.format_bytes(one.memory) if one.memory else "",
+                str(entry.rows), str(entry.frames), entry.contestant, f"{entry.ms:.2f}", ratio,
+                f"{entry.generations:.1f}",
+                "" if entry.share is None else f"{entry.share:.0%}",
+                "" if entry.cosine is None else f"{entry.cosine:.5f}",
+                "" if entry.batch_cosine is None else f"{entry.batch_cosine:.5f}",
+                "" if entry.call_ms is None else f"{entry.call_ms:.2f}",
+                console.format_bytes(entry.memory) if entry.memory else "",
             ])  # fmt: skip
         heads = ("rows", "L", "engine", "ms a step", f"against {self.peers}", "gens/s", "of the floor",
                  f"cosine to {self.reference}", "rows to serial", "ms a call", "memory")  # fmt: skip
-        told = [column for column in range(len(heads)) if any(line[column] for line in rows)]
+        columns = [column for column in range(len(heads)) if any(line[column] for line in rows)]
         return console.markdown(
-            [heads[column] for column in told], [[line[column] for column in told] for line in rows]
+            [heads[column] for column in columns], [[line[column] for column in columns] for line in rows]
         )
 
     def save(self, out: Path) -> None:
-        """bench.json and bench.md."""
+        """Write bench.json and bench.md."""
         files.write_atomic_text(out / "bench.json", json.dumps(asdict(self), indent=2) + "\n")
         files.write_atomic_text(out / "bench.md", self.markdown() + "\n")
 
 
 def run(contest: Contest, shapes: list[tuple[int, int]], repeats: int, out: Path) -> Record:
-    """Time every contestant at every (rows, frames). Raises GateError when an output is not finite or not right."""
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Time every contestant at every (rows, frames). Raises GateError for an output that is not finite or wrong."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
-        ceilings = roofline.measure(place) if place.type == "cuda" and contest.sizes is not None else None
+        ceilings = roofline.measure(device) if device.type == "cuda" and contest.sizes is not None else None
         record = Record(
             machine(), asdict(contest.sizes) if contest.sizes else {}, asdict(ceilings) if ceilings else {},
             _tiles(contest), list(contest.judged), contest.reference_name, contest.peers_name,
         )  # fmt: skip
         with console.Progress("shapes", len(shapes), "shapes") as progress:
             for rows, frames in shapes:
-                inputs = random_inputs(rows, frames, place, seed=frames)
+                inputs = random_inputs(rows, frames, device, seed=frames)
                 record.timings += _shape(contest, inputs, ceilings, repeats)
                 record.save(out)
                 _gate(record.timings[-len(contest.contestants) :], contest)
@@ -107,18 +109,18 @@ def run(contest: Contest, shapes: list[tuple[int, int]], repeats: int, out: Path
 def _shape(
     contest: Contest, inputs: dict[str, Tensor], ceilings: roofline.Ceilings | None, repeats: int
 ) -> list[Timing]:
-    """All contestants at one shape: checks first, then the timings, taking turns."""
+    """Return the timings of all contestants at contestant shape, alternating, after the checks."""
     rows, _, frames = inputs["x"].shape
     reference = contest.reference(inputs)
-    found, batched, calls = {}, {}, {}
-    for name, one in contest.contestants.items():
-        found[name] = one.prepare(inputs)().clone()
+    velocities, batched, calls = {}, {}, {}
+    for name, contestant in contest.contestants.items():
+        velocities[name] = contestant.prepare(inputs)().clone()
         if name in contest.judged:
-            if hasattr(one, "call"):
-                calls[name] = _call_ms(one.call(inputs))
+            if hasattr(contestant, "call"):
+                calls[name] = _call_ms(contestant.call(inputs))
             if rows > 1:
-                batched[name] = _rows_to_serial(one, inputs, found[name])
-    steps = {name: one.prepare(inputs) for name, one in contest.contestants.items()}
+                batched[name] = _rows_to_serial(contestant, inputs, velocities[name])
+    steps = {name: contestant.prepare(inputs) for name, contestant in contest.contestants.items()}
     for step in steps.values():
         step()  # what a contestant takes on its first step counts as its memory
     memory = gpu.memory_in_use() or 0
@@ -126,12 +128,12 @@ def _shape(
     for name, (ms, spread) in timing.alternating(steps, repeats).items():
         share = _share(contest, name, rows, frames, ceilings, ms)
         timings.append(Timing(name, rows, frames, ms, spread, share, 1e3 * rows / STEPS / ms, memory,
-                              _cosine(found[name], reference), batched.get(name), calls.get(name)))  # fmt: skip
+                              _cosine(velocities[name], reference), batched.get(name), calls.get(name)))  # fmt: skip
     return timings
 
 
 def _call_ms(call: Step) -> float:
-    """The median of whole calls, by the clock: each ends with its result on the CPU."""
+    """Return the median ms of whole calls by the wall clock, up to the result on the CPU."""
     taken = []
     for _ in range(CALLS):
         started = time.perf_counter()
@@ -141,7 +143,7 @@ def _call_ms(call: Step) -> float:
 
 
 def _rows_to_serial(contestant: Any, inputs: dict[str, Tensor], batched: Tensor) -> float:
-    """The worst cosine between a row of a batch and the same row alone."""
+    """Return the worst cosine between a row of a batch and the same row alone."""
     worst = 1.0
     for row in range(batched.shape[0]):
         alone = contestant.prepare({name: value[row : row + 1] for name, value in inputs.items()})()
@@ -149,8 +151,8 @@ def _rows_to_serial(contestant: Any, inputs: dict[str, Tensor], batched: Tensor)
     return worst
 
 
-def _cosine(found: Tensor, reference: Tensor) -> float:
-    flat = found.double().flatten(1), reference.double().flatten(1)
+def _cosine(velocity: Tensor, reference: Tensor) -> float:
+    flat = velocity.double().flatten(1), reference.double().flatten(1)
     return float(torch.nn.functional.cosine_similarity(*flat).min())
 
 
@@ -164,29 +166,29 @@ def _share(
 
 def _gate(timings: list[Timing], contest: Contest) -> None:
     lines = []
-    for one in timings:
-        least = contest.judged.get(one.contestant, min(contest.judged.values(), default=0.0))
-        if one.cosine is None or not one.cosine >= least:  # not >= : a cosine that is no number fails too
-            lines.append(f"{one.contestant}, {one.rows} x {one.frames}: cosine {one.cosine} < {least}")
-        if one.batch_cosine is not None and not one.batch_cosine >= least:
-            lines.append(f"{one.contestant}, {one.rows} x {one.frames}: a row differs from itself alone")
+    for entry in timings:
+        min_cosine = contest.judged.get(entry.contestant, min(contest.judged.values(), default=0.0))
+        if entry.cosine is None or not entry.cosine >= min_cosine:  # not >= : a cosine that is no number fails too
+            lines.append(f"{entry.contestant}, {entry.rows} x {entry.frames}: cosine {entry.cosine} < {min_cosine}")
+        if entry.batch_cosine is not None and not entry.batch_cosine >= min_cosine:
+            lines.append(f"{entry.contestant}, {entry.rows} x {entry.frames}: a row differs from itself alone")
     if lines:
-        raise GateError("an engine computes something else", "the figures of this run mean nothing", "\n".join(lines))
+        raise GateError("an engine computes wrong values", "the figures of this run are invalid", "\n".join(lines))
 
 
 def _tiles(contest: Contest) -> dict[str, Any]:
-    tiles = {name: getattr(one, "tiles", None) for name, one in contest.contestants.items()}
-    return {name: asdict(found) for name, found in tiles.items() if found is not None}
+    tiles = {name: getattr(contestant, "tiles", None) for name, contestant in contest.contestants.items()}
+    return {name: asdict(chosen) for name, chosen in tiles.items() if chosen is not None}
 
 
 def machine() -> dict[str, str]:
     """Return the versions and the card that timings hold for."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
     if torch.cuda.is_available():
         import triton
 
-        found.update(card=torch.cuda.get_device_name(), cuda=str(torch.version.cuda), triton=triton.__version__)
-    return found
+        versions.update(card=torch.cuda.get_device_name(), cuda=str(torch.version.cuda), triton=triton.__version__)
+    return versions
 
 
 def _plot(record: Record, out: Path) -> None:

@@ -35,12 +35,12 @@ class RingRate:
 
     @property
     def rate(self) -> float:
-        """Sounds a second."""
+        """Return the sounds a second."""
         return self.sounds / self.elapsed
 
 
 def measure_ring(generator: Generator, request: Request, depth: int, count: int) -> RingRate:
-    """Make `count` sounds of other seeds, as many of them under way as keep the ring and its queue full.
+    """Generate `count` sounds of different seeds, with enough in flight to keep the ring and its queue full.
 
     The first 2 x depth of them compile and capture, and are not timed.
     """
@@ -64,7 +64,7 @@ def _quantile(ordered: list[float], part: float) -> float:
 
 
 def _drive(ring: LiveRing, request: Request, count: int, depth: int, times: list[float]) -> float:
-    """Keep 2 x depth requests under way until `count` sounds are there; the sampler's seconds of all."""
+    """Keep 2 x depth requests in flight until `count` sounds exist; return the sampler's seconds of all."""
     under_way: dict[Future[Result], float] = {}
     sampled, sent = 0.0, 0
     while sent < count or under_way:

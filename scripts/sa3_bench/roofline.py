@@ -1,4 +1,4 @@
-"""How fast a step could be: its operations and bytes, over what this card does in the same run."""
+"""Lower bound of a step's time: its operations and bytes over the ceilings of this card in the same run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CROSS_TOKENS = 257
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the card does: FP8 and fp16 products in TFLOP/s, device memory in TB/s (bytes read and written)."""
+    """Ceilings of the card: FP8 and fp16 GEMMs in TFLOP/s, device memory in TB/s (bytes read and written)."""
 
     fp8: float
     fp16: float
@@ -33,7 +33,7 @@ class Work:
 
 
 def work_of(sizes: Sizes, rows: int, frames: int) -> Work:
-    """The work of one step; what does not depend on x or t is not counted, because it is not done."""
+    """Return the work of one step, without computations independent of x and t, which are cached."""
     tokens, width = rows * (frames + sizes.memory), sizes.width
     per_block = width * width * (5 + 1 + 2 + 1) + 3 * width * sizes.inner
     products = 2 * tokens * per_block * sizes.depth + 4 * rows * frames * width * 256
@@ -44,13 +44,13 @@ def work_of(sizes: Sizes, rows: int, frames: int) -> Work:
 
 
 def floor_ms(work: Work, ceilings: Ceilings, precision: str) -> float:
-    """The larger of arithmetic (products, then attention in 16 bits) and reading the weights once, in ms."""
+    """Return the larger of arithmetic (products, then attention in 16 bits) and reading the weights once, in ms."""
     rate = ceilings.fp8 if precision == "fp8" else ceilings.fp16
     return 1e3 * max(work.products / rate + work.attention / ceilings.fp16, work.weights / ceilings.memory)
 
 
 def measure(device: torch.device) -> Ceilings:
-    """The card's ceilings, on random data."""
+    """Measure the card's ceilings on random data."""
     half = torch.randn(SIDE, SIDE, device=device).half()
     codes = torch.randn(SIDE, SIDE, device=device).to(torch.float8_e4m3fn)
     one = torch.ones((), device=device)

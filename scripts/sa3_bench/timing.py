@@ -13,12 +13,12 @@ WARM_RUNS = 10
 
 
 def median_ms(run: Callable[[], Any], repeats: int) -> float:
-    """Milliseconds of one call."""
+    """Return the milliseconds of one call."""
     return alternating({"": run}, repeats)[""][0]
 
 
 def alternating(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
-    """(median, median deviation from it) in milliseconds of each call, taking turns: what slows one slows the others.
+    """Return (median, median deviation) in ms of each call, alternating so that load affects all equally.
 
     CUDA events on a GPU, the clock on a CPU.
     """
@@ -33,11 +33,11 @@ def alternating(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     if on_gpu:
         torch.cuda.synchronize()
         taken = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in taken.items()}
-    found = {}
+    medians = {}
     for name, times in taken.items():
         middle = statistics.median(times)
-        found[name] = middle, statistics.median(abs(one - middle) for one in times)
-    return found
+        medians[name] = middle, statistics.median(abs(one - middle) for one in times)
+    return medians
 
 
 def _events(run: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:

@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster that runs, or one of this machine that ends with the job."""
+"""Connection to Ray: a running cluster, or a local one that ends with the job."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def connected(address: str, devices: Sequence[str]) -> Iterator[list[dict[str, A
     this machine listens on 127.0.0.1 only. Raises ToolError.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the worker says itself what it sees
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the worker sets its visible devices itself
     if address == LOCAL or _is_loopback(address):
         # Ray would take the loopback address for the machine's outer one, and listen to the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -81,7 +81,7 @@ def _require_listener(address: str) -> None:
 
 
 def _gpus(devices: Sequence[str]) -> int:
-    """How many GPUs a Ray of this machine has; with --devices it sees no others."""
+    """Return the number of GPUs of a local Ray; with --devices it is limited to those."""
     from sa3_trt_core.cli import devices as visible
 
     numbers = [int(name) for name in devices if name != CPU]
@@ -97,7 +97,7 @@ def _of_devices(devices: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _of_nodes(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One worker a GPU; a cluster without GPUs has one a node, whose backend uses all cores."""
+    """Return one worker's resources per GPU; per node in a cluster without GPUs, where the backend uses all cores."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = int(sum(resources.get("GPU", 0) for resources in alive))
     if gpus:

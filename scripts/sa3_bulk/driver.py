@@ -1,4 +1,4 @@
-"""Spreading the rows of a job over actors, and over new ones where some are lost."""
+"""Distribution of a job's rows over actors, with replacement of lost actors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def produce_on_ray(job: Job, devices: Sequence[str]) -> report.Totals:
 
 
 def _run(spread: _Spread, address: str) -> None:
-    """Make the rows. Raises ToolError, also when Ray itself ends."""
+    """Generate the rows. Raises ToolError, also when Ray ends."""
     import ray
 
     try:
@@ -65,7 +65,7 @@ def _run(spread: _Spread, address: str) -> None:
 
 @contextmanager
 def _probe(folder: Path) -> Iterator[tuple[Path, str]]:
-    """A file by which a worker knows the folder: its path and its text."""
+    """Write a file that identifies the output folder; yield its path and text."""
     for old in folder.glob(f"{PROBE}*"):  # of jobs that were killed; a younger one may belong to a job that runs
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE_SECONDS:
@@ -81,7 +81,7 @@ def _probe(folder: Path) -> Iterator[tuple[Path, str]]:
 
 @dataclass(eq=False)
 class _Slot:
-    """One worker's place: its resources, its actor, and the rows that the actor has in hand by their references."""
+    """Slot of one worker: resources, actor, and the actor's pending rows by reference."""
 
     resources: dict[str, Any]
     actor: Any = None
@@ -90,7 +90,7 @@ class _Slot:
 
 
 class _Spread:
-    """The rows of a job on their way through the workers."""
+    """Dispatcher of a job's rows to the workers."""
 
     def __init__(
         self, job: Job, totals: report.Totals, rows: Sequence[int], probe: tuple[Path, str],
@@ -108,7 +108,7 @@ class _Spread:
         self._last_seen = time.monotonic()
 
     def run(self) -> None:
-        """Make all rows. Raises ToolError."""
+        """Generate all rows. Raises ToolError."""
         with console.Progress("generate", len(self._left), "sounds", quiet=self._job.options.quiet) as progress:
             for slot in self._slots:
                 self._start(slot)
@@ -125,21 +125,21 @@ class _Spread:
             )
 
     def _start(self, slot: _Slot) -> None:
-        """Give a slot a new actor."""
+        """Start a new actor in a slot."""
         gpu = slot.resources["num_gpus"] > 0
         options = {**slot.resources, "max_restarts": 0, "max_concurrency": self._depth + AHEAD + 1}
         slot.actor = self._remote.options(**options).remote(self._shared, gpu, self._depth, self._probe, Path.cwd())
         slot.starting, slot.rows = slot.actor.start.remote(), {}
 
     def _hand_out(self) -> None:
-        """Give every worker that runs as many rows as it can hold."""
+        """Submit rows to every running worker up to its capacity."""
         for slot in self._slots:
             while slot.starting is None and self._waiting and len(slot.rows) < self._depth + AHEAD:
                 row = self._waiting.popleft()
                 slot.rows[slot.actor.make.remote(row)] = row
 
     def _collect(self, progress: console.Progress) -> None:
-        """Take what has come, and replace workers that are lost. Raises ToolError when none can be started."""
+        """Collect finished rows and replace lost workers. Raises ToolError when no worker can be started."""
         pending = {slot.starting: slot for slot in self._slots if slot.starting is not None}
         pending |= {reference: slot for slot in self._slots for reference in slot.rows}
         done, _ = self._ray.wait(list(pending), num_returns=1, timeout=LOOK_SECONDS)
@@ -177,7 +177,7 @@ class _Spread:
         progress.advance(note=f"{len(self._totals.peaks) / max(1e-9, progress.elapsed):.2g} a second")
 
     def _lost(self, slot: _Slot) -> None:
-        """Let the rows of a worker that is lost be made by others, and start a new one in its place."""
+        """Requeue the rows of a lost worker, and start a new one in its slot."""
         rows = sorted(slot.rows.values())
         for row in rows:
             self._tries[row] = self._tries.get(row, 0) + 1

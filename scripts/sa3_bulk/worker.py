@@ -1,4 +1,4 @@
-"""What an actor does on its GPU: one model, one ring, and a file for every row that it is given."""
+"""Ray actor of one GPU: one model, one ring, and a file for every assigned row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Worker:
         self._ring: LiveRing | None = None
 
     def start(self) -> tuple[str, dict[str, Any]] | Failure:
-        """Open the model; return ("", totals) or what the user can mend."""
+        """Open the model; return ("", totals) or the user's error."""
         if not self._gpu:
             devices.use_device(devices.CPU)
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -44,7 +44,7 @@ class Worker:
         return "", {"timings": totals.timings}
 
     def make(self, index: int) -> tuple[str, dict[str, Any]] | Failure:
-        """Make and write one row; return ("", what it took) or what kept it from being made."""
+        """Generate and write one row; return ("", timings) or the error."""
         assert self._ring is not None
         totals = report.Totals()
         try:
@@ -58,7 +58,7 @@ class Worker:
         return "", {"timings": totals.timings, "memory": totals.memory, "peak": peak, "devices": where}
 
     def _require_shared(self) -> None:
-        """Raise ToolError unless the folder of the sounds is the same one here as where the job was started."""
+        """Raise ToolError unless the output folder is the one of the driver, as on a shared file system."""
         path, token = self._probe
         try:
             same = path.read_text("utf-8") == token

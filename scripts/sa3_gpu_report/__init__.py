@@ -1,1 +1,1 @@
-"""One folder that says how this project fares on a machine: its parts, their logs, a page and a document."""
+"""Report of this project on a machine, in one folder: parts, their logs, a page and a document."""

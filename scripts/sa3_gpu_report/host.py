@@ -1,4 +1,4 @@
-"""The machine of a report: card, driver, packages, and what is missing; nothing that names its owner."""
+"""The machine of a report: card, driver, installed and missing packages; without personal data."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ BACKENDS = tuple(engines.BACKENDS)
 
 @dataclass(frozen=True)
 class Host:
-    """What a report says of its machine. `absent`: backends that cannot run here, with the reason.
+    """Machine of a report. `absent`: backends that cannot run here, with the reason.
 
-    `on_cpu`: those that run here without the card that is there, as an ONNX Runtime without CUDA.
+    `on_cpu`: backends that run without the installed card, such as an ONNX Runtime without CUDA.
     """
 
     card: str
@@ -41,7 +41,7 @@ class Host:
     on_cpu: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """For report.json."""
+        """Return the entry of report.json."""
         return {
             **vars(self), "backends": list(self.backends), "on_cpu": list(self.on_cpu),
             "python": platform.python_version(), "cpus": os.cpu_count(),
@@ -50,7 +50,7 @@ class Host:
 
 
 def this_host() -> Host:
-    """Look at the machine; installs nothing."""
+    """Return the description of this machine. Installs nothing."""
     arch = gpu.current_arch()
     absent = {name: why for name in BACKENDS if (why := _absent(name, arch)) is not None}
     present = tuple(name for name in BACKENDS if name not in absent)
@@ -67,7 +67,7 @@ def this_host() -> Host:
 
 
 def _absent(backend: str, arch: str | None) -> str | None:
-    """Why a backend does not run here, or None when it does."""
+    """Return the reason for which a backend cannot run here, or None when it can."""
     record = engines.BACKENDS[backend]
     if not record.available():
         return f"the package {record.package} is not installed"

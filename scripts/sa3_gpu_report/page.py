@@ -23,13 +23,13 @@ HEADER = ("backend", "card", "library, driver", *COLUMNS)
 
 
 def document(host: Host, outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything of a report, for report.json."""
+    """Return the whole report, for report.json."""
     parts = [outcome.as_dict() for outcome in outcomes]
     return {"format": FORMAT, "kind": KIND, **about, "verdict": verdict(parts), "host": host.as_dict(), "parts": parts}
 
 
 def verdict(parts: Sequence[Mapping[str, Any]]) -> str:
-    """The first line of the page: what failed, or what passed."""
+    """Return the first line of the page: failed parts, or the number of passed ones."""
     by_status = {status: [part["name"] for part in parts if part["status"] == status] for status in (PASSED, FAILED)}
     skipped = sum(part["status"] == SKIPPED for part in parts)
     rest = f", {skipped} could not be run here" if skipped else ""
@@ -41,7 +41,7 @@ def verdict(parts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The page: verdict, machine, what is missing, one line a part."""
+    """Return the page: verdict, machine, missing packages, one line a part."""
     host = report["host"]
     packages = ", ".join(f"{name} {version}" for name, version in host["packages"].items())
     lines = [
@@ -64,10 +64,12 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _figures(part: Mapping[str, Any]) -> str:
-    found = part["figures"]
-    if "bench" in found:
-        return "; ".join(f"{one['ms']:.2f} ms {one['engine']} at {one['frames']}" for one in found["bench"])
-    return ", ".join(f"{name} {_cell(value)}" for name, value in found.items())
+    figures = part["figures"]
+    if "bench" in figures:
+        return "; ".join(
+            f"{timing['ms']:.2f} ms {timing['engine']} at {timing['frames']}" for timing in figures["bench"]
+        )
+    return ", ".join(f"{name} {_cell(value)}" for name, value in figures.items())
 
 
 def _cell(value: Any) -> str:
@@ -75,8 +77,8 @@ def _cell(value: Any) -> str:
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """The kept documents of a folder, by file name. Raises ToolError for a file that is not one."""
-    found = []
+    """Return the kept documents of a folder, by file name. Raises ToolError for any other file."""
+    reports = []
     for path in sorted(folder.glob("*.json")):
         try:
             report = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST else None
@@ -84,20 +86,20 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
             report = None
         if not isinstance(report, dict) or report.get("kind") != KIND or report.get("format") != FORMAT:
             raise ToolError(f"{path} is not a report of scripts/gpu_report.py", "remove it, or make it again")
-        found.append(report)
-    return found
+        reports.append(report)
+    return reports
 
 
 def matrix(reports: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table: backend, card and library against what ran; empty where no kept report says anything."""
+    """Return the README's table: results by backend, card and library; cells without a kept report are empty."""
     rows = [row for report in reports for row in _rows(report)]
     rows += [[backend, *[""] * (len(HEADER) - 1)] for backend in BACKENDS if backend not in [row[0] for row in rows]]
     return console.markdown(HEADER, sorted(rows, key=lambda row: (BACKENDS.index(row[0]), row[1:])))
 
 
 def _rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """A row for every backend of which a part was run."""
-    host, made = report["host"], []
+    """Return a row for every backend with a part that ran."""
+    host, rows = report["host"], []
     for backend in BACKENDS:
         parts = {
             part["column"]: part
@@ -110,21 +112,22 @@ def _rows(report: Mapping[str, Any]) -> list[list[str]]:
             if backend in host.get("on_cpu", ()):
                 card, driver = f"CPU ({host['system'].split()[-1]})", "none"
             library = f"{versions[0] if versions else 'unknown'}, {driver}"
-            made.append([backend, card, library, *(_said(parts.get(column)) for column in COLUMNS)])
-    return made
+            rows.append([backend, card, library, *(_result_cell(parts.get(column)) for column in COLUMNS)])
+    return rows
 
 
-def _said(part: Mapping[str, Any] | None) -> str:
+def _result_cell(part: Mapping[str, Any] | None) -> str:
     if part is None:
         return ""
     if part["status"] == FAILED:
         return "**failed**"
-    found = part["figures"]
+    figures = part["figures"]
     if part["column"] == SPEED:
-        fp8 = [one for one in found["bench"] if one["engine"].startswith("fp8")]
-        return "; ".join(f"{one['ms']:.2f} ms at {one['frames']}" for one in fp8)
-    if "gates" in found:
-        return f"{found['gates'] - found['failed']} of {found['gates']}, cosine {found['worst denoised cosine']:.4f}"
-    if "engines" in found:
-        return f"{found['engines']} engines, {_cell(found['worst of the limit'])} of the limit"
+        fp8 = [timing for timing in figures["bench"] if timing["engine"].startswith("fp8")]
+        return "; ".join(f"{timing['ms']:.2f} ms at {timing['frames']}" for timing in fp8)
+    if "gates" in figures:
+        passed, cosine = figures["gates"] - figures["failed"], figures["worst denoised cosine"]
+        return f"{passed} of {figures['gates']}, cosine {cosine:.4f}"
+    if "engines" in figures:
+        return f"{figures['engines']} engines, {_cell(figures['worst of the limit'])} of the limit"
     return "yes"

@@ -42,7 +42,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part; `why` in one line where it did not pass, `cut_off` where its limit ended it."""
+    """Result of a part: `why` is one line unless it passed; `cut_off` is True when its time limit ended it."""
 
     part: Part
     status: str
@@ -52,7 +52,7 @@ class Outcome:
     cut_off: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """For report.json."""
+        """Return the entry of report.json."""
         return {
             "name": self.part.name, "backend": self.part.backend, "column": self.part.column, "status": self.status,
             "seconds": round(self.seconds, 1), "why": self.why, "figures": self.figures,
@@ -60,7 +60,7 @@ class Outcome:
 
 
 def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float) -> list[Outcome]:
-    """Run every part in order, whatever the others do; after `minutes` the rest is skipped. Logs go to out/logs."""
+    """Run every part in order, regardless of failures; after `minutes` the rest is skipped. Logs go to out/logs."""
     ends = time.monotonic() + 60.0 * minutes
     done: dict[str, Outcome] = {}
     for part in parts:
@@ -83,7 +83,7 @@ def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float)
 
 
 def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> Outcome:
-    """One command in a process group of its own, so that nothing of it outlives its limit."""
+    """Run one command in its own process group, so that no child process outlives its limit."""
     started = time.monotonic()
     log = out / "logs" / f"{part.name.replace(' ', '_').replace(',', '')}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,12 @@ def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> Outcome:
 
 
 def _last(text: str) -> str:
-    """The line of an output that says what is wrong."""
+    """Return the line of an output that states the error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("error:", "FAILED", "E  "))]
-    return (errors or lines or ["it said nothing"])[-1][:240]
+    return (errors or lines or ["no output"])[-1][:240]
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file that a part left."""
+    """Return the content of a JSON file that a part wrote."""
     return json.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Which parts make up a report on a host: the demonstration model, then every backend that is there."""
+"""Parts of a report on a host: the demonstration model, then every installed backend."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TINY = ("--random", "--width", "128", "--depth", "1")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked for: `tiny` uses random weights of the least size; `onnx_root` graphs that are there already."""
+class ReportOptions:
+    """Options of a report: `tiny` uses random weights of minimal size; `onnx_root` is a folder of existing graphs."""
 
     out: Path
     tiny: bool
@@ -29,58 +29,58 @@ class Wanted:
 
     @property
     def work(self) -> Path:
-        """Where the parts write for themselves: graphs, engines, whole reports. Not for sending."""
+        """Return the work folder of the parts (graphs, engines, whole reports), which is not sent."""
         return self.out / "work"
 
     @property
     def root(self) -> Path:
-        """Where the graphs lie."""
+        """Return the folder of the graphs."""
         return self.onnx_root or self.work / "onnx"
 
     @property
     def models(self) -> Path:
-        """Where engines go."""
+        """Return the folder of the engines."""
         return self.work / "models"
 
 
-def parts_of(wanted: Wanted, host: Host) -> list[Part]:
-    """Every part, in order. A part that cannot run here is there too, and says why it is skipped."""
-    graphs = [] if wanted.onnx_root is not None else _graphs(wanted)
+def report_parts(options: ReportOptions, host: Host) -> list[Part]:
+    """Return every part, in order. A part that cannot run here is included with the reason for skipping it."""
+    graphs = [] if options.onnx_root is not None else _graphs(options)
     last = (graphs[-1].name,) if graphs else ()
     parts = [*graphs]
     for backend in BACKENDS:
-        parts += _backend(wanted, host, backend, last)
+        parts += _backend(options, host, backend, last)
     gpu = None if host.arch is not None else "no NVIDIA GPU is visible"
     parts.append(
         Part("tests of the GPU", _python("-m", "pytest", "tests/gpu", "-rs"), 180, skip=gpu or _needs(host, "pytest"))
     )
     if not GENERATE.is_file():
-        parts.append(Part("bench_generate", (), 0, skip="scripts/bench_generate.py is not there"))
+        parts.append(Part("bench_generate", (), 0, skip="scripts/bench_generate.py is missing"))
     else:
-        parts.append(_generate(wanted, gpu))
+        parts.append(_generate(options, gpu))
     return parts
 
 
-def _python(*line: object) -> tuple[str, ...]:
-    return (sys.executable, *map(str, line))
+def _python(*argv: object) -> tuple[str, ...]:
+    return (sys.executable, *map(str, argv))
 
 
-def _script(folder: str, name: str, *line: object) -> tuple[str, ...]:
-    return _python(ROOT / folder / name, *line)
+def _script(folder: str, name: str, *argv: object) -> tuple[str, ...]:
+    return _python(ROOT / folder / name, *argv)
 
 
 def _needs(host: Host, module: str) -> str | None:
     return f"{module} is not installed" if module in host.missing else None
 
 
-def _graphs(wanted: Wanted) -> list[Part]:
-    """The chain from weights to an FP8 graph: the demonstration model's, or random ones of the least size."""
-    work, root = wanted.work, wanted.root
+def _graphs(options: ReportOptions) -> list[Part]:
+    """Return the parts from weights to an FP8 graph: the demonstration model, or random weights of minimal size."""
+    work, root = options.work, options.root
     checkpoint, calibration = work / "checkpoint", work / "sa3-m.calib.npz"
     dit, half, fp8 = (root / targets.dit_target("medium", p).onnx[0] for p in ("fp32", "fp16mixed", "fp8"))
-    captured = ("--prompts", 2, "--duration", 0.5, "--steps", 4) if wanted.tiny else ("--prompts", 3, "--duration", 5)
-    lines: list[tuple[str, tuple[object, ...]]] = [
-        ("make_demo_checkpoint", ("--out", checkpoint, *(TINY if wanted.tiny else ()))),
+    captured = ("--prompts", 2, "--duration", 0.5, "--steps", 4) if options.tiny else ("--prompts", 3, "--duration", 5)
+    commands: list[tuple[str, tuple[object, ...]]] = [
+        ("make_demo_checkpoint", ("--out", checkpoint, *(TINY if options.tiny else ()))),
         ("export_onnx", ("--model-dir", checkpoint, "--onnx-root", root)),
         ("build_dit_fp16mixed", ("--input", dit, "--onnx", half)),
         ("make_calib", ("--model-config", checkpoint / "model_config.json", "--checkpoint",
@@ -88,18 +88,18 @@ def _graphs(wanted: Wanted) -> list[Part]:
         ("build_dit_fp8", ("--input", half, "--calib", calibration, "--onnx", fp8, "--ptq", "direct",
                            "--parity-rows", 8, "--rollouts", 0)),
     ]  # fmt: skip
-    made: list[Part] = []
+    parts: list[Part] = []
     before: tuple[str, ...] = ()
-    for name, line in lines:
-        made.append(Part(name, _script("build", f"{name}.py", *line), 300, after=before))
+    for name, argv in commands:
+        parts.append(Part(name, _script("build", f"{name}.py", *argv), 300, after=before))
         before = (name,)
-    return made
+    return parts
 
 
-def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) -> list[Part]:
-    """Build, check rows, gates and speed of one backend."""
+def _backend(options: ReportOptions, host: Host, backend: str, graphs: tuple[str, ...]) -> list[Part]:
+    """Return the parts of one backend: build, check rows, gates and speed."""
     absent = host.absent.get(backend)
-    where = ("--onnx-root", wanted.root, "--models-dir", wanted.models)
+    where = ("--onnx-root", options.root, "--models-dir", options.models)
     dits = ("sa3-m", "sa3-m-fp8")
     compiles = backend in engines.BUILT and engines.BUILT[backend].runs == engines.EVERYTHING
     names = (*dits, *(name for name in OTHERS if _runs(backend, name)))
@@ -107,42 +107,42 @@ def _backend(wanted: Wanted, host: Host, backend: str, graphs: tuple[str, ...]) 
     parts, needed = [], graphs
     if backend in engines.BUILT:
         report = ("--engine-report",) if compiles else ()
-        line = _script("build", "build_from_onnx.py", *names, "--backend", backend, *where, *report)
-        parts.append(Part(built, line, 300, backend, BUILD, graphs, skip=absent))
+        argv = _script("build", "build_from_onnx.py", *names, "--backend", backend, *where, *report)
+        parts.append(Part(built, argv, 300, backend, BUILD, graphs, skip=absent))
         needed = (*graphs, built)
-    checked = wanted.work / f"check_{backend}.json"
-    line = _script("scripts", "check_engine.py", *names, "--backend", backend, *where, "--out", checked)
+    checked = options.work / f"check_{backend}.json"
+    argv = _script("scripts", "check_engine.py", *names, "--backend", backend, *where, "--out", checked)
     parts.append(Part(
-        f"{backend}, check rows", line, 120, backend, CHECK, needed, partial(_checked, checked), absent
+        f"{backend}, check rows", argv, 120, backend, CHECK, needed, partial(_checked, checked), absent
     ))  # fmt: skip
-    out = wanted.work / f"validation_{backend}"
-    short = ("--prompts", 1, "--seconds", 0.5, "--steps", 4) if wanted.tiny else ("--prompts", 2, "--seconds", 5)
-    line = _script(
+    out = options.work / f"validation_{backend}"
+    short = ("--prompts", 1, "--seconds", 0.5, "--steps", 4) if options.tiny else ("--prompts", 2, "--seconds", 5)
+    argv = _script(
         "scripts", "validate_fp8.py", "--reference-backend", "onnxruntime", "--candidate-backend", backend, "--backend",
         "onnxruntime", *where, *short, "--extra", 0, "--no-audio", "--out", out,
     )  # fmt: skip
     parts.append(Part(
-        f"{backend}, gates", line, 240, backend, GATES, needed, partial(_gates, out),
+        f"{backend}, gates", argv, 240, backend, GATES, needed, partial(_gates, out),
         absent or _needs(host, "matplotlib"),
     ))  # fmt: skip
     gpu = None if host.arch is not None else "no NVIDIA GPU is visible"
-    bench = wanted.work / f"bench_{backend}"
-    line = _script(
+    bench = options.work / f"bench_{backend}"
+    argv = _script(
         "scripts", "bench_dit.py", "--out", bench, "--engines", f"fp16mixed@{backend}", f"fp8@{backend}", *where,
         "--lengths", 120, 646, "--batches", "--repeats", 50,
     )  # fmt: skip
     skip = absent or gpu or ("it is the reference, not a product" if backend == engines.DIRECT.name else None)
-    parts.append(Part(f"{backend}, speed", line, 120, backend, SPEED, needed, partial(_speed, bench), skip))
+    parts.append(Part(f"{backend}, speed", argv, 120, backend, SPEED, needed, partial(_speed, bench), skip))
     return parts
 
 
-def _generate(wanted: Wanted, gpu: str | None) -> Part:
-    out = wanted.work / "bench_generate"
-    line = _script(
+def _generate(options: ReportOptions, gpu: str | None) -> Part:
+    out = options.work / "bench_generate"
+    argv = _script(
         "scripts", "bench_generate.py", "--out", out, "--seconds", 3, 30, "--precisions", "fp8", "fp16mixed", "--peers",
         "--repeats", 5, "--untuned",
     )  # fmt: skip
-    return Part("bench_generate", line, 180, figures=partial(_generated, out), skip=gpu)
+    return Part("bench_generate", argv, 180, figures=partial(_generated, out), skip=gpu)
 
 
 def _runs(backend: str, name: str) -> bool:
@@ -150,11 +150,12 @@ def _runs(backend: str, name: str) -> bool:
 
 
 def _checked(path: Path) -> dict[str, Any]:
-    found = read_json(path)["engines"]
-    worst = [one["worst"] for one in found if one["worst"] is not None]  # None: its graph brings no rows
+    engines_checked = read_json(path)["engines"]
+    # None: the graph has no check rows.
+    worst = [engine["worst"] for engine in engines_checked if engine["worst"] is not None]
     return {
-        "engines": len(found),
-        "without rows": len(found) - len(worst),
+        "engines": len(engines_checked),
+        "without rows": len(engines_checked) - len(worst),
         "worst of the limit": max(worst, default=None),
     }
 
@@ -170,10 +171,12 @@ def _gates(folder: Path) -> dict[str, Any]:
 
 def _speed(folder: Path) -> dict[str, Any]:
     timings = read_json(folder / "bench.json")["timings"]
-    return {"bench": [{"engine": one["contestant"], "frames": one["frames"], "rows": one["rows"], "ms": one["ms"]}
-                      for one in timings]}  # fmt: skip
+    rows = [
+        {"engine": timing["contestant"], **{key: timing[key] for key in ("frames", "rows", "ms")}} for timing in timings
+    ]
+    return {"bench": rows}
 
 
 def _generated(folder: Path) -> dict[str, Any]:
     timings = read_json(folder / "generate.json")["timings"]
-    return {f"{one['contestant']}, {one['seconds']:g} s: ms": one["ms"] for one in timings}
+    return {f"{timing['contestant']}, {timing['seconds']:g} s: ms": timing["ms"] for timing in timings}

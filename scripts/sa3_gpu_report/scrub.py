@@ -1,4 +1,4 @@
-"""Take out of a log what is nobody's business: prompts, paths of home and work folders, tokens, names of users."""
+"""Removal of private data from logs: prompts, paths of home and work folders, tokens, user names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOME = re.compile(r"(?:/home|/Users|/root)(?:/[^\s/:'\"]+)?")
 
 
 class Scrubber:
-    """Replaces the known folders by names, and everything private by what kind of thing it was."""
+    """Scrubber of logs: replaces known folders by names, and private data by their kind."""
 
     def __init__(self, folders: dict[str, Path], prompts: Iterable[str] = ()) -> None:
         """`folders`: name -> folder that is written as <name>; `prompts` are replaced as they stand."""
@@ -34,7 +34,7 @@ class Scrubber:
         )  # a folder before the one that holds it
 
     def __call__(self, text: str) -> str:
-        """The text without them."""
+        """Return the text without private data."""
         for private, shown in self._known:
             text = text.replace(private, shown)
         return HOME.sub("~", TOKEN.sub(SECRET_TEXT, text))

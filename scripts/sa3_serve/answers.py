@@ -1,4 +1,4 @@
-"""From a request to its answer: a place in the ring, the wait for the sound, and the bytes of it."""
+"""From a request to its answer: submission to the ring, the wait for the sound, and its bytes."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ CLIENT_LEFT = 499  # nobody reads it; the metrics count it
 
 
 class NotReadyError(ToolError):
-    """A request before the first sound has been made, or after none can be made."""
+    """A request before the first sound, or after a failure of the engines."""
 
 
 class EngineError(ToolError):
-    """A sound that could not be made, through no fault of the request."""
+    """A failure of generation that the request did not cause."""
 
 
 async def generate(service: Service, http: HttpRequest, stream: bool) -> Response:
-    """The answer to a request for a sound. Raises ToolError."""
+    """Return the answer to a request for a sound. Raises ToolError."""
     if service.draining:
         raise ClosedError
     if service.status != "ready":
@@ -107,7 +107,7 @@ async def _streamed(service: Service, http: HttpRequest, request: Request, clean
                 while window is not None:
                     yield encode.pcm_bytes(audio_io.tame(window, "clip"))
                     window = await windows.get()
-                _raise_if_failed(future)  # after the head has gone only a broken connection can say so
+                _raise_if_failed(future)  # after the head has gone only a broken connection shows the failure
                 service.metrics.count_sound(future.result(), request.seconds, time.perf_counter() - started)
             finally:
                 future.cancel()
@@ -125,7 +125,7 @@ def _silence(samples: int) -> Tensor:
 
 
 async def _unless_gone(http: HttpRequest, future: Future[Result]) -> Result | None:
-    """The sound, or None when the client has left; its place is given up then. Raises ToolError."""
+    """Return the sound, or None when the client has disconnected; it is then cancelled. Raises ToolError."""
     sound = asyncio.ensure_future(asyncio.wrap_future(future))
     gone = asyncio.ensure_future(_disconnected(http))
     try:
@@ -142,13 +142,13 @@ async def _unless_gone(http: HttpRequest, future: Future[Result]) -> Result | No
 
 
 async def _disconnected(http: HttpRequest) -> None:
-    """Return when the client has left."""
+    """Return when the client has disconnected."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 def _raise_if_failed(future: Future[Result]) -> None:
-    """Raise EngineError for what kept a sound from being made."""
+    """Raise EngineError for the failure of a generation."""
     error = future.exception() if not future.cancelled() else ClosedError()
     if error is None or isinstance(error, ClosedError):
         if error is not None:
@@ -157,7 +157,7 @@ def _raise_if_failed(future: Future[Result]) -> None:
     print(f"a sound could not be made: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if isinstance(error, ToolError):
         raise EngineError(error.message, error.hint) from None
-    raise EngineError("the sound could not be made", "the server's log says why") from None
+    raise EngineError("generation failed", "the server's log has the error") from None
 
 
 def _headers(service: Service, request: Request, kind: str, timings: dict[str, float]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The routes: one sound, what is served, health, metrics, the page and the OpenAPI document."""
+"""Routes: one sound, the served models, health, metrics, the page and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ASKED = {
 
 
 def create_app(service: Service) -> Guard:
-    """The ASGI application of a service. Its lifespan makes the first sound and closes the service."""
+    """Return the ASGI application of a service. Its lifespan generates the first sound and closes the service."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,13 +61,13 @@ def _add_generate(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/audio/generate",
         summary="Make a sound",
-        description="The answer is the sound; its comment and the header X-Sound say how it was made.",
+        description="The answer is the sound; its comment and the header X-Sound state its settings.",
         openapi_extra={"requestBody": ASKED},
         response_class=Response,
         responses={
             200: {"content": {"audio/wav": {}, "audio/flac": {}, "audio/mpeg": {}, "audio/ogg": {}}},
             422: {"description": "what is wrong and what to do, two lines", "content": {"text/plain": {}}},
-            429: {"description": "the queue is full; Retry-After says when to come again"},
+            429: {"description": "the queue is full; Retry-After has the seconds to wait"},
         },
     )
     async def generate(

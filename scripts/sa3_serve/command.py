@@ -28,8 +28,8 @@ NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prom
           "python_multipart": "python-multipart"}  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this command."""
     parse = Parser(prog="sa3_serve", description="Stable Audio 3 over HTTP: requests enter a ring that runs.")
     model = parse.add_argument_group("model")
     model.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="default: %(default)s")
@@ -81,7 +81,7 @@ def _add_server(parse: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The limits that the flags say. Raises ToolError."""
+    """Return the limits of the flags. Raises ToolError."""
     return Settings(
         depth=args.depth, most_waiting=args.queue, most_seconds=args.max_seconds, most_steps=args.max_steps,
         most_body=args.max_body, body_seconds=args.body_seconds, drain_seconds=args.drain_seconds,
@@ -92,7 +92,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def is_local(host: str) -> bool:
-    """Whether nobody outside of this machine reaches an address."""
+    """Return True for an address that only this machine can reach."""
     if host == "localhost":
         return True
     try:
@@ -109,7 +109,7 @@ def require_packages() -> None:
 
 
 def open_service(args: argparse.Namespace, settings: Settings) -> Service:
-    """The model of the flags in a ring that runs. Raises ToolError."""
+    """Open the flags' model in a running ring. Raises ToolError."""
     from sa3_serve.service import Service
     from sa3_trt_core.lora.lora_set import read_loras
     from sa3_trt_core.model_loader import make_plan, plan_with
@@ -129,8 +129,8 @@ def open_service(args: argparse.Namespace, settings: Settings) -> Service:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load the model, serve until told to end. Raises ToolError."""
-    args = parser().parse_args(argv)
+    """Load the model and serve until a signal ends the process. Raises ToolError."""
+    args = make_parser().parse_args(argv)
     require_packages()
     choose_devices(args.device, None)
     settings = settings_of(args)
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ray_app(args: dict[str, str]) -> Any:
-    """The service as a Ray Serve application: `serve run sa3_serve.command:ray_app onnx_root=DIR precision=fp8`.
+    """Return the service as a Ray Serve application: `serve run sa3_serve.command:ray_app onnx_root=DIR precision=fp8`.
 
     Every replica has a model and a ring of its own, on one GPU unless device=cpu is given. Arguments are the flags.
     """
@@ -159,7 +159,7 @@ def ray_app(args: dict[str, str]) -> Any:
     from ray import serve
 
     words = [f"--{name.replace('_', '-')}={value}" for name, value in args.items()]
-    flags = parser().parse_args(words)
+    flags = make_parser().parse_args(words)
     # The proxy of Ray Serve is what clients reach, by whatever name.
     settings = replace(settings_of(flags), local=False)
 
@@ -176,13 +176,13 @@ def ray_app(args: dict[str, str]) -> Any:
 
 
 def _bound(args: argparse.Namespace) -> socket.socket:
-    """The socket to listen on. Raises ToolError."""
+    """Return the bound socket to listen on. Raises ToolError."""
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((args.host.strip("[]"), args.port))
-        return found
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((args.host.strip("[]"), args.port))
+        return listener
     except OSError as error:
         raise ToolError(
             f"cannot listen on {args.host} port {args.port}: {error.strerror or error}",
@@ -191,7 +191,7 @@ def _bound(args: argparse.Namespace) -> socket.socket:
 
 
 def entry() -> None:
-    """The console script."""
+    """Run as a console command."""
     sys.exit(run_command(main))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """A page of every route and every field of an OpenAPI document."""
+    """Return a page of every route and field of an OpenAPI document."""
     info = document["info"]
     parts = [f"<h1>{html.escape(info['title'])} {html.escape(info['version'])}</h1>"]
     parts.append('<p>The same as JSON: <a href="/openapi.json">/openapi.json</a></p>')
@@ -33,10 +33,15 @@ def _fields(schema: Mapping[str, Any]) -> str:
 
 
 def _about(field: Mapping[str, Any]) -> str:
-    """The description, the values and the range of a field."""
-    ways = [field, *field.get("anyOf", []), field.get("schema", {})]
-    limits = {key: way[key] for way in ways for key in ("minimum", "maximum", "maxLength", "enum") if key in way}
-    told = [str(field.get("description", "")), *(f"{key} {value}" for key, value in limits.items())]
+    """Return the description, values and range of a field."""
+    variants = [field, *field.get("anyOf", []), field.get("schema", {})]
+    limits = {
+        key: variant[key]
+        for variant in variants
+        for key in ("minimum", "maximum", "maxLength", "enum")
+        if key in variant
+    }
+    parts = [str(field.get("description", "")), *(f"{key} {value}" for key, value in limits.items())]
     if "default" in field:
-        told.append(f"default {field['default']}")
-    return "; ".join(part for part in told if part)
+        parts.append(f"default {field['default']}")
+    return "; ".join(part for part in parts if part)

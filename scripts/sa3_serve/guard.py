@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: who asks, from where, how much and how slowly it sends."""
+"""Checks of every request before its route: token, host, origin, body size and transfer time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Guard:
             await _answer(closing, refused)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Refuse by the head alone, before a byte of the body is read. Raises RefusedError."""
+        """Check the head, before any byte of the body is read. Raises RefusedError."""
         host = headers.get(b"host", b"").decode("latin-1")
         if self._settings.local and _name(host) not in LOCAL_NAMES:
             # Another site's name that resolves to this machine would let its pages read what is answered here.
@@ -89,7 +89,7 @@ class _Body:
         self.more = more
 
     async def receive(self) -> Message:
-        """The next part, or that the client has left. Raises RefusedError."""
+        """Return the next part, or the disconnect message. Raises RefusedError."""
         if not self.more:
             return await self._receive()
         try:
@@ -104,7 +104,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Read what is left of a small body: a close over unread bytes resets the connection and loses the answer."""
+        """Read the rest of a small body: closing over unread bytes resets the connection and loses the answer."""
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self.more and self._taken < MOST_JSON:
@@ -124,7 +124,7 @@ def _too_large(most: int) -> RefusedError:
 
 
 def _name(host: str) -> str:
-    """The name of a Host header without its port."""
+    """Return the name of a Host header without its port."""
     return host if host.endswith("]") else host.rpartition(":")[0] or host
 
 

@@ -45,12 +45,12 @@ class Metrics:
             self.stages.labels(stage).observe(taken)
 
     def text(self) -> bytes:
-        """The exposition, as of now."""
+        """Return the current exposition."""
         return generate_latest(self.registry)
 
 
 class _RingCollector:
-    """What the ring says of itself when it is asked."""
+    """Collector of the ring's figures at scrape time."""
 
     def __init__(self, ring: LiveRing) -> None:
         self._ring = ring

@@ -1,4 +1,4 @@
-"""What a request for a sound may say, as JSON or as fields of a form, and the Request that it means."""
+"""Schema of a request for a sound, as JSON or as fields of a form, and its conversion to a Request."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SoundRequest(BaseModel):
     )
 
     def request(self, settings: Settings, init_audio: Path | None) -> Request:
-        """The Request that it means. Raises ToolError, in words of the fields."""
+        """Return the Request. Raises ToolError that names the fields."""
         for name, value, most in (
             ("seconds", self.seconds, settings.most_seconds), ("steps", self.steps, settings.most_steps)
         ):  # fmt: skip
@@ -59,7 +59,7 @@ class SoundRequest(BaseModel):
 
 
 def parse_json(body: bytes) -> SoundRequest:
-    """A request in JSON; a number is a number and no text. Raises ToolError."""
+    """Parse a request in JSON, in which numbers must not be strings. Raises ToolError."""
     try:
         return SoundRequest.model_validate_json(body, strict=True)
     except ValidationError as error:
@@ -67,14 +67,14 @@ def parse_json(body: bytes) -> SoundRequest:
 
 
 def parse_form(fields: Mapping[str, list[str]]) -> SoundRequest:
-    """A request in the fields of a form, each a text. Raises ToolError."""
-    found: dict[str, Any] = {name: values[0] for name, values in fields.items() if name != "inpaint"}
+    """Parse a request from the fields of a form, each a string. Raises ToolError."""
+    values_by_name: dict[str, Any] = {name: values[0] for name, values in fields.items() if name != "inpaint"}
     twice = [name for name, values in fields.items() if name != "inpaint" and len(values) > 1]
     if twice:
-        raise ToolError(f"{_shown(twice[0])} is given twice", HINT)
-    found["inpaint"] = [part.split(",") for part in fields.get("inpaint", [])]
+        raise ToolError(f"{_shown(twice[0])} is repeated", HINT)
+    values_by_name["inpaint"] = [part.split(",") for part in fields.get("inpaint", [])]
     try:
-        return SoundRequest.model_validate(found)
+        return SoundRequest.model_validate(values_by_name)
     except ValidationError as error:
         raise _refusal(error) from None
 
@@ -86,5 +86,5 @@ def _refusal(error: ValidationError) -> ToolError:
 
 
 def _shown(name: str) -> str:
-    """A name that somebody else chose, fit for a line."""
+    """Return a client's name, escaped and shortened for one line."""
     return ascii(name)[1:-1][:60]

@@ -1,4 +1,4 @@
-"""uvicorn, with what it lacks: heads of requests that arrive too slowly, and an end with exit code 0."""
+"""uvicorn with a time limit for request heads, and exit code 0 at a graceful end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD_SECONDS = 10.0  # for the first line and the headers
 
 
 class PatientlessProtocol(H11Protocol):
-    """HTTP/1.1 that closes a connection whose head does not arrive in time: uvicorn itself waits for ever."""
+    """HTTP/1.1 protocol that closes a connection whose head is late: uvicorn has no such limit."""
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -36,7 +36,7 @@ class PatientlessProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Run a clock while a head is under way: no request is known yet, or the last one was answered."""
+        """Run a timer while a head is incomplete: before the first request, or after an answered one."""
         if self.conn.their_state is not h11.IDLE:
             self._stop()
         elif self._head_timer is None:
@@ -54,7 +54,7 @@ class PatientlessProtocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that finishes what it has taken when it is told to end, and then just returns.
+    """A uvicorn server that finishes accepted requests after a signal, and then returns.
 
     uvicorn raises the signal again, which a supervisor would read as a crash.
     """
@@ -73,14 +73,14 @@ class Server(uvicorn.Server):
                 signal.signal(one, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; a second signal does not wait for what is in the ring."""
+        """Begin the shutdown; a second signal does not wait for the ring's generations."""
         self._service.draining = True
         self.force_exit = self.should_exit
         self.should_exit = True
 
 
 def make_server(service: Service, app: Any, host: str, port: int, access_log: bool) -> Server:
-    """A server that is not started yet."""
+    """Return a server that is not started."""
     config = uvicorn.Config(
         app, host=host, port=port, http=PatientlessProtocol, ws="none", lifespan="on", log_level="warning",
         access_log=access_log, server_header=False, timeout_keep_alive=15, backlog=512,

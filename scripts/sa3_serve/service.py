@@ -1,4 +1,4 @@
-"""What runs behind the routes: the ring, the state of the server, and its first sound."""
+"""State behind the routes: the ring, the server's status, and its first sound."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Service(Closing):
 
     @property
     def status(self) -> str:
-        """starting until a first sound has been made, then ready; draining; failed when no sound can be made."""
+        """Return the status: starting until the first sound, then ready; draining; failed when generation fails."""
         first = self._first
         if self.ring.failure is not None or (first is not None and first.done() and first.exception() is not None):
             return "failed"
@@ -46,19 +46,19 @@ class Service(Closing):
         return "ready" if first is not None and first.done() else "starting"
 
     def start(self) -> None:
-        """Begin the first sound, which compiles and allocates what every later one uses."""
+        """Start the first sound, which compiles kernels and allocates buffers for later ones."""
         with self._lock:
             if self._first is None:
                 self._first = self.ring.submit(FIRST_SOUND)
 
     def close(self) -> None:
-        """End the ring, giving up what is in it, and close the engines."""
+        """Stop the ring, discarding its generations, and close the engines."""
         self.draining = True
         self.ring.close()
         self.generator.close()
 
     def describe(self) -> dict[str, Any]:
-        """The entry of GET /v1/models."""
+        """Return the entry of GET /v1/models."""
         settings = self.settings
         return {
             "id": self.model,
@@ -79,7 +79,7 @@ class Service(Closing):
         }
 
     def require_loras(self, digest: str | None) -> None:
-        """Raise ToolError when other adapters are wanted than the model runs with: one set serves every request."""
+        """Raise ToolError for other adapters than the model's: one set serves every request."""
         own = self.generator.loras
         if digest is not None and digest != own.digest:
             named = "; ".join(own.described()) or "none"
@@ -89,7 +89,7 @@ class Service(Closing):
             )
 
     def metadata(self, request: Request, window: int | None = None) -> dict[str, Any]:
-        """Return what sa3_trt writes into a sound, without the file that was uploaded; `window` is that of a stream."""
+        """Return a sound's comment as sa3_trt writes it, without the uploaded file; `window` is that of a stream."""
         used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
         usual = vars(parser().parse_args(["--prompt", ""]))
         chunk = window or self.generator.engines.plan.chunk_frames

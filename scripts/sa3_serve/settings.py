@@ -1,4 +1,4 @@
-"""Limits and manners of a server."""
+"""Limits and options of a server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")  # what an Authorization header carries as 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server allows.
+    """Limits of a server.
 
     `depth` places in the ring; `most_waiting` requests in the queue before 429; `most_seconds` and `most_steps` of a
     sound; `most_body` bytes of a request, which has `body_seconds` to arrive; `drain_seconds` to finish what was taken
@@ -40,16 +40,16 @@ class Settings:
     text_only: bool = False
 
     def admits(self, authorization: bytes | None) -> bool:
-        """Whether an Authorization header has the token; the time it takes does not depend on where it differs."""
+        """Return True when an Authorization header has the token. The comparison takes constant time."""
         if self.token_digest is None:
             return True
         scheme, _, token = (authorization or b"").partition(b" ")
-        given = hashlib.sha256(token.strip()).digest()
-        return hmac.compare_digest(given, self.token_digest) and scheme.lower() == b"bearer"
+        digest = hashlib.sha256(token.strip()).digest()
+        return hmac.compare_digest(digest, self.token_digest) and scheme.lower() == b"bearer"
 
 
 def read_token(path: Path) -> bytes:
-    """The SHA-256 of the token in a file, its only line. Raises ToolError."""
+    """Return the SHA-256 of the token in a file, its only line. Raises ToolError."""
     hint = "make one, for example: python -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE"
     try:
         with path.open("rb") as file:

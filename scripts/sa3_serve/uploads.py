@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON, or a form with a sound in it that is checked before it waits for a place."""
+"""Bodies of requests: JSON, or a form with a sound that is checked before it is queued."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOUND = "init_audio"
 async def read_request(
     http: HttpRequest, settings: Settings, cleanup: contextlib.ExitStack
 ) -> tuple[SoundRequest, Request]:
-    """What is asked for. A sound that comes with it lies in a temporary file until `cleanup` closes.
+    """Request of a body. An uploaded sound is in a temporary file until `cleanup` closes.
 
     Raises ToolError, RefusedError with a status of its own.
     """
@@ -60,7 +60,7 @@ async def read_request(
 
 
 def _sorted(items: list[tuple[str, Any]]) -> tuple[dict[str, list[str]], UploadFile | None]:
-    """The text fields of a form, and its file."""
+    """Return the text fields of a form, and its file."""
     fields: dict[str, list[str]] = {}
     upload: UploadFile | None = None
     for name, value in items:
@@ -76,7 +76,7 @@ def _sorted(items: list[tuple[str, Any]]) -> tuple[dict[str, list[str]], UploadF
 
 
 def _kept(upload: UploadFile, cleanup: contextlib.ExitStack) -> Path:
-    """The upload as a file that this process alone may read."""
+    """Write the upload to a file that only this process may read; return its path."""
     file = tempfile.NamedTemporaryFile(prefix="sa3-", suffix=".upload")  # noqa: SIM115  # `cleanup` is its context
     cleanup.enter_context(file)
     shutil.copyfileobj(upload.file, file)
@@ -85,14 +85,14 @@ def _kept(upload: UploadFile, cleanup: contextlib.ExitStack) -> Path:
 
 
 def _require_readable(request: Request, path: Path) -> None:
-    """Decode what will be read of a sound, so that what is wrong with it is known before it waits for a place."""
+    """Decode the part of a sound that will be used, to report its defects before it is queued."""
     with _in_fields(path):
         reader.read_audio(path, request.init_start, request.frames * SAMPLES_PER_FRAME)
 
 
 @contextlib.contextmanager
 def _in_fields(path: Path) -> Iterator[None]:
-    """Errors without the path of this machine."""
+    """Raise errors without paths of this machine."""
     try:
         yield
     except ToolError as error:

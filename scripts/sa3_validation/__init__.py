@@ -1,1 +1,1 @@
-"""Is one DiT as good as another? Single steps, whole generations, their sound, gates, a report and a page to listen."""
+"""Comparison of a DiT with a reference: single steps, generations, sound, gates, a report and a page to listen."""

@@ -17,14 +17,14 @@ def frechet_distance(first: Floats, second: Floats) -> float:
     than features give singular covariances: the value is then biased and comparable only with values of the same sizes.
     Raises ValueError for other shapes and for values that are not finite.
     """
-    features = [np.asarray(side, np.float64) for side in (first, second)]
-    if any(side.ndim != 2 or len(side) < 2 for side in features) or features[0].shape[1] != features[1].shape[1]:
+    features = [np.asarray(array, np.float64) for array in (first, second)]
+    if any(array.ndim != 2 or len(array) < 2 for array in features) or features[0].shape[1] != features[1].shape[1]:
         raise ValueError(f"expected two (n, D) arrays of one width, got {features[0].shape} and {features[1].shape}")
-    if not all(np.isfinite(side).all() for side in features):
+    if not all(np.isfinite(array).all() for array in features):
         raise ValueError("the features are not finite")
     shift = float(np.square(features[0].mean(axis=0) - features[1].mean(axis=0)).sum())
     # C = X^T X of the centred rows X / sqrt(n - 1): the singular values of C1^(1/2) C2^(1/2) are those of X1 X2^T.
-    centred = [(side - side.mean(axis=0)) / np.sqrt(len(side) - 1) for side in features]
-    spread = sum(float(np.square(side).sum()) for side in centred)
+    centred = [(array - array.mean(axis=0)) / np.sqrt(len(array) - 1) for array in features]
+    spread = sum(float(np.square(array).sum()) for array in centred)
     common = float(np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum())
     return max(shift + spread - 2.0 * common, 0.0)

@@ -82,7 +82,7 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
     [
         (["fp16mixed"], "'fp16mixed' is no PRECISION@BACKEND"),
         (["fp16mixed@onnx", "fp8@torch"], "'fp16mixed@onnx' is no PRECISION@BACKEND"),
-        (["fp8@onnxruntime", "fp8@onnxruntime"], "stands there twice"),
+        (["fp8@onnxruntime", "fp8@onnxruntime"], "is repeated"),
         (["fp8@onnxruntime"], "one engine is compared with nothing"),
         (["fp8@onnxruntime", "fp8@torch"], "no engine"),
     ],
