@@ -25,7 +25,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bench_dit.py", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of bench.json, bench.md and bench.png")
     frames = integer_type(1, 4096)
-    parser.add_argument("--lengths", type=frames, nargs="+", default=list(LENGTHS), help="latent frames, one row")
+    parser.add_argument(
+        "--lengths", type=frames, nargs="+", default=list(LENGTHS), help="numbers of latent frames, batch 1"
+    )
     parser.add_argument(
         "--batches", type=integer_type(1, 8), nargs="*", default=list(RING_BATCHES), help="rows of a ring of 646 frames"
     )
@@ -34,10 +36,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--peers", nargs="*", choices=("eager", "compiled", "torchao"), default=["eager", "compiled"],
         help="diffusers in fp16: eager, its blocks compiled, and these with torchao's float8",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=integer_type(1, 10_000), default=200, help="timings of each, taking turns")
     parser.add_argument(
-        "--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more"
+        "--repeats",
+        type=integer_type(1, 10_000),
+        default=200,
+        help="timings of each contestant, alternating, 1 to 10000 (default: 200)",
     )
+    parser.add_argument("--tiny", action="store_true", help="a tiny DiT, also on a CPU: a functional check only")
     files = parser.add_argument_group("engines of this machine, instead of random weights")
     files.add_argument(
         "--engines", nargs="+", metavar="P@B",

@@ -33,12 +33,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="of DiT and decoder: fp8 both, fp8-fp16, fp16mixed with fp16",
     )  # fmt: skip
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="diffusers, fp16")
-    parser.add_argument("--repeats", type=integer_type(1, 1000), default=20, help="of each call (default: 20)")
+    parser.add_argument(
+        "--repeats", type=integer_type(1, 1000), default=20, help="timings of each call, 1 to 1000 (default: 20)"
+    )
     parser.add_argument("--untuned", action="store_true", help="take the tiles of an H100 instead of measuring them")
     parser.add_argument(
         "--start", action="store_true", help="also a fresh sa3_trt to its first WAV of 54 s, --tiny: 1 s"
     )
-    parser.add_argument("--tiny", action="store_true", help="a tiny model, also on a CPU: shows that it runs")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny model, also on a CPU: a functional check only")
     return parser
 
 

@@ -19,18 +19,24 @@ from sa3_trt_core.request import Request
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = Parser(prog="bench_ring.py", description=__doc__)
-    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0])
-    parser.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="default: %(default)s")
-    parser.add_argument("--backend", default=engines.AUTO, help="as of sa3_trt")
-    parser.add_argument("--device", metavar="N", help="the GPU to use, or cpu")
-    parser.add_argument("--onnx-root", type=Path, metavar="D")
-    parser.add_argument("--models-dir", type=Path, metavar="D")
+    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="model (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=targets.PRECISIONS, default="fp8", help="precision of the DiT (default: %(default)s)"
+    )
+    parser.add_argument("--backend", default=engines.AUTO, help="backend, as of sa3_trt (default: auto)")
+    parser.add_argument("--device", metavar="N", help="GPU to use, or cpu (default: the first GPU)")
+    parser.add_argument("--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR)")
+    parser.add_argument("--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR)")
     parser.add_argument(
         "--ring", type=integer_type(1, 64, "places"), nargs="+", default=[8], metavar="D", help="depths (default: 8)"
     )
     parser.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=54.0, metavar="S")
     parser.add_argument(
-        "--sounds", type=integer_type(1, 100_000), default=200, metavar="N", help="timed (default: 200)"
+        "--sounds",
+        type=integer_type(1, 100_000),
+        default=200,
+        metavar="N",
+        help="number of timed sounds, 1 to 100000 (default: 200)",
     )
     return parser
 

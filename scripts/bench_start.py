@@ -28,14 +28,30 @@ COLD, WARM = "cold", "warm"
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = Parser(prog="bench_start.py", description=__doc__)
-    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
-    parser.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="its DiT (default: %(default)s)")
-    parser.add_argument("--backend", choices=engines.CHOICES, default="torch", help="(default: %(default)s)")
-    parser.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
-    parser.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
-    parser.add_argument("--seconds", type=number_type(0.5, 380, "seconds"), default=54.0, help="of sound (default: 54)")
-    parser.add_argument("--repeats", type=integer_type(1, 100), default=3, help="of each, taking turns (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
+    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="model (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=targets.PRECISIONS, default="fp8", help="precision of the DiT (default: %(default)s)"
+    )
+    parser.add_argument("--backend", choices=engines.CHOICES, default="torch", help="backend (default: %(default)s)")
+    parser.add_argument(
+        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
+    )
+    parser.add_argument(
+        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=number_type(0.5, 380, "seconds"),
+        default=54.0,
+        help="length of the sound in seconds, 0.5 to 380 (default: 54)",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=integer_type(1, 100),
+        default=3,
+        help="starts of each kind, alternating, 1 to 100 (default: 3)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     return parser
 
 

@@ -18,12 +18,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="check_engine.py", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="targets, as build_from_onnx.py --list shows them")
     parser.add_argument(
-        "--backend", choices=engines.CHOICES, default=engines.AUTO, help="of all (default: %(default)s)"
+        "--backend", choices=engines.CHOICES, default=engines.AUTO, help="backend of all targets (default: %(default)s)"
     )
-    parser.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
-    parser.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
-    parser.add_argument("--out", type=Path, metavar="F.json", help="write the figures there too")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument(
+        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
+    )
+    parser.add_argument(
+        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
+    )
+    parser.add_argument("--out", type=Path, metavar="F.json", help="also write the figures to this JSON file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     return parser
 
 

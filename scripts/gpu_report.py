@@ -19,14 +19,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("output/gpu-report"), metavar="DIR",
         help="report.md, report.json and logs (default: %(default)s); the rest, not for sending, in DIR/work",
     )  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="random weights of the least size: shows that it runs")
     parser.add_argument(
-        "--onnx-root", type=Path, metavar="D", help="graphs that are there, not the demonstration model"
+        "--tiny", action="store_true", help="use random weights of minimal size: a functional check only"
+    )
+    parser.add_argument(
+        "--onnx-root",
+        type=Path,
+        metavar="D",
+        help="folder of existing graphs to use instead of the demonstration model",
     )
     parser.add_argument(
         "--minutes", type=number_type(0.1, 600, "minutes"), default=10.0, help="what is not done then is left out"
     )
-    parser.add_argument("--matrix", action="store_true", help="print the README's table of the kept reports, and leave")
+    parser.add_argument("--matrix", action="store_true", help="print the README's table of the kept reports, and exit")
     return parser
 
 

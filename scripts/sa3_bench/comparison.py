@@ -11,11 +11,11 @@ from torch import Tensor
 from sa3_trt_core.torch_models.dit.weights import Sizes
 
 Step = Callable[[], Tensor]
-LEAST_COSINE = {"fp8": 0.98, "fp16mixed": 0.9999}  # velocity, by precision: a check, not a quality figure
+MIN_COSINE = {"fp8": 0.98, "fp16mixed": 0.9999}  # velocity, by precision: a check, not a quality figure
 
 
 class Contestant(Protocol):
-    """A DiT: `prepare` gives a step on inputs that lie on the device; its velocity is valid until the next one."""
+    """A DiT: `prepare` returns a step on inputs on the device; its velocity is valid until the next one."""
 
     def prepare(self, inputs: dict[str, Tensor]) -> Step: ...
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sa3_bench.comparison import LEAST_COSINE, Contest, Step
+from sa3_bench.comparison import MIN_COSINE, Contest, Step
 from sa3_trt_core import engines, targets
 from sa3_trt_core.engines.base import pick
 from sa3_trt_core.errors import ToolError
@@ -52,9 +52,7 @@ def contest_of(models: dict[str, ComparedModel], stack: ExitStack) -> Contest:
     """Open every engine until `stack` ends; the first is the reference of the others. Raises ToolError."""
     opened = {name: Opened(stack.enter_context(model.open())) for name, model in models.items()}
     first, *others = opened
-    min_cosine = LEAST_COSINE[
-        "fp8" if any(model.target.precision == "fp8" for model in models.values()) else "fp16mixed"
-    ]
+    min_cosine = MIN_COSINE["fp8" if any(model.target.precision == "fp8" for model in models.values()) else "fp16mixed"]
 
     def reference(inputs: dict[str, Tensor]) -> Tensor:
         return opened[first].prepare(inputs)().clone()

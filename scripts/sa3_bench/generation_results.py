@@ -109,7 +109,7 @@ def measure(name: str, contestant: Contestant, lengths: Sequence[float], repeats
     for seconds in lengths:
         try:
             with quiet():
-                timings.append(_one(name, contestant, seconds, repeats, others))
+                timings.append(_timing(name, contestant, seconds, repeats, others))
         except torch.OutOfMemoryError:
             print(f"{name}: no memory for {seconds:g} s", file=sys.stderr)
             torch.cuda.empty_cache()
@@ -117,7 +117,7 @@ def measure(name: str, contestant: Contestant, lengths: Sequence[float], repeats
     return timings
 
 
-def _one(name: str, contestant: Contestant, seconds: float, repeats: int, others: int) -> Timing:
+def _timing(name: str, contestant: Contestant, seconds: float, repeats: int, others: int) -> Timing:
     on_gpu = contestant.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -126,9 +126,9 @@ def _one(name: str, contestant: Contestant, seconds: float, repeats: int, others
         contestant.generate(seconds, seed)
     times = [_clock(contestant, seconds, seed) for seed in range(repeats)]
     middle = statistics.median(times)
-    deviation = statistics.median(abs(one - middle) for one in times)
+    deviation = statistics.median(abs(ms - middle) for ms in times)
     stages = [_stages(contestant, seconds, seed) for seed in range(repeats)]
-    parts = {stage: statistics.median(one[stage] for one in stages) for stage in STAGES}
+    parts = {stage: statistics.median(ms_by_stage[stage] for ms_by_stage in stages) for stage in STAGES}
     peak = torch.cuda.max_memory_allocated() - others if on_gpu else 0
     return Timing(name, seconds, middle, deviation, parts, peak, first)
 
@@ -163,8 +163,8 @@ def _plot(record: Record, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name in dict.fromkeys(one.contestant for one in record.timings):
-        points = sorted((one.seconds, one.ms) for one in record.timings if one.contestant == name)
+    for name in dict.fromkeys(timing.contestant for timing in record.timings):
+        points = sorted((timing.seconds, timing.ms) for timing in record.timings if timing.contestant == name)
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     for name, known in PUBLISHED.items():
         axes.plot(list(known), list(known.values()), marker="x", linestyle=":", label=name)

@@ -77,6 +77,6 @@ def _write_tokenizer(root: Path) -> None:
 
 
 def release() -> None:
-    """Give the GPU's memory back to the processes that are started."""
+    """Release the GPU's memory for the processes that are started."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sa3_bench.comparison import LEAST_COSINE, Contest, Step
+from sa3_bench.comparison import MIN_COSINE, Contest, Step
 from sa3_bench.random_dit import MEDIUM, SMALL, duration_token, packed_of, random_module
 from sa3_trt_core.cuda_graph import capture
 from sa3_trt_core.torch_models.dit.model import Dit
@@ -21,11 +21,11 @@ OURS = ("fp8", "fp16mixed")
 EAGER, COMPILED, TORCHAO = "diffusers fp16", "diffusers fp16 compiled", "diffusers torchao float8 compiled"
 PEERS = (EAGER, COMPILED, TORCHAO)
 WARM_RUNS = 3
-MOST_SHAPES = 64  # compiled for each; beyond its limit Dynamo silently runs eagerly
+MAX_SHAPES = 64  # compiled for each; beyond its limit Dynamo silently runs eagerly
 
 
 class Ours:
-    """Our engine on packed weights; `prepare` gives a step that replays its graph."""
+    """Our engine on packed weights; `prepare` returns a step that replays its graph."""
 
     def __init__(self, packed: Packed, device: torch.device) -> None:
         tables = packed.tensor("cosine"), packed.tensor("sine")
@@ -63,7 +63,7 @@ class Diffusers:
 
             quantize_(self._module, Float8DynamicActivationFloat8WeightConfig(), _is_trunk)
         if kind != EAGER:
-            torch._dynamo.config.recompile_limit = MOST_SHAPES
+            torch._dynamo.config.recompile_limit = MAX_SHAPES
             for block in self._module.transformer_blocks:
                 block.compile(dynamic=False)
 
@@ -106,7 +106,7 @@ def contest_of(names: Sequence[str], tiny: bool, device: torch.device) -> Contes
     """Return our engine and its peers by name, on the same random weights of full size (or tiny)."""
     module = random_module(SMALL if tiny else MEDIUM, device)
     packed = packed_of(module, "fp8")
-    judged = {name: LEAST_COSINE[name] for name in names if name in OURS}
+    judged = {name: MIN_COSINE[name] for name in names if name in OURS}
     return Contest(
         {name: make(name, module, packed, device) for name in names}, judged,
         lambda inputs: _reference(module, packed, inputs), "the fp32 module", "the best peer", packed.sizes,

@@ -61,8 +61,8 @@ class Record:
         """Return the table of the run, without columns that are empty for every contestant."""
         rows = []
         for entry in self.timings:
-            best = [other.ms for other in self.timings if (other.rows, other.frames) == (entry.rows, entry.frames)
-                    and other.contestant not in self.judged]  # fmt: skip
+            best = [peer.ms for peer in self.timings if (peer.rows, peer.frames) == (entry.rows, entry.frames)
+                    and peer.contestant not in self.judged]  # fmt: skip
             ratio = f"{min(best) / entry.ms:.2f}x" if best and entry.contestant in self.judged else ""
             rows.append([
                 str(entry.rows), str(entry.frames), entry.contestant, f"{entry.ms:.2f}", ratio,
@@ -198,8 +198,10 @@ def _plot(record: Record, out: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name in dict.fromkeys(one.contestant for one in record.timings):
-        points = sorted((one.frames, one.ms) for one in record.timings if one.contestant == name and one.rows == 1)
+    for name in dict.fromkeys(entry.contestant for entry in record.timings):
+        points = sorted(
+            (entry.frames, entry.ms) for entry in record.timings if entry.contestant == name and entry.rows == 1
+        )
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     axes.set(
         xlabel="latent frames", ylabel="ms a step", xscale="log", yscale="log", title=record.machine.get("card", "CPU")

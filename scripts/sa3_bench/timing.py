@@ -36,7 +36,7 @@ def alternating(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     medians = {}
     for name, times in taken.items():
         middle = statistics.median(times)
-        medians[name] = middle, statistics.median(abs(one - middle) for one in times)
+        medians[name] = middle, statistics.median(abs(ms - middle) for ms in times)
     return medians
 
 

@@ -17,7 +17,7 @@ from sa3_trt_core.errors import ToolError
 
 ANSWER_SECONDS = 5.0
 HINT = "give the HOST:PORT that `ray start` printed, or auto for a Ray of this machine"
-LEAST_STORE = 80_000_000  # bytes of shared memory: Ray's least, as sounds go to files and not through it
+MIN_STORE = 80_000_000  # bytes of shared memory: Ray's minimum, as sounds go to files and not through it
 
 
 def require_ray(flag: str) -> None:
@@ -52,7 +52,7 @@ def connected(address: str, devices: Sequence[str]) -> Iterator[list[dict[str, A
             cpus = max(len(devices), os.cpu_count() or 1)
             ray.init(
                 address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, _node_ip_address="127.0.0.1",
-                object_store_memory=LEAST_STORE, **options,
+                object_store_memory=MIN_STORE, **options,
             )  # fmt: skip
         else:
             ray.init(address=address, **options)

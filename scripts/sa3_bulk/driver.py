@@ -104,7 +104,7 @@ class _Spread:
         self._waiting, self._left = deque(rows), set(rows)
         self._tries: dict[int, int] = {}
         self._failed: dict[int, tuple[str, str]] = {}
-        self._slots = [_Slot(dict(one)) for one in resources[: len(rows)]]
+        self._slots = [_Slot(dict(resource)) for resource in resources[: len(rows)]]
         self._last_seen = time.monotonic()
 
     def run(self) -> None:

@@ -14,7 +14,7 @@ from sa3_trt_core import console
 from sa3_trt_core.errors import ToolError
 
 FORMAT, KIND = 1, "sa3_trt gpu report"
-LARGEST = 4 << 20  # bytes of a kept document
+MAX_BYTES = 4 << 20  # bytes of a kept document
 LIBRARIES = {
     "tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt-rtx"), "torch": ("torch",),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
@@ -81,7 +81,7 @@ def read_reports(folder: Path) -> list[dict[str, Any]]:
     reports = []
     for path in sorted(folder.glob("*.json")):
         try:
-            report = json.loads(path.read_bytes()) if path.stat().st_size <= LARGEST else None
+            report = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
         except (OSError, ValueError, RecursionError):
             report = None
         if not isinstance(report, dict) or report.get("kind") != KIND or report.get("format") != FORMAT:

@@ -25,7 +25,7 @@ Figures = Callable[[], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """One command. `column` is the matrix's, None for what only prepares; `after` are parts that it needs passed.
+    """One command. `column` is its matrix column, None for preparation; `after` are the parts that must pass first.
 
     `figures` reads what the command left; `skip` is why it is not run at all.
     """

@@ -20,7 +20,7 @@ class Scrubber:
     """Scrubber of logs: replaces known folders by names, and private data by their kind."""
 
     def __init__(self, folders: dict[str, Path], prompts: Iterable[str] = ()) -> None:
-        """`folders`: name -> folder that is written as <name>; `prompts` are replaced as they stand."""
+        """Compile the patterns. `folders`: name -> folder, written as <name>; `prompts` are replaced verbatim."""
         known = [(str(path.resolve()), f"<{name}>") for name, path in folders.items()]
         known += [(str(path), f"<{name}>") for name, path in folders.items() if path.is_absolute()]
         known += [(str(Path.home()), "~")] if str(Path.home()) != "/" else []

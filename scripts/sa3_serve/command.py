@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def ray_app(args: dict[str, str]) -> Any:
     """Return the service as a Ray Serve application: `serve run sa3_serve.command:ray_app onnx_root=DIR precision=fp8`.
 
-    Every replica has a model and a ring of its own, on one GPU unless device=cpu is given. Arguments are the flags.
+    Every replica has a model and a ring of its own, on one GPU unless device=cpu. Arguments are the flags.
     """
     if importlib.util.find_spec("ray") is None:
         raise ToolError("a Ray Serve application needs Ray", "pip install 'sa3-trt[serve,ray-serve]'")

@@ -18,7 +18,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/", "/healthz", "/page.js", "/page.css"})  # they tell nothing and do nothing
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 DRAIN_SECONDS = 1.0
-MOST_JSON = 256 << 10  # bytes of a body that is no form
+MAX_JSON = 256 << 10  # bytes of a body that is no form
 
 
 class RefusedError(ToolError):
@@ -77,7 +77,7 @@ class Guard:
 
     def _most(self, headers: dict[bytes, bytes]) -> int:
         form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
-        return self._settings.most_body if form else min(MOST_JSON, self._settings.most_body)
+        return self._settings.most_body if form else min(MAX_JSON, self._settings.most_body)
 
 
 class _Body:
@@ -107,7 +107,7 @@ class _Body:
         """Read the rest of a small body: closing over unread bytes resets the connection and loses the answer."""
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self.more and self._taken < MOST_JSON:
+                while self.more and self._taken < MAX_JSON:
                     message = await self._receive()
                     self._taken += len(message.get("body", b""))
                     self.more = bool(message.get("more_body", False))

@@ -14,8 +14,8 @@ from sa3_trt_core import shapes
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_SEED, MOST_STEPS, Request
 
-LONGEST_PROMPT = 4096  # characters; the text encoder reads 256 tokens
-MOST_RANGES = 32
+MAX_PROMPT_LENGTH = 4096  # characters; the text encoder reads 256 tokens
+MAX_RANGES = 32
 LATEST_START = 1e6  # seconds
 HINT = "the fields and their ranges are on the page /docs"
 
@@ -28,20 +28,20 @@ class SoundRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: str = Field(max_length=LONGEST_PROMPT, description="What to generate; may be empty")
+    prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What to generate; may be empty")
     seconds: float = Field(30.0, ge=shapes.MIN_SECONDS, le=shapes.MAX_SECONDS, description="Length")
     seed: int | None = Field(None, ge=0, le=MOST_SEED, description="One seed is one sound; drawn if it is left away")
     steps: int = Field(8, ge=1, le=MOST_STEPS, description="Steps of the sampler")
     cfg: float = Field(1.0, ge=0, le=MOST_CFG, description="Guidance; 1 is none")
     apg: float | None = Field(None, ge=0, le=FULL_APG, description="0 plain guidance, 1 projected")
-    negative_prompt: str | None = Field(None, max_length=LONGEST_PROMPT, description="What to lead away from")
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="What to lead away from")
     format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Of the answer")
     init_start: float = Field(0.0, ge=0, le=LATEST_START, description="Second of init_audio to begin at")
     init_noise_level: float | None = Field(None, ge=LEAST_NOISE, le=1, description="Audio to audio: how free of it")
-    inpaint: list[Range] = Field([], max_length=MOST_RANGES, description="Seconds of init_audio to make anew")
+    inpaint: list[Range] = Field([], max_length=MAX_RANGES, description="Seconds of init_audio to make anew")
 
     loras_digest: str | None = Field(
-        None, max_length=64, description="Adapters that are wanted, as /v1/models names them; another set is refused"
+        None, max_length=64, description="Required adapters, named as in /v1/models; other sets are refused"
     )
 
     def request(self, settings: Settings, init_audio: Path | None) -> Request:
@@ -81,8 +81,8 @@ def parse_form(fields: Mapping[str, list[str]]) -> SoundRequest:
 
 def _refusal(error: ValidationError) -> ToolError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return ToolError(f"{_shown(place) or 'the request'}: {first['msg'][:200]}", HINT)
+    location = ".".join(str(part) for part in first["loc"])
+    return ToolError(f"{_shown(location) or 'the request'}: {first['msg'][:200]}", HINT)
 
 
 def _shown(name: str) -> str:

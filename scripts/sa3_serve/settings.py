@@ -11,7 +11,7 @@ from pathlib import Path
 from sa3_trt_core import shapes
 from sa3_trt_core.errors import ToolError
 
-LEAST_TOKEN, MOST_TOKEN = 16, 1024  # characters
+MIN_TOKEN_LENGTH, MAX_TOKEN_LENGTH = 16, 1024  # characters
 _TOKEN = re.compile(r"[\x21-\x7e]+")  # what an Authorization header carries as it is
 
 
@@ -53,13 +53,14 @@ def read_token(path: Path) -> bytes:
     hint = "make one, for example: python -c 'import secrets; print(secrets.token_urlsafe(32))' > FILE"
     try:
         with path.open("rb") as file:
-            text = file.read(MOST_TOKEN + 2).decode("ascii").strip()
+            text = file.read(MAX_TOKEN_LENGTH + 2).decode("ascii").strip()
     except OSError as error:
         raise ToolError(f"cannot read --token-file {path}: {error.strerror or error}", hint) from None
     except UnicodeDecodeError:
         text = ""
-    if not LEAST_TOKEN <= len(text) <= MOST_TOKEN or not _TOKEN.fullmatch(text):
+    if not MIN_TOKEN_LENGTH <= len(text) <= MAX_TOKEN_LENGTH or not _TOKEN.fullmatch(text):
         raise ToolError(
-            f"--token-file {path} holds no token: {LEAST_TOKEN} to {MOST_TOKEN} ASCII characters, no blanks", hint
+            f"--token-file {path} holds no token: {MIN_TOKEN_LENGTH} to {MAX_TOKEN_LENGTH} ASCII characters, no blanks",
+            hint,
         )
     return hashlib.sha256(text.encode("ascii")).digest()

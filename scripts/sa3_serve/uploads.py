@@ -22,7 +22,7 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import Request
 from sa3_trt_core.shapes import SAMPLES_PER_FRAME
 
-MOST_FIELDS, MOST_FIELD = 64, 64 << 10  # of a form; bytes of each that is no file
+MAX_FIELDS, MAX_FIELD = 64, 64 << 10  # of a form; bytes of each that is no file
 SOUND = "init_audio"
 
 
@@ -40,7 +40,7 @@ async def read_request(
     if kind != "multipart/form-data":
         raise RefusedError(415, f"the body is {ascii(kind)[1:-1][:60] or 'of no type'}", "send JSON, or a form")
     try:
-        form = await http.form(max_files=1, max_fields=MOST_FIELDS, max_part_size=MOST_FIELD)
+        form = await http.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
     except HTTPException as error:
         raise ToolError(f"the form cannot be read: {error.detail}", HINT) from None
     try:

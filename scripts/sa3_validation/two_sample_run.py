@@ -29,7 +29,7 @@ class TwoSampleRun:
     reference: ComparedModel
     candidate: ComparedModel
     published: ComparedModel | None
-    place: ModelPaths
+    model_paths: ModelPaths
     prompts: tuple[str, ...]
     count: int
     seed: int
@@ -45,19 +45,19 @@ class TwoSampleRun:
         stat = self.decoder[2].stat()
         recording = Recording(
             self.steps, lambda: self._open(self.decoder), f"{self.decoder[1:]} {stat.st_size} {stat.st_mtime_ns}",
-            self.embedder, self.out / FOLDER, targets.find_dit(self.place.dit).reach,
+            self.embedder, self.out / FOLDER, targets.find_dit(self.model_paths.dit).reach,
         )  # fmt: skip
         figures = TwoSample(
-            self.reference, self.candidate, self.published, self.place, self.count, self.seed, recording
+            self.reference, self.candidate, self.published, self.model_paths, self.count, self.seed, recording
         ).run(self._cases())
         return finite({"seconds": self.seconds, "seed": self.seed, **figures})
 
     def _cases(self) -> list[Case]:
-        tokenizer = Tokenizer(resolve.resolve_tokenizer(self.place.source))
+        tokenizer = Tokenizer(resolve.resolve_tokenizer(self.model_paths.source))
         options = TextCaseOptions(self.prompts[: self.count], 1, self.seed, self.seconds)
         with self._open(self.text) as encoder:
             return text_cases(options, encoder, tokenizer)
 
     def _open(self, source: Source) -> GraphEngine:
         target, backend, path = source
-        return engines.open_engine(target, backend, self.place.source, path)
+        return engines.open_engine(target, backend, self.model_paths.source, path)

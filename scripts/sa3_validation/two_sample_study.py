@@ -53,7 +53,7 @@ class TwoSample:
     reference: ComparedModel
     candidate: ComparedModel
     published: ComparedModel | None
-    place: ModelPaths
+    model_paths: ModelPaths
     count: int
     seed: int
     recording: Recording
@@ -90,7 +90,7 @@ class TwoSample:
         path = self.candidate.path
         try:
             if self.candidate.backend in engines.BUILT:
-                path = engines.source_path(self.candidate.target, engines.DIRECT.name, self.place.source)
+                path = engines.source_path(self.candidate.target, engines.DIRECT.name, self.model_paths.source)
             graph, linear = scaled_graph(path)
         except ToolError as error:
             return None, f"not run: {error.message}"
