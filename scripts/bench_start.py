@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
              for kind, runs in taken.items()}  # fmt: skip
     ratio = medians[COLD]["to the first step"] / medians[WARM]["to the first step"]
     if args.json:
-        print(json.dumps({"seconds": medians, "cold over warm": ratio, "runs": taken}, indent=2))
+        print(json.dumps({"seconds": medians, "cold_over_warm": ratio, "runs": taken}, indent=2))
         return 0
     rows = [[kind, *(f"{seconds:.2f}" for seconds in parts.values())] for kind, parts in medians.items()]
     print(console.table(["start", *medians[COLD]], rows))

@@ -69,7 +69,7 @@ def _figures(part: Mapping[str, Any]) -> str:
         return "; ".join(
             f"{timing['ms']:.2f} ms {timing['engine']} at {timing['frames']}" for timing in figures["bench"]
         )
-    return ", ".join(f"{name} {_cell(value)}" for name, value in figures.items())
+    return ", ".join(f"{name.replace('_', ' ')} {_cell(value)}" for name, value in figures.items())
 
 
 def _cell(value: Any) -> str:
@@ -121,13 +121,14 @@ def _result_cell(part: Mapping[str, Any] | None) -> str:
         return ""
     if part["status"] == FAILED:
         return "**failed**"
-    figures = part["figures"]
+    # Older reports have spaces in the names of their figures.
+    figures = {name.replace(" ", "_"): value for name, value in part["figures"].items()}
     if part["column"] == SPEED:
         fp8 = [timing for timing in figures["bench"] if timing["engine"].startswith("fp8")]
         return "; ".join(f"{timing['ms']:.2f} ms at {timing['frames']}" for timing in fp8)
     if "gates" in figures:
-        passed, cosine = figures["gates"] - figures["failed"], figures["worst denoised cosine"]
+        passed, cosine = figures["gates"] - figures["failed"], figures["worst_denoised_cosine"]
         return f"{passed} of {figures['gates']}, cosine {cosine:.4f}"
     if "engines" in figures:
-        return f"{figures['engines']} engines, {_cell(figures['worst of the limit'])} of the limit"
+        return f"{figures['engines']} engines, {_cell(figures['worst_of_the_limit'])} of the limit"
     return "yes"

@@ -155,8 +155,8 @@ def _checked(path: Path) -> dict[str, Any]:
     worst = [engine["worst"] for engine in engines_checked if engine["worst"] is not None]
     return {
         "engines": len(engines_checked),
-        "without rows": len(engines_checked) - len(worst),
-        "worst of the limit": max(worst, default=None),
+        "without_rows": len(engines_checked) - len(worst),
+        "worst_of_the_limit": max(worst, default=None),
     }
 
 
@@ -165,7 +165,7 @@ def _gates(folder: Path) -> dict[str, Any]:
     cosine = report["single_step"]["by_kind"]["text"]["denoised"]["cosine"]
     return {
         "gates": len(report["gates"]), "failed": sum(not gate["passed"] for gate in report["gates"]),
-        "worst denoised cosine": cosine["worst"], "mean": cosine["mean"],
+        "worst_denoised_cosine": cosine["worst"], "mean": cosine["mean"],
     }  # fmt: skip
 
 

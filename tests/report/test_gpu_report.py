@@ -46,8 +46,8 @@ def test_the_first_line_is_the_verdict_and_every_part_is_there(report: Path) -> 
 
 def test_figures_come_from_what_the_parts_measured(report: Path) -> None:
     parts = {part["name"]: part["figures"] for part in json.loads((report / "report.json").read_text())["parts"]}
-    assert parts["torch, check rows"]["engines"] == 4 and 0 < parts["torch, check rows"]["worst of the limit"] <= 1
-    assert parts["torch, gates"]["failed"] == 0 and 0.9 < parts["torch, gates"]["worst denoised cosine"] < 1
+    assert parts["torch, check rows"]["engines"] == 4 and 0 < parts["torch, check rows"]["worst_of_the_limit"] <= 1
+    assert parts["torch, gates"]["failed"] == 0 and 0.9 < parts["torch, gates"]["worst_denoised_cosine"] < 1
 
 
 def test_nothing_private_is_in_what_is_sent(report: Path, tiny_fp8: Path) -> None:

@@ -102,7 +102,7 @@ def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
         *parts, whole = report["seconds"][kind].values()
         assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
     cold, warm = (report["seconds"][kind]["to the first step"] for kind in (bench_start.COLD, bench_start.WARM))
-    assert report["cold over warm"] == pytest.approx(cold / warm)
+    assert report["cold_over_warm"] == pytest.approx(cold / warm)
 
 
 def test_a_start_that_fails_is_named(tmp_path: Path) -> None:
