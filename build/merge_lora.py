@@ -86,9 +86,11 @@ def _merge(args: argparse.Namespace, loras: LoraSet, out: Path) -> None:
 
     bases = SvdBases(args.input.with_name(args.input.name + ".svd"), args.lora_bases)
     settings: dict[str, Any] = {"base": args.input.name}
-    merged = make(
-        out, "dit_lora", [args.input], loras, settings, lambda: merge_graph(args.input, loras, out, bases), args.force
-    )
+
+    def work(graph: Path) -> Merged:
+        return merge_graph(args.input, loras, graph, bases)
+
+    merged = make(out, "fp16mixed", [args.input], loras, settings, work, args.force)
     _show(out, merged)
 
 
@@ -103,14 +105,14 @@ def _requantize(args: argparse.Namespace, loras: LoraSet, merged_graph: Path, ou
     settings: dict[str, Any] = {"base": args.fp8_base.name, "rounding": args.rounding}
     inputs = [args.input, args.fp8_base, *([args.calib] if args.rounding == "gptq" else [])]
 
-    def work() -> Merged:
+    def work(graph: Path) -> Merged:
         if args.rounding == "nearest":
-            return requantize(args.fp8_base, args.input, loras, out, bases)
+            return requantize(args.fp8_base, args.input, loras, graph, bases)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}.") as folder:
             codes = fitted_codes(merged_graph, args.calib, loras.layers, Path(folder))
-        return requantize(args.fp8_base, args.input, loras, out, bases, codes)
+        return requantize(args.fp8_base, args.input, loras, graph, bases, codes)
 
-    _show(out, make(out, "dit_fp8_lora", inputs, loras, settings, work, args.force))
+    _show(out, make(out, "fp8", inputs, loras, settings, work, args.force))
 
 
 def _show(out: Path, merged: Merged | None) -> None:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,18 @@ def write(path: Path, document: Mapping[str, Any], result: StudyResult) -> Path:
     for placeholder, name in PARTS.items():
         text = text.replace(placeholder, resources.files(__package__).joinpath(name).read_text("utf-8"))
     text = text.replace("@TITLE@", html.escape(f"{names[1]} against {names[0]}"))
+    text = text.replace("@ADAPTERS@", _adapters(document.get("loras", [])))
     # A "<" would let a prompt end the script element.
     text = text.replace("@DATA@", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
     write_atomic_text(path, text)
     return path
+
+
+def _adapters(lines: Sequence[str]) -> str:
+    """Return the adapters that both models ran with as HTML, a list item each; nothing without any."""
+    # An "@" could be one of the marks that are replaced after this one.
+    items = "".join(f"<li>{html.escape(line).replace('@', '&#64;')}</li>" for line in lines)
+    return f'<p>Both with the adapters</p>\n<ul id="adapters">{items}</ul>\n' if items else ""
 
 
 def _two_sample(document: Mapping[str, Any]) -> dict[str, Any] | None:

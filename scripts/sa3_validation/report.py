@@ -37,6 +37,7 @@ def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     lines = [
         f"# {models[1]['name']} against {models[0]['name']}", "",
         f"Reference: {descriptions[0]}  ", f"Candidate: {descriptions[1]}  ",
+        *(f"Adapter of both: {line}  " for line in document.get("loras", [])),
         f"Created: {document['created']}, {', '.join(f'{k} {v}' for k, v in document['tools'].items())}", "",
         f"**{f'{len(failed)} of {len(verdicts)} gates failed' if failed else 'All gates pass'}.** {_same(document)}",
         "", *(f"- {verdict.line}" for verdict in failed or verdicts), "",

@@ -1,31 +1,36 @@
-"""A merged graph as an artefact: kept when current, made under its lock, its manifest written last."""
+"""A merged graph as an artefact: kept when current, made under its lock with check rows, its manifest written last."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sa3_build.engines.dit_facts import dit_facts
 from sa3_build.graph import io as graph_io
+from sa3_build.graph.check_row_files import place_check_rows, write_check_rows
 from sa3_build.lora.merge import Merged
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import build
-from sa3_trt_core.errors import ToolError
+from sa3_trt_core.errors import GateError, ToolError
 from sa3_trt_core.lora.lora_set import LoraSet
+from sa3_trt_core.targets import Precision, find_target
 
 
 def make(
     out: Path,
-    kind: str,
+    precision: Precision,
     sources: Sequence[Path],
     loras: LoraSet,
     settings: dict[str, Any],
-    work: Callable[[], Merged],
+    work: Callable[[Path], Merged],
     force: bool,
 ) -> Merged | None:
-    """Run `work`, which writes `out`, unless its manifest says that it is current; None when it is.
+    """Run `work`, which writes the graph that it is given, unless the manifest of `out` is current; None when it is.
 
-    The manifest names bases, adapters and strengths. Raises ToolError.
+    The manifest names bases, adapters and strengths; check rows lie beside the graph, as beside any other. Raises
+    ToolError, and GateError for a graph whose output is not finite, with nothing written.
     """
     inputs: dict[str, str] = {}
     for source in sources:
@@ -37,10 +42,28 @@ def make(
             raise ToolError(f"no such file: {source}", "name an existing file")
     named = [{"name": adapter.path.name, "kind": adapter.kind.name} for adapter, _ in loras.adapters]
     stated = {**settings, "loras": loras.to_manifest(), "digest": loras.digest, "adapters": named}
+    kind = "dit_fp8_lora" if precision == "fp8" else "dit_lora"
     with build(out, kind, inputs, stated, force) as draft:
         if draft is None:
             return None
-        merged = work()
-        gates = {"layers changed": len(merged.changes), "mean change": merged.mean_change}
-        draft.finish(graph_io.files_of(out), gates)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:
+            trial = Path(scratch) / out.name
+            merged = work(trial)
+            checks = _check_rows(trial, precision)
+            graph_io.move(trial, out)
+            written = [*graph_io.files_of(out), place_check_rows(checks, out)]
+        gates = {
+            "layers changed": len(merged.changes), "mean change": merged.mean_change,
+            "null row": dit_facts(out, find_target("sa3-m"))["null row"],  # the same structure at every size
+        }  # fmt: skip
+        draft.finish(written, gates)
     return merged
+
+
+def _check_rows(graph: Path, precision: Precision) -> Path:
+    try:
+        return write_check_rows(graph, "dit", precision)
+    except GateError as error:
+        raise GateError(
+            f"with these adapters {error.message}; nothing was written", "lower the strengths, or merge fewer adapters"
+        ) from None

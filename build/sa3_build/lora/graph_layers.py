@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from sa3_build.engines import row_order
 from sa3_build.engines.pack_weights import Weight, cores, one, only, weight_of
-from sa3_build.export import torch_to_onnx
 from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.errors import GraphNotRecognised, described
-from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS, REGROUPED, layer_of_role
-from sa3_trt_core.shapes import CONTRACTS, LOCAL_CHANNELS
+from sa3_build.graph.partial_run import PartialRun
+from sa3_build.passes import canonicalize
+from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS, layer_of_role
+from sa3_trt_core.shapes import LOCAL_CHANNELS, TEXT_TOKENS
 
 STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # layers of a block that see x, in order
 FRONT = (
@@ -22,17 +23,16 @@ FRONT = (
     (frozenset({"seconds_total"}), ("seconds", "global.0", "global.2")),
     (frozenset({"t", "seconds_total"}), ("modulation.0", "modulation.2")),
 )
-PROBED_FRAMES = 34
 
 
 @dataclass(frozen=True)
 class GraphLayer:
-    """One layer: its role in a packed DiT, its node, its weight, and the row order of a fused to_qkv."""
+    """One layer: its role in a packed DiT, its node, its weight, and where its native rows stand in the graph."""
 
     role: str
     node: ir.Node
     weight: Weight
-    regrouped: bool
+    rows: np.ndarray | None  # the graph's row of each native row; None where they are the same
     columns: int  # of the native weight; a graph may have padded it
 
     @property
@@ -47,7 +47,11 @@ class GraphLayer:
         else:
             plain = self.weight.codes().astype(np.float32) * self.weight.scale.astype(np.float32).reshape(-1, 1)
         plain = plain.reshape(plain.shape[0], -1).astype(np.float32)[:, : self.columns]
-        return _reordered(plain, NATIVE_ORDER) if self.regrouped else plain
+        return self.native_rows(plain)
+
+    def native_rows(self, graph_rows: np.ndarray) -> np.ndarray:
+        """Return rows (N, ...) of the graph in native order."""
+        return graph_rows if self.rows is None else graph_rows[self.rows]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,7 +62,10 @@ class GraphLayer:
 
     def graph_rows(self, native: np.ndarray) -> np.ndarray:
         """Return a native weight (out, in) as (N, K) in the graph's own row order, padded as the graph's is."""
-        rows = _reordered(native, REGROUPED) if self.regrouped else native
+        rows = native
+        if self.rows is not None:
+            rows = np.empty_like(native)
+            rows[self.rows] = native
         extra = _inputs_of(self.weight) - rows.shape[1]
         return np.pad(rows, ((0, 0), (0, extra))) if extra else rows
 
@@ -68,8 +75,7 @@ def find_layers(path: Path) -> tuple[ir.Model, dict[str, GraphLayer]]:
     model = graph_io.load(path)
     model.graph.sort()
     nodes = _Finder(model).nodes()
-    qkv = nodes["blocks.0.self_qkv"]
-    regrouped = _is_regrouped(path, str(qkv.outputs[0].name)) if _is_differential(qkv) else False
+    orders = _row_orders(path)
     layers = {}
     stored: dict[ir.Value, str] = {}
     for role, node in nodes.items():
@@ -78,8 +84,35 @@ def find_layers(path: Path) -> tuple[ir.Model, dict[str, GraphLayer]]:
             raise GraphNotRecognised(f"{described(node)} shares its weight with the {stored[weight.stored]} layer")
         stored[weight.stored] = role
         columns = LOCAL_CHANNELS if role.endswith("local_in") else _inputs_of(weight)
-        layers[layer_of_role(role)] = GraphLayer(role, node, weight, regrouped and role.endswith("self_qkv"), columns)
+        layers[layer_of_role(role)] = GraphLayer(role, node, weight, orders.get(role), columns)
     return model, layers
+
+
+def _row_orders(path: Path) -> dict[str, np.ndarray]:
+    """Return by role the graph's row of each native row, for attention projections in another order than native.
+
+    Native are q | k | v | q2 | k2, q | q2 and k | k2 | v; without a second half q | k | v, q and k | v. Raises
+    GraphNotRecognised.
+    """
+    model = graph_io.load(path)
+    canonicalize.adopt(model, free_batch=False)  # sizes are known of such graphs alone; no pass of it moves rows
+    nodes, run = _Finder(model).nodes(), PartialRun(model)
+    orders: dict[str, np.ndarray] = {}
+    for index in range(sum(role.endswith(".self_qkv") for role in nodes)):
+        block = f"blocks.{index}."
+        own, cross = (row_order.calls_behind(nodes[block + name]) for name in ("self_qkv", "cross_q"))
+        tokens = row_order.tokens_of(run, nodes[f"{block}self_qkv"])
+        for name, operands, seen in (
+            ("self_qkv", (*own.q, *own.k, own.v), tokens),
+            ("cross_q", cross.q, tokens),
+            ("cross_kv", (*cross.k, cross.v), TEXT_TOKENS + 1),
+        ):
+            rows = row_order.rows_of(run, nodes[block + name], operands, seen)
+            if name == "self_qkv" and _is_differential(nodes[block + name]):
+                rows = _reordered(rows, NATIVE_ORDER)
+            if (rows != np.arange(len(rows))).any():
+                orders[block + name] = rows
+    return orders
 
 
 class _Finder:
@@ -179,66 +212,3 @@ def _is_differential(qkv: ir.Node) -> bool:
 def _reordered(rows: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     parts = np.split(rows, QKV_PARTS)
     return np.concatenate([parts[index] for index in order])
-
-
-def _is_regrouped(path: Path, qkv: str) -> bool:
-    """Return whether to_qkv's rows are q | q2 | k | k2 | v, and not the native q | k | v | q2 | k2.
-
-    The first block runs with every channel of to_qkv replaced by the number of its fifth: what reaches the attention's
-    right-hand side is v's place, whatever cuts, reshapes or stacks lie between. Raises GraphNotRecognised.
-    """
-    from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-
-    model = graph_io.mapped(path)
-    model.graph.sort()
-    node = next(node for node in model.graph if node.outputs[0].name == qkv)
-    values = _values_of(only(cores(node), "attention of", node))
-    _number_channels(model, node)
-    shown = ir.node("Cast", [values], {"to": int(ir.DataType.FLOAT)})
-    shown.outputs[0].name, shown.outputs[0].dtype = "channel_numbers", ir.DataType.FLOAT
-    model.graph.append(shown)
-    model.graph.outputs.clear()
-    model.graph.outputs.append(shown.outputs[0])
-    RemoveUnusedNodesPass()(model)
-    named = zip(
-        CONTRACTS["dit"].inputs, torch_to_onnx.example_inputs("dit", batch=1, frames=PROBED_FRAMES), strict=True
-    )
-    inputs = {spec.name: value for spec, value in named}
-    with OnnxRuntimeEngine(path, ir.to_proto(model).SerializeToString(), low_memory=True) as engine:
-        numbers = set(engine.run(inputs)["channel_numbers"].unique().tolist())
-    places = {REGROUPED.index(2): True, 2: False}
-    if len(numbers) != 1 or (place := int(numbers.pop())) not in places:
-        raise GraphNotRecognised(f"{described(node)}: the rows of v were not found among to_qkv's")
-    return places[place]
-
-
-def _number_channels(model: ir.Model, node: ir.Node) -> None:
-    """Give the users of a to_qkv product the number of each channel's fifth instead of its value."""
-    out = node.outputs[0]
-    weight = _weight(node)
-    assert weight.stored.const_value is not None
-    channels = max(int(size) for size in weight.stored.const_value.shape.numpy())
-    numbers = np.repeat(np.arange(QKV_PARTS, dtype=np.float32), channels // QKV_PARTS)
-    value = ir.val("channel_numbers_of_qkv", const_value=ir.tensor(numbers, name="channel_numbers_of_qkv"))
-    model.graph.register_initializer(value)
-    uses = list(out.uses())
-    nothing = ir.node("Sub", [out, out])
-    typed = ir.node("CastLike", [value, out])
-    numbered = ir.node("Add", [nothing.outputs[0], typed.outputs[0]])
-    model.graph.insert_after(node, [nothing, typed, numbered])
-    for use in uses:
-        use.node.replace_input_with(use.idx, numbered.outputs[0])
-
-
-def _values_of(core: ir.Node) -> ir.Value:
-    """The right-hand side of the product that follows an attention's scores."""
-    queue, seen = [core], {core}
-    while queue:
-        for value in queue.pop(0).outputs:
-            for use in value.uses():
-                if use.node.op_type in query.GEMM_OPS and use.idx == 0 and use.node.inputs[1] is not None:
-                    return use.node.inputs[1]
-                if use.node not in seen and not query.gives_sizes(use.node):
-                    seen.add(use.node)
-                    queue.append(use.node)
-    raise GraphNotRecognised(f"no product follows the scores of {described(core)}")

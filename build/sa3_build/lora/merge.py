@@ -74,7 +74,7 @@ def _put_lazily(layer: GraphLayer, loras: LoraSet, bases: BasisSource, merged: M
     value = layer.weight.stored
     stored = value.const_value
     assert stored is not None
-    original = GraphLayer(layer.role, layer.node, layer.weight, layer.regrouped, layer.columns)
+    original = GraphLayer(layer.role, layer.node, layer.weight, layer.rows, layer.columns)
     dtype = stored.dtype.numpy()
 
     def made() -> ir.TensorProtocol:

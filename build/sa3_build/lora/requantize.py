@@ -24,7 +24,6 @@ from sa3_build.passes.rename_nodes import RenameNodes
 from sa3_build.quantization import round_weights, scales, selection as quantization_selection
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS
 from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.lora.svd_bases import BasisSource
 
@@ -91,11 +90,7 @@ def fitted_codes(merged_graph: Path, calibration: Path, layers: frozenset[str], 
 
 
 def _native_codes(layer: GraphLayer, codes: np.ndarray) -> np.ndarray:
-    rows = codes.T if layer.weight.transposed else codes
-    if not layer.regrouped:
-        return np.ascontiguousarray(rows)
-    parts = np.split(rows, QKV_PARTS)
-    return np.concatenate([parts[index] for index in NATIVE_ORDER])
+    return np.ascontiguousarray(layer.native_rows(codes.T if layer.weight.transposed else codes))
 
 
 def _require_same(layer: GraphLayer, original: GraphLayer, fp8: Path, source: Path) -> None:

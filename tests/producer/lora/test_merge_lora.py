@@ -10,6 +10,7 @@ from pathlib import Path
 import build_from_onnx
 import merge_lora
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -21,6 +22,7 @@ from sa3_build.export import torch_to_onnx
 from sa3_build.lora.graph_layers import find_layers
 from sa3_build.lora.merge import merge_graph
 from sa3_trt_core.artifacts import manifest
+from sa3_trt_core.artifacts.check_rows import check_path
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.torch import TorchEngine
 from sa3_trt_core.lora.lora_set import LoraSet, LoraSpec
@@ -126,7 +128,7 @@ def test_a_pair_is_merged_in_the_order_that_it_is_named(
 
 
 class Native(torch.nn.Module):
-    """The native network as a module, with the native row order of to_qkv, for the older exporter."""
+    """The native network as a module, with the native row order of to_qkv."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -138,21 +140,39 @@ class Native(torch.nn.Module):
         return native.velocity(dict(zip(self.names, self.held, strict=True)), *inputs)
 
 
+def turn_weights(path: Path) -> None:
+    """Store the weights of every MatMul (out, in), each behind a Transpose, as exporters without folding do."""
+    model = onnx.load(path)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    turned = []
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            tensor = stored[node.input[1]]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).T.copy(), tensor.name))
+            turned.append(onnx.helper.make_node("Transpose", [tensor.name], [f"{tensor.name}_turned"], perm=[1, 0]))
+            node.input[1] = turned[-1].output[0]
+    nodes = [*turned, *model.graph.node]
+    del model.graph.node[:], model.graph.value_info[:]  # the latter has the shapes of before
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+
+
 def test_a_graph_with_native_rows_behind_transposes_is_told_from_one_with_regrouped_rows(
     tiny_onnx: Path, weights: dict[str, torch.Tensor], base: dict[str, np.ndarray], adapted: Adapted, tmp_path: Path
 ) -> None:
-    contract = CONTRACTS["dit"]
-    names = [spec.name for spec in contract.inputs]
-    axes = {spec.name: {i: d for i, d in enumerate(spec.dims) if d in ("B", "L")} for spec in contract.inputs}
+    frames = torch.export.Dim("L", min=2, max=4096)
+    dims = tuple({i: frames for i, d in enumerate(spec.dims) if d == "L"} for spec in CONTRACTS["dit"].inputs)
     path = tmp_path / "native.onnx"
     with torch.no_grad():
         torch.onnx.export(
-            Native(weights).eval(), tuple(inputs().values()), str(path), dynamo=False, opset_version=17,
-            do_constant_folding=False, input_names=names, output_names=["velocity"], dynamic_axes=axes,
+            Native(weights).eval(), tuple(inputs(1).values()), str(path), dynamo=True, verbose=False,
+            input_names=[spec.name for spec in CONTRACTS["dit"].inputs], output_names=["velocity"],
+            dynamic_shapes=(dims,),
         )  # fmt: skip
+    turn_weights(path)
     _, layers = find_layers(path)
-    assert not layers[adapters.QKV].regrouped and layers[adapters.QKV].weight.transposed is False
-    assert find_layers(tiny_onnx / "sa3-m" / "dit.onnx")[1][adapters.QKV].regrouped
+    assert layers[adapters.QKV].rows is None and layers[adapters.QKV].weight.transposed is False
+    assert find_layers(tiny_onnx / "sa3-m" / "dit.onnx")[1][adapters.QKV].rows is not None
     assert {layer: item.shape for layer, item in layers.items()} == {k: v.shape for k, v in base.items()}
     for layer, item in layers.items():
         assert np.array_equal(item.native(), base[layer]), layer
@@ -161,7 +181,7 @@ def test_a_graph_with_native_rows_behind_transposes_is_told_from_one_with_regrou
         relative_difference(
             velocity(tmp_path / "merged.onnx"), merged_velocity(weights, base, (adapted("dora-rows", 0), 1.0))
         )
-        < 1e-5
+        < 1e-3  # the exporter rounds angles of 62,832 rad in another order; a wrong order of rows gives 0.1
     )
 
 
@@ -197,6 +217,36 @@ def test_an_adapted_fp8_graph_is_as_near_to_its_fp16_graph_as_the_base_is(root: 
     record = manifest.read_manifest(graph(root, "fp8", loras.digest))
     assert record is not None and record.settings["loras"] == json.loads(json.dumps(loras.to_manifest()))
     assert record.settings["rounding"] == "nearest" and record.inputs.keys() >= {"dit_fp8.onnx", "dit_fp16mixed.onnx"}
+
+
+def test_a_merged_graph_tests_itself_at_load_and_keeps_the_rule_of_the_null_row(
+    root: Path, loras: LoraSet, adapted: Adapted, tmp_path: Path
+) -> None:
+    line = ["--prompt", "x", "--seconds", 1, "--steps", 1, "--cfg", 3, "--precision", "fp8", "--backend", "onnxruntime",
+            "--lora", f"{adapted('dora-rows', 0)}:0.8", "--out", tmp_path / "x.wav", "--quiet"]  # fmt: skip
+    done = run(sa3_trt.main, [*line, "--onnx-root", root / "onnx"])
+    assert done.code == 0 and "null row" not in done.err, done.err
+    other = Path(shutil.copytree(root / "onnx", tmp_path / "onnx"))
+    for merged in (graph(root, precision, loras.digest) for precision in ("fp16mixed", "fp8")):
+        stated = manifest.read_manifest(merged)
+        assert stated is not None and check_path(merged).name in stated.files
+    swapped = graph(tmp_path, "fp8", loras.digest)
+    shutil.copyfile(check_path(graph(tmp_path, "fp8")), check_path(swapped))  # of the model without the adapter
+    done = run(sa3_trt.main, [*line, "--onnx-root", other])
+    assert done.code == 3 and "is not what was checked" in done.err, done.err
+
+
+def test_adapters_that_leave_no_finite_output_fail_a_gate_and_write_nothing(
+    root: Path, adapted: Adapted, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(root / "onnx" / "sa3-m", tmp_path / "sa3-m", ignore=shutil.ignore_patterns("*lora*"))
+    before = listing(folder)
+    huge = adapters.write_native(
+        tmp_path / "huge.safetensors", "lora", {"model.transformer.project_out": (256, 128)}, alpha=4e6
+    )
+    done = run(merge_lora.main, ["--input", folder / "dit_fp16mixed.onnx", "--lora", f"{huge}:100"])
+    assert done.code in (2, 3) and ("beyond fp16" in done.err or "no finite output" in done.err), done.err
+    assert {name for name in listing(folder) if not name.endswith(".lock")} == set(before)
 
 
 def test_scales_of_activations_and_16_bit_products_are_those_of_the_base(root: Path, loras: LoraSet) -> None:
@@ -248,6 +298,50 @@ def test_codes_of_the_torch_engine_are_those_of_the_merged_graph(root: Path, lor
     assert saturated.float().tolist()[0][:2] == [448.0, -448.0]
 
 
+def test_merged_weights_are_kept_on_disk_and_made_again_when_damaged(
+    root: Path, adapted: Adapted, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(root / "models" / "cpu" / "sa3-m", tmp_path / "sa3-m")
+    own, half = (folder / f"dit_{name}.safetensors" for name in ("fp8", "fp16mixed"))
+    kept = folder / f"{own.name}.loras"
+    shutil.rmtree(kept, ignore_errors=True)
+
+    def velocity_with(path: Path) -> torch.Tensor:
+        with TorchEngine(own, "build it") as engine:
+            engine.set_loras(LoraSet.read([LoraSpec(path)]), half, "build it")
+            return engine.run(inputs())["velocity"]
+
+    adapter = tmp_path / "a.safetensors"
+    shutil.copy(adapted("lora", 3), adapter)
+    fresh = velocity_with(adapter)
+    (file,) = kept.glob("*.safetensors")
+    written = file.read_bytes()
+    replaced = from_another(file, adapted("lora", 4), velocity_with)
+    assert torch.equal(velocity_with(adapter), replaced), "the file is read, not merged anew"
+    file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))  # as long as before, one bit off
+    assert torch.equal(velocity_with(adapter), fresh)
+    assert file.read_bytes() == written
+    file.with_name(file.name + ".manifest.json").write_text("{")
+    assert torch.equal(velocity_with(adapter), fresh)
+    shutil.copy(adapted("lora", 5), adapter)  # another file under the same name
+    assert not torch.equal(velocity_with(adapter), fresh)
+    assert len(list(kept.glob("*.safetensors"))) == 3
+
+
+def from_another(file: Path, other: Path, velocity_with: Callable[[Path], torch.Tensor]) -> torch.Tensor:
+    """Put the kept weights of another adapter in the place of `file`, as a manifest describes them; its velocity."""
+    before = set(file.parent.glob("*.safetensors"))
+    velocity_of_other = velocity_with(other)
+    (made,) = set(file.parent.glob("*.safetensors")) - before
+    shutil.copy(made, file)
+    manifest.write_manifest(file, "merged weights", [file], {}, {})
+    return velocity_of_other
+
+
+def adapted_shape(root: Path, layer: str) -> tuple[int, int]:
+    return find_layers(graph(root, "fp16mixed"))[1][layer].shape
+
+
 def test_activations_beyond_the_calibrated_range_are_named(root: Path, adapted: Adapted) -> None:
     folder = root / "models" / "cpu" / "sa3-m"
     with TorchEngine(folder / "dit_fp8.safetensors", "build it") as engine:
@@ -255,6 +349,11 @@ def test_activations_beyond_the_calibrated_range_are_named(root: Path, adapted: 
         engine.run(inputs())
         assert any(layer.startswith("model.transformer.layers.0.") for layer in engine.saturated())
         assert engine.saturated() == []
+        text = "model.to_cond_embed.2"  # its own input stays, the inputs of the products behind it do not
+        only = adapters.write_native(root / "text.safetensors", "lora", {text: adapted_shape(root, text)})
+        engine.set_loras(LoraSet.read([LoraSpec(only, 60.0)]), folder / "dit_fp16mixed.safetensors", "x")
+        engine.run(inputs())
+        assert "model.transformer.layers.0.cross_attn.to_kv" in engine.saturated()
         engine.set_loras(LoraSet.read([LoraSpec(adapted("lora", 0), 0.01)]), folder / "dit_fp16mixed.safetensors", "x")
         engine.run(inputs())
         assert engine.saturated() == []
@@ -360,4 +459,5 @@ def test_validation_compares_both_precisions_with_the_adapter(root: Path, adapte
     text = json.dumps(about)
     assert "dit_fp16mixed.lora-" in text and "dit_fp8.lora-" in text
     assert "dora-rows-0: dora-rows, rank 4, 22 layers, strength 0.8" in text
+    assert "Adapter of both: dora-rows-0: dora-rows" in (tmp_path / "report.md").read_text()
     assert_user_error(run(validate_fp8.main, [*argv, "--lora", f"{adapted('dora-rows', 0)}:0.7"]), "sa3-m.lora-")

@@ -20,6 +20,7 @@ from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.lora.safetensors_file import SafetensorsFile
 from sa3_trt_core.lora.svd_bases import FOLDER_SUFFIX, SvdBases
 from sa3_trt_core.shapes import LOCAL_CHANNELS
+from sa3_trt_core.torch_models.dit.merged_cache import MergedCache
 from sa3_trt_core.torch_models.dit.model import Dit
 
 E4M3_MAX = 448.0
@@ -48,6 +49,7 @@ class AdapterSlot:
         self._changed: frozenset[str] = frozenset()
         self._compared: set[str] = set()
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._disk = MergedCache(own, base)
 
     @torch.no_grad()
     def set(self, loras: LoraSet, checkpoint: Path | None = None) -> None:
@@ -59,7 +61,7 @@ class AdapterSlot:
         digest = loras.digest
         tensors = self._kept.pop(digest, None)
         if tensors is None:
-            tensors = self._merged(loras, SvdBases(Path(f"{self._base_path}{FOLDER_SUFFIX}"), checkpoint))
+            tensors = self._found_or_merged(loras, checkpoint)
         self._keep(digest, tensors)
         layers = loras.layers & self._roles.keys()
         for layer in self._changed - layers:
@@ -69,6 +71,17 @@ class AdapterSlot:
             self._dit.packed.tensor(name).copy_(value)
         self._changed = frozenset(layers)
         self._dit.refresh()
+
+    def _found_or_merged(self, loras: LoraSet, checkpoint: Path | None) -> dict[str, Tensor]:
+        """The set's tensors from the disk where they lie there and the DiT is on a CPU, else merged now."""
+        on_cpu = self._dit.packed.tensor("memory").device.type == "cpu"
+        found = self._disk.read(loras, checkpoint) if on_cpu else None
+        if found is not None:
+            return found
+        tensors = self._merged(loras, SvdBases(Path(f"{self._base_path}{FOLDER_SUFFIX}"), checkpoint))
+        if on_cpu:
+            self._disk.write(loras, checkpoint, tensors)
+        return tensors
 
     def _merged(self, loras: LoraSet, bases: SvdBases) -> dict[str, Tensor]:
         """Every tensor of the packed DiT that the set changes, on the DiT's device."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,9 @@ class Runner:
 
     def prepared(self, x: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Callable[[], Tensor]:
         """Copy the inputs into their slot; return the call that computes the velocity, on a GPU a graph's replay."""
-        slot = self._slot_of(x, conditioning)
+        watch = self._active_watch()
+        with nullcontext() if watch is None else watch.watching():
+            slot = self._slot_of(x, conditioning, watch is not None)
         return self._loaded(slot, x, t.tolist(), conditioning["seconds_total"].tolist())
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
@@ -56,7 +59,9 @@ class Runner:
         """
         self._current = None
         slot = self._slot(x.shape[0], x.shape[2], any(row.keeps for row in rows))
-        slot.update_rows(rows)
+        watch = self._active_watch()
+        with nullcontext() if watch is None else watch.watching():
+            slot.update_rows(rows)
         return self._loaded(slot, x, t.tolist(), [row.durations[0] for row in rows])()
 
     def _loaded(
@@ -66,8 +71,12 @@ class Runner:
         modulations = [self._modulation(*pair) for pair in zip(levels, seconds, strict=True)]
         torch.stack(modulations, dim=2, out=slot.modulation)
         slot.x.copy_(x)
-        watch = self._watch
-        return slot.run if watch is None or watch.steps >= WATCHED_STEPS else partial(slot.run_under, watch)
+        watch = self._active_watch()
+        return slot.run if watch is None else partial(slot.run_under, watch)
+
+    def _active_watch(self) -> RangeWatch | None:
+        """Return the watch of the first generation with new adapters; None afterwards."""
+        return self._watch if self._watch is not None and self._watch.steps < WATCHED_STEPS else None
 
     def weights_changed(self) -> None:
         """Drop what was computed from weights that have been replaced in place; graphs read the new ones."""
@@ -91,8 +100,8 @@ class Runner:
         self._current = None
         self._levels.clear()
 
-    def _slot_of(self, x: Tensor, conditioning: dict[str, Tensor]) -> _GraphSlot:
-        """Return the slot of a shape with the conditioning of its rows up to date.
+    def _slot_of(self, x: Tensor, conditioning: dict[str, Tensor], watched: bool) -> _GraphSlot:
+        """Return the slot of a shape with the conditioning of its rows up to date, without a graph if `watched`.
 
         The very tensors of the last call, unchanged since, are not compared again: that would cost a step's launches.
         """
@@ -103,7 +112,7 @@ class Runner:
                 return slot
         rows, _, frames = x.shape
         slot = self._slot(rows, frames, bool(conditioning["local_add_cond"].any()))
-        slot.update_conditioning(conditioning)
+        slot.update_conditioning(conditioning, watched)
         self._current = slot, {name: conditioning[name] for name in CONDITIONING}, versions
         return slot
 
@@ -150,13 +159,13 @@ class _GraphSlot:
             torch.zeros((sizes.depth, *local, sizes.width), dtype=torch.float16, device=device),
         )
 
-    def update_conditioning(self, conditioning: dict[str, Tensor]) -> None:
-        """Recompute the conditioning of rows that changed since the last call."""
+    def update_conditioning(self, conditioning: dict[str, Tensor], watched: bool = False) -> None:
+        """Recompute the conditioning of rows that changed since the last call, without a graph if `watched`."""
         changed = self._changed(conditioning)
         if not changed:
             return
         self._known = [None] * len(self._known)
-        self._update_text({name: conditioning[name][changed] for name in TEXT}, changed)
+        self._update_text({name: conditioning[name][changed] for name in TEXT}, changed, watched)
         local = conditioning["local_add_cond"]
         if self._keeps:
             self._conditioning.local[:, changed] = self._dit.local(local[changed].to(self.x.device))
@@ -199,7 +208,8 @@ class _GraphSlot:
 
     def run_under(self, watch: RangeWatch) -> Tensor:
         """Return the velocity of the slot's inputs, the result of each operation passed to `watch`."""
-        with watch.step():
+        watch.steps += 1
+        with watch.watching():
             return self._dit.step(self.x, self.modulation, self._conditioning)
 
     def forget(self) -> None:
@@ -208,9 +218,10 @@ class _GraphSlot:
         self._known = [None] * len(self._known)
         self._has_no_local = False
 
-    def _update_text(self, given: dict[str, Tensor], changed: list[int]) -> None:
+    def _update_text(self, given: dict[str, Tensor], changed: list[int], watched: bool) -> None:
         """Work out the cross keys of some rows: by a graph from the second time on that all rows change."""
-        if self.x.device.type == "cuda" and self._last_conditioning is not None and len(changed) == self.x.shape[0]:
+        whole = len(changed) == self.x.shape[0]
+        if self.x.device.type == "cuda" and self._last_conditioning is not None and whole and not watched:
             if self._text is None:
                 self._text = Captured(self._all_keys, given, self.x.device)
             self._text(given)

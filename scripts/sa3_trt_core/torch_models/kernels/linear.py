@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ class Product:
     In 16 bits: sums are the result less the bias, `ratio` and `activation_scale` are None. In FP8: the activation is
     coded as x / activation_scale, and sums are the products of codes times `sum_scale`. An activation that is coded
     with a scale of each row has `activation_scale` 1, and its rows' scales are a factor of the result as well.
+    `watchers` are called with every coded activation; none may stand there while a CUDA graph is captured.
     """
 
     weight: Tensor
@@ -26,6 +28,7 @@ class Product:
     ratio: Tensor | None
     activation_scale: float | None
     sum_scale: float
+    watchers: list[Callable[[Tensor], None]] = field(default_factory=list, compare=False)
 
     @property
     def is_fp8(self) -> bool:
@@ -66,6 +69,8 @@ def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None
 
     `out` (M, N) fp16 receives them where given. On a CPU the products are made in fp32: its 16-bit ones are slow.
     """
+    for watcher in product.watchers:
+        watcher(value)
     dtype = torch.float32 if wide else torch.float16
     if value.is_cuda:
         flat = value if value.dim() == 2 else value.flatten(0, -2)
