@@ -54,6 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="print counts of FP8 GEMMs, fused attention and fp32 layers (needs a GPU)",
     )
     parser.add_argument(
+        "--refittable", action="store_true", help="TensorRT DiTs whose weights `sa3_trt --lora F --refit` replaces (GPU)"
+    )
+    parser.add_argument(
         "--prebuilt", action="store_true", help="download prebuilt engines if their TensorRT version matches"
     )
     return parser
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         for arch in arches
     ]
     if args.dry_run:
-        return _show_plan(plan, backend, source.onnx_root, args.json)
+        return _show_plan(plan, backend, source.onnx_root, args.json, args.refittable)
 
     import validate_fp8
 
@@ -84,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.recipes import validation
 
     dits = validation.require_dits(chosen) if args.validate else []
-    options = build.Options(backend, source, args.force, args.best_of, args.engine_report, args.prebuilt)
+    options = build.Options(
+        backend, source, args.force, args.best_of, args.engine_report, args.prebuilt, args.refittable
+    )
     jobs = [build.Job(*entry) for entry in plan]
     build.require_possible(jobs, options)
     outcomes = build.build_all(jobs, options)
@@ -139,7 +144,7 @@ def _graph_of(target: targets.Target, onnx_root: Path | None) -> str:
 
 
 def _show_plan(
-    plan: list[tuple[targets.Target, str, Path]], backend: str, onnx_root: Path | None, as_json: bool
+    plan: list[tuple[targets.Target, str, Path]], backend: str, onnx_root: Path | None, as_json: bool, refits: bool
 ) -> int:
     from sa3_build.engines import status
 
@@ -151,7 +156,8 @@ def _show_plan(
             "backend": backend,
             "from": f"{source}: {_graph_of(target, onnx_root)}",
             "to": str(out),
-            "state": str(status.state_of_path(out, target, arch, backend, onnx_root)),
+            "state": str(status.state_of_path(out, target, arch, backend, onnx_root, refits)),
+            **({"refittable": "yes"} if refits else {}),
         }
         for target, arch, out in plan
     ]

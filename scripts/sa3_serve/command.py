@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--text-only", action="store_true",
                        help="do not load the audio encoder, and refuse requests with init_audio")  # fmt: skip
-    add_lora_flags(parse)
+    add_lora_flags(parse, refits=True)
     _add_limits(parse)
     _add_server(parse)
     return parse
@@ -118,8 +118,8 @@ def open_service(args: argparse.Namespace, settings: Settings) -> Service:
 
     source = ModelSource.of(args.onnx_root, args.models_dir, None, args.offline)
     plan = make_plan(args.dit, args.precision, args.backend, source, not args.text_only, args.chunk_frames)
-    if args.lora:
-        plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases)
+    if args.lora or args.refit:
+        plan = plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases, args.refit)
     generator = Generator.open(plan)
     try:
         return Service(generator, settings, args.dit)

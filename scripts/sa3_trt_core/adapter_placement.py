@@ -6,19 +6,26 @@ import shlex
 from pathlib import Path
 
 from sa3_trt_core import engines, targets
+from sa3_trt_core.engines.tensorrt_refit import require_refittable
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.lora.lora_set import LoraSet
 from sa3_trt_core.paths import ModelSource
 
 
-def target_with(target: targets.Target, backend: str, loras: LoraSet, source: ModelSource) -> targets.Target:
+def target_with(
+    target: targets.Target, backend: str, loras: LoraSet, source: ModelSource, refit: bool = False
+) -> targets.Target:
     """Return the target whose file holds a DiT with a set of adapters; where the backend merges at load, the base's.
 
-    Raises ToolError with the commands that make what is missing.
+    With `refit` it is the base's too, whose weights are then replaced by the merged graph's (`merged_graph`). Raises
+    ToolError with the commands that make what is missing.
     """
     base = base_target(target)
     record = engines.BACKENDS[backend]
+    if refit:
+        _require_refit(base, backend, loras, source)
+        return base
     if not loras or record.merges_adapters:
         return base
     merged = targets.with_loras(base, loras.digest)
@@ -32,6 +39,34 @@ def target_with(target: targets.Target, backend: str, loras: LoraSet, source: Mo
             f"make it: {' && '.join(commands(base, backend, loras, source))}",
         )
     return merged
+
+
+def merged_graph(base: targets.Target, loras: LoraSet, source: ModelSource) -> Path | None:
+    """Return the graph of a target with a set of adapters in it, where it lies under the ONNX root."""
+    return None if source.onnx_root is None else resolve.local_onnx(source.onnx_root, _merged(base, loras))
+
+
+def _merged(base: targets.Target, loras: LoraSet) -> targets.Target:
+    return targets.with_loras(base, loras.digest)
+
+
+def _require_refit(base: targets.Target, backend: str, loras: LoraSet, source: ModelSource) -> None:
+    record = engines.BACKENDS[backend]
+    if not record.refits:
+        others = " or ".join(f"`backend={other.name}`" for other in engines.BUILT.values() if other.refits)
+        what = "merges adapters into its loaded weights" if record.merges_adapters else "has no engine to refit"
+        raise ToolError(f"`refit` is not for the {backend} backend, which {what}", f"leave it away, or use {others}")
+    if not loras:
+        return
+    if merged_graph(base, loras, source) is None:
+        raise ToolError(
+            f"no {_merged(base, loras).onnx[0]}: a refitted engine takes its weights from the merged graph",
+            f"make it: {commands(base, backend, loras, source)[0]}",
+        )
+    arch = record.arch_here()
+    path = record.engine_path(source.models_dir, arch, base) if arch is not None else None
+    if path is not None and path.is_file():
+        require_refittable(path, record.rebuild_command(base.name, arch))
 
 
 def base_target(target: targets.Target) -> targets.Target:

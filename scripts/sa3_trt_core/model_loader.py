@@ -22,6 +22,7 @@ from sa3_trt_core.text import Tokenizer
 
 if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
+    from sa3_trt_core.engines.tensorrt import TensorRtEngine
     from sa3_trt_core.engines.torch import TorchEngine
 
 
@@ -45,6 +46,7 @@ class Plan:
     chunk_frames: int | None = None
     loras: LoraSet = field(default_factory=LoraSet)  # of the DiT
     lora_bases: Path | None = None  # native checkpoint for the SVD of -xs adapters
+    refit: bool = False  # adapters replace the weights of the base engine
 
 
 def make_plan(
@@ -80,13 +82,14 @@ def make_plan(
     )
 
 
-def plan_with(plan: Plan, loras: LoraSet, lora_bases: Path | None = None) -> Plan:
+def plan_with(plan: Plan, loras: LoraSet, lora_bases: Path | None = None, refit: bool = False) -> Plan:
     """Return the plan of a model with a set of adapters; an empty set gives the model without any.
 
     Raises ToolError with the commands that make a merged graph or engine that is missing.
     """
-    target = adapter_placement.target_with(plan.targets["dit"], plan.backends["dit"], loras, plan.source)
-    return replace(plan, targets={**plan.targets, "dit": target}, loras=loras, lora_bases=lora_bases)
+    target = adapter_placement.target_with(plan.targets["dit"], plan.backends["dit"], loras, plan.source, refit)
+    chosen = {**plan.targets, "dit": target}
+    return replace(plan, targets=chosen, loras=loras, lora_bases=lora_bases, refit=refit)
 
 
 def build_command(plan: Plan, arch: str) -> str | None:
@@ -197,9 +200,11 @@ class EngineSet(Closing):
 
         Raises ToolError, with everything as it was.
         """
-        plan = plan_with(self.plan, loras, lora_bases)
+        plan = plan_with(self.plan, loras, lora_bases, self.plan.refit)
         if "dit" in self._open and engines.BACKENDS[plan.backends["dit"]].merges_adapters:
             _merge(plan, self._open["dit"])
+        if plan.refit and loras.digest != self.plan.loras.digest:
+            self.release("dit")  # the file has the base's weights, whatever the last refit left
         if plan.targets["dit"] != self.plan.targets["dit"]:
             self.release("dit")
             self._sources.pop("dit", None)
@@ -215,9 +220,10 @@ class EngineSet(Closing):
     def _opened(self, stage: str) -> GraphEngine:
         target, backend = self.plan.targets[stage], self.plan.backends[stage]
         engine = engines.open_engine(target, backend, self.plan.source, self._source(stage))
-        if stage == "dit" and self.plan.loras and engines.BACKENDS[backend].merges_adapters:
+        merges = engines.BACKENDS[backend].merges_adapters
+        if stage == "dit" and self.plan.loras and (merges or self.plan.refit):
             try:
-                _merge(self.plan, engine)
+                (_merge if merges else _refit)(self.plan, engine)
             except BaseException:
                 engine.close()
                 raise
@@ -245,3 +251,13 @@ def _merge(plan: Plan, engine: GraphEngine) -> None:
     """Merge the adapters of a plan into a loaded DiT. Raises ToolError."""
     source, rebuild = adapter_placement.merge_source(plan.targets["dit"], plan.backends["dit"], plan.source.models_dir)
     cast("TorchEngine", engine).set_loras(plan.loras, source, rebuild, plan.lora_bases)
+
+
+def _refit(plan: Plan, engine: GraphEngine) -> None:
+    """Replace the weights of a loaded DiT by those of the merged graph, and check them. Raises ToolError, GateError."""
+    from sa3_trt_core.engines import self_check
+
+    graph = adapter_placement.merged_graph(plan.targets["dit"], plan.loras, plan.source)
+    assert graph is not None, "plan_with looked for it"
+    cast("TensorRtEngine", engine).refit(graph)
+    self_check.require_refitted(engine, graph, plan.targets["dit"].name)

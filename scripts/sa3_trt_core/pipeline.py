@@ -37,7 +37,7 @@ class Generator(Stages):
         onnx_root: str | Path | None = None, models_dir: str | Path | None = None, audio_input: bool = False,
         revision: str | None = None, offline: bool = False, chunk_frames: int | None = None, free_models: bool = False,
         on_engine: Progress | None = None, loras: Loras = (), lora_options: LoraOptions | None = None,
-        lora_bases: Path | None = None,
+        lora_bases: Path | None = None, refit: bool = False,
     ) -> Self:  # fmt: skip
         """Find and open a model's engines.
 
@@ -56,13 +56,14 @@ class Generator(Stages):
                 are the same, the memory is that of the largest engine, and every call loads them again.
             on_engine: called with (engine, index from 1, total) after each engine that is opened.
             loras, lora_options, lora_bases: adapters, as for `set_loras` (default: none).
+            refit: put merged weights into a TensorRT engine that was built for it (default False: an engine a set).
 
         Raises:
             ToolError: a file, a package or a GPU is missing; InvalidRequest: a wrong argument.
         """
         source = ModelSource.of(onnx_root, models_dir, revision, offline)
         plan = make_plan(dit, precision, backend, source, audio_input, chunk_frames)
-        plan = plan_with(plan, read_loras(loras, lora_options), lora_bases)
+        plan = plan_with(plan, read_loras(loras, lora_options), lora_bases, refit)
         return cls.open(plan, free_models, on_engine)
 
     @classmethod

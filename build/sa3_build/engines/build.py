@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sa3_build.engines import inspector, prebuilt, tensorrt as compiler
+from sa3_build.engines import inspector, prebuilt, refittable, tensorrt as compiler
 from sa3_build.engines.builders import BUILDERS
 from sa3_trt_core import engines, gpu
 from sa3_trt_core.artifacts import files
@@ -38,6 +38,7 @@ class Options:
     best_of: int = 1
     report: bool = False
     prebuilt: bool = False
+    refits: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,16 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
         compiler.require_arch(job.target, options.backend, job.arch)
         files.require_writable(job.out, "engine")
         engines.BACKENDS[options.backend].require_engine(job.target)
+        if options.refits:
+            refittable.require_possible(job.target, options.backend)
     if not builder.compiles:
         if options.best_of > 1 or options.report or options.prebuilt:
             raise ToolError(
                 "--best-of, --engine-report and --prebuilt are only available with a TensorRT backend", "omit them"
             )
         return
+    if options.prebuilt and options.refits:
+        raise ToolError("the prebuilt engines cannot be refitted", "leave --prebuilt or --refittable away")
     version = str(compiler.load_backend(options.backend).__version__)
     matches = version == builder.prebuilt
     if options.prebuilt and not matches:
@@ -180,4 +185,4 @@ def _make(job: Job, options: Options) -> compiler.Built:
         return compiler.Built(job.out, 0.0, size, reused, "prebuilt, from the hub")
     source = resolve.resolve_onnx(job.target, options.source)
     build = BUILDERS[options.backend].build
-    return build(source, job.target, job.arch, job.out, options.force, options.best_of)
+    return build(source, job.target, job.arch, job.out, options.force, options.best_of, options.refits)

@@ -18,8 +18,9 @@ class Build(Protocol):
     """Build `out` from `onnx`, or keep it if it is current; `best_of` builds that many and keeps the fastest."""
 
     def __call__(
-        self, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1
-    ) -> Built: ...
+        self, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1,
+        refits: bool = False,
+    ) -> Built: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,18 @@ class Builder:
 
 
 def compiled(
-    backend: str, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1
-) -> Built:
+    backend: str, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1,
+    refits: bool = False,
+) -> Built:  # fmt: skip
     """Compile an engine with one of TensorRT's packages. Raises ToolError."""
     from sa3_build.engines.tensorrt import compile_engine
 
-    return compile_engine(onnx, target, backend, arch, out, force, best_of)
+    return compile_engine(onnx, target, backend, arch, out, force, best_of, refits)
 
 
-def packed(onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1) -> Built:
+def packed(
+    onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1, refits: bool = False
+) -> Built:
     """Pack an engine for PyTorch; `best_of` has no effect. Raises ToolError and GateError."""
     from sa3_build.engines.torch_engine import pack_engine
 

@@ -42,8 +42,10 @@ def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_
     return state_of_path(record.engine_path(models, arch, target), target, arch, backend, onnx_root)
 
 
-def state_of_path(path: Path, target: Target, arch: str, backend: str, onnx_root: Path | None = None) -> State:
-    """Return the state of an engine file of any name."""
+def state_of_path(
+    path: Path, target: Target, arch: str, backend: str, onnx_root: Path | None = None, refits: bool = False
+) -> State:
+    """Return the state of an engine file of any name; with `refits` one that cannot be refitted is stale."""
     if not path.is_file():
         return State(MISSING)
     size = path.stat().st_size
@@ -51,6 +53,9 @@ def state_of_path(path: Path, target: Target, arch: str, backend: str, onnx_root
         return State(FOREIGN, "no manifest", size)
     try:
         reason = manifest.verify_manifest(path) or _outdated(target, path, arch, backend, onnx_root)
+        record = manifest.read_manifest(path)
+        if reason is None and refits and record is not None and not record.settings.get("refittable"):
+            reason = "it was not built to be refitted"
     except ToolError as error:
         reason = error.message
     return State(STALE, reason, size) if reason else State(CURRENT, "", size)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_build.engines import timing_cache
+from sa3_build.engines import refittable, timing_cache
 from sa3_build.engines.dit_facts import dit_facts
 from sa3_build.graph import io as graph_io
 from sa3_build.graph.check_row_files import engine_check_rows
@@ -104,7 +104,9 @@ def check_graph(onnx: Path, target: Target) -> None:
         lower_plugins.lowered(onnx)
 
 
-def build_settings(target: Target, backend: str, arch: str, one_row: bool = False) -> dict[str, Any]:
+def build_settings(
+    target: Target, backend: str, arch: str, one_row: bool = False, refits: bool = False
+) -> dict[str, Any]:
     """Return what an engine depends on besides its ONNX; stored in its manifest and compared before a rebuild."""
     module = load_backend(backend)
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
@@ -117,22 +119,26 @@ def build_settings(target: Target, backend: str, arch: str, one_row: bool = Fals
         "arch": arch,
         "precision": target.precision,
         "profile": profile,
+        **({refittable.SETTING: True} if refits else {}),
     }
 
 
 def compile_engine(
-    onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False, best_of: int = 1
-) -> Built:
+    onnx: Path, target: Target, backend: str, arch: str, out: Path, force: bool = False, best_of: int = 1,
+    refits: bool = False,
+) -> Built:  # fmt: skip
     """Build `out` from `onnx`, or keep it when its manifest is current.
 
-    `best_of` builds that many and keeps the fastest on this machine's GPU. Waits for another process that builds the
-    same engine. Raises ToolError when the graph does not parse, is fixed where the contract is dynamic, does not
-    compile, or when memory or disk is too small.
+    `best_of` builds that many and keeps the fastest on this machine's GPU; `refits` makes its weights replaceable.
+    Waits for another process that builds the same engine. Raises ToolError when the graph does not parse, is fixed
+    where the contract is dynamic, does not compile, or when memory or disk is too small.
     """
     require_arch(target, backend, arch)
+    if refits:
+        refittable.require_possible(target, backend)
     check_graph(onnx, target)
     facts = dit_facts(onnx, target)
-    settings = build_settings(target, backend, arch, facts["one_row"])
+    settings = build_settings(target, backend, arch, facts["one_row"], refits)
     sources = [onnx, *(onnx.parent / name for name in resolve.external_data_names(onnx))]
     inputs = {file.name: _digest(file) for file in sources}
     with build(out, "engine", inputs, settings, force) as draft:
@@ -151,14 +157,15 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
     }  # fmt: skip
     if target.kind == "dit":
         gates["null_row"] = null_row
+    marked = refittable.weights_of(onnx) if draft.settings.get(refittable.SETTING) else []
     # What was timed before is not timed again; several builds are to differ, so they share nothing. A builder that
     # needs no GPU times nothing.
     timed = best_of == 1 and not engines.BACKENDS[backend].builds_elsewhere
     cache = timing_cache.cache_path(out, backend, draft.settings["backend_version"]) if timed else None
     with _heartbeat(f"compiling {target.name} for {arch}"):
-        plan = _plan(module, onnx, target, backend, arch, cache)
+        plan = _plan(module, onnx, target, backend, arch, cache, marked)
         if best_of > 1:
-            plans = [plan, *(_plan(module, onnx, target, backend, arch, None) for _ in range(best_of - 1))]
+            plans = [plan, *(_plan(module, onnx, target, backend, arch, None, marked) for _ in range(best_of - 1))]
             milliseconds = [timing_cache.milliseconds(module, candidate, target) for candidate in plans]
             plan = plans[milliseconds.index(min(milliseconds))]
             gates |= {"run_on_gpu": True, "milliseconds": [round(candidate, 4) for candidate in milliseconds]}
@@ -185,8 +192,13 @@ def _digest(file: Path) -> str:
     return digest
 
 
-def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None) -> Any:
-    """Return the serialised engine, an object with the buffer protocol; `cache` is TensorRT's timing cache."""
+def _plan(
+    module: Any, onnx: Path, target: Target, backend: str, arch: str, cache: Path | None, marked: list[str]
+) -> Any:
+    """Return the serialised engine, an object with the buffer protocol; `cache` is TensorRT's timing cache.
+
+    `marked` are the weights that can be replaced in it.
+    """
     logger = gpu.tensorrt_logger(module)
     logger.last = ""
     builder = module.Builder(logger)
@@ -197,6 +209,8 @@ def _plan(module: Any, onnx: Path, target: Target, backend: str, arch: str, cach
         reasons = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or logger.last
         raise ToolError(f"{backend} cannot parse {onnx}: {reasons}", f"rebuild the graph: {target.produced_by}")
     config = builder.create_builder_config()
+    if marked:
+        refittable.mark(module, network, config, marked)
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED  # needed by --engine-report
     if cache is not None:
         timing_cache.read_cache(config, cache)

@@ -53,8 +53,8 @@ def make(
             graph_io.move(trial, out)
             written = [*graph_io.files_of(out), place_check_rows(checks, out)]
         gates = {
-            "layers changed": len(merged.changes), "mean change": merged.mean_change,
-            "null row": dit_facts(out, find_target("sa3-m"))["null row"],  # the same structure at every size
+            "layers_changed": len(merged.changes), "mean_change": merged.mean_change,
+            "null_row": dit_facts(out, find_target("sa3-m"))["null_row"],  # the same structure at every size
         }  # fmt: skip
         draft.finish(written, gates)
     return merged

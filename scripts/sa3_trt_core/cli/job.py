@@ -79,7 +79,11 @@ def plan_of(args: argparse.Namespace) -> Plan:
     """Return the engines that the flags ask for, as this machine has them. Raises ToolError."""
     source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
     plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
-    return plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases) if args.lora else plan
+    if args.refit and not args.lora:
+        raise ToolError("--refit is given without --lora", "name the adapters, or leave --refit away")
+    if not args.lora:
+        return plan
+    return plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases, args.refit)
 
 
 def make_job(args: argparse.Namespace) -> Job:

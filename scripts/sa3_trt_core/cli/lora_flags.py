@@ -13,8 +13,8 @@ RULES = ("native", "fade")
 STACKINGS = ("chained", "summed")
 
 
-def add_lora_flags(parse: argparse.ArgumentParser, required: bool = False) -> None:
-    """Add --lora and the flags of its rules as a group of their own."""
+def add_lora_flags(parse: argparse.ArgumentParser, required: bool = False, refits: bool = False) -> None:
+    """Add --lora and the flags of its rules as a group of their own; `refits` adds --refit."""
     group = parse.add_argument_group("adapters")
     group.add_argument(
         "--lora", action="append", default=None, required=required, metavar="F[:S]",
@@ -32,6 +32,10 @@ def add_lora_flags(parse: argparse.ArgumentParser, required: bool = False) -> No
     group.add_argument(
         "--lora-partial", action="store_true", help="use the layers that fit and leave out the others, with a note"
     )
+    if refits:
+        group.add_argument(
+            "--refit", action="store_true", help="TensorRT: put the merged weights into the engine without adapters"
+        )
     group.add_argument(
         "--lora-bases", type=Path, metavar="model.safetensors",
         help="native checkpoint for the SVD of -xs adapters (default: the weights at hand)",

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(parse)
     _add_sampling(parse)
     _add_sound(parse)
-    add_lora_flags(parse)
+    add_lora_flags(parse, refits=True)
     parse.add_argument(
         "--again", type=Path, metavar="F", help="make this sound of sa3_trt again; other flags change it"
     )

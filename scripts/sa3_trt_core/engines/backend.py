@@ -37,7 +37,7 @@ class Backend:
     `on_gpu` tells whether it runs on this machine's GPU when it is asked now;
     `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for;
     `merges_adapters` that LoRA adapters go into its loaded weights, where the others run a graph or an engine with the
-    adapters in it.
+    adapters in it; `refits` that weights can be replaced in an engine that was built for it.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Backend:
     on_cpu: bool = False
     builds_elsewhere: bool = False
     merges_adapters: bool = False
+    refits: bool = False
     find_package: Callable[[str], object] = importlib.util.find_spec
     on_gpu: Callable[[], bool] = gpu.has_nvidia_gpu
 

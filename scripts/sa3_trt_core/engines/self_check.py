@@ -150,6 +150,18 @@ def require_correct(
     return results
 
 
+def require_refitted(engine: GraphEngine, graph: Path, label: str) -> None:
+    """Run a refitted engine on the check rows of the graph of its weights. Raises GateError when it is wrong."""
+    if not check_path(graph).is_file():
+        return
+    failures = [one.failure for one in outcomes(check_rows.read(check_path(graph)), engine.run) if one.failure]
+    if failures:
+        raise GateError(
+            f"{label}, refitted with {graph}, fails {len(failures)} check rows: {failures[0]}",
+            "leave --refit away: the two commands that it prints then make an engine with the adapters in it",
+        )
+
+
 def changed_bytes(path: Path, checks: CheckSet | None) -> str | None:
     """Return why the bytes of an engine or a graph differ from its manifest or its check rows, or None.
 

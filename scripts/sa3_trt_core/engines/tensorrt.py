@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core import gpu
+from sa3_trt_core.engines import tensorrt_refit
 from sa3_trt_core.engines.backend import Backend
 from sa3_trt_core.engines.base import DeviceEngine, run_rows
 from sa3_trt_core.engines.tensorrt_checks import require_inside, require_ours, require_version
@@ -71,6 +72,13 @@ class TensorRtEngine(DeviceEngine):
         if first.dim() and first.shape[0] > 1 and self.max_batch == 1:
             return run_rows(self._run_once, inputs)
         return self._run_once(inputs)
+
+    def refit(self, graph: Path) -> None:
+        """Replace the weights by those of a merged graph. Raises ToolError; the engine is of no use then."""
+        assert self._loaded is not None
+        tensorrt_refit.require_refittable(self._path, self._rebuild, graph)
+        self._bound.clear()  # with their CUDA graphs
+        tensorrt_refit.refit(self._trt, self._loaded.engine, graph, str(self._path))
 
     def close(self) -> None:
         self._bound.clear()  # before the engine, which frees itself after its contexts or not at all
@@ -151,4 +159,5 @@ BACKEND = Backend(
     open=functools.partial(open_tensorrt, "tensorrt"),
     suffix=".trt",
     find_package=gpu.tensorrt_module,
+    refits=True,
 )

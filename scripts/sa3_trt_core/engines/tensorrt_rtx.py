@@ -17,4 +17,5 @@ BACKEND = Backend(
     arches=("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121"),
     builds_elsewhere=True,
     find_package=gpu.tensorrt_module,
+    refits=True,
 )
