@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.kinds import BAKED_NORMS, KINDS, OWN_BASES, Kind
 from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS, is_qkv
 from sa3_trt_core.lora.names import Place, place_of
-from sa3_trt_core.lora.safetensors_file import FLOATS, SafetensorsFile
+from sa3_trt_core.lora.safetensors_file import FLOATS, INTEGERS, SafetensorsFile
 from sa3_trt_core.lora.settings import PEFT_CONFIG, Settings, read_settings
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 UNUSED = ("lora_dropout_mask", "lora_strength")  # buffers of the trainer that hold no weights
+OTHER_METHODS = {
+    "hada_": "a LoHa adapter", "lokr_": "a LoKr adapter", "oft_": "an OFT adapter", "a1.": "a GLoRA adapter",
+    "lora_mid": "a LoCon adapter with a middle factor", "diff": "changes of whole weights or biases",
+}  # fmt: skip
 NAMED = 3  # layers or keys that a message names
 HINT = "give an adapter that was trained on Stable Audio 3; `sa3_lora info FILE` lists what it holds"
 
@@ -125,6 +130,7 @@ def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str
                     "save each adapter in a file of its own",
                 )
             group[place.tensor] = key, place
+    _refuse_other_methods(file.path, foreign)
     fits = f"{len(layers)} of its layers are known"
     if unknown and (not partial or not layers):
         raise ToolError(f"{file.path}: {listed(list(unknown), 'layer')} not of Stable Audio 3; {fits}", _hint(layers))
@@ -139,6 +145,17 @@ def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str
     if baked:
         notes.append(f"{baked} baked norms are not used: norms are taken from the weights at hand")
     return layers
+
+
+def _refuse_other_methods(path: Path, foreign: list[str]) -> None:
+    """Raise ToolError for tensors of another kind of adapter, by its name: it would be half applied, or not at all."""
+    for mark, method in OTHER_METHODS.items():
+        found = [key for key in foreign if f".{mark}" in key]
+        if found:
+            raise ToolError(
+                f"{path} holds {method}: {listed(found, 'tensor')} no LoRA factors",
+                f"only {', '.join(KINDS)} are read: train or export one of those",
+            )
 
 
 def _kind_of(file: SafetensorsFile, settings: Settings, layers: Mapping[str, Group], notes: list[str]) -> Kind:
@@ -187,9 +204,11 @@ def _layer(file: SafetensorsFile, settings: Settings, kind: Kind, name: str, gro
     scale = settings.scale(name, rank)
     if "alpha" in group:
         entry = file.entries[group["alpha"][0]]
-        if entry.dtype not in FLOATS or entry.end - entry.begin > 8:
-            raise ToolError(f"{file.path}: {group['alpha'][0]} is not one number", HINT)
-        scale = float(file.tensor(group["alpha"][0]).reshape(-1)[0]) / rank
+        one = entry.dtype in (*FLOATS, *INTEGERS) and math.prod(entry.shape) == 1
+        alpha = float(file.tensor(group["alpha"][0]).reshape(-1)[0]) if one else math.nan
+        if not math.isfinite(alpha):
+            raise ToolError(f"{file.path}: {group['alpha'][0]} is not one finite number", HINT)
+        scale = alpha / rank
     return LayerFactors(tensors, rank, scale)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,12 +133,15 @@ class LoraSet:
     def notes(self) -> list[str]:
         """Every part of a file that has no effect, one line each."""
         lines = [f"{adapter.path}: {note}" for adapter, _ in self.adapters for note in adapter.notes]
+        times = Counter(adapter.sha256 for adapter, _ in self.adapters)
+        lines += [f"{adapter.path}: named more than once, it acts each time" for adapter, _ in self.adapters
+                  if times[adapter.sha256] > 1]  # fmt: skip
         for adapter, strength in self.adapters:
             if strength == 0:
                 lines.append(f"{adapter.path}: strength 0, it changes nothing")
             if not self.options.duration and DURATION in adapter.layers:
                 lines.append(f"{adapter.path}: its layer of the duration embedder is left out, as asked")
-        return lines
+        return list(dict.fromkeys(lines))
 
     def to_manifest(self) -> dict[str, Any]:
         """Return what identifies the set: the adapters' digests and strengths in order, and the rules that matter."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
           "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 HINT = "give the .safetensors file that the trainer wrote, or download it again"
 PICKLE_HINT = "a pickle can run any code and is not opened: export it as .safetensors with the program that made it"
 
@@ -58,12 +59,13 @@ class SafetensorsFile:
         self._map: mmap.mmap | None = None
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Return one floating-point tensor in its own type; it shares the file's mapped bytes and is read only."""
+        """Return one tensor of FLOATS or INTEGERS in its own type; it shares the mapped bytes and is read only."""
         import torch
 
         entry = self.entries[key]
-        kinds = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn
-        types = dict(zip(FLOATS, kinds, strict=True))
+        floats = torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+        integers = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+        types = dict(zip((*FLOATS, *INTEGERS), (*floats, *integers), strict=True))
         if entry.end == entry.begin:
             return torch.zeros(entry.shape, dtype=types[entry.dtype])
         if self._map is None:

@@ -106,6 +106,45 @@ def test_the_older_name_dora_means_columns_only_for_magnitudes_of_one_row(tmp_pa
         assert adapter.kind.name == kind and adapter.layers[LAYER].tensors["magnitude"].shape == (max(shape),)
 
 
+def test_factors_and_alphas_of_any_number_type_mean_the_same(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    into, out = (torch.from_numpy(side).mul(8).round() / 8 for side in factors(rank=4))
+    at = "diffusion_model.transformer.layers.0.ff.ff.2"
+    types = torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+    for number, kind in enumerate(types):
+        alpha = torch.tensor([2]) if number % 2 else torch.tensor(2.0).to(kind)
+        path = tmp_path / f"{number}.safetensors"
+        save_file({f"{at}.lora_A.weight": into.to(kind), f"{at}.lora_B.weight": out.to(kind), f"{at}.alpha": alpha},
+                  str(path))  # fmt: skip
+        wanted = 0.5 * out.to(kind).double() @ into.to(kind).double()
+        np.testing.assert_allclose(change_of(path), wanted.numpy(), rtol=1e-5, atol=1e-5)
+    twice = LoraSet.read([LoraSpec(path), LoraSpec(path)])
+    np.testing.assert_allclose(twice.merged(LAYER, torch.zeros(OUT, INTO)), 2.0 * wanted.float(), rtol=1e-5, atol=1e-5)
+    assert sum("named more than once" in note for note in twice.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("tensor", "word"),
+    [
+        ("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("oft_blocks", "OFT"), ("a1.weight", "GLoRA"), ("diff", "whole"),
+        ("diff_b", "whole"), ("lora_mid.weight", "middle"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["diffusion_model.transformer.layers.0.ff.ff.2", "lora_unet_layers_0_ff_ff_2"])
+def test_other_kinds_of_adapters_are_refused_by_name_partial_or_not(
+    prefix: str, tensor: str, word: str, tmp_path: Path
+) -> None:
+    into, out = factors()
+    path = tmp_path / "other.safetensors"
+    mixed = {f"{prefix}.lora_A.weight": into, f"{prefix}.lora_B.weight": out}
+    for beside in ({}, mixed):
+        adapters.write_tensors(path, {**beside, f"{prefix}.{tensor}": np.ones((4, 4), np.float32),
+                                      f"{prefix}.alpha": np.array(4.0, np.float32)})  # fmt: skip
+        for partial in ([], ["--lora-partial"]):
+            two_lines(run(sa3_lora.main, ["info", path, *partial]), word)
+
+
 def test_parts_without_effect_are_named(tmp_path: Path) -> None:
     path = adapters.write_native(tmp_path / "a.safetensors", "lora", {LAYER: (OUT, INTO)})
     tensors, metadata = adapters.read_tensors(path)
@@ -147,6 +186,12 @@ def damaged(folder: Path, fault: str) -> Path:
             metadata = {"lora_config": '{"adapter_type": "loha"}'}
         case "bad config":
             metadata = {"lora_config": "{rank: 4"}
+        case "alpha not finite":
+            tensors[f"diffusion_model.{LAYER}.alpha"] = np.array(np.nan, np.float32)
+        case "alpha of two":
+            tensors[f"diffusion_model.{LAYER}.alpha"] = np.ones(2, np.float32)
+        case "no rows":
+            tensors[f"{prefix}lora_A"], tensors[f"{prefix}lora_B"] = np.ones((0, INTO)), np.ones((OUT, 0))
         case "bad rank":
             metadata = {"lora_config": '{"rank": "four", "adapter_type": "dora-rows"}'}
         case "no adapter":
@@ -169,7 +214,9 @@ def damaged(folder: Path, fault: str) -> Path:
 @pytest.mark.parametrize(
     ("fault", "word"),
     [
-        ("unknown layer", "text_model"), ("lokr", "lokr_w1"), ("missing factor", "lora_B"), ("mixed ranks", "rank 2"),
+        ("unknown layer", "text_model"), ("lokr", "lokr_w1"), ("alpha not finite", "alpha is not one"),
+        ("alpha of two", "alpha is not one"),
+        ("no rows", "[0, 512]"), ("missing factor", "lora_B"), ("mixed ranks", "rank 2"),
         ("factors apart", LAYER), ("not finite", "finite"), ("two adapters", "more than one"),
         ("unknown kind", "loha"), ("bad config", "JSON"), ("bad rank", "four"), ("no adapter", "no LoRA factors"),
         ("cut short", "cut short"), ("pickle", "pickle"), ("empty", "too short"), ("html", "whole safetensors"),
