@@ -54,7 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="print counts of FP8 GEMMs, fused attention and fp32 layers (needs a GPU)",
     )
     parser.add_argument(
-        "--refittable", action="store_true", help="TensorRT DiTs whose weights `sa3_trt --lora F --refit` replaces (GPU)"
+        "--refittable",
+        action="store_true",
+        help="TensorRT DiTs for `sa3_trt --lora F --refit` (needs a GPU)",
     )
     parser.add_argument(
         "--prebuilt", action="store_true", help="download prebuilt engines if their TensorRT version matches"

@@ -95,12 +95,12 @@ def _row_orders(path: Path) -> dict[str, np.ndarray]:
     GraphNotRecognised.
     """
     model = graph_io.load(path)
-    canonicalize.adopt(model, free_batch=False)  # sizes are known of such graphs alone; no pass of it moves rows
+    canonicalize.canonicalize(model, free_batch=False)  # sizes are known of such graphs alone; no pass of it moves rows
     nodes, run = _Finder(model).nodes(), PartialRun(model)
     orders: dict[str, np.ndarray] = {}
     for index in range(sum(role.endswith(".self_qkv") for role in nodes)):
         block = f"blocks.{index}."
-        own, cross = (row_order.calls_behind(nodes[block + name]) for name in ("self_qkv", "cross_q"))
+        own, cross = (row_order.attention_calls(nodes[block + name]) for name in ("self_qkv", "cross_q"))
         tokens = row_order.tokens_of(run, nodes[f"{block}self_qkv"])
         for name, operands, seen in (
             ("self_qkv", (*own.q, *own.k, own.v), tokens),

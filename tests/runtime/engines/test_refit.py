@@ -13,7 +13,7 @@ import pytest
 
 import sa3_trt
 from helpers import adapters
-from helpers.commands import listing, run, assert_user_error
+from helpers.commands import assert_user_error, listing, run
 from sa3_build.engines import refittable
 from sa3_build.lora.graph_layers import find_layers
 from sa3_trt_core import gpu

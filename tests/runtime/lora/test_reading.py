@@ -142,7 +142,7 @@ def test_other_kinds_of_adapters_are_refused_by_name_partial_or_not(
         adapters.write_tensors(path, {**beside, f"{prefix}.{tensor}": np.ones((4, 4), np.float32),
                                       f"{prefix}.alpha": np.array(4.0, np.float32)})  # fmt: skip
         for partial in ([], ["--lora-partial"]):
-            two_lines(run(sa3_lora.main, ["info", path, *partial]), word)
+            assert_user_error(run(sa3_lora.main, ["info", path, *partial]), word)
 
 
 def test_parts_without_effect_are_named(tmp_path: Path) -> None:
