@@ -32,7 +32,7 @@ REBUILD = "python build/build_from_onnx.py sa3-m-fp8 --backend tensorrt_rtx --ar
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return adapters.write_native(tmp_path_factory.mktemp("adapter") / "a.safetensors", "lora", adapters.SOME)
+    return adapters.write_native(tmp_path_factory.mktemp("adapter") / "a.safetensors", "lora", adapters.LAYER_SHAPES)
 
 
 @pytest.fixture(scope="module")
