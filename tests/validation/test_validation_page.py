@@ -114,10 +114,10 @@ def tapped(browser: Any, file: Path) -> Iterator[Any]:
 
 def test_the_adapters_of_both_models_are_named_with_their_strengths(browser: Any, file: Path, tmp_path: Path) -> None:
     lines = ["room: dora-rows, rank 8, 20 layers, strength 0.8", "<b>@DATA@</b>: lora, rank 4, 1 layers, strength -1"]
-    found = Found([])
+    page_sounds = StudyResult([])
     for side in LEVELS:
-        found.sounds[side] = {case["name"]: np.zeros((4410, 2), np.float32) for case in document()["cases"]}
-    adapted = page.write(tmp_path / "listen.html", {**document(), "loras": lines}, found)
+        page_sounds.sounds[side] = {case["name"]: np.zeros((4410, 2), np.float32) for case in document()["cases"]}
+    adapted = page.write(tmp_path / "listen.html", {**document(), "loras": lines}, page_sounds)
     with opened(browser, adapted) as one:
         assert one.locator("#adapters li").all_inner_texts() == lines
         assert "play" in one.locator("#cards").inner_text().lower()
