@@ -16,37 +16,37 @@ if TYPE_CHECKING:
     from sa3_trt_core.lora.lora_set import LoraSet
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line."""
-    parse = Parser(prog="merge_lora.py", description=__doc__)
-    parse.add_argument(
-        "--input", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="a fp32 or FP16-mixed DiT graph"
+def make_parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    parser = Parser(prog="merge_lora.py", description=__doc__)
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="dit_fp16mixed.onnx", help="fp32 or FP16-mixed DiT graph"
     )
-    add_lora_flags(parse, required=True)
-    parse.add_argument(
+    add_lora_flags(parser, required=True)
+    parser.add_argument(
         "--onnx", type=Path, metavar="OUT", help="graph to write (default: beside --input, with the set's digest)"
     )
-    parse.add_argument("--fp8-base", type=Path, metavar="dit_fp8.onnx", help="the FP8 graph that was made of --input")
-    parse.add_argument(
+    parser.add_argument("--fp8-base", type=Path, metavar="dit_fp8.onnx", help="FP8 graph that was built from --input")
+    parser.add_argument(
         "--fp8-onnx", type=Path, metavar="OUT", help="FP8 graph to write (default: beside --fp8-base, with the digest)"
     )
-    parse.add_argument(
+    parser.add_argument(
         "--rounding", choices=("nearest", "gptq"), default="nearest",
-        help="of the merged weights to E4M3: nearest codes in seconds, or GPTQ on --calib (default: %(default)s)",
+        help="rounding of merged weights to E4M3: nearest (seconds), or GPTQ on --calib (default: %(default)s)",
     )  # fmt: skip
-    parse.add_argument("--calib", type=Path, metavar="X.npz", help="calibration set, for --rounding gptq")
-    parse.add_argument("--force", action="store_true", help="merge even if the artefacts are current")
-    parse.add_argument("--dry-run", action="store_true", help="check the adapters against the graph and stop")
-    return parse
+    parser.add_argument("--calib", type=Path, metavar="X.npz", help="calibration set, for --rounding gptq")
+    parser.add_argument("--force", action="store_true", help="merge again even if the artefacts are current")
+    parser.add_argument("--dry-run", action="store_true", help="check the adapters against the graph and exit")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Merge, and quantise where an FP8 base is given."""
-    args = parser().parse_args(argv)
+    """Merge, and quantise if an FP8 base is given."""
+    args = make_parser().parse_args(argv)
     if args.rounding == "gptq" and (args.calib is None or args.fp8_base is None):
-        raise ToolError("--rounding gptq needs --fp8-base and --calib", "name both, or leave --rounding away")
+        raise ToolError("--rounding gptq requires --fp8-base and --calib", "give both, or omit --rounding")
     if args.fp8_onnx is not None and args.fp8_base is None:
-        raise ToolError("--fp8-onnx is given without --fp8-base", "name the FP8 graph that was made of --input")
+        raise ToolError("--fp8-onnx requires --fp8-base", "give the FP8 graph that was built from --input")
 
     from sa3_build.graph import io as graph_io
     from sa3_build.lora.graph_layers import find_layers
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None:
             files.require_writable(path, "graph")
             if path.resolve() in (args.input.resolve(), base.resolve()):
-                raise ToolError(f"{path} is the graph that is read", "name another file with --onnx")
+                raise ToolError(f"{path} is also an input", "choose another file with --onnx")
     for line in loras.described():
         print(f"LoRA {line}", file=sys.stderr)
     if args.dry_run:

@@ -1,4 +1,4 @@
-"""A merged graph as an artefact: kept when current, made under its lock with check rows, its manifest written last."""
+"""Merged graphs as artefacts: kept when current, otherwise written under a lock, the manifest last."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def make(
     work: Callable[[Path], Merged],
     force: bool,
 ) -> Merged | None:
-    """Run `work`, which writes the graph that it is given, unless the manifest of `out` is current; None when it is.
+    """Write a merged graph by `work`, unless the manifest of `out` is current; return None if it is.
 
-    The manifest names bases, adapters and strengths; check rows lie beside the graph, as beside any other. Raises
-    ToolError, and GateError for a graph whose output is not finite, with nothing written.
+    `work` writes the graph to the path that it receives. The manifest records bases, adapters and strengths; check rows
+    are written beside the graph. Raises ToolError, and GateError for a graph whose output is not finite, with nothing
+    written.
     """
     inputs: dict[str, str] = {}
     for source in sources:
@@ -39,11 +40,11 @@ def make(
         elif source.is_file():
             inputs[source.name] = files.sha256_of(source)
         else:
-            raise ToolError(f"no such file: {source}", "name an existing file")
-    named = [{"name": adapter.path.name, "kind": adapter.kind.name} for adapter, _ in loras.adapters]
-    stated = {**settings, "loras": loras.to_manifest(), "digest": loras.digest, "adapters": named}
+            raise ToolError(f"no such file: {source}", "give an existing file")
+    adapters = [{"name": adapter.path.name, "kind": adapter.kind.name} for adapter, _ in loras.adapters]
+    recorded_settings = {**settings, "loras": loras.to_manifest(), "digest": loras.digest, "adapters": adapters}
     kind = "dit_fp8_lora" if precision == "fp8" else "dit_lora"
-    with build(out, kind, inputs, stated, force) as draft:
+    with build(out, kind, inputs, recorded_settings, force) as draft:
         if draft is None:
             return None
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp", dir=out.parent) as scratch:

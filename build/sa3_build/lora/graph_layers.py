@@ -1,4 +1,4 @@
-"""The adaptable layers of a DiT graph, found by what each computes, with their weights in native rows."""
+"""Adaptable layers of a DiT graph, identified by what each computes, with their weights in native row order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRONT = (
 
 @dataclass(frozen=True)
 class GraphLayer:
-    """One layer: its role in a packed DiT, its node, its weight, and where its native rows stand in the graph."""
+    """One layer: its role in a packed DiT, its node, its weight, and the row order of the graph."""
 
     role: str
     node: ir.Node
@@ -55,13 +55,13 @@ class GraphLayer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the native weight, from the stored shape alone."""
+        """Shape (out, in) of the native weight, derived from the stored shape."""
         assert self.weight.stored.const_value is not None
         sizes = [int(size) for size in self.weight.stored.const_value.shape.numpy()]
         return (sizes[1] if self.weight.transposed else sizes[0]), self.columns
 
     def graph_rows(self, native: np.ndarray) -> np.ndarray:
-        """Return a native weight (out, in) as (N, K) in the graph's own row order, padded as the graph's is."""
+        """Return a native weight (out, in) as (N, K) in the graph's row order, padded like the graph's."""
         rows = native
         if self.rows is not None:
             rows = np.empty_like(native)
@@ -71,7 +71,7 @@ class GraphLayer:
 
 
 def find_layers(path: Path) -> tuple[ir.Model, dict[str, GraphLayer]]:
-    """Return a DiT graph file and its layers by native name. Raises GraphNotRecognised with what was not found."""
+    """Return a DiT graph and its layers by native name. Raises GraphNotRecognised naming what is missing."""
     model = graph_io.load(path)
     model.graph.sort()
     nodes = _Finder(model).nodes()
@@ -116,62 +116,66 @@ def _row_orders(path: Path) -> dict[str, np.ndarray]:
 
 
 class _Finder:
-    """The nodes of every role: the residual stream's layers stand in one order only, the others hang on them."""
+    """Finder of the node of every role: the residual stream's layers have a fixed order, the others feed them."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
-        self._behind = query.input_dependencies(model)
+        self._depends_on = query.input_dependencies(model)
         self._weighted = [node for node in model.graph if weight_of(node) is not None]
 
     def nodes(self) -> dict[str, ir.Node]:
         """Return role -> node. Raises GraphNotRecognised."""
-        stream = [node for node in self._weighted if "x" in self._behind[node]]
-        depth, left = divmod(len(stream) - 2, len(STREAM))
-        if depth < 1 or left:
-            raise GraphNotRecognised(f"{len(stream)} products see x, not 2 and {len(STREAM)} a block")
-        found = {"input": stream[0], "output": stream[-1], **self._convolutions(), **self._front()}
+        stream = [node for node in self._weighted if "x" in self._depends_on[node]]
+        depth, remainder = divmod(len(stream) - 2, len(STREAM))
+        if depth < 1 or remainder:
+            raise GraphNotRecognised(f"{len(stream)} linears depend on x, expected 2 + {len(STREAM)} per block")
+        nodes_by_role = {"input": stream[0], "output": stream[-1], **self._convolutions(), **self._front()}
         for index in range(depth):
             part = stream[1 + index * len(STREAM) : 1 + (index + 1) * len(STREAM)]
-            found |= {f"blocks.{index}.{name}": node for name, node in zip(STREAM, part, strict=True)}
-        self._text_and_local(found, depth)
-        return found
+            nodes_by_role |= {f"blocks.{index}.{name}": node for name, node in zip(STREAM, part, strict=True)}
+        self._text_and_local(nodes_by_role, depth)
+        return nodes_by_role
 
     def _convolutions(self) -> dict[str, ir.Node]:
         nodes = [node for node in self._model.graph if node.op_type == "Conv"]
         if len(nodes) != 2:
-            raise GraphNotRecognised(f"{len(nodes)} convolutions, not one at each end")
+            raise GraphNotRecognised(f"{len(nodes)} convolutions, expected one at each end")
         return dict(zip(("preprocess", "postprocess"), nodes, strict=True))
 
     def _front(self) -> dict[str, ir.Node]:
-        found: dict[str, ir.Node] = {}
+        nodes_by_role: dict[str, ir.Node] = {}
         for inputs, names in FRONT:
-            nodes = [node for node in self._weighted if self._behind[node] == inputs]
+            nodes = [node for node in self._weighted if self._depends_on[node] == inputs]
             if len(nodes) != len(names):
-                raise GraphNotRecognised(f"{len(nodes)} products see {' and '.join(sorted(inputs))} alone")
-            found |= dict(zip(names, nodes, strict=True))
-        return found
+                raise GraphNotRecognised(f"{len(nodes)} linears depend on {' and '.join(sorted(inputs))} only")
+            nodes_by_role |= dict(zip(names, nodes, strict=True))
+        return nodes_by_role
 
-    def _text_and_local(self, found: dict[str, ir.Node], depth: int) -> None:
+    def _text_and_local(self, nodes_by_role: dict[str, ir.Node], depth: int) -> None:
         """Add the text's two layers, and each block's cross_kv, local_in and local_out."""
         text = [
-            node for node in self._weighted if {"t5_hidden"} <= self._behind[node] and "x" not in self._behind[node]
+            node
+            for node in self._weighted
+            if {"t5_hidden"} <= self._depends_on[node] and "x" not in self._depends_on[node]
         ]
         if len(text) != depth + 2:
-            raise GraphNotRecognised(f"{len(text)} products see the text alone, not 2 and one a block")
-        found |= {"context_in": text[0], "context_out": text[1]}
-        local = {node for node in self._weighted if self._behind[node] == {"local_add_cond"}}
+            raise GraphNotRecognised(f"{len(text)} linears depend on the text only, expected 2 + one per block")
+        nodes_by_role |= {"context_in": text[0], "context_out": text[1]}
+        local = {node for node in self._weighted if self._depends_on[node] == {"local_add_cond"}}
         seen: set[ir.Node] = set()
         for index in range(depth):
             block = f"blocks.{index}."
-            cross, into = found[f"{block}cross_q"], found[f"{block}ff_in"]
-            keys = self._above(only(cores(cross), "attention of", cross).inputs[1])
-            found[f"{block}cross_kv"] = one(keys & set(text[2:]), "cross-attention keys", cross)
-            added = (self._above(into.inputs[0]) & local) - seen
-            found[f"{block}local_out"] = out = one(added, "local embedding before", into)
+            cross, into = nodes_by_role[f"{block}cross_q"], nodes_by_role[f"{block}ff_in"]
+            keys = self._upstream(only(cores(cross), "attention of", cross).inputs[1])
+            nodes_by_role[f"{block}cross_kv"] = one(keys & set(text[2:]), "cross-attention keys", cross)
+            added = (self._upstream(into.inputs[0]) & local) - seen
+            nodes_by_role[f"{block}local_out"] = out = one(added, "local embedding before", into)
             seen |= added
-            found[f"{block}local_in"] = one(self._above(out.inputs[0]) & local, "first local product before", out)
+            nodes_by_role[f"{block}local_in"] = one(
+                self._upstream(out.inputs[0]) & local, "first local linear before", out
+            )
 
-    def _above(self, value: ir.Value | None) -> set[ir.Node]:
+    def _upstream(self, value: ir.Value | None) -> set[ir.Node]:
         return query.ancestors([value], stop=lambda node: node.op_type in query.GEMM_OPS or query.gives_sizes(node))
 
 
@@ -182,22 +186,22 @@ def _weight(node: ir.Node) -> Weight:
         return weight
     value = node.inputs[1]
     while value is not None and not value.is_initializer():
-        maker = value.producer()
-        value = maker.inputs[0] if maker is not None and maker.op_type in ("Cast", "Identity") else None
+        producer = value.producer()
+        value = producer.inputs[0] if producer is not None and producer.op_type in ("Cast", "Identity") else None
     if value is None:
         raise GraphNotRecognised(f"{described(node)} has no stored weight")
     return Weight(value, False, None)
 
 
 def in_stored_layout(layer: GraphLayer, rows: np.ndarray) -> np.ndarray:
-    """Return (N, K) in the shape of the layer's stored tensor: turned, or with a convolution's last axis."""
+    """Return (N, K) in the shape of the layer's stored tensor: transposed, or with a convolution's last axis."""
     assert layer.weight.stored.const_value is not None
-    turned = rows.T if layer.weight.transposed else rows
-    return np.ascontiguousarray(turned).reshape(layer.weight.stored.const_value.shape.numpy())
+    transposed = rows.T if layer.weight.transposed else rows
+    return np.ascontiguousarray(transposed).reshape(layer.weight.stored.const_value.shape.numpy())
 
 
 def _inputs_of(weight: Weight) -> int:
-    """K of a weight as it is stored."""
+    """Return K of a weight as stored."""
     shape = weight.stored.const_value.shape.numpy() if weight.stored.const_value is not None else (0, 0)
     return int(shape[0] if weight.transposed else shape[1])
 

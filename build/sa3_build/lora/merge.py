@@ -1,4 +1,4 @@
-"""Merge adapters into the weights of a fp32 or FP16-mixed DiT graph: formulas in fp32, rounded once when written."""
+"""Merge adapters into the weights of an fp32 or FP16-mixed DiT graph: computed in fp32, rounded once when written."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Merged:
-    """What a merge changed: |W' - W| / |W| of every layer that an adapter has."""
+    """Result of a merge: |W' - W| / |W| of every adapted layer."""
 
     changes: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_change(self) -> float:
-        """The mean of `changes`; 0 without any."""
+        """Mean of `changes`; 0 without any."""
         return float(np.mean(list(self.changes.values()))) if self.changes else 0.0
 
 
@@ -43,7 +43,7 @@ def require_mergeable(layers: Mapping[str, GraphLayer], source: Path, loras: Lor
 
 
 def merge_graph(source: Path, loras: LoraSet, out: Path, bases: BasisSource) -> Merged:
-    """Write `source` with the adapters in its weights to `out` and its sidecar; every other tensor is as it was.
+    """Write `source` with merged adapters to `out` and its sidecar; every other tensor is unchanged.
 
     Weights are merged one at a time, when they are written. Raises ToolError and GraphNotRecognised.
     """
@@ -57,7 +57,7 @@ def merge_graph(source: Path, loras: LoraSet, out: Path, bases: BasisSource) -> 
 
 
 def merged_native(layer: GraphLayer, loras: LoraSet, bases: BasisSource, merged: Merged) -> Tensor:
-    """Return a layer's merged weight (out, in) fp32 in native rows; its change is noted in `merged`."""
+    """Return a layer's merged weight (out, in) fp32 in native row order; record its change in `merged`."""
     import torch
 
     base = torch.from_numpy(layer.native())
@@ -77,20 +77,20 @@ def _put_lazily(layer: GraphLayer, loras: LoraSet, bases: BasisSource, merged: M
     original = GraphLayer(layer.role, layer.node, layer.weight, layer.rows, layer.columns)
     dtype = stored.dtype.numpy()
 
-    def made() -> ir.TensorProtocol:
+    def merge() -> ir.TensorProtocol:
         merging, value.const_value = value.const_value, stored  # the base weight is read through the value
         try:
             rows = original.graph_rows(merged_native(original, loras, bases, merged).numpy())
             array = in_stored_layout(original, rows)
         finally:
             value.const_value = merging
-        largest = float(np.abs(array).max())
-        if dtype == np.float16 and largest > float(np.finfo(np.float16).max):
+        max_value = float(np.abs(array).max())
+        if dtype == np.float16 and max_value > float(np.finfo(np.float16).max):
             raise ToolError(
-                f"the merged weight of {original.name} reaches {largest:g}, beyond fp16", "lower the strengths"
+                f"the merged weight of {original.name} reaches {max_value:g}, beyond fp16", "lower the strengths"
             )
         return ir.tensor(array.astype(dtype), name=value.name)
 
     value.const_value = ir.LazyTensor(
-        made, dtype=stored.dtype, shape=ir.Shape(stored.shape.numpy()), name=str(value.name)
+        merge, dtype=stored.dtype, shape=ir.Shape(stored.shape.numpy()), name=str(value.name)
     )

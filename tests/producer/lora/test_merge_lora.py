@@ -405,7 +405,7 @@ def test_a_missing_merged_graph_is_refused_with_the_command_that_makes_it(
     [
         (["--input", "dit_fp8.onnx"], "quantised"),
         (["--rounding", "gptq"], "--rounding gptq needs"),
-        (["--fp8-base", "dit_other.onnx"], "was not made of"),
+        (["--fp8-base", "dit_other.onnx"], "was not built from"),
         (["--onnx", "dit_fp16mixed.onnx"], "the graph that is read"),
     ],
 )
@@ -414,7 +414,7 @@ def test_a_merge_that_would_be_wrong_is_refused_and_writes_nothing(
 ) -> None:
     folder = tmp_path / "sa3-m"
     shutil.copytree(root / "onnx" / "sa3-m", folder, ignore=shutil.ignore_patterns("*lora*"))
-    if word == "was not made of":
+    if word == "was not built from":
         other_loras = LoraSet.read([LoraSpec(adapted("lora", 8), 9.0)])
         from sa3_build.lora.requantize import requantize
 
