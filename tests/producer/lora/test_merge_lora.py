@@ -404,9 +404,9 @@ def test_a_missing_merged_graph_is_refused_with_the_command_that_makes_it(
     ("more", "word"),
     [
         (["--input", "dit_fp8.onnx"], "quantised"),
-        (["--rounding", "gptq"], "--rounding gptq needs"),
+        (["--rounding", "gptq"], "--rounding gptq requires"),
         (["--fp8-base", "dit_other.onnx"], "was not built from"),
-        (["--onnx", "dit_fp16mixed.onnx"], "the graph that is read"),
+        (["--onnx", "dit_fp16mixed.onnx"], "is also an input"),
     ],
 )
 def test_a_merge_that_would_be_wrong_is_refused_and_writes_nothing(
