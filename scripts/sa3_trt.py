@@ -14,7 +14,7 @@ from sa3_trt_core.cli.again import again_line
 from sa3_trt_core.cli.arguments import run_command
 from sa3_trt_core.cli.devices import choose_devices
 from sa3_trt_core.cli.job import Job, make_job
-from sa3_trt_core.cli.parser import parser
+from sa3_trt_core.cli.parser import make_parser
 from sa3_trt_core.cli.run import produce, produce_missing
 
 
@@ -47,8 +47,8 @@ def _produce(job: Job, devices: Sequence[str]) -> report.Totals:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; with --again those of that sound, overridden by the other flags. Raises ToolError."""
     flags = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(flags)
-    return parser().parse_args([*again_line(args.again, args), *flags]) if args.again is not None else args
+    args = make_parser().parse_args(flags)
+    return make_parser().parse_args([*again_line(args.again, args), *flags]) if args.again is not None else args
 
 
 def entry() -> None:

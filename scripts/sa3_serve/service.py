@@ -10,7 +10,7 @@ from sa3_serve.metrics import Metrics
 from sa3_serve.settings import Settings
 from sa3_trt_core import shapes
 from sa3_trt_core.cli import again
-from sa3_trt_core.cli.parser import parser
+from sa3_trt_core.cli.parser import make_parser
 from sa3_trt_core.engines.base import Closing
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.live_ring import LiveRing
@@ -91,7 +91,7 @@ class Service(Closing):
     def metadata(self, request: Request, window: int | None = None) -> dict[str, Any]:
         """Return a sound's comment as sa3_trt writes it, without the uploaded file; `window` is that of a stream."""
         used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
-        usual = vars(parser().parse_args(["--prompt", ""]))
+        usual = vars(make_parser().parse_args(["--prompt", ""]))
         chunk = window or self.generator.engines.plan.chunk_frames
         run = {**usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
         about = again.metadata(request, run, used)

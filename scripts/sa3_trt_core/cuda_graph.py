@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     import torch
 
-Given = TypeVar("Given")
+Output = TypeVar("Output")
 
 WARM_RUNS = 2  # a capture must meet kernels that are compiled and libraries that have chosen
 _CAPTURING = threading.Lock()
@@ -17,8 +17,8 @@ _STREAMS: dict[int, torch.cuda.Stream] = {}
 
 
 def capture(
-    function: Callable[[], Given], stream: torch.cuda.Stream | None = None, warm_runs: int = WARM_RUNS
-) -> tuple[torch.cuda.CUDAGraph, Given]:
+    function: Callable[[], Output], stream: torch.cuda.Stream | None = None, warm_runs: int = WARM_RUNS
+) -> tuple[torch.cuda.CUDAGraph, Output]:
     """A CUDA graph of a function without arguments, and what the function gave: tensors that a replay fills.
 
     `stream` is where the function puts its work, where that is not the current one. Raises RuntimeError for work that
@@ -36,8 +36,8 @@ def capture(
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls belong to the capture: a ring decodes in another one.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            given = function()
-    return graph, given
+            outputs = function()
+    return graph, outputs
 
 
 def _side_stream(device: int) -> torch.cuda.Stream:

@@ -147,8 +147,8 @@ class Request:
     def _check_init(self) -> None:
         level = self.init_noise_level
         if self.init_audio is None:
-            given = {"inpaint": self.inpaint, "init_start": self.init_start, "paste_kept": self.paste_kept}
-            for name, value in {**given, "init_noise_level": level is not None}.items():
+            unused = {"inpaint": self.inpaint, "init_start": self.init_start, "paste_kept": self.paste_kept}
+            for name, value in {**unused, "init_noise_level": level is not None}.items():
                 if value:
                     raise InvalidRequest(f"`{name}` needs a sound to start from", "add `init_audio`")
             return
@@ -228,15 +228,15 @@ def _require_range(name: str, value: float, low: float, high: float) -> None:
         raise InvalidRequest(f"`{name}` {shown(value)} is outside {low:g} to {high:g}", f"choose another {name}")
 
 
-def _sound(given: object) -> Path | Waveform | None:
+def _sound(value: object) -> Path | Waveform | None:
     """Return `init_audio` as a path or a waveform. Raises InvalidRequest."""
-    if given is None or isinstance(given, Path | Waveform):
-        return given
-    if isinstance(given, str):
-        return Path(given)
-    if isinstance(given, tuple) and len(given) == 2:
-        return as_waveform(*given)
-    kind = type(given).__name__
+    if value is None or isinstance(value, Path | Waveform):
+        return value
+    if isinstance(value, str):
+        return Path(value)
+    if isinstance(value, tuple) and len(value) == 2:
+        return as_waveform(*value)
+    kind = type(value).__name__
     raise InvalidRequest(f"`init_audio` is a {kind}, not a sound", "give a path, or (tensor, sample_rate)")
 
 

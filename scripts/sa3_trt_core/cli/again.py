@@ -51,20 +51,20 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
     return {**request_fields, "engines": dict(identities), "version": __version__}
 
 
-def again_line(path: Path, given: argparse.Namespace) -> list[str]:
-    """Return the flags that made a sound, without those that `given`, the flags of this run, replace as a whole.
+def again_line(path: Path, args: argparse.Namespace) -> list[str]:
+    """Return the flags that made a sound, without those that `args`, the flags of this run, replace as a whole.
 
-    They come before the user's own on the command line, so that a flag that is given again has the last word. Raises
+    They come before the user's own on the command line, so that a flag that is repeated there has the last word. Raises
     ToolError for a file without such metadata, or one whose texts were cut.
     """
     note = audio_io.read_metadata(path)
-    prompted = given.prompt is not None or given.prompts_file is not None
+    prompted = args.prompt is not None or args.prompts_file is not None
     if any(audio_io.was_cut(path, note.get(name)) for name in TEXTS if not (name == "prompt" and prompted)):
         raise ToolError(
             f"the texts in {path} were cut: a WAV file holds 2 kB of them", "give --prompt too, or write .flac files"
         )
     line = []
-    kind = given.out.suffix if given.out is not None else f".{given.format}" if given.format else path.suffix
+    kind = args.out.suffix if args.out is not None else f".{args.format}" if args.format else path.suffix
     left_out = {"prompt": prompted, "bits": not audio_io.has_bits(kind, note.get("bits"))}
     for name in TEXTS:
         if name in note and not left_out.get(name):
@@ -76,14 +76,14 @@ def again_line(path: Path, given: argparse.Namespace) -> list[str]:
     ranges = note.get("inpaint", [])
     if not isinstance(ranges, list) or not all(isinstance(part, list) and len(part) == 2 for part in ranges):
         raise _damaged(path, "inpaint", ranges)
-    if not given.inpaint_range:
+    if not args.inpaint_range:
         line += [f"--inpaint-range={','.join(repr(_number(path, 'inpaint', n)) for n in part)}" for part in ranges]
     adapters = note.get("lora", [])
     if not isinstance(adapters, list):
         raise _damaged(path, "lora", adapters)
-    if given.lora is None:
+    if args.lora is None:
         line += [f"--lora={_text(path, 'lora', one)}" for one in adapters]
-    if given.out is None and given.format is None and path.suffix.lower() in audio_io.FORMATS:
+    if args.out is None and args.format is None and path.suffix.lower() in audio_io.FORMATS:
         line.append(f"--format={path.suffix.lower()[1:]}")
     return line
 

@@ -13,9 +13,9 @@ RULES = ("native", "fade")
 STACKINGS = ("chained", "summed")
 
 
-def add_lora_flags(parse: argparse.ArgumentParser, required: bool = False, refits: bool = False) -> None:
+def add_lora_flags(parser: argparse.ArgumentParser, required: bool = False, refits: bool = False) -> None:
     """Add --lora and the flags of its rules as a group of their own; `refits` adds --refit."""
-    group = parse.add_argument_group("adapters")
+    group = parser.add_argument_group("adapters")
     group.add_argument(
         "--lora", action="append", default=None, required=required, metavar="F[:S]",
         help="a LoRA file or PEFT folder and its strength (default 1); may be repeated, in order",

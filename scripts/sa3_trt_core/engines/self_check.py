@@ -113,8 +113,8 @@ def _share(row: CheckRow, expected: np.ndarray, answer: np.ndarray) -> float | N
     """The engine's share of the graph's difference between the two rows of a probe; None for other rows."""
     if row.purpose not in (NOISE_LEVELS, DURATIONS):
         return None
-    wanted, given = (_norm(np.subtract(*side.reshape(2, -1))) for side in (expected, answer))
-    return given / wanted if wanted else None
+    wanted, answered = (_norm(np.subtract(*side.reshape(2, -1))) for side in (expected, answer))
+    return answered / wanted if wanted else None
 
 
 def require_correct(

@@ -107,10 +107,10 @@ def resolve_tokenizer(source: ModelSource) -> Path:
     return paths[0]
 
 
-def _find(repository: str, names: list[str], pinned: str, given: str | None, offline: bool) -> Path | None:
+def _find(repository: str, names: list[str], pinned: str, requested: str | None, offline: bool) -> Path | None:
     """The first of the names that is in the cache, else the first that the hub has; None if it has none of them."""
-    revision = given or pinned
-    moves = given is not None and download.COMMIT.fullmatch(given) is None
+    revision = requested or pinned
+    moves = requested is not None and download.COMMIT.fullmatch(requested) is None
     off = "`offline`" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None
     if off or not moves:
         for name in names:

@@ -28,9 +28,9 @@ def parser_of(module) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def
         return module.make_parser()
     if hasattr(module, "parser"):
         return module.parser() if not isinstance(module.parser, argparse.ArgumentParser) else module.parser
-    from sa3_trt_core.cli.parser import parser
+    from sa3_trt_core.cli.parser import make_parser
 
-    return parser()
+    return make_parser()
 
 
 def path_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:

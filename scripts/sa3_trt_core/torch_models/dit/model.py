@@ -141,11 +141,11 @@ class Dit:
 
     def local(self, local_add_cond: Tensor) -> Tensor:
         """The local embedding of every block (depth, B, L, width) fp16 of local_add_cond (B, 257, L)."""
-        given = local_add_cond.transpose(1, 2).to(torch.float16).contiguous()
+        inputs = local_add_cond.transpose(1, 2).to(torch.float16).contiguous()
         embeddings = []
         for block in self.blocks:
             into, out = block.products["local_in"], block.products["local_out"]
-            padded = functional.pad(given, (0, into.weight.shape[1] - given.shape[-1]))
+            padded = functional.pad(inputs, (0, into.weight.shape[1] - inputs.shape[-1]))
             embeddings.append(result(functional.silu(result(padded, into).float()).to(torch.float16), out))
         return torch.stack(embeddings)
 

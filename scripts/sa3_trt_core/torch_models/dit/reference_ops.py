@@ -53,8 +53,10 @@ class PlainOps:
         activation_scale: float | None,
     ) -> Tensor:  # fmt: skip
         q = _whole(stored, ratio).unflatten(-1, (2, -1, HEAD_CHANNELS))
-        held = keys.unflatten(-1, (3, -1, HEAD_CHANNELS))
-        return _attend((_rms(q, epsilon) * q_gamma).to(torch.float16), held[:, :, 0:2], held[:, :, 2], activation_scale)
+        heads = keys.unflatten(-1, (3, -1, HEAD_CHANNELS))
+        return _attend(
+            (_rms(q, epsilon) * q_gamma).to(torch.float16), heads[:, :, 0:2], heads[:, :, 2], activation_scale
+        )
 
     def gated(self, stored: Tensor, ratio: Tensor | None, bias: Tensor, activation_scale: float | None) -> Tensor:
         value, gate = (_whole(stored, ratio) + bias).chunk(2, dim=-1)

@@ -218,15 +218,15 @@ class _GraphSlot:
         self._known = [None] * len(self._known)
         self._has_no_local = False
 
-    def _update_text(self, given: dict[str, Tensor], changed: list[int], watched: bool) -> None:
+    def _update_text(self, inputs: dict[str, Tensor], changed: list[int], watched: bool) -> None:
         """Work out the cross keys of some rows: by a graph from the second time on that all rows change."""
         whole = len(changed) == self.x.shape[0]
         if self.x.device.type == "cuda" and self._last_conditioning is not None and whole and not watched:
             if self._text is None:
-                self._text = Captured(self._all_keys, given, self.x.device)
-            self._text(given)
+                self._text = Captured(self._all_keys, inputs, self.x.device)
+            self._text(inputs)
             return
-        self._conditioning.keys[:, changed] = self._dit.keys(*(given[name].to(self.x.device) for name in TEXT))
+        self._conditioning.keys[:, changed] = self._dit.keys(*(inputs[name].to(self.x.device) for name in TEXT))
 
     def _all_keys(self, t5_hidden: Tensor, t5_mask: Tensor, seconds_total: Tensor) -> Tensor:
         return self._conditioning.keys.copy_(self._dit.keys(t5_hidden, t5_mask, seconds_total))
