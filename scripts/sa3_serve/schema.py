@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sa3_serve.settings import Settings
 from sa3_trt_core import shapes
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_SEED, MOST_STEPS, Request
+from sa3_trt_core.request import FULL_APG, MAX_CFG, MAX_SEED, MAX_STEPS, MIN_NOISE, Request
 
 MAX_PROMPT_LENGTH = 4096  # characters; the text encoder reads 256 tokens
 MAX_RANGES = 32
@@ -30,14 +30,14 @@ class SoundRequest(BaseModel):
 
     prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What to generate; may be empty")
     seconds: float = Field(30.0, ge=shapes.MIN_SECONDS, le=shapes.MAX_SECONDS, description="Length")
-    seed: int | None = Field(None, ge=0, le=MOST_SEED, description="One seed is one sound; drawn if it is left away")
-    steps: int = Field(8, ge=1, le=MOST_STEPS, description="Steps of the sampler")
-    cfg: float = Field(1.0, ge=0, le=MOST_CFG, description="Guidance; 1 is none")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="One seed is one sound; drawn if it is left away")
+    steps: int = Field(8, ge=1, le=MAX_STEPS, description="Steps of the sampler")
+    cfg: float = Field(1.0, ge=0, le=MAX_CFG, description="Guidance; 1 is none")
     apg: float | None = Field(None, ge=0, le=FULL_APG, description="0 plain guidance, 1 projected")
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="What to lead away from")
     format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Of the answer")
     init_start: float = Field(0.0, ge=0, le=LATEST_START, description="Second of init_audio to begin at")
-    init_noise_level: float | None = Field(None, ge=LEAST_NOISE, le=1, description="Audio to audio: how free of it")
+    init_noise_level: float | None = Field(None, ge=MIN_NOISE, le=1, description="Audio to audio: how free of it")
     inpaint: list[Range] = Field([], max_length=MAX_RANGES, description="Seconds of init_audio to make anew")
 
     loras_digest: str | None = Field(

@@ -147,11 +147,11 @@ def _path_error(error: BaseException) -> ToolError | None:
     if error.filename is None or error.errno is None:
         return ToolError(f"the system refuses: {error}", _CURES.get(error.errno or 0, "give another path"))
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
-    shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+    shown = name if len(name) <= _MAX_SHOWN_LENGTH else f"{name[:_MAX_SHOWN_LENGTH]}..."
     return ToolError(f"cannot use {shown}: {error.strerror or error}", _CURES.get(error.errno, "give another path"))
 
 
-_LONGEST_SHOWN = 120
+_MAX_SHOWN_LENGTH = 120
 _CURES = {
     errno.EACCES: "give a path that you may read and write, or change its permissions",
     errno.EPERM: "give a path that you may read and write, or change its permissions",

@@ -15,14 +15,14 @@ from sa3_trt_core.errors import InvalidRequest
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_STEPS = 1000
+MAX_STEPS = 1000
 SCHEDULE_ORDERS = ("warp-then-scale", "scale-then-warp")  # of noise levels below 1: sampling/schedule.py
-MOST_SEED = 2**63 - 1
-MOST_CFG = 100.0
-LEAST_NOISE = 0.01  # the published runtime's limit too: the model is not defined at sigma 0
+MAX_SEED = 2**63 - 1
+MAX_CFG = 100.0
+MIN_NOISE = 0.01  # the published runtime's limit too: the model is not defined at sigma 0
 FULL_APG = 1.0
-LONGEST_SHOWN = 40  # letters of a value in a message
-MOST_PADDING = 60.0  # seconds; the model's own interface offers 30
+MAX_SHOWN_LENGTH = 40  # letters of a value in a message
+MAX_PADDING = 60.0  # seconds; the model's own interface offers 30
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Request:
         if self.negative_prompt is not None:
             require_text(self.negative_prompt, "the negative prompt")
         _require_range("seconds", self.seconds, shapes.MIN_SECONDS, shapes.MAX_SECONDS)
-        _require_range("steps", self.steps, 1, MOST_STEPS)
-        _require_range("seed", self.seed, 0, MOST_SEED)
+        _require_range("steps", self.steps, 1, MAX_STEPS)
+        _require_range("seed", self.seed, 0, MAX_SEED)
         for name in ("steps", "seed"):
             if not isinstance(getattr(self, name), int):
                 raise InvalidRequest(f"`{name}` is {shown(getattr(self, name))}", f"choose a whole number of {name}")
-        _require_range("cfg", self.cfg, 0.0, MOST_CFG)
-        _require_range("duration_padding", self.duration_padding, 0.0, MOST_PADDING)
+        _require_range("cfg", self.cfg, 0.0, MAX_CFG)
+        _require_range("duration_padding", self.duration_padding, 0.0, MAX_PADDING)
         if self.schedule_order not in SCHEDULE_ORDERS:
             raise InvalidRequest(
                 f"unknown `schedule_order` {self.schedule_order!r}", f"known: {', '.join(SCHEDULE_ORDERS)}"
@@ -158,7 +158,7 @@ class Request:
                 "add `init_noise_level` (0.01 to 1: the more, the freer) or `inpaint` (ranges in seconds)",
             )
         if level is not None:
-            _require_range("init_noise_level", level, LEAST_NOISE, 1.0)
+            _require_range("init_noise_level", level, MIN_NOISE, 1.0)
         if self.paste_kept and not self.inpaint:
             raise InvalidRequest("`paste_kept` is for in-painting", "add `inpaint` (ranges in seconds)")
         _require_range("init_start", self.init_start, 0.0, math.inf)
@@ -260,4 +260,4 @@ def shown(value: object) -> str:
         text = f"{value:g}" if isinstance(value, float) else repr(value)
     except ValueError:  # Python writes no whole number of more than 4300 digits
         return "a number of thousands of digits"
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH]}..."

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.engines.base import GraphEngine
 
-LARGEST_CONFIG = 4 << 20  # bytes
+MAX_CONFIG = 4 << 20  # bytes
 QUOTED = 30  # letters of a prompt on each side of where it is cut
 _MEND = "get the folder's tokenizer files again"
 _GEMMA_PAD = "<pad>"
@@ -92,7 +92,7 @@ def encode_text(engine: GraphEngine, tokenizer: Tokenizer, prompts: Sequence[str
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(files.read_text(path, LARGEST_CONFIG))
+        config = json.loads(files.read_text(path, MAX_CONFIG))
     except ToolError as error:
         raise ToolError(error.message, _MEND) from None
     except (ValueError, RecursionError) as error:

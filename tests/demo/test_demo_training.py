@@ -29,7 +29,7 @@ from sa3_demo.synth import render
 from sa3_trt_core.sampling import schedule
 
 SHIPPED = ROOT / "interface" / "demo_model"
-MOST_BYTES = 24 << 20
+MAX_BYTES = 24 << 20
 
 
 def test_a_piece_is_the_same_everywhere_and_its_caption_says_it() -> None:
@@ -281,7 +281,7 @@ def test_the_repositorys_weights_are_16_bit_small_and_whole(tmp_path: Path) -> N
     files = [SHIPPED / f"{part}.safetensors" for part in ship.PARTS]
     adapter = SHIPPED / "room.safetensors"
     weights = [file for file in SHIPPED.iterdir() if file.suffix != ".md" and file != adapter]
-    assert sum(file.stat().st_size for file in weights) <= MOST_BYTES and adapter.stat().st_size < 1 << 20
+    assert sum(file.stat().st_size for file in weights) <= MAX_BYTES and adapter.stat().st_size < 1 << 20
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
             kinds = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118

@@ -21,7 +21,7 @@ from sa3_build.engines.builders import BUILDERS
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.targets import TARGETS
 
-MOST_LINES, MOST_FUNCTION_LINES = 300, 50
+MAX_LINES, MAX_FUNCTION_LINES = 300, 50
 SOURCES = sorted(file for folder in ("build", "scripts", "interface") for file in (ROOT / folder).rglob("*.py"))
 RUNTIME = [file for file in SOURCES if file.is_relative_to(ROOT / "scripts")]
 CORE = ROOT / "scripts" / "sa3_trt_core"
@@ -305,10 +305,10 @@ def test_the_build_folder_is_no_package() -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=label)
 def test_files_and_functions_are_short(file: Path) -> None:
     text = file.read_text("utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.splitlines()) <= MAX_LINES
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = [(node.name, (node.end_lineno or 0) - node.lineno + 1) for node in functions]
-    assert [(name, length) for name, length in lengths if length > MOST_FUNCTION_LINES] == []
+    assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
 
 
 def bare(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MOST_RUNS = 40
+MAX_RUNS = 40
 
 
 def children(parent: int) -> Iterator[tuple[int, str]]:
@@ -87,7 +87,7 @@ def main() -> int:
     spread = [str(word) for word in [*argv, "--devices", "cpu,cpu", "--depth", 2, "--out-dir", args.work / "killed"]]
     draw, report = random.Random(18), {"runs": 0, "workers_killed": 0, "heads_killed": 0}
     code = 1
-    while code != 0 and report["runs"] < MOST_RUNS:
+    while code != 0 and report["runs"] < MAX_RUNS:
         left = args.kills - report["workers_killed"] - report["heads_killed"]
         code, workers, heads = run_and_kill(spread, draw, left, args.pause)
         report["runs"] += 1

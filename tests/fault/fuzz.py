@@ -32,7 +32,7 @@ from helpers.commands import listing, run
 from sa3_trt_core.errors import ToolError
 
 MAX_GROWTH = 1 << 30  # bytes of resident memory over all inputs of a reader
-LARGEST_CLAIM = 1 << 48
+MAX_CLAIM = 1 << 48
 WORDS = [
     "",
     "0",
@@ -142,7 +142,7 @@ def readers(tiny: Path) -> list[Reader]:
     proto = onnx.read_bytes()
     return [
         Reader("calibration sets", _bytes("a.calib.npz", calib.read_bytes()), calibration, EDITS),
-        Reader("zip bombs", _bomb, calibration, st.tuples(st.integers(0, LARGEST_CLAIM), st.integers(0, 1 << 26))),
+        Reader("zip bombs", _bomb, calibration, st.tuples(st.integers(0, MAX_CLAIM), st.integers(0, 1 << 26))),
         Reader("ONNX protos", _bytes(half.onnx[0], proto, f"{half.onnx[0]}.data", onnx), network, EDITS),
         Reader("sidecar names", _sidecar(half.onnx[0]), network, NAMES),
         Reader("sidecars", _bytes(f"{half.onnx[0]}.data", _start(onnx), half.onnx[0], onnx), network, EDITS),

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".check.npz"
 FORMAT = 1
-LARGEST = 4 << 20  # bytes, packed and unpacked
-MOST_ROWS, MOST_BATCH = 64, 2
+MAX_BYTES = 4 << 20  # bytes, packed and unpacked
+MAX_ROWS, MAX_BATCH = 64, 2
 NUDGE = 1e-4  # relative to the deviation of the inputs
 STRIDE = 17  # of the samples and features that are stored of large outputs; has no factor in common with any width
 DIGEST = re.compile("[0-9a-f]{64}")
@@ -167,8 +167,8 @@ def stored_part(kind: str, row: CheckRow, outputs: Mapping[str, Tensor]) -> NDAr
 
 
 def write(path: Path, checks: CheckSet) -> None:
-    """Write check rows as a compressed .npz, atomically. Raises ValueError when they are larger than LARGEST."""
-    padded = {name: np.full((len(checks.rows), MOST_BATCH), np.nan, np.float32) for name in ("sigma", "seconds")}
+    """Write check rows as a compressed .npz, atomically. Raises ValueError when they are larger than MAX_BYTES."""
+    padded = {name: np.full((len(checks.rows), MAX_BATCH), np.nan, np.float32) for name in ("sigma", "seconds")}
     for index, row in enumerate(checks.rows):
         for name, table in padded.items():
             values = getattr(row, name)
@@ -184,18 +184,18 @@ def write(path: Path, checks: CheckSet) -> None:
     }  # fmt: skip
     with files.atomic_path(path) as temporary, temporary.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
-        if stream.tell() > LARGEST:
-            raise ValueError(f"check rows of {stream.tell()} bytes, more than {LARGEST}")
+        if stream.tell() > MAX_BYTES:
+            raise ValueError(f"check rows of {stream.tell()} bytes, more than {MAX_BYTES}")
 
 
 def read(path: Path) -> CheckSet:
     """The check rows of a file. Raises ToolError naming what is wrong with it; nothing in it is executed."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise _broken(path, f"larger than {LARGEST} bytes")
+        if path.stat().st_size > MAX_BYTES:
+            raise _broken(path, f"larger than {MAX_BYTES} bytes")
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > LARGEST:
-                raise _broken(path, f"unpacks to more than {LARGEST} bytes")
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
+                raise _broken(path, f"unpacks to more than {MAX_BYTES} bytes")
         with np.load(path, allow_pickle=False) as held:
             wanted = ("format", "kind", "floor", "graph", *DTYPES)
             missing = [name for name in wanted if name not in held.files]
@@ -215,10 +215,10 @@ def _parsed(path: Path, arrays: Mapping[str, NDArray[Any]]) -> CheckSet:
     if arrays["format"].shape or int(arrays["format"]) != FORMAT:
         raise _broken(path, f"format {arrays['format']}, this program reads {FORMAT}")
     kind, count = str(arrays["kind"]), len(np.atleast_1d(arrays["seed"]))
-    if kind not in shapes.CONTRACTS or not 0 < count <= MOST_ROWS:
+    if kind not in shapes.CONTRACTS or not 0 < count <= MAX_ROWS:
         raise _broken(path, f"{count} rows of a {kind}")
     for name, dtype in DTYPES.items():
-        wide = (count, MOST_BATCH) if name in ("sigma", "seconds") else (count,)
+        wide = (count, MAX_BATCH) if name in ("sigma", "seconds") else (count,)
         if arrays[name].dtype != dtype or (name != "expected" and arrays[name].shape != wide):
             raise _broken(path, f"{name!r} is {arrays[name].dtype} {arrays[name].shape}")
     floor, lengths, expected = float(arrays["floor"]), arrays["lengths"], arrays["expected"]
@@ -237,7 +237,7 @@ def _parsed(path: Path, arrays: Mapping[str, NDArray[Any]]) -> CheckSet:
 def _row(path: Path, arrays: Mapping[str, NDArray[Any]], index: int) -> CheckRow:
     purpose, seed, batch, frames = (int(arrays[name][index]) for name in ("purpose", "seed", "batch", "frames"))
     sigma, seconds = (tuple(float(v) for v in arrays[name][index] if np.isfinite(v)) for name in ("sigma", "seconds"))
-    fits = purpose < len(PURPOSES) and 0 <= seed < 2**31 and 1 <= batch <= MOST_BATCH
+    fits = purpose < len(PURPOSES) and 0 <= seed < 2**31 and 1 <= batch <= MAX_BATCH
     of_dit = batch if str(arrays["kind"]) == "dit" else 0
     if not fits or not 1 <= frames <= shapes.MAX_FRAMES or not len(sigma) == len(seconds) == of_dit:
         raise _broken(path, f"row {index} is not one")

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from sa3_trt_core.errors import ToolError
 
 DEEPEST = 64  # nested subgraphs; real graphs have 1 or 2
-LONGEST_LOCATION = 4096
+MAX_LOCATION_LENGTH = 4096
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 IR_VERSION, GRAPH = 1, 7  # of ModelProto: without both it is no model
 RAW_DATA, EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 9, 13, 14, 1  # of TensorProto
@@ -230,7 +230,7 @@ def _varint(data: Buffer, position: int, end: int) -> tuple[int, int]:
 
 
 def _text(data: Buffer, start: int, size: int) -> str:
-    if size > LONGEST_LOCATION:
+    if size > MAX_LOCATION_LENGTH:
         raise _Malformed("it names a sidecar with an overlong name")
     try:
         return bytes(data[start : start + size]).decode("utf-8")

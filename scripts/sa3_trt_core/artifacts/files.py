@@ -17,7 +17,7 @@ from sa3_trt_core.errors import ToolError
 
 CHUNK = 1 << 20
 SAMPLES, SAMPLE_BYTES = 256, 4096  # of a sampled digest
-LONGEST_NAME = 255  # bytes, on every common file system
+MAX_NAME_LENGTH = 255  # bytes, on every common file system
 
 
 @contextlib.contextmanager
@@ -123,8 +123,8 @@ def require_writable(path: Path, what: str) -> None:
     Raises ToolError.
     """
     hint = f"choose another {what}"
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise ToolError(f"cannot write {what}: its file name is longer than {LONGEST_NAME} bytes", hint)
+    if len(os.fsencode(path.name)) > MAX_NAME_LENGTH:
+        raise ToolError(f"cannot write {what}: its file name is longer than {MAX_NAME_LENGTH} bytes", hint)
     if path.is_dir():
         raise ToolError(f"cannot write {what} {path}: it is a folder", hint)
     if os.path.lexists(path) and path.exists() and not path.is_file():

@@ -17,7 +17,7 @@ from sa3_trt_core.errors import ToolError
 
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
-LARGEST = 4 << 20  # bytes; a manifest is a few kB, so more than this is something else
+MAX_BYTES = 4 << 20  # bytes; a manifest is a few kB, so more than this is something else
 IDENTITY_LETTERS = 16  # of a SHA-256
 TOOLS = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt", "tensorrt", "tensorrt_rtx")
 
@@ -84,13 +84,13 @@ def read_manifest(artefact: Path) -> Manifest | None:
     path = manifest_path(artefact)
     try:
         with path.open("rb") as file:
-            text = file.read(LARGEST + 1)
+            text = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _broken(path, error.strerror or str(error)) from None
-    if len(text) > LARGEST:
-        raise _broken(path, f"larger than {LARGEST} bytes")
+    if len(text) > MAX_BYTES:
+        raise _broken(path, f"larger than {MAX_BYTES} bytes")
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):

@@ -27,8 +27,8 @@ BITS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}
 DEFAULT_BITS = "16"
 PEAKS = ("clip", "normalize", "limit")
 LIMITER_MILLISECONDS = 5.0  # each side of a peak; shorter is heard as distortion, longer as pumping
-MOST_WAV_TEXT = 1900  # bytes of title and comment together
-LONGEST_TITLE = 100  # letters
+MAX_WAV_TEXT = 1900  # bytes of title and comment together
+MAX_TITLE_LENGTH = 100  # letters
 CUTS = (600, 300, 150, 75)  # letters that are left of each text, as few as it takes
 ELLIPSIS = "…"  # at the end of a text that was cut
 
@@ -98,7 +98,7 @@ def write_sound(
         values = _quantized(values, bits)
     subtype = CODECS.get(suffix, BITS[bits])
     with soundfile.SoundFile(target, "w", rate, values.shape[1], subtype, format=FORMATS[suffix]) as sound:
-        title, sound.comment = _texts(metadata, MOST_WAV_TEXT if suffix == ".wav" else None, suffix == ".mp3")
+        title, sound.comment = _texts(metadata, MAX_WAV_TEXT if suffix == ".wav" else None, suffix == ".mp3")
         if title:  # an empty text is an error to libsndfile
             sound.title = title
         sound.software = f"sa3-trt {__version__}"
@@ -171,7 +171,7 @@ def _texts(metadata: Mapping[str, Any], most: int | None, ascii_only: bool) -> t
     `ascii_only` is for MP3, whose texts libsndfile writes as UTF-8 and marks as Latin-1: JSON has escapes for the
     comment, and the title loses its accents.
     """
-    for longest, title_length in ((None, None), (None, LONGEST_TITLE), *((length, length) for length in CUTS)):
+    for longest, title_length in ((None, None), (None, MAX_TITLE_LENGTH), *((length, length) for length in CUTS)):
         cut = {key: _cut(value, longest) if isinstance(value, str) else value for key, value in metadata.items()}
         title, comment = _cut(str(metadata.get("prompt", "")), title_length), json.dumps(cut, ensure_ascii=ascii_only)
         if most is None or len((title + comment).encode()) <= most:

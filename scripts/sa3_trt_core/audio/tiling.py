@@ -8,8 +8,8 @@ from sa3_trt_core.errors import InvalidRequest
 
 # Frames a side that are run and thrown away: the autoencoder looks 12 to either side (build/FACTS.md, Autoencoder).
 CONTEXT = 16
-LEAST_CHUNK = 64  # under it more is thrown away than kept
-LONGEST_SHOT = 512  # frames that are run in one piece where nothing is asked for
+MIN_CHUNK = 64  # under it more is thrown away than kept
+MAX_SHOT_LENGTH = 512  # frames that are run in one piece where nothing is asked for
 USUAL_CHUNK = 256  # what longer ones are cut into then: an eighth of the work is done twice
 
 
@@ -45,13 +45,13 @@ def chunk_frames(frames: int, asked: int | None) -> int:
     """The window for a sound of so many frames: what was asked for, else one piece unless it is long."""
     if asked is not None:
         return asked
-    return 0 if frames <= LONGEST_SHOT else USUAL_CHUNK
+    return 0 if frames <= MAX_SHOT_LENGTH else USUAL_CHUNK
 
 
 def require_chunk(size: int) -> None:
-    """Raise InvalidRequest for a window that is none: 0 (one piece) or at least LEAST_CHUNK frames."""
-    if size != 0 and size < LEAST_CHUNK:
+    """Raise InvalidRequest for a window that is none: 0 (one piece) or at least MIN_CHUNK frames."""
+    if size != 0 and size < MIN_CHUNK:
         raise InvalidRequest(
             f"chunks of {size} latent frames are too short: {2 * CONTEXT} of each are run twice",
-            f"choose `chunk_frames={LEAST_CHUNK}` or more, or 0 for one piece",
+            f"choose `chunk_frames={MIN_CHUNK}` or more, or 0 for one piece",
         )

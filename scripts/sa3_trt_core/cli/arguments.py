@@ -17,7 +17,7 @@ from sa3_trt_core.errors import ToolError, ToolWarning, as_flags, as_tool_error,
 
 INTERRUPT_EXIT = 130
 
-MOST_DIGITS = 4000
+MAX_DIGITS = 4000
 RESERVE = 4 << 20  # bytes, freed when memory ends, so that the error can be printed
 SHOWN_DIGITS = 40  # of a number or text that is refused
 _DASHED = re.compile(r"argument ([^:]+): expected (?:one|at least one) argument")
@@ -122,7 +122,7 @@ def integer_type(low: int, high: int, unit: str = "") -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         digits = text.strip().lstrip("+-")
-        if len(digits) > MOST_DIGITS and digits.isdecimal():  # Python refuses to read more than 4300
+        if len(digits) > MAX_DIGITS and digits.isdecimal():  # Python refuses to read more than 4300
             raise argparse.ArgumentTypeError(f"{_shown(text)} is outside {low} to {high}{_unit(unit)}")
         try:
             value = int(text)

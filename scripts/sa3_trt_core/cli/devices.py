@@ -9,14 +9,14 @@ from sa3_trt_core.errors import ToolError
 
 CPU = "cpu"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-MOST_DIGITS, SHOWN = 4, 40  # of a device's number, and of a name in a message
+MAX_DIGITS, SHOWN = 4, 40  # of a device's number, and of a name in a message
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
     """ "0,1" as devices: numbers of visible GPUs, each once, or cpu as often as you like. Raises ToolError."""
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
-        if name != CPU and not (name.isascii() and name.isdigit() and len(name) <= MOST_DIGITS):
+        if name != CPU and not (name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS):
             raise ToolError(
                 f"{name[:SHOWN]!r} is no device", "give numbers of GPUs, as nvidia-smi -L counts them, or cpu"
             )

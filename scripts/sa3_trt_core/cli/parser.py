@@ -10,10 +10,10 @@ from sa3_trt_core import engines, shapes, targets
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type
 from sa3_trt_core.cli.lora_flags import add_lora_flags
-from sa3_trt_core.request import FULL_APG, LEAST_NOISE, MOST_CFG, MOST_PADDING, MOST_SEED, MOST_STEPS, SCHEDULE_ORDERS
+from sa3_trt_core.request import FULL_APG, MAX_CFG, MAX_PADDING, MAX_SEED, MAX_STEPS, MIN_NOISE, SCHEDULE_ORDERS
 from sa3_trt_core.version import __version__
 
-MOST_COUNT = 10_000
+MAX_COUNT = 10_000
 MAX_SECONDS = math.floor(shapes.MAX_SECONDS * 100) / 100  # as it is printed
 
 LOCAL_RAY = "local"  # of --ray without an address
@@ -43,10 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--count",
-        type=integer_type(1, MOST_COUNT),
+        type=integer_type(1, MAX_COUNT),
         default=1,
         metavar="N",
-        help=f"sounds for each prompt, seeds ascending (default: 1; 1 to {MOST_COUNT})",
+        help=f"sounds for each prompt, seeds ascending (default: 1; 1 to {MAX_COUNT})",
     )
     parser.add_argument(
         "--version", action="version", version=f"sa3_trt {__version__}", help="print the version and exit"
@@ -117,14 +117,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--steps",
-        type=integer_type(1, MOST_STEPS, "steps"),
+        type=integer_type(1, MAX_STEPS, "steps"),
         default=8,
         metavar="N",
-        help=f"sampler steps (default: 8; 1 to {MOST_STEPS})",
+        help=f"sampler steps (default: 8; 1 to {MAX_STEPS})",
     )
     group.add_argument(
         "--seed",
-        type=integer_type(-1, MOST_SEED),
+        type=integer_type(-1, MAX_SEED),
         metavar="N",
         help="seed of the first sound, one more for each that follows (default: -1, a random seed)",
     )
@@ -143,10 +143,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--cfg",
-        type=number_type(0, MOST_CFG),
+        type=number_type(0, MAX_CFG),
         default=1.0,
         metavar="X",
-        help=f"classifier-free guidance scale (default: 1, no guidance; 0 to {MOST_CFG:g})",
+        help=f"classifier-free guidance scale (default: 1, no guidance; 0 to {MAX_CFG:g})",
     )
     group.add_argument(
         "--apg",
@@ -155,6 +155,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help="strength of the guidance's projection, 0 to 1 (default: 1)",
     )
     group.add_argument("--negative-prompt", metavar="P", help="text to guide away from; needs --cfg other than 1")
+    _add_schedule(group)
+
+
+def _add_schedule(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--legacy-schedule",
         action="store_true",
@@ -165,7 +169,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         help="order for audio to audio; scale-then-warp as the model's main branch (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--duration-padding", type=number_type(0, MOST_PADDING, "seconds"), default=shapes.PADDING_SECONDS, metavar="S",
+        "--duration-padding", type=number_type(0, MAX_PADDING, "seconds"), default=shapes.PADDING_SECONDS, metavar="S",
         help="seconds generated after the end and cut off (default: %(default)g)",
     )  # fmt: skip
 
@@ -184,7 +188,7 @@ def _add_sound(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--init-noise-level",
-        type=number_type(LEAST_NOISE, 1.0),
+        type=number_type(MIN_NOISE, 1.0),
         metavar="X",
         help="initial sigma: 0.01 stays close to --init-audio, 1 ignores it",
     )

@@ -15,18 +15,18 @@ from typing import Any
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.errors import ToolError
-from sa3_trt_core.request import MOST_SEED, require_text, shown
+from sa3_trt_core.request import MAX_SEED, require_text, shown
 
-LARGEST_FILE = 16 << 20  # bytes
+MAX_FILE = 16 << 20  # bytes
 STANDARD_INPUT = "-"
-MOST_DIGITS = 400
-LONGEST_SLUG = 48
+MAX_DIGITS = 400
+MAX_SLUG_LENGTH = 48
 DIGEST_LETTERS = 8
 _SPACE = "\ufeff \t\r\v\f"  # str.strip() would take U+0085 and its like off the ends of a prompt
 _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "seed": (int,), "seconds": (int, float), "negative_prompt": (str,)
 }  # fmt: skip
-_RANGES = {"seed": (0, MOST_SEED), "seconds": (shapes.MIN_SECONDS, shapes.MAX_SECONDS)}
+_RANGES = {"seed": (0, MAX_SEED), "seconds": (shapes.MIN_SECONDS, shapes.MAX_SECONDS)}
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ def read_prompts(path: Path) -> list[Row]:
     try:
         if name == STANDARD_INPUT:
             name = "standard input"
-            text = files.text_of(_standard_input(), name, LARGEST_FILE)
+            text = files.text_of(_standard_input(), name, MAX_FILE)
         else:
-            text = files.read_text(path, LARGEST_FILE)
+            text = files.read_text(path, MAX_FILE)
     except ToolError as error:
         raise ToolError(f"--prompts-file: {error.message}", "give a text file in UTF-8, one prompt a line") from None
     lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -91,14 +91,14 @@ def _object(name: str, number: int, line: str) -> Row:
 
 def _whole_number(digits: str) -> int:
     """Return an integer of JSON; of one that has more digits than any range, the first of them: Python reads 4300."""
-    return int(digits[:MOST_DIGITS])
+    return int(digits[:MAX_DIGITS])
 
 
 def _standard_input() -> bytes:
     """Return standard input as bytes, none where it is closed. Raises ToolError."""
     buffer = getattr(sys.stdin, "buffer", None)
     try:
-        return b"" if buffer is None else bytes(buffer.read(LARGEST_FILE + 1))
+        return b"" if buffer is None else bytes(buffer.read(MAX_FILE + 1))
     except (OSError, ValueError) as error:
         raise ToolError(f"cannot read standard input: {error}", "pipe the prompts in, or name a file") from None
 
@@ -111,12 +111,12 @@ def slug(prompt: str) -> str:
     plain = unicodedata.normalize("NFKD", prompt.lower())
     letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
     whole = re.sub(r"[^a-z0-9]+", "-", letters).strip("-")
-    name = whole[:LONGEST_SLUG].strip("-")
+    name = whole[:MAX_SLUG_LENGTH].strip("-")
     foreign = any(letter.isalnum() and not letter.isascii() for letter in letters)
     if name == whole and not foreign and (name or not prompt.strip()):
         return name or "untitled"
     digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_LETTERS]
-    return f"{name[: LONGEST_SLUG - DIGEST_LETTERS - 1].strip('-') or 'prompt'}-{digest}"
+    return f"{name[: MAX_SLUG_LENGTH - DIGEST_LETTERS - 1].strip('-') or 'prompt'}-{digest}"
 
 
 def out_paths(prompts: Sequence[tuple[str, int]], folder: Path, suffix: str) -> list[Path]:

@@ -28,7 +28,7 @@ NO_PACKED_WEIGHTS = "session.disable_prepacking"
 PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 FATAL_ONLY = 4  # its errors reach the user as ours, once
-LONGEST_REASON = 240
+MAX_REASON_LENGTH = 240
 
 
 class _Input(NamedTuple):
@@ -173,4 +173,4 @@ def _refusal(path: Path, text: str) -> ToolError:
 
 def _end_of(text: str) -> str:
     """The end of a message: it begins with C++ signatures, and what is wrong stands last."""
-    return text if len(text) <= LONGEST_REASON else f"... {text[-LONGEST_REASON:]}"
+    return text if len(text) <= MAX_REASON_LENGTH else f"... {text[-MAX_REASON_LENGTH:]}"

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 Run = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
 LIMIT = 2.0  # of the graph's own response to noise; other kernels give 1.0 to 1.1 (build/NOTES.md)
-LEAST_SHARE = 0.01  # of the graph's answer to two values that fp16 holds to be one
+MIN_SHARE = 0.01  # of the graph's answer to two values that fp16 holds to be one
 DIT_FLOORS = {"fp8": 1e-3, "fp16mixed": 2e-2, "fp32": 2e-2}  # relative L2 that a DiT may be off by in any case
 # Sine gates amplify the rounding of any other order of the same sums, and noise is not what they were trained on.
 OTHER_FLOORS = {"t5gemma": 2e-2, "same-decoder": 1e-1, "same-encoder": 1e-1}
 ANSWERS_SUFFIX = ".checked.json"
-ANSWERS_FORMAT, MOST_ANSWERS, LARGEST = 1, 16, 1 << 20
+ANSWERS_FORMAT, MAX_ANSWERS, MAX_BYTES = 1, 16, 1 << 20
 REPORT = "python scripts/gpu_report.py"
 
 
@@ -103,7 +103,7 @@ def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
     if not apart <= 1.0:
         off = distance / max(_norm(expected), 1e-30)
         failure = f"{row.name}: relative L2 {off:.3g} from the graph, {apart:.2f} times the limit"
-    elif share is not None and share < LEAST_SHARE:
+    elif share is not None and share < MIN_SHARE:
         what = check_rows.PURPOSES[row.purpose]
         failure = f"{row.name}: two {what} that differ in fp32 give {share:.2g} of the graph's difference, limit 0.01"
     return Outcome(row.name, apart, failure)
@@ -197,7 +197,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     """Return the checks that were kept beside an engine; an empty list where they cannot be read."""
     kept = path.with_name(path.name + ANSWERS_SUFFIX)
     try:
-        document = json.loads(kept.read_bytes()) if kept.stat().st_size <= LARGEST else None
+        document = json.loads(kept.read_bytes()) if kept.stat().st_size <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError):
         return []
     known = document.get("answers") if isinstance(document, dict) and document.get("format") == ANSWERS_FORMAT else None
@@ -207,7 +207,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 def _keep(path: Path, key: Mapping[str, Any], worst: float) -> None:
     """Note that an engine is right; a folder that takes no files costs another run of the rows, no more."""
     entry = {"key": dict(key), "worst": worst, "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
-    document = {"format": ANSWERS_FORMAT, "answers": [*_answers(path)[1 - MOST_ANSWERS :], entry]}
+    document = {"format": ANSWERS_FORMAT, "answers": [*_answers(path)[1 - MAX_ANSWERS :], entry]}
     try:
         files.write_atomic_text(path.with_name(path.name + ANSWERS_SUFFIX), json.dumps(document, indent=1) + "\n")
     except OSError:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REBUILD = "python build/build_from_onnx.py NAME --backend {backend} --arch {arch}"
-MOST_BOUND = 8  # sets of shapes that are kept ready: a ring runs 1 to 8 rows; the one used longest ago goes first
+MAX_BOUND = 8  # sets of shapes that are kept ready: a ring runs 1 to 8 rows; the one used longest ago goes first
 
 
 class TensorRtEngine(DeviceEngine):
@@ -117,7 +117,7 @@ class TensorRtEngine(DeviceEngine):
             self._scratch = torch.empty(max(made.scratch_bytes, 1), dtype=torch.uint8, device="cuda")
         made.lend(self._scratch)
         self._bound[key] = made
-        if len(self._bound) > MOST_BOUND:
+        if len(self._bound) > MAX_BOUND:
             self._bound.popitem(last=False)
         return made
 

@@ -9,7 +9,7 @@ from sa3_trt_core.errors import ToolError
 
 PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
-LONGEST_REASON = 160
+MAX_REASON_LENGTH = 160
 
 
 def setup_error(error: BaseException) -> ToolError | None:
@@ -107,4 +107,4 @@ def _without_password(address: str) -> str:
 
 def _words(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+    return text if len(text) <= MAX_REASON_LENGTH else f"{text[:MAX_REASON_LENGTH]}..."

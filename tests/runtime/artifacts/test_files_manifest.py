@@ -156,7 +156,7 @@ def test_an_artefact_is_current_only_for_its_inputs_and_settings(tmp_path: Path)
         lambda text: text.replace('"dit.onnx.data"', '"../dit.onnx.data"'),
         lambda text: text.replace('"bytes": 7', '"bytes": "7"'),
         lambda text: text.replace('"settings"', '"sittings"'),
-        lambda text: text + " " * manifest.LARGEST,
+        lambda text: text + " " * manifest.MAX_BYTES,
     ],
 )
 def test_what_is_no_manifest_is_refused(tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from sa3_trt_core import Generator, Request
 from sa3_trt_core.audio import autoencoder
-from sa3_trt_core.audio.tiling import CONTEXT, LEAST_CHUNK, LONGEST_SHOT, chunks
+from sa3_trt_core.audio.tiling import CONTEXT, MAX_SHOT_LENGTH, MIN_CHUNK, chunks
 from sa3_trt_core.engines.base import DeviceEngine
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.shapes import MAX_FRAMES
@@ -24,7 +24,7 @@ from sa3_trt_core.targets import find_dit
 REACH = find_dit("medium").reach or 0
 
 
-@given(st.integers(1, MAX_FRAMES), st.one_of(st.just(0), st.integers(LEAST_CHUNK, MAX_FRAMES)))
+@given(st.integers(1, MAX_FRAMES), st.one_of(st.just(0), st.integers(MIN_CHUNK, MAX_FRAMES)))
 @settings(deadline=None)
 def test_every_frame_comes_from_exactly_one_window(frames: int, size: int) -> None:
     windows = chunks(frames, size)
@@ -55,7 +55,7 @@ class Blurring(DeviceEngine):
         return {"latent": frames.expand(1, 256, -1)}
 
 
-@given(st.integers(1, 400), st.integers(LEAST_CHUNK, 150))
+@given(st.integers(1, 400), st.integers(MIN_CHUNK, 150))
 @settings(max_examples=25, deadline=None)
 def test_what_lies_within_reach_is_seen_and_no_engine_is_given_less_than_it_takes(frames: int, size: int) -> None:
     engine = Blurring()
@@ -90,7 +90,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generations_in_windows_are_those_in_one_piece(tiny_onnx: Path, sound: Path) -> None:
     """Long sounds use windows by default, for the encoder too; --chunk-frames 0 turns windows off."""
     request = Request("piano", 43.0, steps=1, seed=1, init_audio=sound, init_noise_level=0.5)
-    assert request.frames > LONGEST_SHOT >= replace(request, seconds=41.0).frames
+    assert request.frames > MAX_SHOT_LENGTH >= replace(request, seconds=41.0).frames
     result_by_size = {}
     for size in (None, 0):
         with Generator.load(

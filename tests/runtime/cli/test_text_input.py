@@ -152,7 +152,7 @@ NAMES = [
 def test_prompts_that_differ_have_names_that_differ() -> None:
     slugs = [prompts.slug(name) for name in NAMES]
     assert len(set(slugs)) == len(NAMES), slugs
-    assert all(slug.isascii() and 0 < len(slug) <= prompts.LONGEST_SLUG and slug[0].isalnum() for slug in slugs)
+    assert all(slug.isascii() and 0 < len(slug) <= prompts.MAX_SLUG_LENGTH and slug[0].isalnum() for slug in slugs)
     assert (prompts.slug("Sad Säge, 90 BPM"), prompts.slug("Étude"), prompts.slug("")) == (
         "sad-sage-90-bpm", "etude", "untitled",
     )  # fmt: skip

@@ -14,7 +14,7 @@ from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.sampling.guidance import negative_conditioning, null_conditioning, positive_conditioning
 from sa3_trt_core.sampling.inputs import conditioning, guidance_of
 
-LEAST_COSINE = {"fp32": 0.9999, "fp16mixed": 0.9999, "fp8": 0.97}  # of final latents, against fp32
+MIN_COSINE = {"fp32": 0.9999, "fp16mixed": 0.9999, "fp8": 0.97}  # of final latents, against fp32
 
 
 def is_null(hidden: torch.Tensor, mask: torch.Tensor) -> list[bool]:
@@ -56,12 +56,12 @@ def test_both_are_right_in_every_precision(tiny_fp8: Path) -> None:
     """Latents are near fp32's; the effect of the empty text agrees in fp16 (FP8 is too noisy to compare it)."""
     base = Request("slow piano, 70 BPM", 1.0, steps=2, cfg=6.0, apg=0.0)
     latents_by_precision = {}
-    for precision in LEAST_COSINE:
+    for precision in MIN_COSINE:
         with Generator.load(precision=precision, backend="onnxruntime", onnx_root=tiny_fp8) as generator:
             latents_by_precision[precision] = [
                 generator.generate(replace(base, negative_prompt=negative)).latents.flatten() for negative in (None, "")
             ]
-    for precision, least in LEAST_COSINE.items():
+    for precision, least in MIN_COSINE.items():
         for latents, expected in zip(latents_by_precision[precision], latents_by_precision["fp32"], strict=True):
             assert float(cosine(latents, expected, dim=0)) > least, precision
         without_negative, with_empty = latents_by_precision[precision]

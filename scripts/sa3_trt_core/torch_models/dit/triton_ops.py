@@ -15,8 +15,8 @@ from sa3_trt_core.torch_models.dit import triton_kernels
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS
 
 LOG2_E = 1.0 / math.log(2.0)
-LARGEST_WEIGHT = 15.0  # log2 of the largest weight of an attention with a fixed subtrahend: fp16 ends at 2^16
-LARGEST_BOUND = 20.0  # in powers of two: a score as far below 0 as this leaves a weight that fp16 can still tell from 0
+MAX_WEIGHT = 15.0  # log2 of the largest weight of an attention with a fixed subtrahend: fp16 ends at 2^16
+MAX_BOUND = 20.0  # in powers of two: a score as far below 0 as this leaves a weight that fp16 can still tell from 0
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     rows, tokens = query.shape[:2]
     made = torch.empty((rows, tokens, heads * HEAD_CHANNELS), dtype=_kind(activation_scale), device=query.device)
-    subtracted = bound * LOG2_E - LARGEST_WEIGHT if bound * LOG2_E <= LARGEST_BOUND else None
+    subtracted = bound * LOG2_E - MAX_WEIGHT if bound * LOG2_E <= MAX_BOUND else None
     triton_kernels.differential_attention[(triton.cdiv(tokens, tile.rows), heads, rows)](
         query, key, value, _or(query_ratio, query), _or(query_gamma, query), _or(value_ratio, query), made,
         _inverse(activation_scale), tokens, keys, epsilon, subtracted or 0.0, heads=heads, query_stride=strides[0],

@@ -16,7 +16,7 @@ from sa3_trt_core.torch_models.kernels.linear import Product
 from sa3_trt_core.torch_models.same import triton_kernels as kernels
 from sa3_trt_core.torch_models.same.weights import HEAD_CHANNELS, DynamicTanh
 
-LARGEST_COLUMNS = 512  # positions of the rotary table: more keys than any program reads
+MAX_COLUMNS = 512  # positions of the rotary table: more keys than any program reads
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class TritonOps:
         """`rates` (16,) fp32: radians a token of the rotary pairs. `approximate`: tanh and sine by the GPU's own
         instructions, which Triton's interpreter does not have."""
         self._tiles, self._approximate = tiles or Tiles(), approximate
-        angles = torch.outer(torch.arange(LARGEST_COLUMNS, device=rates.device, dtype=torch.float32), rates)
+        angles = torch.outer(torch.arange(MAX_COLUMNS, device=rates.device, dtype=torch.float32), rates)
         # Of the 32 pairs of a head the first 16 turn; the others turn by nothing.
         self._cosine, self._sine = (
             functional.pad(value, (0, HEAD_CHANNELS // 2 - value.shape[1]), value=still).half().contiguous()
