@@ -109,5 +109,5 @@ def _graph(root: Path, target: targets.Target) -> Path:
 
 
 def _named(path: Path) -> Path:
-    """A PEFT folder is named by itself, or its settings would not be found."""
+    """Return the path that names an adapter: a PEFT folder itself, because its settings lie beside its weights."""
     return path.parent if path.name == "adapter_model.safetensors" else path

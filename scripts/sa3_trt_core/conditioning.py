@@ -48,7 +48,7 @@ class Conditioning:
 
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Self:
-        """The rows of all parts as one batch; their latent frames are equally many."""
+        """Return the rows of all parts as one batch; their latent frames are equally many."""
         import torch
 
         return cls(*(torch.cat(values) for values in zip(*(part.tensors for part in parts), strict=True)))

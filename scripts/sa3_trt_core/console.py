@@ -88,7 +88,7 @@ class Progress:
 
 
 def format_bytes(n: int) -> str:
-    """A size for people: decimal units, as on the hub ("2.9 GB")."""
+    """Return a size for people: decimal units, as on the hub ("2.9 GB")."""
     if abs(n) < 1000:
         return f"{n} B"
     value = float(n)
@@ -100,7 +100,7 @@ def format_bytes(n: int) -> str:
 
 
 def format_seconds(s: float) -> str:
-    """A duration for people: 0.42 s, 12.3 s, 3 min 05 s, 2 h 07 min."""
+    """Return a duration for people: 0.42 s, 12.3 s, 3 min 05 s, 2 h 07 min."""
     if s < 10:
         return f"{s:.2f} s"
     if s < 59.95:
@@ -126,7 +126,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same cells as a table in Markdown."""
+    """Return the same cells as a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -19,7 +19,7 @@ _STREAMS: dict[int, torch.cuda.Stream] = {}
 def capture(
     function: Callable[[], Output], stream: torch.cuda.Stream | None = None, warm_runs: int = WARM_RUNS
 ) -> tuple[torch.cuda.CUDAGraph, Output]:
-    """A CUDA graph of a function without arguments, and what the function gave: tensors that a replay fills.
+    """Return a CUDA graph of a function without arguments, and what the function gave: tensors that a replay fills.
 
     `stream` is where the function puts its work, where that is not the current one. Raises RuntimeError for work that
     cannot be captured.

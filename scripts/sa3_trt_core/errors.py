@@ -25,7 +25,7 @@ class ToolError(Exception):
         return type(self), (self.message, self.hint, self.exit_code)
 
     def lines(self) -> str:
-        """The two lines, each free of newlines so that they stay two whatever a library put into the message.
+        """Return the two lines, each free of newlines so that they stay two whatever a library put into the message.
 
         Arguments that a message names are the flags of the command line here.
         """

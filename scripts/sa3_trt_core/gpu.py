@@ -21,7 +21,7 @@ def has_nvidia_gpu() -> bool:
 
 @functools.cache
 def current_arch() -> str | None:
-    """The architecture of the first visible GPU as "sm_89", or None without a GPU or a driver."""
+    """Return the architecture of the first visible GPU as "sm_89", or None without a GPU or a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -40,7 +40,7 @@ def current_arch() -> str | None:
 
 @functools.cache
 def card_name() -> str | None:
-    """The name of the first visible GPU ("NVIDIA H100 80GB HBM3"), or None without one."""
+    """Return the name of the first visible GPU ("NVIDIA H100 80GB HBM3"), or None without one."""
     if current_arch() is None:
         return None
     driver, device, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.create_string_buffer(256)
@@ -51,7 +51,7 @@ def card_name() -> str | None:
 
 @functools.cache
 def driver_version() -> str:
-    """The release of the NVIDIA kernel driver ("580.159.04"), "unknown" where it does not say."""
+    """Return the release of the NVIDIA kernel driver ("580.159.04"), "unknown" where it does not say."""
     try:
         text = DRIVER_FILE.read_text("utf-8", "replace")
     except OSError:
@@ -84,7 +84,7 @@ def tensorrt_module(backend: str) -> ModuleType | None:
 
 @functools.cache
 def tensorrt_logger(module: Any) -> Any:
-    """A logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
+    """Return a logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
 
     One for the whole process: TensorRT goes on using the first that it was given, and prints when that is gone.
     """

@@ -169,7 +169,7 @@ class EngineSet(Closing):
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:
-        """The manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
+        """Return the manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
         return manifest.identity(self._source(stage))
 
     def has_null_rule(self) -> bool:

@@ -111,7 +111,7 @@ class Generator(Stages):
             self._leave("decoder")
 
     def generate(self, request: Request, on_stage: Progress | None = None) -> Result:
-        """The sound of one request.
+        """Return the sound of one request.
 
         Args:
             request: what to generate.
@@ -126,7 +126,7 @@ class Generator(Stages):
     def generate_batch(
         self, requests: Sequence[Request], batch: int = 1, on_stage: Progress | None = None
     ) -> list[Result]:
-        """The sounds of requests in their order, as `generate_many` makes them. Raises ToolError."""
+        """Return the sounds of requests in their order, as `generate_many` makes them. Raises ToolError."""
         results = dict(self.generate_many(requests, batch, on_stage))
         return [results[index] for index in range(len(requests))]
 
@@ -209,7 +209,7 @@ def _silent(note: str) -> None:
 
 
 def _reporter(on_stage: Progress | None, requests: Sequence[Request], batch: int) -> Tell:
-    """A function that counts the stages it is called with, from any thread, and reports each to `on_stage`."""
+    """Return a function that counts the stages it is called with, from any thread, and reports each to `on_stage`."""
     if on_stage is None:
         return _silent
     total, done, lock = count_stages(requests, batch), itertools.count(1), threading.Lock()

@@ -177,7 +177,7 @@ class Request:
 
 
 def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
-    """The requests' indices in batches of at most `batch`, in order of each batch's first; equal keys only.
+    """Yield the requests' indices in batches of at most `batch`, in order of each batch's first; equal keys only.
 
     Raises ToolError when a batch would not fit the engines.
     """
@@ -194,7 +194,7 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
 
 
 def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None = None) -> list[list[int]]:
-    """The requests' indices by valid latent frames, in order of each length's first: one forward has one length.
+    """Return the requests' indices by valid latent frames, in order of each length's first: one forward has one length.
 
     `max_batch` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
     would not fit.

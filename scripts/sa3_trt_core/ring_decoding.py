@@ -61,7 +61,7 @@ def _job(ticket: Ticket) -> Batch:
 
 
 def _decoded(generator: Generator, ticket: Ticket) -> Result:
-    """The sound of a ticket whose latents are there; its `on_window` gets the samples as they are decoded."""
+    """Return the sound of a ticket whose latents are there; its `on_window` gets the samples as they are decoded."""
     import torch
 
     from sa3_trt_core.result import Result

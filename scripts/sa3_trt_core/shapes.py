@@ -47,7 +47,7 @@ class GraphContract:
     profile: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     def shapes(self, spec: TensorSpec, which: Which) -> tuple[int, ...]:
-        """The concrete shape of a tensor at one end, or the middle, of the profile."""
+        """Return the concrete shape of a tensor at one end, or the middle, of the profile."""
         return tuple(self._extent(dim, which) for dim in spec.dims)
 
     def _extent(self, dim: str | int, which: Which) -> int:

@@ -110,7 +110,7 @@ class Stages(Closing):
         tell("init audio")
 
     def _engine(self, stage: str, meter: Meter) -> GraphEngine:
-        """The engine of a stage; opening it, where it is not open, is time of its own."""
+        """Return the engine of a stage; opening it, where it is not open, is time of its own."""
         if stage in self.engines.open_stages:
             return self.engines.engine(stage)
         with meter.stage("load"):
@@ -154,7 +154,7 @@ class Stages(Closing):
         return guidance
 
     def _ring_row(self, job: Batch, known: Known, tell: Tell) -> RingRow:
-        """A request made ready for the ring."""
+        """Return a request made ready for the ring."""
         import torch
 
         self._read(job, known, tell)
@@ -174,7 +174,7 @@ class Stages(Closing):
             return RingRow(Trajectory(noise, levels, start, kept), cond, guidance, job.meter)
 
     def _decode(self, job: Batch, tell: Tell) -> list[Result]:
-        """The sounds of a batch: all rows at once where the decoder takes them, else one after the other."""
+        """Return the sounds of a batch: all rows at once where the decoder takes them, else one after the other."""
         import torch
 
         assert job.latents is not None

@@ -153,7 +153,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 def find_dit(name: str) -> Dit:
-    """The DiT of that name. Raises ToolError with the nearest name and all good ones."""
+    """Return the DiT of that name. Raises ToolError with the nearest name and all good ones."""
     if name not in MODELS:
         raise _unknown(name, DITS, "DiT")
     return MODELS[name]
@@ -214,12 +214,12 @@ def expand(names: Sequence[str]) -> list[Target]:
 
 
 def missing_candidates() -> list[Target]:
-    """The targets that "build all missing" looks at: every one that is not opt-in."""
+    """Return the targets that "build all missing" looks at: every one that is not opt-in."""
     return [target for target in TARGETS if not target.opt_in]
 
 
 def dit_target(dit: str, precision: str) -> Target:
-    """The engine of a DiT at a precision. Raises ToolError that names the precisions it has."""
+    """Return the engine of a DiT at a precision. Raises ToolError that names the precisions it has."""
     find_dit(dit)
     by_precision = {target.precision: target for target in TARGETS if target.dit == dit}
     for name, target in by_precision.items():
@@ -241,13 +241,13 @@ def publishable_at(onnx: Path) -> Target:
 
 
 def decoder_for(dit: str, precision: str) -> Target:
-    """The decoder that goes with a DiT; fp32 only with fp32."""
+    """Return the decoder that goes with a DiT; fp32 only with fp32."""
     base = f"{find_dit(dit).autoencoder}-decoder"
     return find_target(f"{base}-fp32" if precision == "fp32" else base)
 
 
 def encoder_for(dit: str) -> Target:
-    """The audio encoder that goes with a DiT, at every precision: it runs once a request."""
+    """Return the audio encoder that goes with a DiT, at every precision: it runs once a request."""
     return find_target(f"{find_dit(dit).autoencoder}-encoder")
 
 

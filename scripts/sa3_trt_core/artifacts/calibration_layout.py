@@ -46,7 +46,7 @@ class Layout:
 
 
 def row_shape(key: str, frames: int) -> tuple[int, ...]:
-    """The shape of one row of `key`: the contract's without its batch axis."""
+    """Return the shape of one row of `key`: the contract's without its batch axis."""
     spec = next(spec for spec in shapes.CONTRACTS["dit"].inputs if spec.name == key)
     return tuple(frames if dim == "L" else int(dim) for dim in spec.dims[1:])
 
@@ -57,7 +57,7 @@ def is_ragged(frames: Sequence[int], kinds: Sequence[str]) -> bool:
 
 
 def member_shape(key: str, frames: Sequence[int], ragged: bool) -> tuple[int, ...]:
-    """The shape of a whole member over rows of these L."""
+    """Return the shape of a whole member over rows of these L."""
     if ragged and key in FLAT:
         return (row_shape(key, 1)[0] * sum(frames),)
     return (len(frames), *row_shape(key, frames[0]))
@@ -102,12 +102,12 @@ def skip_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def bad(path: Path, why: str) -> ToolError:
-    """The error of a calibration file that is not one."""
+    """Return the error of a calibration file that is not one."""
     return ToolError(f"{path} {why}", "make a calibration set with build/make_calib.py")
 
 
 def _column(archive: zipfile.ZipFile, key: str, path: Path, rows: int, dtype: np.dtype[Any]) -> list[int]:
-    """A member of one number a row."""
+    """Return a member of one number a row."""
     shape = _checked_shape(archive, key, path, dtype)
     if shape != (rows,):
         raise bad(path, f"member {key} has shape {list(shape)}, expected [{rows}]")

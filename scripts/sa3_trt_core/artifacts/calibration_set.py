@@ -47,7 +47,7 @@ class CalibrationSet:
         return cls(path, calibration_layout.read_layout(path))
 
     def subset(self, indices: Iterable[int]) -> CalibrationSet:
-        """The rows of these numbers in the file."""
+        """Return the rows of these numbers in the file."""
         return replace(self, chosen=frozenset(indices))
 
     @property
@@ -70,7 +70,7 @@ class CalibrationSet:
         return self._chosen_of(self.layout.frames)
 
     def kinds(self) -> list[str]:
-        """The kind of every row, in order (calibration_kinds.KINDS)."""
+        """Return the kind of every row, in order (calibration_kinds.KINDS)."""
         if self.layout.ragged:
             return self._chosen_of(self.layout.kinds)
         return self._chosen_of(_kinds_by_mask(self.path, self.path.stat().st_mtime_ns, self.layout))
@@ -107,7 +107,7 @@ class CalibrationSet:
         return ranges
 
     def sigmas(self) -> list[float]:
-        """The sigma of every row, in order."""
+        """Return the sigma of every row, in order."""
         with zipfile.ZipFile(self.path) as archive, archive.open("t.npy") as stream:
             skip_header(stream)
             return self._chosen_of(np.frombuffer(stream.read(4 * len(self.layout.frames)), np.float32).tolist())
@@ -159,7 +159,7 @@ def representative(calibration: CalibrationSet, limit: int) -> CalibrationSet:
 
 
 def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """A row as an engine takes it."""
+    """Return a row as an engine takes it."""
     import torch
 
     return {key: torch.from_numpy(np.array(value)) for key, value in row.items()}

@@ -189,7 +189,7 @@ def write(path: Path, checks: CheckSet) -> None:
 
 
 def read(path: Path) -> CheckSet:
-    """The check rows of a file. Raises ToolError naming what is wrong with it; nothing in it is executed."""
+    """Return the check rows of a file. Raises ToolError naming what is wrong with it; nothing in it is executed."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _broken(path, f"larger than {MAX_BYTES} bytes")

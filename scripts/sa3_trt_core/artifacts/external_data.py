@@ -41,7 +41,7 @@ def unfinished_marker(onnx_path: Path) -> Path:
 
 
 def external_data_names(onnx_path: Path) -> list[str]:
-    """The distinct sidecar files that the tensors of an ONNX file name, in order, relative to its folder.
+    """Return the distinct sidecar files that the tensors of an ONNX file name, in order, relative to its folder.
 
     The file is mapped, and weights inside it are skipped unread. Raises ToolError if it is missing, is not an ONNX
     protobuf, or names a sidecar that is absolute, empty or outside the file's folder: such a path would read any file
@@ -168,13 +168,13 @@ def _model_locations(data: Buffer) -> list[str]:
 
 
 def _tensor_location(data: Buffer, start: int, end: int) -> str | None:
-    """The sidecar of one TensorProto, None if its data is inside, "" if it is outside but nowhere."""
+    """Return the sidecar of one TensorProto, None if its data is inside, "" if it is outside but nowhere."""
     entries = _tensor_entries(data, start, end)
     return None if entries is None else entries.get("location", "")
 
 
 def _tensor_entries(data: Buffer, start: int, end: int) -> dict[str, str] | None:
-    """The location, offset and length that one TensorProto names, those it has; None if its data is inside."""
+    """Return the location, offset and length that one TensorProto names, those it has; None if its data is inside."""
     external = False
     entries: dict[str, str] = {}
     for number, kind, at, size in _fields(data, start, end):

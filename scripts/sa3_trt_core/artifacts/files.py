@@ -93,7 +93,7 @@ def text_of(data: bytes, name: str, largest: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file, read in pieces."""
+    """Return the hexadecimal SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):

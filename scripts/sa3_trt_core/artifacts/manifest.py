@@ -80,7 +80,7 @@ def write_manifest(  # the order is the API
 
 
 def read_manifest(artefact: Path) -> Manifest | None:
-    """The manifest of an artefact, or None where there is none. Raises ToolError if it is not one of ours."""
+    """Return the manifest of an artefact, or None where there is none. Raises ToolError if it is not one of ours."""
     path = manifest_path(artefact)
     try:
         with path.open("rb") as file:
@@ -144,7 +144,7 @@ def is_current(artefact: Path, inputs: Mapping[str, str], settings: Mapping[str,
 
 
 def tool_versions(names: Iterable[str]) -> dict[str, str]:
-    """The installed versions of the distributions among `names`; those that are absent are left out."""
+    """Return the installed versions of the distributions among `names`; those that are absent are left out."""
     versions = {}
     for name in names:
         try:
@@ -183,7 +183,7 @@ def _broken(path: Path, why: str) -> ToolError:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping as JSON gives it back, so that what is compared is what was stored (tuples become lists)."""
+    """Return the mapping as JSON gives it back, so that what is compared is what was stored (tuples become lists)."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=_scalar, allow_nan=False))
     return plain
 

@@ -42,7 +42,7 @@ def chunks(frames: int, size: int) -> list[Chunk]:
 
 
 def chunk_frames(frames: int, asked: int | None) -> int:
-    """The window for a sound of so many frames: what was asked for, else one piece unless it is long."""
+    """Return the window for a sound of so many frames: what was asked for, else one piece unless it is long."""
     if asked is not None:
         return asked
     return 0 if frames <= MAX_SHOT_LENGTH else USUAL_CHUNK

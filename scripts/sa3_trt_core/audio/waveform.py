@@ -23,7 +23,7 @@ class Waveform:
 
 
 def as_waveform(samples: object, sample_rate: object) -> Waveform:
-    """The waveform of a tensor (N,), (1, N) or (2, N) and its rate in Hz. Raises InvalidRequest."""
+    """Return the waveform of a tensor (N,), (1, N) or (2, N) and its rate in Hz. Raises InvalidRequest."""
     import torch
 
     hint = "give a floating tensor (2, N), (1, N) or (N,) and its sample rate"

@@ -103,7 +103,7 @@ def warnings_shown() -> Iterator[None]:
 
 
 def number_type(low: float, high: float, unit: str = "") -> Callable[[str], float]:
-    """An argparse `type=` for a finite number in [low, high]; `unit` is the word in the message ("seconds")."""
+    """Return an argparse `type=` for a finite number in [low, high]; `unit` is the word in the message ("seconds")."""
 
     def convert(text: str) -> float:
         try:
@@ -118,7 +118,7 @@ def number_type(low: float, high: float, unit: str = "") -> Callable[[str], floa
 
 
 def integer_type(low: int, high: int, unit: str = "") -> Callable[[str], int]:
-    """An argparse `type=` for a whole number in [low, high]."""
+    """Return an argparse `type=` for a whole number in [low, high]."""
 
     def convert(text: str) -> int:
         digits = text.strip().lstrip("+-")

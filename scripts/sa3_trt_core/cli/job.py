@@ -42,7 +42,7 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """The flags by their names."""
+        """Return the flags by their names."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
 
@@ -99,7 +99,7 @@ def make_job(args: argparse.Namespace) -> Job:
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
-    """A request for each row and each of its results, with seeds that count on from --seed."""
+    """Return a request for each row and each of its results, with seeds that count on from --seed."""
     rows = [row for row in _rows(args) for _ in range(args.count)]
     seed = args.seed
     if seed in (None, RANDOM_SEED):  # what is resumed, or shared out, needs the same names every time
@@ -131,7 +131,7 @@ def _check_conflicts(args: argparse.Namespace, requests: Sequence[Request]) -> N
 
 
 def _outputs(args: argparse.Namespace, requests: Sequence[Request]) -> list[Path]:
-    """The file of each sound, all of them seen to be writable. Raises ToolError."""
+    """Return the file of each sound, all of them seen to be writable. Raises ToolError."""
     folder, suffix = args.out_dir or Path("output"), f".{args.format or 'wav'}"
     named = prompts.out_paths([(request.prompt, request.seed) for request in requests], folder, suffix)
     outs = [args.out] if args.out is not None else [_beside(out, args.again) for out in named]
@@ -173,7 +173,7 @@ def _beside(out: Path, original: Path | None) -> Path:
 
 
 def _rows(args: argparse.Namespace) -> list[prompts.Row]:
-    """The prompts of the command line or of the file; on a terminal, and nowhere else, one that is asked for."""
+    """Return the prompts of the command line or of the file; on a terminal, and nowhere else, one that is asked for."""
     if args.prompt is not None and args.prompts_file is not None:
         raise ToolError("--prompt and --prompts-file are both given", "choose one of the two")
     if args.prompts_file is not None:

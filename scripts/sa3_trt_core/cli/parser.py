@@ -154,11 +154,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="strength of the guidance's projection, 0 to 1 (default: 1)",
     )
-    group.add_argument("--negative-prompt", metavar="P", help="text to guide away from; needs --cfg other than 1")
     _add_schedule(group)
 
 
 def _add_schedule(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--negative-prompt", metavar="P", help="text to guide away from; needs --cfg other than 1")
     group.add_argument(
         "--legacy-schedule",
         action="store_true",

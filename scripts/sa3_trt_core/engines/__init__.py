@@ -36,19 +36,19 @@ AUTO_HELP = (
 
 
 def find_backend(name: str) -> Backend:
-    """The record of that name. Raises ToolError for an unknown one."""
+    """Return the record of that name. Raises ToolError for an unknown one."""
     if name not in BACKENDS:
         raise ToolError(f"unknown backend {name!r}", f"known: {', '.join(CHOICES)}")
     return BACKENDS[name]
 
 
 def backend_of_file(path: Path) -> Backend | None:
-    """The backend whose engine a file is, by its suffix; None for any other file."""
+    """Return the backend whose engine a file is, by its suffix; None for any other file."""
     return next((backend for backend in BUILT.values() if backend.suffix == path.suffix), None)
 
 
 def default_build() -> Backend:
-    """The backend to build for when none is named: the first installed of those that run every graph."""
+    """Return the backend to build for when none is named: the first installed of those that run every graph."""
     whole = [backend for backend in BUILT.values() if backend.runs == EVERYTHING]
     return next((backend for backend in whole if backend.available()), whole[-1])
 
@@ -70,7 +70,7 @@ def pick_backend(name: str, target: Target, models_dir: Path) -> str:
 
 
 def source_path(target: Target, backend: str, source: ModelSource) -> Path:
-    """The file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
+    """Return the file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
     record = BACKENDS[backend]
     if record.suffix is None:
         return resolve.resolve_onnx(target, source)
@@ -105,7 +105,7 @@ def check_engine(target: Target, backend: str, source: ModelSource) -> list[self
 def _checked(
     target: Target, backend: str, source: ModelSource, path: Path, again: bool = False
 ) -> tuple[GraphEngine, list[self_check.Outcome]]:
-    """An open engine and the outcomes of its check rows; it is closed when it is wrong."""
+    """Return an open engine and the outcomes of its check rows; it is closed when it is wrong."""
     from sa3_trt_core.engines import self_check  # numpy comes with it, which --help and --list go without
 
     record, root = BACKENDS[backend], source.onnx_root

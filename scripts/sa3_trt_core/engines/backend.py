@@ -69,7 +69,7 @@ class Backend:
         return target.precision in self.runs.get(target.kind, ())
 
     def arch_here(self) -> str | None:
-        """The architecture of this machine that its engines are for; None where they cannot run."""
+        """Return the architecture of this machine that its engines are for; None where they cannot run."""
         return gpu.current_arch() or (paths.NO_GPU if self.on_cpu else None)
 
     def engine_path(self, models_dir: Path, arch: str, target: Target) -> Path:

@@ -129,7 +129,7 @@ def rows_velocity(engine: VelocityEngine, x: Tensor, t: Tensor, rows: Sequence[C
 
 
 def pick(outputs: Mapping[str, Tensor], name: str) -> Tensor:
-    """One output by name. Raises ToolError: a graph without it is not of the target's kind."""
+    """Return one output by name. Raises ToolError: a graph without it is not of the target's kind."""
     if name not in outputs:
         raise ToolError(f"the graph gives {', '.join(outputs)}, not {name}", "use the ONNX or engine of that target")
     return outputs[name]

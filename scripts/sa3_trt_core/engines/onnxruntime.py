@@ -172,5 +172,5 @@ def _refusal(path: Path, text: str) -> ToolError:
 
 
 def _end_of(text: str) -> str:
-    """The end of a message: it begins with C++ signatures, and what is wrong stands last."""
+    """Return the end of a message: it begins with C++ signatures, and what is wrong stands last."""
     return text if len(text) <= MAX_REASON_LENGTH else f"... {text[-MAX_REASON_LENGTH:]}"

@@ -64,7 +64,7 @@ class Outcome:
 
 
 def make_checks(kind: str, precision: str, run: Run, graph: Iterable[str]) -> CheckSet:
-    """The check rows of a graph, by running it (ONNX Runtime) on every row.
+    """Return the check rows of a graph, by running it (ONNX Runtime) on every row.
 
     Each row of an FP8 graph is run with noise on its inputs too: there the least difference decides which way an
     activation rounds. `graph` are the digests of its files. Raises GateError when an output is not finite.
@@ -84,7 +84,7 @@ def make_checks(kind: str, precision: str, run: Run, graph: Iterable[str]) -> Ch
 
 
 def outcomes(checks: CheckSet, run: Run) -> list[Outcome]:
-    """Every row of an engine against the stored answers of its graph."""
+    """Return every row of an engine against the stored answers of its graph."""
     return [_outcome(checks, index, run) for index in range(len(checks.rows))]
 
 
@@ -110,7 +110,7 @@ def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
 
 
 def _share(row: CheckRow, expected: np.ndarray, answer: np.ndarray) -> float | None:
-    """The engine's share of the graph's difference between the two rows of a probe; None for other rows."""
+    """Return the engine's share of the graph's difference between the two rows of a probe; None for other rows."""
     if row.purpose not in (NOISE_LEVELS, DURATIONS):
         return None
     wanted, answered = (_norm(np.subtract(*side.reshape(2, -1))) for side in (expected, answer))

@@ -99,7 +99,7 @@ class TensorRtEngine(DeviceEngine):
             ) from None
 
     def _bound_to(self, inputs: Mapping[str, Tensor]) -> BoundContext:
-        """The context of these shapes, made if need be."""
+        """Return the context of these shapes, made if need be."""
         import torch
 
         assert self._loaded is not None
@@ -122,7 +122,7 @@ class TensorRtEngine(DeviceEngine):
         return made
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
-        """An input in the engine's type and number of axes, inside its limits."""
+        """Return an input in the engine's type and number of axes, inside its limits."""
         assert self._loaded is not None
         declared = extents(self._loaded.engine.get_tensor_shape(name))
         if value.dim() == 0 and declared:

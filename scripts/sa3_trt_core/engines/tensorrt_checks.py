@@ -27,7 +27,7 @@ def require_version(backend: str, version: str) -> None:
 def require_ours(
     path: Path, backend: str, version: str, arch: str, rebuild: str, onnx: Path | None = None
 ) -> manifest.Manifest:
-    """The manifest of an engine that this project finished for this release and GPU.
+    """Return the manifest of an engine that this project finished for this release and GPU.
 
     `onnx` is the graph that the user works with now, where one is known: an engine of another one is refused. The two
     digests come from the manifests, so that gigabytes are not read again. `rebuild` is the command that mends it.

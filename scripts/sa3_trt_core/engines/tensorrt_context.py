@@ -142,12 +142,12 @@ def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def extents(dims: trt.Dims) -> tuple[int, ...]:
-    """The sizes in a TensorRT shape."""
+    """Return the sizes in a TensorRT shape."""
     return tuple(dims[axis] for axis in range(len(dims)))
 
 
 def torch_type(module: Any, engine: trt.ICudaEngine, name: str) -> torch.dtype:
-    """The torch type of an engine's input or output."""
+    """Return the torch type of an engine's input or output."""
     import torch
 
     kinds = module.DataType

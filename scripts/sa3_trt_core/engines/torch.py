@@ -122,7 +122,7 @@ BACKEND = Backend(
 
 
 def open_runner(path: Path, device: torch.device) -> Runner:
-    """A packed DiT ready to run: kernels on a GPU, plain PyTorch on a CPU. Raises ToolError."""
+    """Return a packed DiT ready to run: kernels on a GPU, plain PyTorch on a CPU. Raises ToolError."""
     from sa3_trt_core.torch_models.dit.model import Dit
     from sa3_trt_core.torch_models.dit.runner import Runner
     from sa3_trt_core.torch_models.dit.weights import Packed

@@ -96,7 +96,7 @@ class TorchEncoder(PackedEngine):
 
 
 def open_decoder(path: Path, device: torch.device) -> DecoderRunner:
-    """A packed decoder ready to run. Raises ToolError."""
+    """Return a packed decoder ready to run. Raises ToolError."""
     from sa3_trt_core.torch_models.same.runner import DecoderRunner
     from sa3_trt_core.torch_models.same.weights import Packed
 
@@ -105,7 +105,7 @@ def open_decoder(path: Path, device: torch.device) -> DecoderRunner:
 
 
 def open_same(path: Path, device: torch.device) -> Same:
-    """A packed half ready to run. Raises ToolError."""
+    """Return a packed half ready to run. Raises ToolError."""
     from sa3_trt_core.torch_models.same.model import Same
     from sa3_trt_core.torch_models.same.weights import Packed
 

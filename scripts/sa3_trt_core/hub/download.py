@@ -46,13 +46,13 @@ def _client() -> Any:
 
 
 def cached(repository: str, name: str, revision: str) -> Path | None:
-    """The file in the cache, or None. A branch is the commit that it was when it was last asked for."""
+    """Return the file in the cache, or None. A branch is the commit that it was when it was last asked for."""
     cached = _client().try_to_load_from_cache(repository, name, revision=revision)
     return Path(cached) if isinstance(cached, str) else None
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit that a file of the cache belongs to: .../snapshots/<commit>/..."""
+    """Return the commit that a file of the cache belongs to: .../snapshots/<commit>/..."""
     parts = path.parts
     at = len(parts) - 1 - parts[::-1].index("snapshots") if "snapshots" in parts else len(parts)
     return parts[at + 1] if at + 1 < len(parts) and COMMIT.fullmatch(parts[at + 1]) else None
@@ -71,7 +71,7 @@ def switched_off() -> bool:
 
 
 def fetch(repository: str, name: str, revision: str) -> Path | None:
-    """One file of a repository at a revision, in the cache; None if the repository has no such file.
+    """Return one file of a repository at a revision, in the cache; None if the repository has no such file.
 
     What was read before a connection broke or the process was killed is kept, and the next call goes on there. The
     file is taken into the cache only when its size and digest are those that the hub names. Raises ToolError.
@@ -185,7 +185,7 @@ def _spoilt(name: str, how: str) -> ToolError:
 
 
 def _digest(path: Path, like: str) -> str:
-    """The file's digest of the kind of `like`."""
+    """Return the file's digest of the kind of `like`."""
     digest = hashlib.sha256() if len(like) == _SHA256 else hashlib.sha1(usedforsecurity=False)
     if len(like) == _GIT:
         digest.update(b"blob %d\0" % path.stat().st_size)
@@ -249,7 +249,7 @@ def _refused(error: HfHubHTTPError, repository: str, name: str) -> ToolError:
 
 
 def gated(repository: str) -> ToolError:
-    """The answer to a repository that the hub does not show, or does not show to this user."""
+    """Return the answer to a repository that the hub does not show, or does not show to this user."""
     return ToolError(
         f"the hub does not give {repository} to you",
         f"accept its licence at https://huggingface.co/{repository}, then run: hf auth login",

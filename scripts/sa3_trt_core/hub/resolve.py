@@ -38,7 +38,7 @@ def local_onnx(root: Path, target: Target) -> Path | None:
 
 
 def resolve_onnx(target: Target, source: ModelSource) -> Path:
-    """The target's ONNX file with its sidecars beside it.
+    """Return the target's ONNX file with its sidecars beside it.
 
     A given folder of ONNX files is the only place looked at: taking the hub's file instead would run another model.
     Otherwise the hub's cache at the target's pinned revision, then the hub itself. A `revision` that is given and is

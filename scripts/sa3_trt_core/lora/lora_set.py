@@ -227,7 +227,7 @@ def _bases(
 
 
 def _misfit(adapter: Adapter, name: str, shapes: Shapes) -> str | None:
-    """The reason why a layer of an adapter does not fit the model; None where it does."""
+    """Return the reason why a layer of an adapter does not fit the model; None where it does."""
     layer, shape = adapter.layers[name], shapes.get(name)
     if shape is None:
         return f"{name} is no layer of it"

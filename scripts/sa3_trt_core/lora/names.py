@@ -82,7 +82,7 @@ def native_layer(name: str) -> tuple[str, bool, bool]:
 
 
 def _stripped(name: str) -> list[str]:
-    """The name, and what is left of it after each wrapper in front of it is taken away."""
+    """Return the name, and what is left of it after each wrapper in front of it is taken away."""
     names = [name]
     while True:
         for wrapper in (*_WRAPPERS, "transformer.", "model."):

@@ -103,7 +103,7 @@ def _peft(path: Path, document: Mapping[str, Any], source: str) -> Settings:
 
 
 def _matched(pattern: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
-    """The first entry whose key matches the end of a layer's name, as PEFT looks it up."""
+    """Return the first entry whose key matches the end of a layer's name, as PEFT looks it up."""
     for key, value in pattern.items():
         try:
             if re.match(rf"(.*\.)?({key})$", layer):

@@ -82,7 +82,7 @@ def thin_svd(weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _kept(folder: Path, weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """The bases from the folder, or computed and put there; a damaged file is made again."""
+    """Return the bases from the folder, or computed and put there; a damaged file is made again."""
     from safetensors.torch import save_file
 
     digest = hashlib.sha256(str(tuple(weight.shape)).encode() + weight.numpy().tobytes()).hexdigest()

@@ -56,7 +56,7 @@ class GuidedVelocity(Closing):
 
 
 def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
-    """The guided velocity (B, C, L): without + cfg (with_text - without); cfg 1 gives with_text to the bit.
+    """Return the guided velocity (B, C, L): without + cfg (with_text - without); cfg 1 gives with_text to the bit.
 
     Source: classifier-free guidance (Ho, Salimans 2022).
     """

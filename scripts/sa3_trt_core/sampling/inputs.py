@@ -19,7 +19,7 @@ Features = Mapping[str, tuple["Tensor", "Tensor"]]  # of each text: t5_hidden (1
 
 
 def sigmas_of(request: Request) -> Tensor:
-    """The noise levels (steps + 1,) of a request's own schedule."""
+    """Return the noise levels (steps + 1,) of a request's own schedule."""
     if request.legacy_schedule:
         return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
     return schedule.sigmas(request.steps, request.sigma_max, request.schedule_order)

@@ -104,7 +104,7 @@ class Ring:
         return list(left.items())
 
     def _forwards(self) -> list[list[Hashable]]:
-        """The rows of each forward of a step."""
+        """Return the rows of each forward of a step."""
         for place in sorted(self._vacant, reverse=True):
             del self._order[place]
         self._vacant.clear()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-    """The clean latent that a velocity points at: x - sigma v, for x and v (B, C, L)."""
+    """Return the clean latent that a velocity points at: x - sigma v, for x and v (B, C, L)."""
     return x - sigma * v
 
 

@@ -73,7 +73,7 @@ class AdapterSlot:
         self._dit.refresh()
 
     def _found_or_merged(self, loras: LoraSet, checkpoint: Path | None) -> dict[str, Tensor]:
-        """The set's tensors from the disk where they lie there and the DiT is on a CPU, else merged now."""
+        """Return the set's tensors from the disk where they lie there and the DiT is on a CPU, else merged now."""
         on_cpu = self._dit.packed.tensor("memory").device.type == "cpu"
         found = self._disk.read(loras, checkpoint) if on_cpu else None
         if found is not None:
@@ -84,7 +84,7 @@ class AdapterSlot:
         return tensors
 
     def _merged(self, loras: LoraSet, bases: SvdBases) -> dict[str, Tensor]:
-        """Every tensor of the packed DiT that the set changes, on the DiT's device."""
+        """Return every tensor of the packed DiT that the set changes, on the DiT's device."""
         tensors: dict[str, Tensor] = {}
         for layer in sorted(loras.layers & self._roles.keys()):
             role = self._roles[layer]
@@ -150,7 +150,7 @@ class AdapterSlot:
         return self._stored(_key(role))
 
     def _stored(self, name: str) -> Tensor:
-        """A tensor of the DiT's own file, as it was built."""
+        """Return a tensor of the DiT's own file, as it was built."""
         return self._own.tensor(name)
 
     def _names(self, role: str) -> list[str]:

@@ -56,7 +56,7 @@ def _best(sizes: Sizes, tokens: int, device: torch.device) -> Tiles:
 
 
 def _calls(sizes: Sizes, tokens: int, device: torch.device) -> dict[str, Callable[[FusedOps], Any]]:
-    """One call of each kernel at a length, on random data."""
+    """Return one call of each kernel at a length, on random data."""
     width, scale = sizes.width, SCALE if sizes.precision == "fp8" else None
 
     def half(*shape: int) -> Tensor:

@@ -22,7 +22,7 @@ class Front:
         self.products = {name: packed.product(name) for name in ("context_in", "context_out")}
 
     def duration(self, seconds: Tensor) -> Tensor:
-        """The duration token (B, 768) of seconds (B,)."""
+        """Return the duration token (B, 768) of seconds (B,)."""
         share = seconds.float().clamp(0.0, self._packed.sizes.seconds_range) / self._packed.sizes.seconds_range
         return self._linear("seconds", self._waves(share, "seconds.frequencies", self._packed.sizes.angular))
 
@@ -42,7 +42,7 @@ class Front:
         return parts
 
     def context(self, t5_hidden: Tensor, t5_mask: Tensor, seconds: Tensor) -> Tensor:
-        """The cross tokens (B, 257, width) fp16: padding replaced, the duration last, null rows zero."""
+        """Return the cross tokens (B, 257, width) fp16: padding replaced, the duration last, null rows zero."""
         token = self.duration(seconds).unsqueeze(1)
         text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden.float(), self._packed.tensor("padding"))
         tokens = torch.cat([text, token], dim=1)

@@ -87,11 +87,11 @@ class Block:
         self.cross_ratio = None if ratio is None else ratio.unsqueeze(0)
 
     def scale(self, name: str) -> float | None:
-        """The activation scale of a product, None in 16 bits."""
+        """Return the activation scale of a product, None in 16 bits."""
         return self.products[name].activation_scale
 
     def vector(self, name: str) -> Tensor:
-        """A norm's gamma (1, width)."""
+        """Return a norm's gamma (1, width)."""
         return self.gammas[name].unsqueeze(0)
 
 
@@ -140,7 +140,7 @@ class Dit:
         return torch.stack([self._keys(block, context) for block in self.blocks])
 
     def local(self, local_add_cond: Tensor) -> Tensor:
-        """The local embedding of every block (depth, B, L, width) fp16 of local_add_cond (B, 257, L)."""
+        """Return the local embedding of every block (depth, B, L, width) fp16 of local_add_cond (B, 257, L)."""
         inputs = local_add_cond.transpose(1, 2).to(torch.float16).contiguous()
         embeddings = []
         for block in self.blocks:
@@ -150,7 +150,7 @@ class Dit:
         return torch.stack(embeddings)
 
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
-        """The vectors that blocks multiply and add (7, depth, B, width) fp32, for t (B,) and seconds (B,).
+        """Return the vectors that blocks multiply and add (7, depth, B, width) fp32, for t (B,) and seconds (B,).
 
         Gain, shift and branch multiplier of the self-attention, the same of the feed-forward, and the feed-forward's
         addend: norms' gammas, gates, channels' ratios and biases are in them.
@@ -227,7 +227,7 @@ def linear(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def _ratio(product: Product) -> Tensor:
-    """The ratio of a product's channels (1, N); ones in 16 bits."""
+    """Return the ratio of a product's channels (1, N); ones in 16 bits."""
     if product.ratio is None:
         return torch.ones((1, product.weight.shape[0]), device=product.weight.device)
     return product.ratio.unsqueeze(0)

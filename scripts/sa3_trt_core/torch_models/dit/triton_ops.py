@@ -53,12 +53,12 @@ class ByLength:
     long: Tiles = Tiles(self_attention=Tile(128, 32, 8, 3), rope=Tile(8, 0, 1))
 
     def at(self, hidden: Tensor) -> Tiles:
-        """The tiles for a tensor (B, T, ...)."""
+        """Return the tiles for a tensor (B, T, ...)."""
         return self.short if hidden.shape[0] * hidden.shape[1] < LONG_TOKENS else self.long
 
 
 def read_tiles(path: Path) -> ByLength:
-    """The tiles that were measured for a packed DiT; ours of an H100 where they were not."""
+    """Return the tiles that were measured for a packed DiT; ours of an H100 where they were not."""
     if not path.is_file():
         return ByLength()
     stated = json.loads(path.read_text())
@@ -171,7 +171,7 @@ def _attention(
 
 
 def _or(value: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for a kernel that will not read it."""
+    """Return a pointer for a kernel that will not read it."""
     return stand_in if value is None else value
 
 
@@ -184,5 +184,5 @@ def _inverse(activation_scale: float | None) -> float:
 
 
 def _step(local: Tensor | None, axis: int) -> int:
-    """The stride of an axis of (B or 1, L or 1, width): 0 where there is one value for all."""
+    """Return the stride of an axis of (B or 1, L or 1, width): 0 where there is one value for all."""
     return 0 if local is None or local.shape[axis] == 1 else local.stride(axis)

@@ -54,7 +54,7 @@ class Packed:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """A packed file. Raises ToolError when it is not one, or not whole."""
+        """Load a packed file. Raises ToolError when it is not one, or not whole."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -74,11 +74,11 @@ class Packed:
         return tuple(self._tensors)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that is no product's."""
+        """Return a tensor that is no product's."""
         return self._tensors[name]
 
     def product(self, name: str) -> Product:
-        """A weighted product by its role."""
+        """Return a weighted product by its role."""
         weight = self._tensors[f"{name}.weight"]
         bias = self._tensors.get(f"{name}.bias")
         if f"{name}.activation_scale" not in self._tensors:
@@ -88,7 +88,7 @@ class Packed:
 
 
 def expected(sizes: Sizes) -> Iterator[str]:
-    """The name of every tensor that a packed file of these sizes must hold."""
+    """Yield the name of every tensor that a packed file of these sizes must hold."""
     yield from ("padding", "memory", "cosine", "sine", "preprocess", "postprocess")
     yield from ("time.frequencies", "seconds.frequencies")
     for layer in ("time.0", "time.2", "seconds", "modulation.0", "modulation.2"):

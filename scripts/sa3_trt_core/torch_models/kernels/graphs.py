@@ -18,7 +18,7 @@ class Captured:
         self._graph, self._result = capture(lambda: function(**self._inputs))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The result, which the next call overwrites."""
+        """Return the result, which the next call overwrites."""
         for name, value in inputs.items():
             self._inputs[name].copy_(value, non_blocking=True)
         self._graph.replay()

@@ -37,7 +37,7 @@ class Product:
 
 
 def sum_scale(terms: int) -> float:
-    """The power of two with which a sum of so many products of E4M3 codes always fits fp16.
+    """Return the power of two with which a sum of so many products of E4M3 codes always fits fp16.
 
     The scales of activation and channel come afterwards, in fp32: so no choice of them can overflow, and what is lost
     below fp16's smallest normal is a millionth of such a sum.
@@ -46,13 +46,13 @@ def sum_scale(terms: int) -> float:
 
 
 def fp8_product(codes: Tensor, weight_scale: Tensor, bias: Tensor | None, activation_scale: float) -> Product:
-    """A product of E4M3 codes (N, K) with a scale of each output channel (N,)."""
+    """Return a product of E4M3 codes (N, K) with a scale of each output channel (N,)."""
     scale = sum_scale(codes.shape[1])
     return Product(codes, bias, weight_scale * (activation_scale / scale), activation_scale, scale)
 
 
 def quantize(value: Tensor, scale: float | None) -> Tensor:
-    """The input of a product: fp16, or the E4M3 codes of value / scale, saturated."""
+    """Return the input of a product: fp16, or the E4M3 codes of value / scale, saturated."""
     if scale is None:
         return value.to(torch.float16)
     return (value.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -83,7 +83,7 @@ def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None
 
 
 def finished(stored: Tensor, product: Product) -> Tensor:
-    """The result in fp32 of stored sums."""
+    """Return the result in fp32 of stored sums."""
     scaled = stored.float()
     if product.ratio is not None:
         scaled = scaled * product.ratio
@@ -91,7 +91,7 @@ def finished(stored: Tensor, product: Product) -> Tensor:
 
 
 def result(value: Tensor, product: Product, wide: bool = False) -> Tensor:
-    """A product's whole result, in fp16 or in fp32 if `wide`, of a value in any precision."""
+    """Return a product's whole result, in fp16 or in fp32 if `wide`, of a value in any precision."""
     value_out = finished(sums(quantize(value, product.activation_scale), product, wide), product)
     return value_out if wide else value_out.to(torch.float16)
 

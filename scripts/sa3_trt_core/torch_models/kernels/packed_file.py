@@ -16,7 +16,7 @@ REBUILD = "build it again"
 
 
 def read_header(path: Path, wanted: str) -> dict[str, Any]:
-    """The sizes stated in a packed file of format `wanted`. Raises ToolError."""
+    """Return the sizes stated in a packed file of format `wanted`. Raises ToolError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -54,5 +54,5 @@ def read_tensors(
 
 
 def header(name: str, sizes: dict[str, Any]) -> dict[str, str]:
-    """The header of a packed file."""
+    """Return the header of a packed file."""
     return {"format": name, "sizes": json.dumps(sizes, sort_keys=True)}

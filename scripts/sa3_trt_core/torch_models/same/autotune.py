@@ -27,7 +27,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 
 
 def tuned(packed: Packed) -> Tiles:
-    """The fastest tile of each kernel. A tile that does not fit the GPU is left out."""
+    """Return the fastest tile of each kernel. A tile that does not fit the GPU is left out."""
     tiles = Tiles()
     calls = _calls(packed)
     for name, candidates in CANDIDATES.items():
@@ -42,7 +42,7 @@ def tuned(packed: Packed) -> Tiles:
 
 
 def _calls(packed: Packed) -> dict[str, Callable[[TritonOps], Any]]:
-    """One call of each kernel on random data."""
+    """Return one call of each kernel on random data."""
     sizes, layer, device = packed.sizes, packed.layers[0], packed.token.device
     tokens = FRAMES * (sizes.stride + 1)
 

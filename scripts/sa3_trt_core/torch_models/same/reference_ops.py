@@ -23,7 +23,7 @@ class ReferenceOps:
         self._rates = rates
 
     def norm(self, hidden: Tensor, norm: DynamicTanh, scale: float | None, out: Tensor | None = None) -> Tensor:
-        """The dynamic tanh norm of the residual (M, C) fp16, fp16 or quantized by `scale`."""
+        """Return the dynamic tanh norm of the residual (M, C) fp16, fp16 or quantized by `scale`."""
         value = quantize(norm.gamma * torch.tanh(norm.alpha * hidden.float()) + norm.beta, scale)
         return value if out is None else out.copy_(value)
 

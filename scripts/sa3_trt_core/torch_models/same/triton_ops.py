@@ -41,7 +41,7 @@ class Tiles:
 
 
 def read_tiles(path: Path) -> Tiles:
-    """The tiles measured for an engine; the defaults where there is no such file."""
+    """Return the tiles measured for an engine; the defaults where there is no such file."""
     if not path.is_file():
         return Tiles()
     return Tiles(**{name: Tile(**tile) for name, tile in json.loads(path.read_text()).items()})
@@ -151,5 +151,5 @@ class TritonOps:
 
 
 def _or(value: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer for a kernel that will not read it."""
+    """Return a pointer for a kernel that will not read it."""
     return stand_in if value is None else value

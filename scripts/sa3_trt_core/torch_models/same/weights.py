@@ -97,7 +97,7 @@ class Packed:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """A packed file. Raises ToolError when it is not one, or not whole."""
+        """Load a packed file. Raises ToolError when it is not one, or not whole."""
         sizes = sizes_of(path)
         return cls(sizes, packed_file.read_tensors(path, device, expected(sizes)))
 
@@ -123,7 +123,7 @@ class Packed:
 
 
 def sizes_of(path: Path) -> Sizes:
-    """The sizes stated in a packed file. Raises ToolError."""
+    """Return the sizes stated in a packed file. Raises ToolError."""
     stated: dict[str, Any] = packed_file.read_header(path, FORMAT)
     try:
         values = {field.name: stated[field.name] for field in fields(Sizes)}
@@ -133,12 +133,12 @@ def sizes_of(path: Path) -> Sizes:
 
 
 def header(sizes: Sizes) -> dict[str, str]:
-    """The header of a packed file."""
+    """Return the header of a packed file."""
     return packed_file.header(FORMAT, asdict(sizes))
 
 
 def expected(sizes: Sizes) -> Iterator[str]:
-    """The name of every tensor that a packed file of these sizes must hold."""
+    """Yield the name of every tensor that a packed file of these sizes must hold."""
     yield from ("token", "rates", "input.weight", "input.bias", "output.weight", "output.bias")
     for index in range(sizes.depth):
         yield from (f"layers.{index}.{name}.{part}" for name in NORMS for part in ("alpha", "gamma", "beta"))
@@ -147,14 +147,14 @@ def expected(sizes: Sizes) -> Iterator[str]:
 
 
 def paired() -> list[int]:
-    """The order of a head's channels that puts the partners of the rotary pairs, i and i + 16, 32 apart."""
+    """Return the order of a head's channels that puts the partners of the rotary pairs, i and i + 16, 32 apart."""
     quarter, half = ROTATED_PAIRS, HEAD_CHANNELS // 2
     first, second = list(range(quarter)), list(range(quarter, half))
     return first + list(range(half, half + quarter)) + second + list(range(half + quarter, HEAD_CHANNELS))
 
 
 def quantized(sizes: Sizes, tensors: Mapping[str, Tensor]) -> tuple[Sizes, dict[str, Tensor]]:
-    """The same half with E4M3 feed-forward weights, a scale of each output channel."""
+    """Return the same half with E4M3 feed-forward weights, a scale of each output channel."""
     stored = dict(tensors)
     for index in range(sizes.depth):
         for name in FP8_PRODUCTS:

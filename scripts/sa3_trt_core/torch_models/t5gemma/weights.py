@@ -59,13 +59,13 @@ class Packed:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """A packed file. Raises ToolError when it is not one, or not whole."""
+        """Load a packed file. Raises ToolError when it is not one, or not whole."""
         sizes = sizes_of(path)
         tensors = packed_file.read_tensors(path, device, expected(sizes), mapped=(EMBEDDING,))
         return cls(sizes, tensors, _mapped(path, sizes))
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its name."""
+        """Return a tensor by its name."""
         return self._tensors[name]
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Packed:
 
 
 def sizes_of(path: Path) -> Sizes:
-    """The sizes stated in a packed file. Raises ToolError."""
+    """Return the sizes stated in a packed file. Raises ToolError."""
     stated: dict[str, Any] = packed_file.read_header(path, FORMAT)
     try:
         return Sizes(**{field.name: stated[field.name] for field in fields(Sizes)})
@@ -93,12 +93,12 @@ def sizes_of(path: Path) -> Sizes:
 
 
 def header(sizes: Sizes) -> dict[str, str]:
-    """The header of a packed file."""
+    """Return the header of a packed file."""
     return packed_file.header(FORMAT, asdict(sizes))
 
 
 def expected(sizes: Sizes) -> Iterator[str]:
-    """The name of every tensor that a packed file of these sizes must hold."""
+    """Yield the name of every tensor that a packed file of these sizes must hold."""
     yield from (EMBEDDING, "cosine", "sine", "norm")
     for index in range(sizes.depth):
         yield from (f"layers.{index}.{name}.norm" for name in NORMS)
@@ -106,7 +106,7 @@ def expected(sizes: Sizes) -> Iterator[str]:
 
 
 def _mapped(path: Path, sizes: Sizes) -> np.ndarray:
-    """The embedding table (vocabulary, width), mapped from the file: bf16 as uint16, or fp32."""
+    """Return the embedding table (vocabulary, width), mapped from the file: bf16 as uint16, or fp32."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[EMBEDDING]
