@@ -30,7 +30,7 @@ class PackedEngine(DeviceEngine):
     keeps_device = True  # tensors on the GPU stay there
 
     def __init__(self, path: Path, rebuild: str) -> None:
-        """Check a packed file that this project made; `rebuild` is the command that a message gives.
+        """Check that `path` is a packed file of this project; `rebuild` is the build command that errors name.
 
         Raises ToolError: no such file, not whole, or FP8 on a GPU that has none.
         """

@@ -87,7 +87,7 @@ def local_tokenizer(root: Path) -> Path | None:
 
 
 def resolve_tokenizer(source: ModelSource) -> Path:
-    """tokenizer.json, its config beside it: from the root if given, else from the checkpoint's hub repository."""
+    """Return tokenizer.json, its config beside it: from the root if set, else from the checkpoint's hub repository."""
     if source.onnx_root is not None:
         path = local_tokenizer(source.onnx_root)
         if path is None:

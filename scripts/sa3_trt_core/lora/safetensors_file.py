@@ -110,7 +110,7 @@ def _entry(path: Path, key: str, value: Any, data_bytes: int) -> Entry:
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
-    """Raise ToolError for the kinds of file that people have instead of the one that is needed."""
+    """Raise ToolError, by name, for file kinds that are often mistaken for an adapter."""
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ToolError(f"{path} is a pickle (.ckpt, .pt, .bin)", PICKLE_HINT)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):

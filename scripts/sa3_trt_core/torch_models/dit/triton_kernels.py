@@ -1,8 +1,16 @@
-"""The Triton kernels of a DiT step: what stands between two products, each in one pass over its rows.
+"""Triton kernels of a DiT step: the operations between two linear layers, each fused into one pass over its rows.
 
-A product gives 16-bit sums that still lack their channel's scale and bias; the kernel that reads them applies both in
-fp32. What feeds an FP8 product is written as E4M3 codes by the kernel that makes it. Lengths are run-time numbers: no
-kernel is compiled again for another one.
+FP8 in four lines: a weight is stored as E4M3 codes with one scale per output channel, an activation as codes with one
+calibrated scale per tensor, so that w = code_w * scale_w[channel] and x = code_x * scale_x. The tensor cores multiply
+codes and add in fp32; the library stores the sums in fp16, times a power of two that rules out overflow. The true
+result is sum * (scale_x * scale_w[channel] / power) + bias.
+
+That last multiplication costs nothing here, because the kernel after the linear layer reads the sums in any case: it
+applies `ratio` (the bracket) and bias in fp32, does its own work (norm, modulation, attention, gate) in fp32, and
+writes the next layer's input, already divided by that layer's scale and rounded to E4M3, saturated at 448. No fp16
+activation makes a round trip through memory only to be quantized. In 16 bits `ratio` is absent and codes are fp16.
+
+Lengths are run-time numbers: a kernel is not compiled again for another length.
 """
 
 from __future__ import annotations

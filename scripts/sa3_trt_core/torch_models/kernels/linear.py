@@ -1,4 +1,15 @@
-"""Weighted products in 16 bits or FP8 on any device."""
+"""Linear layers in 16 bits or FP8 on any device.
+
+An FP8 weight is E4M3 codes (N, K) with a scale per output channel: w = code * scale_w[n]. Its input is E4M3 codes with
+one scale per tensor: x = code * scale_x, values beyond 448 * scale_x saturate. The product of codes is exact in fp32;
+`sum_scale`, a power of two, brings the sum of K of them into the range of fp16, in which it is stored. The result is
+
+    stored * ratio + bias,    ratio[n] = scale_x * scale_w[n] / sum_scale
+
+`sums` gives the stored values and leaves ratio and bias to the kernel that reads them (triton_ops), which has the value
+in a register anyway; `finished` and `result` apply them here. Scales multiply after the sum, not before, because a
+scaled code is no code any more. In 16 bits there is no ratio: stored values lack only the bias.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Parts that several Triton kernels share."""
+"""Functions that several Triton kernels share: storing with quantization, fast elementary functions, rotation.
+
+`store` ends every kernel that feeds a linear layer: it multiplies by the inverse of the layer's activation scale,
+saturates at 448 and rounds to E4M3, or rounds to fp16. The scale is a launch argument, so calibration never recompiles.
+`approximate` selects one instruction of the GPU for tanh, sine and 2^x (errors stated with each), else fp32 formulas.
+"""
 
 from __future__ import annotations
 

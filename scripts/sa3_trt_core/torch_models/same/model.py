@@ -135,7 +135,7 @@ class Same:
         return self._most or (total if total <= TOKENS_IN_ONE else TOKENS_AT_ONCE)
 
     def _pieces(self, total: int) -> Iterator[tuple[int, int]]:
-        """Pieces of nearly equal length, none shorter than the reach of attention."""
+        """Yield pieces (begin, end) of nearly equal length, each at least as long as the reach of attention."""
         count = -(-total // self._limit(total))
         step = max(-(-total // count), self.sizes.reach)
         for begin in range(0, total, step):

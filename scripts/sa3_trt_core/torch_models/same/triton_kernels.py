@@ -1,6 +1,14 @@
-"""The Triton kernels of a SAME layer: what stands between two products, each in one pass over its tokens.
+"""Triton kernels of a SAME layer: the operations between two linear layers, each fused into one pass over its tokens.
 
-Lengths are run-time numbers: no kernel is compiled again for another one.
+Attention is windowed: a query sees the keys at most `reach` tokens away. One program takes a group of queries of one
+head and the band of keys around them, computes both softmaxes of differential attention over the same values, and
+subtracts. The dynamic tanh norm of q and k, gamma * tanh(alpha x) + beta, and the rotation are applied as the tile is
+loaded, so that normed heads are never stored. All keys of a band are in one tile: the softmax takes its maximum once.
+
+The gate kernel applies SiLU or sin(pi g) in fp32 (sine amplifies rounding) and, for an FP8 product, quantizes its
+result with a scale per token: amax / 448, computed in the same pass and multiplied back after the next linear layer.
+
+Lengths are run-time numbers: a kernel is not compiled again for another length.
 """
 
 from __future__ import annotations

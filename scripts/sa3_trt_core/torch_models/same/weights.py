@@ -75,7 +75,7 @@ class Layer:
 
 
 class Packed:
-    """The tensors of one packed half on one device, by role.
+    """Tensors of one packed half of a SAME autoencoder on one device, by role.
 
     Rows of `qkv` are q1, q2, k1, k2, v; in each head of q and k channel i < 16 turns with channel i + 32, and the
     others do not turn. Attention scores do not depend on that order.
