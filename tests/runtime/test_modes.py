@@ -255,12 +255,17 @@ def test_many_generations_hold_nothing(generator: Generator, sound: Path) -> Non
 
     for _ in range(4):
         generator.generate(request)
-    tensors, memory = tensor_bytes(), resident()
-    for seed in range(8):
-        sizes = {result.audio.nbytes for _, result in generator.generate_many([replace(request, seed=seed)])}
+    tensors, growths = tensor_bytes(), []
+    for _ in range(3):  # in a long test process the allocator may take a block once; a leak grows every time
+        memory = resident()
+        for seed in range(8):
+            sizes = {result.audio.nbytes for _, result in generator.generate_many([replace(request, seed=seed)])}
+        growths.append(resident() - memory)
+        if growths[-1] < 8 * 1_500_000:
+            break
     assert sizes == {5 * RATE * 2 * 4}
     assert tensor_bytes() == tensors
-    assert resident() - memory < 8 * 1_500_000  # a sound is 1.8 MB: one kept a generation is more
+    assert min(growths) < 8 * 1_500_000  # a sound is 1.8 MB: one kept a generation is more
 
 
 def test_a_closed_generator_says_so(tiny_onnx: Path) -> None:
