@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with service:
         server = make_server(service, create_app(service), args.host, args.port, args.access_log)
         listener = _bound(args)
+        listener.listen()  # who reads the line below may connect at once
         port = listener.getsockname()[1]
         shown = f"[{args.host}]" if ":" in args.host else args.host
         print(f"listening on http://{shown}:{port}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/page.js", "/page.css"})  # they tell nothing and do nothing
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-DRAIN_SECONDS = 1.0
+DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1 << 20  # of the rest of a body, read so that its sender sees the answer
 MAX_JSON = 256 << 10  # bytes of a body that is no form
 
 
@@ -107,7 +107,7 @@ class _Body:
         """Read the rest of a small body: closing over unread bytes resets the connection and loses the answer."""
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
-                while self.more and self._taken < MAX_JSON:
+                while self.more and self._taken < DRAIN_BYTES:
                     message = await self._receive()
                     self._taken += len(message.get("body", b""))
                     self.more = bool(message.get("more_body", False))
