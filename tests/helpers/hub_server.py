@@ -95,6 +95,9 @@ def serve_hub(hub: LocalHub | None = None) -> Iterator[LocalHub]:
         thread.join()
 
 
+serve = serve_hub  # its earlier name, which scripts outside the repository import
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: LocalHub
     protocol_version = "HTTP/1.1"
