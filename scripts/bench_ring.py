@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time every depth; run JSON document on stdout. Raises ToolError."""
+    """Time every depth; one JSON document on stdout. Raises ToolError."""
     args = make_parser().parse_args(argv)
     choose_devices(args.device, None)
     from sa3_bench.ring_rate import measure_ring

@@ -111,7 +111,7 @@ class Dit:
         self._first, self._last = self._ends()
 
     def refresh(self) -> None:
-        """Compute again, in slot, what was derived from weights of `packed` that have been replaced."""
+        """Compute again, in place, what was derived from weights of `packed` that have been replaced."""
         products = {
             f"blocks.{i}.{name}": one for i, block in enumerate(self.blocks) for name, one in block.products.items()
         }
