@@ -60,8 +60,7 @@ class Ring:
     ) -> None:  # fmt: skip
         self._engine, self._on_step, self._most_rows, self._alone = engine, on_step, most_rows, alone
         self._places: dict[Hashable, RingRow] = {}
-        self._order: list[Hashable] = []  # of the rows in a batch: who comes takes the place of who left
-        self._vacant: list[int] = []
+        self._order: list[Hashable | None] = []  # of the rows in a batch; None until somebody takes the place
         self.depth = depth
 
     def __len__(self) -> int:
@@ -72,16 +71,15 @@ class Ring:
         if len(self._places) >= self.depth:
             raise ValueError(f"all {self.depth} places of the ring are taken")
         self._places[key] = row
-        if self._vacant:
-            self._order[self._vacant.pop(0)] = key
-        else:
-            self._order.append(key)
+        if None not in self._order:
+            self._order.append(None)
+        self._order[self._order.index(None)] = key
 
     def remove(self, key: Hashable) -> bool:
         """Free the place of a row before it is finished; return False when it has none."""
         if self._places.pop(key, None) is None:
             return False
-        self._vacant.append(self._order.index(key))
+        self._order[self._order.index(key)] = None
         return True
 
     def step(self) -> list[tuple[Hashable, Tensor | Exception]]:
@@ -105,9 +103,7 @@ class Ring:
 
     def _forwards(self) -> list[list[Hashable]]:
         """Return the rows of each forward of a step."""
-        for place in sorted(self._vacant, reverse=True):
-            del self._order[place]
-        self._vacant.clear()
+        self._order = [key for key in self._order if key is not None]
         if self._alone:
             return [[key] for key in self._order]
         lengths: dict[int, list[list[Hashable]]] = {}

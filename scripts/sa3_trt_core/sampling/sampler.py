@@ -78,8 +78,7 @@ class Trajectory:
         self._finite.append(torch.isfinite(velocity).all())
         if velocity.device.type == "cpu":
             self.require_finite()
-        after = self._sigmas[self.step + 1]
-        self._arrive((1.0 - after) * denoised(self.x, velocity, self.sigma) + after * next(self._noise))
+        _step([self], [velocity])
 
     def require_finite(self) -> None:
         """Raise ToolError when a velocity of the steps so far was not finite. Waits for the GPU where `x` lies on one.
@@ -96,13 +95,6 @@ class Trajectory:
                 "the engine or its ONNX is damaged or overflows: build it again, or try `precision=fp32`",
             )
 
-    def _arrive(self, x: Tensor) -> None:
-        """Stand at the next noise level with `x` (B, C, L), what is to be kept put back."""
-        import torch
-
-        self.x = x if self._kept is None else torch.where(self._kept[1] > 0, self._kept[0], x)
-        self.step += 1
-
     @property
     def tensors(self) -> Iterator[Tensor]:
         """Yield every tensor that the coming steps read, but for noise that is not drawn yet."""
@@ -113,24 +105,32 @@ class Trajectory:
 
 
 def advance_together(paths: Sequence[Trajectory], velocities: Tensor) -> None:
-    """Take one step of each path (1, C, L) with its row of `velocities` (R, C, L) on a GPU.
+    """Take one step of each path (1, C, L) with its row of `velocities` (R, C, L) on a GPU. Waits for nothing.
 
-    The arithmetic of `Trajectory.advance`, to the bit, in a launch an operation instead of one a row: with eight rows
-    the launches would otherwise take longer than the gap between two steps may. Waits for nothing.
+    In a launch an operation instead of one a row: with eight rows the launches would otherwise take longer than the gap
+    between two steps may.
     """
     import torch
 
-    rows = list(velocities.split(1))
-    # 1 - sigma is rounded to fp32 here as it is there.
-    levels = [float(path.sigma) for path in paths]
-    after = [path._sigmas[path.step + 1] for path in paths]
-    clean = torch._foreach_sub([path.x for path in paths], torch._foreach_mul(rows, levels))
-    torch._foreach_mul_(clean, [float(1.0 - level) for level in after])
-    noise = torch._foreach_mul([next(path._noise) for path in paths], [float(level) for level in after])
-    torch._foreach_add_(clean, noise)
-    for path, x, finite in zip(paths, clean, torch.isfinite(velocities).flatten(1).all(1), strict=True):
+    for path, finite in zip(paths, torch.isfinite(velocities).flatten(1).all(1), strict=True):
         path._finite.append(finite)
-        path._arrive(x)
+    _step(paths, velocities.split(1))
+
+
+def _step(paths: Sequence[Trajectory], velocities: Sequence[Tensor]) -> None:
+    """Move each path, of any number of rows, to its next noise level: d = x - s v, then (1 - s') d + s' noise."""
+    import torch
+
+    after = [path._sigmas[path.step + 1] for path in paths]
+    levels = [float(path.sigma) for path in paths]
+    x = torch._foreach_sub([path.x for path in paths], torch._foreach_mul(list(velocities), levels))
+    torch._foreach_mul_(x, [float(1.0 - level) for level in after])  # 1 - s' rounded to fp32
+    noise = torch._foreach_mul([next(path._noise) for path in paths], [float(level) for level in after])
+    torch._foreach_add_(x, noise)
+    for path, arrived in zip(paths, x, strict=True):
+        kept = path._kept
+        path.x = arrived if kept is None else torch.where(kept[1] > 0, kept[0], arrived)
+        path.step += 1
 
 
 def ping_pong(
