@@ -60,7 +60,7 @@ class Stages(Closing):
 
     def decoder_rows(self, frames: int) -> int:
         """Return how many sounds of so many latent frames the decoder takes in one forward without cutting it up."""
-        return autoencoder.rows_at_once(self.engines.engine("decoder"), frames)
+        return self.engines.engine("decoder").rows_at_once(frames)
 
     def decoded_together(self, jobs: Sequence[Batch]) -> list[Result]:
         """Return the sounds of batches of one, of equally many frames, decoded in one forward. Raises ToolError."""
@@ -180,8 +180,8 @@ class Stages(Closing):
         assert job.latents is not None
         self.engines.note_ranges()
         sounds, decoder = [], self._engine("decoder", job.meter)
-        count = len(job.rows) if autoencoder.takes_rows(decoder) else 1
-        latents = job.latents if autoencoder.takes_rows(decoder) else job.latents.cpu()
+        count = len(job.rows) if decoder.takes_rows else 1
+        latents = job.latents if decoder.takes_rows else job.latents.cpu()
         with torch.inference_mode():
             for first in range(0, len(job.rows), count):
                 with job.meter.stage("decode"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 from sa3_trt_core.audio.tiling import chunks
 from sa3_trt_core.engines.base import pick
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.engines.base import GraphEngine
 
-
-@runtime_checkable
-class RowsDecoder(Protocol):
-    """A decoder that takes any number of rows and bounds its own memory."""
-
-    def rows_at_once(self, frames: int) -> int:
-        """Return the rows of so many latent frames that it decodes without cutting them up."""
-        ...
-
-
 FULL_SCALE = 32767
 LIMITER_CEILING = 1.0  # the value at which that input of some builds changes nothing below full scale
 
@@ -45,7 +35,7 @@ def encode(engine: GraphEngine, audio: Tensor, chunk: int = 0) -> Tensor:
 
     frames = audio.shape[-1] // SAMPLES_PER_FRAME
     latents = torch.empty(1, LATENT_CHANNELS, frames)
-    for part in chunks(frames, 0 if takes_rows(engine) else chunk):
+    for part in chunks(frames, 0 if engine.takes_rows else chunk):
         encoded = _encode(engine, audio[:, part.start * SAMPLES_PER_FRAME : part.stop * SAMPLES_PER_FRAME])
         latents[..., part.first : part.last] = encoded[..., part.first - part.start : part.last - part.start]
     return latents
@@ -78,22 +68,12 @@ def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
     return decode_rows(engine, latents, chunk)[0]
 
 
-def takes_rows(engine: GraphEngine) -> bool:
-    """Return True if a decoder takes any number of rows at once and bounds its own memory: windows are not needed."""
-    return bool(getattr(engine, "takes_rows", False))
-
-
-def rows_at_once(engine: GraphEngine, frames: int) -> int:
-    """Return how many rows of so many latent frames a decoder takes in one piece, at least 1."""
-    return max(1, engine.rows_at_once(frames)) if isinstance(engine, RowsDecoder) else 1
-
-
 def decode_rows(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> list[Tensor]:
     """The samples of each row of latents (R, 256, L), as `decode` gives them; in one run where the engine takes rows.
 
     Raises ToolError.
     """
-    if takes_rows(engine):
+    if engine.takes_rows:
         return list(_decode(engine, latents)[:, : latents.shape[-1] * SAMPLES_PER_FRAME])
     return [_decode_row(engine, latents[row : row + 1], chunk) for row in range(latents.shape[0])]
 

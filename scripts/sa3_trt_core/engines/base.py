@@ -18,7 +18,8 @@ class GraphEngine(Protocol):
     """A loaded graph: named tensors in, named tensors out, on the device of the first input.
 
     `max_batch` is the largest batch of one run, None where the graph sets no limit. `device` is "cuda" or "cpu",
-    `cpu_reason` why it is the CPU on a machine with a GPU ("" otherwise).
+    `cpu_reason` why it is the CPU on a machine with a GPU ("" otherwise). `takes_rows` is True for an encoder or
+    decoder that takes any number of rows at once and bounds its own memory: it is given no windows.
     """
 
     input_names: tuple[str, ...]
@@ -26,9 +27,11 @@ class GraphEngine(Protocol):
     max_batch: int | None
     device: str
     cpu_reason: str
+    takes_rows: bool
 
     @property
     def tensor_device(self) -> str: ...
+    def rows_at_once(self, frames: int) -> int: ...
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
@@ -77,11 +80,16 @@ class DeviceEngine(Closing):
     device: str = "cuda"
     cpu_reason: str = ""
     keeps_device: bool = False  # outputs stay on the GPU, and inputs there are not copied
+    takes_rows: bool = False
 
     @property
     def tensor_device(self) -> str:
         """The device on which the engine takes and returns tensors without a copy: "cuda" or "cpu"."""
         return self.device if self.keeps_device else "cpu"
+
+    def rows_at_once(self, frames: int) -> int:
+        """Return how many rows of so many latent frames a decoder decodes without cutting them up, at least 1."""
+        return 1
 
 
 class DiTVelocity(Closing):
@@ -123,7 +131,7 @@ def rows_velocity(engine: VelocityEngine, x: Tensor, t: Tensor, rows: Sequence[C
     """
     from sa3_trt_core.conditioning import Conditioning
 
-    if isinstance(engine, DiTVelocity):
+    if isinstance(engine, RowsEngine):
         return engine.rows_velocity(x, t, rows)
     return engine.velocity(x, t, Conditioning.joined(rows))
 

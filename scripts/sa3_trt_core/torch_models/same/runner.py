@@ -40,7 +40,7 @@ class DecoderRunner:
 
     def rows_at_once(self, frames: int) -> int:
         """Return how many rows of so many latent frames go through the layers in one piece."""
-        return TOKENS_IN_ONE // (frames * (self.sizes.stride + 1))
+        return max(1, TOKENS_IN_ONE // (frames * (self.sizes.stride + 1)))
 
     def close(self) -> None:
         """Free the graphs."""
