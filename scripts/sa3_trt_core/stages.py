@@ -68,10 +68,14 @@ class Stages(Closing):
 
         latents = torch.cat([job.latents for job in jobs if job.latents is not None])
         joined = Batch([row for job in jobs for row in job.rows], Meter(len(jobs)), latents=latents)
-        sounds = self._decode(joined, lambda note: None)
-        for job, sound in zip(jobs, sounds, strict=True):
-            sound.timings.update({**job.meter.timings, **sound.timings})
-        return sounds
+        return [
+            replace(
+                sound,
+                timings={**job.meter.timings, **sound.timings},
+                memory={**job.meter.memory, **sound.memory},
+            )
+            for job, sound in zip(jobs, self._decode(joined, lambda note: None), strict=True)
+        ]
 
     def _read(self, job: Batch, known: Known, tell: Tell) -> None:
         """The features of every text of a batch, prompts and negative prompts."""
@@ -192,12 +196,10 @@ class Stages(Closing):
                 for _ in decoded:
                     tell("decoded")
         job.latents = job.latents.cpu()
-        levels = sigmas_of(job.rows[0])
+        timings, memory = job.meter.timings, job.meter.memory
         return [
-            Result(
-                job.latents[index : index + 1].clone(), levels, sound, dict(job.meter.timings), dict(job.meter.memory)
-            )
-            for index, sound in enumerate(sounds)
+            Result(latents.clone(), sigmas_of(row), sound, dict(timings), dict(memory))
+            for row, latents, sound in zip(job.rows, job.latents.split(1), sounds, strict=True)
         ]
 
 

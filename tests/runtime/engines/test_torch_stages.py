@@ -21,7 +21,7 @@ from helpers.commands import assert_user_error, run
 from sa3_build.engines import pack_t5gemma
 from sa3_build.graph import query
 from sa3_build.passes.lower_plugins import plain_graph
-from sa3_trt_core import paths
+from sa3_trt_core import Generator, Request, paths
 from sa3_trt_core.engines import BACKENDS
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.torch_stages import TorchDecoder, TorchEncoder, TorchTextEncoder
@@ -218,6 +218,28 @@ def test_uploaded_noise_is_the_samplers_to_the_bit() -> None:
     assert len(uploaded.ahead) == 2
     for _ in range(3):
         assert torch.equal(next(uploaded), next(drawn))
+
+
+def test_sounds_decoded_together_keep_what_is_their_own(tiny_onnx: Path, models: Path, tmp_path: Path) -> None:
+    """Requests of one length and other steps: sigmas, timings and memory of each, and the sound that it is alone."""
+    folder = shutil.copytree(models, tmp_path / "m")
+    argv = ["sa3-m", "--backend", "torch", "--arch", "cpu", "--onnx-root", tiny_onnx, "--models-dir", folder]
+    run_checked(build_from_onnx.main, argv)
+    requests = [Request("a", 1.0, steps=2, seed=1), Request("b", 1.0, steps=3, seed=2)]
+    with Generator.load(backend="torch", onnx_root=tiny_onnx, models_dir=folder) as generator:
+        assert generator.decoder_rows(FRAMES) > 1
+        jobs = [generator.ring_batch(request)[0] for request in requests]
+        for seed, job in enumerate(jobs):
+            job.latents = latents(seed + 1)[:1]
+            job.meter.memory["text"] = seed
+        together = generator.decoded_together(jobs)
+        alone = [generator.decoded(job) for job in jobs]
+    for result, expected in zip(together, alone, strict=True):
+        assert torch.equal(result.sigmas, expected.sigmas) and torch.equal(result.latents, expected.latents)
+        assert result.timings.keys() == expected.timings.keys() and {"text", "decode"} <= result.timings.keys()
+        assert result.memory == expected.memory
+        assert torch.allclose(result.audio, expected.audio, atol=1e-3)
+    assert [len(result.sigmas) for result in together] == [3, 4]
 
 
 def test_the_command_names_the_engines_that_it_runs(tiny_onnx: Path, models: Path, tmp_path: Path) -> None:
