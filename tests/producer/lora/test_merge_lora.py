@@ -318,6 +318,10 @@ def test_merged_weights_are_kept_on_disk_and_made_again_when_damaged(
     written = file.read_bytes()
     replaced = from_another(file, adapted("lora", 4), velocity_with)
     assert torch.equal(velocity_with(adapter), replaced), "the file is read, not merged anew"
+    record = manifest.read_manifest(file)
+    assert record is not None
+    manifest.write_manifest(file, record.kind, [file], record.inputs, {**record.settings, "loras": []}, tools={})
+    assert torch.equal(velocity_with(adapter), fresh), "a whole file that states another set is not this one's"
     file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))  # as long as before, one bit off
     assert torch.equal(velocity_with(adapter), fresh)
     assert file.read_bytes() == written
@@ -329,12 +333,17 @@ def test_merged_weights_are_kept_on_disk_and_made_again_when_damaged(
 
 
 def from_another(file: Path, other: Path, velocity_with: Callable[[Path], torch.Tensor]) -> torch.Tensor:
-    """Put the kept weights of another adapter in the place of `file`, as a manifest describes them; its velocity."""
+    """Put the kept weights of another adapter in the place of `file`, under the settings of its own manifest.
+
+    Returns the velocity of the other.
+    """
+    record = manifest.read_manifest(file)
+    assert record is not None
     before = set(file.parent.glob("*.safetensors"))
     velocity_of_other = velocity_with(other)
     (made,) = set(file.parent.glob("*.safetensors")) - before
     shutil.copy(made, file)
-    manifest.write_manifest(file, "merged weights", [file], {}, {})
+    manifest.write_manifest(file, record.kind, [file], record.inputs, record.settings, tools=record.tools)
     return velocity_of_other
 
 

@@ -30,18 +30,23 @@ class MergedCache:
         self._engines = [_digest(own), _digest(base)]
 
     def read(self, loras: LoraSet, checkpoint: Path | None) -> dict[str, Tensor] | None:
-        """Return the tensors of a set by their names in the packed DiT; None unless every byte is as it was written."""
+        """Return the tensors of a set by their names in the packed DiT.
+
+        None unless the file's manifest states this set, and every byte is as it was written.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         path = self._path(loras, checkpoint)
         if path is None or not path.is_file():
             return None
         try:
-            if manifest.verify_manifest(path, deep=True) is not None:
+            current, _ = manifest.is_current(path, {}, self._stated(loras, checkpoint))
+            if not current or manifest.verify_manifest(path, deep=True) is not None:
                 return None
             tensors: dict[str, Tensor] = load_file(str(path))
             path.touch()
-        except (ToolError, OSError, ValueError):
+        except (ToolError, OSError, ValueError, SafetensorError):
             return None
         return tensors
 
@@ -81,8 +86,8 @@ class MergedCache:
         if loras.options.partial:
             stated["partial"] = True
         if checkpoint is not None and any(adapter.kind.svd for adapter, _ in loras.adapters):
-            found = checkpoint.stat()
-            stated["bases"] = [str(checkpoint.resolve()), found.st_size, found.st_mtime_ns]
+            status = checkpoint.stat()
+            stated["bases"] = [str(checkpoint.resolve()), status.st_size, status.st_mtime_ns]
         return stated
 
 
