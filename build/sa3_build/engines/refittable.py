@@ -15,8 +15,6 @@ from sa3_trt_core.errors import ToolError
 if TYPE_CHECKING:
     import tensorrt as trt
 
-SETTING = "refittable"  # of an engine's manifest
-
 
 def require_possible(target: targets.Target, backend: str) -> None:
     """Raise ToolError for a target or a machine that no refittable engine can be built for."""

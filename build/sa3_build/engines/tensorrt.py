@@ -24,6 +24,7 @@ from sa3_trt_core import engines, gpu, paths, shapes
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.artifacts.build import Draft, build
 from sa3_trt_core.console import format_seconds
+from sa3_trt_core.engines import tensorrt_refit
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import download, resolve
 from sa3_trt_core.targets import Target
@@ -119,7 +120,7 @@ def build_settings(
         "arch": arch,
         "precision": target.precision,
         "profile": profile,
-        **({refittable.SETTING: True} if refits else {}),
+        **({tensorrt_refit.SETTING: True} if refits else {}),
     }
 
 
@@ -157,7 +158,7 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
     }  # fmt: skip
     if target.kind == "dit":
         gates["null_row"] = null_row
-    marked = refittable.weights_of(onnx) if draft.settings.get(refittable.SETTING) else []
+    marked = refittable.weights_of(onnx) if draft.settings.get(tensorrt_refit.SETTING) else []
     # What was timed before is not timed again; several builds are to differ, so they share nothing. A builder that
     # needs no GPU times nothing.
     timed = best_of == 1 and not engines.BACKENDS[backend].builds_elsewhere

@@ -88,6 +88,10 @@ def outcomes(checks: CheckSet, run: Run) -> list[Outcome]:
     return [_outcome(checks, index, run) for index in range(len(checks.rows))]
 
 
+def _failures(results: Iterable[Outcome]) -> list[str]:
+    return [result.failure for result in results if result.failure is not None]
+
+
 def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
     row, expected = checks.rows[index], checks.expected[index]
     answer = check_rows.stored_part(checks.kind, row, run(check_rows.inputs_of(checks.kind, row)))
@@ -138,7 +142,7 @@ def require_correct(
         _keep(path, key, 0.0)  # else every start would read every byte again
         return []
     results = outcomes(checks, engine.run)
-    failures = [one.failure for one in results if one.failure is not None]
+    failures = _failures(results)
     if failures:
         raise GateError(
             f"{path} fails {len(failures)} of {len(results)} check rows on {place.card} ({place.library}): "
@@ -154,7 +158,7 @@ def require_refitted(engine: GraphEngine, graph: Path, label: str) -> None:
     """Run a refitted engine on the check rows of the graph of its weights. Raises GateError when it is wrong."""
     if not check_path(graph).is_file():
         return
-    failures = [one.failure for one in outcomes(check_rows.read(check_path(graph)), engine.run) if one.failure]
+    failures = _failures(outcomes(check_rows.read(check_path(graph)), engine.run))
     if failures:
         raise GateError(
             f"{label}, refitted with {graph}, fails {len(failures)} check rows: {failures[0]}",

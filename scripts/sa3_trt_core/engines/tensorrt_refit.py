@@ -12,7 +12,7 @@ from sa3_trt_core.errors import ToolError
 if TYPE_CHECKING:
     import tensorrt as trt
 
-SETTING = "refittable"  # of an engine's manifest
+SETTING = "refittable"  # of an engine's manifest, written by the builder
 
 
 def require_refittable(path: Path, rebuild: str, graph: Path | None = None) -> None:

@@ -238,12 +238,8 @@ class _GraphSlot:
         rows: set[int] = set()
         for name in CONDITIONING:
             if not torch.equal(conditioning[name], last[name]):
-                differs = (
-                    (conditioning[name] != last[name]).flatten(1)
-                    if conditioning[name].dim() > 1
-                    else conditioning[name] != last[name]
-                )
-                rows.update((differs.any(1) if differs.dim() > 1 else differs).nonzero().flatten().tolist())
+                differs = (conditioning[name] != last[name]).reshape(self.x.shape[0], -1).any(1)
+                rows.update(differs.nonzero().flatten().tolist())
         return sorted(rows)
 
     def _capture(self) -> None:
