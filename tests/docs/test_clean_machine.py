@@ -39,7 +39,7 @@ def local(tiny_fp8: Path, tmp_path: Path) -> Iterator[LocalHub]:
     tokenizer = {
         f"{CHECKPOINT_TOKENIZER_FOLDER}/{Path(name).name}": (tiny_fp8 / name).read_bytes() for name in TOKENIZER_FILES
     }
-    with hub_server.serve_hub() as server:
+    with hub_server.serve() as server:
         server.commit(HUB_REPOSITORY, files)
         server.commit(CHECKPOINT_REPOSITORY, tokenizer)
         with hub_server.client_at(server.address, tmp_path / "cache"):

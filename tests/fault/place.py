@@ -161,7 +161,7 @@ def hub_for(command: Command, tiny: Path, cache: Path) -> Iterator[hub_server.Lo
         yield None
         return
     root = tiny / "onnx"
-    with hub_server.serve_hub(hub_server.LocalHub(token="hf_secret")) as hub:
+    with hub_server.serve(hub_server.LocalHub(token="hf_secret")) as hub:
         files: dict[str, bytes] = {"README.md": b""}
         if command.module == "sa3_trt":
             for path in (graph(root, name) for name in ("t5gemma", "sa3-m-fp8", "same-l-decoder")):

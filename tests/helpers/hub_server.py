@@ -78,7 +78,7 @@ def digest_of(path: str, data: bytes) -> str:
 
 
 @contextlib.contextmanager
-def serve_hub(hub: LocalHub | None = None) -> Iterator[LocalHub]:
+def serve(hub: LocalHub | None = None) -> Iterator[LocalHub]:
     """Run a hub, at `address`, until the block ends."""
     hub = hub or LocalHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
@@ -93,9 +93,6 @@ def serve_hub(hub: LocalHub | None = None) -> Iterator[LocalHub]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-serve = serve_hub  # its earlier name, which scripts outside the repository import
 
 
 class _Handler(BaseHTTPRequestHandler):

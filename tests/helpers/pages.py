@@ -87,6 +87,5 @@ def parser_of(name: str) -> argparse.ArgumentParser | None:
         name = "sa3_serve.command"
     elif not any((ROOT / folder / f"{name}.py").is_file() for folder in ("build", "scripts")):
         return None
-    module = __import__(name, fromlist=["parser"])
-    made: argparse.ArgumentParser = (module.make_parser if hasattr(module, "make_parser") else module.parser)()
+    made: argparse.ArgumentParser = __import__(name, fromlist=["make_parser"]).make_parser()
     return made

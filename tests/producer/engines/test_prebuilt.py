@@ -22,7 +22,7 @@ ENGINE = b"code of somebody" * 100
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[LocalHub]:
-    with hub_server.serve_hub() as server:
+    with hub_server.serve() as server:
         server.commit(HUB_REPOSITORY, {"tensorRT/sm_90/sa3-m/dit_fp16.trt": ENGINE})
         with hub_server.client_at(server.address, tmp_path / "cache"):
             yield server

@@ -48,7 +48,7 @@ def finished(folder: Path, name: str = "dit_fp8.onnx", sidecar: str = "dit_fp8.o
 
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[LocalHub]:
-    with hub_server.serve_hub(LocalHub(token=TOKEN)) as server:
+    with hub_server.serve(LocalHub(token=TOKEN)) as server:
         server.commit(HUB_REPOSITORY, {"README.md": b"hello"})
         with hub_server.client_at(server.address, tmp_path / "cache", token=TOKEN):
             yield server

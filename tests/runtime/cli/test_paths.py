@@ -23,16 +23,6 @@ COMMANDS = sorted(
 LONG, FAR = "n" * 300, "/".join(["d" * 200] * 30)  # a name, and a path, that no system takes
 
 
-def parser_of(module) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    if hasattr(module, "make_parser"):
-        return module.make_parser()
-    if hasattr(module, "parser"):
-        return module.parser() if not isinstance(module.parser, argparse.ArgumentParser) else module.parser
-    from sa3_trt_core.cli.parser import make_parser
-
-    return make_parser()
-
-
 def path_flags(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [
         action
@@ -63,7 +53,7 @@ def test_names_that_are_too_long(name: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     module = importlib.import_module(name)
-    parser = parser_of(module)
+    parser = module.make_parser()
     flags = [action.option_strings[-1] for action in path_flags(parser)]
     tried = [{flag: bad} for flag in flags for bad in (LONG, FAR)] + [{flag: LONG for flag in flags}]
     for flag_values in tried[-1:] if name == "bench_start" else tried:  # it starts a process each time

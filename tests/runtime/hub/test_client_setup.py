@@ -56,7 +56,7 @@ def test_what_is_wrong_is_named_with_its_cure(
 
 @pytest.fixture
 def hub() -> Iterator[LocalHub]:
-    with hub_server.serve_hub() as server:
+    with hub_server.serve() as server:
         server.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp16.onnx.data"), SIDECAR: WEIGHTS})
         yield server
 

@@ -28,7 +28,7 @@ WEIGHTS = bytes(range(256)) * 4000
 @pytest.fixture
 def local(tmp_path: Path) -> Iterator[LocalHub]:
     """Run a hub that has the FP8 DiT with a sidecar of another name, and a client with an empty cache."""
-    with hub_server.serve_hub() as server:
+    with hub_server.serve() as server:
         server.commit(HUB_REPOSITORY, {GRAPH: graphs.with_sidecar("dit_fp8lin.onnx.data"), SIDECAR: WEIGHTS})
         with hub_server.client_at(server.address, tmp_path / "cache", token="hf_secret"):
             yield server
