@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core import targets
-from sa3_trt_core.cli.arguments import Parser, integer_type, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, integer_type, run_command
 from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="precision and backend of each, the reference first: fp16mixed@tensorrt fp8@tensorrt fp8@torch",
     )  # fmt: skip
     files.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
-    files.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
-    files.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
+    add_folder_flags(files)
     return parser
 
 

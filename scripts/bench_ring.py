@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from sa3_trt_core import engines, shapes, targets
-from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, integer_type, number_type, run_command
 from sa3_trt_core.cli.devices import choose_devices
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request
@@ -25,8 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", default=engines.AUTO, help="backend, as of sa3_trt (default: auto)")
     parser.add_argument("--device", metavar="N", help="GPU to use, or cpu (default: the first GPU)")
-    parser.add_argument("--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR)")
-    parser.add_argument("--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR)")
+    add_folder_flags(parser)
     parser.add_argument(
         "--ring", type=integer_type(1, 64, "places"), nargs="+", default=[8], metavar="D", help="depths (default: 8)"
     )

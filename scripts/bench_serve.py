@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from sa3_trt_core import engines, shapes, targets
-from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, folder_argv, integer_type, number_type, run_command
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request
@@ -34,8 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="default: %(default)s")
     parser.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="default: %(default)s")
     parser.add_argument("--backend", default=engines.AUTO, help="as of sa3_trt (default: %(default)s)")
-    parser.add_argument("--onnx-root", type=Path, metavar="D", help="folder of ONNX files")
-    parser.add_argument("--models-dir", type=Path, metavar="D", help="folder of engines")
+    add_folder_flags(parser)
     parser.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=30.0, metavar="S",
                         help="length of every sound (default: %(default)s)")  # fmt: skip
     parser.add_argument("--steps", type=integer_type(1, 1000, "steps"), default=8, help="default: %(default)s")
@@ -54,6 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time the generator and its ring, then the server; print one JSON document. Raises ToolError."""
     args = make_parser().parse_args(argv)
+    from sa3_bench.ring_rate import quantile
+
     request = Request(PROMPT, args.seconds, steps=args.steps)
     alone_ms, ring_rate = _without_server(args, request)
     with _server(args) as port:
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": args.seconds, "steps": args.steps, "depth": args.depth, "clients": args.clients,
         "generate_ms": alone_ms, "one_client_ms": client_ms, "overhead_ms": client_ms - alone_ms,
         "ring_sounds_per_second": ring_rate, "server_sounds_per_second": rate, "share_of_ring": rate / ring_rate,
-        "p50_seconds": times[len(times) // 2], "p99_seconds": times[min(len(times) - 1, int(0.99 * len(times)))],
+        "p50_seconds": quantile(times, 0.5), "p99_seconds": quantile(times, 0.99),
     }  # fmt: skip
     print(json.dumps(report, indent=2))
     return 0
@@ -80,8 +81,6 @@ def _without_server(args: argparse.Namespace, request: Request) -> tuple[float, 
 
     source = ModelSource.of(args.onnx_root, args.models_dir)
     with Generator.open(make_plan(args.dit, args.precision, args.backend, source)) as generator:
-        for seed in range(3):
-            generator.generate(replace(request, seed=seed))
         alone_ms = _median_ms(lambda seed: generator.generate(replace(request, seed=seed)), args.repeats)
         return alone_ms, measure_ring(generator, request, args.depth, args.sounds).rate
 
@@ -91,20 +90,9 @@ def _server(args: argparse.Namespace) -> Iterator[int]:
     """Run sa3_serve on a free port of this machine until it is left; yields the port once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
-    line = [
-        sys.executable,
-        "-m",
-        "sa3_serve.command",
-        "--port",
-        str(port),
-        "--dit",
-        args.dit,
-        "--precision",
-        args.precision,
-    ]
-    line += ["--backend", args.backend, "--depth", str(args.depth), "--queue", str(4 * args.clients), "--text-only"]
-    for flag, folder in (("--onnx-root", args.onnx_root), ("--models-dir", args.models_dir)):
-        line += [] if folder is None else [flag, str(folder)]
+    line = [sys.executable, "-m", "sa3_serve.command", "--port", str(port), "--dit", args.dit, "--text-only"]
+    line += ["--precision", args.precision, "--backend", args.backend, "--depth", str(args.depth)]
+    line += ["--queue", str(4 * args.clients), *folder_argv(args)]
     folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3_trt_core import console, engines, targets
-from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, folder_argv, integer_type, number_type, run_command
 from sa3_trt_core.engines.packed import CACHE_VARIABLE
 from sa3_trt_core.errors import ToolError
 
@@ -33,12 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--precision", choices=targets.PRECISIONS, default="fp8", help="precision of the DiT (default: %(default)s)"
     )
     parser.add_argument("--backend", choices=engines.CHOICES, default="torch", help="backend (default: %(default)s)")
-    parser.add_argument(
-        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
-    )
-    parser.add_argument(
-        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
-    )
+    add_folder_flags(parser)
     parser.add_argument(
         "--seconds",
         type=number_type(0.5, 380, "seconds"),
@@ -60,8 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     line = [sys.executable, str(COMMAND), "--prompt", PROMPT, "--dit", args.dit, "--precision", args.precision]
     line += ["--backend", args.backend, "--seconds", str(args.seconds), "--steps", "1", "--seed", "0", "--json"]
-    for flag, value in (("--onnx-root", args.onnx_root), ("--models-dir", args.models_dir)):
-        line += [flag, str(value)] if value is not None else []
+    line += folder_argv(args)
     taken: dict[str, list[dict[str, float]]] = {COLD: [], WARM: []}
     with console.Progress("starts", 1 + 2 * args.repeats, "starts") as progress:
         start(line, WARM)  # brings the files into the memory of the system, for both kinds alike

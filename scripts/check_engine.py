@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3_trt_core import engines, paths, targets
-from sa3_trt_core.cli.arguments import Parser, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, run_command
 from sa3_trt_core.errors import GateError
 
 
@@ -20,12 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backend", choices=engines.CHOICES, default=engines.AUTO, help="backend of all targets (default: %(default)s)"
     )
-    parser.add_argument(
-        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
-    )
-    parser.add_argument(
-        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
-    )
+    add_folder_flags(parser)
     parser.add_argument("--out", type=Path, metavar="F.json", help="also write the figures to this JSON file")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     return parser

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core import engines, paths, shapes, targets
 from sa3_trt_core.artifacts import files
-from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, integer_type, number_type, run_command
 from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.errors import GateError, ToolError
 
@@ -47,12 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dit", choices=targets.DITS, default=targets.DITS[0],
         help="model that precisions refer to (default: %(default)s)",
     )  # fmt: skip
-    models.add_argument(
-        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
-    )
-    models.add_argument(
-        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
-    )
+    add_folder_flags(models)
     add_lora_flags(parser)
     _add_runs(parser.add_argument_group("inputs"))
     out = parser.add_argument_group("output")

@@ -54,12 +54,13 @@ def measure_ring(generator: Generator, request: Request, depth: int, count: int)
         gaps, busy = sorted(ring.clock.gaps_ms()), ring.clock.busy_ms() / 1e3
     times.sort()
     return RingRate(
-        depth, count, elapsed, (busy or sampled) / elapsed, _quantile(times, 0.5), _quantile(times, 0.99),
-        _quantile(gaps, 0.5), _quantile(gaps, 0.99),
+        depth, count, elapsed, (busy or sampled) / elapsed, quantile(times, 0.5), quantile(times, 0.99),
+        quantile(gaps, 0.5), quantile(gaps, 0.99),
     )  # fmt: skip
 
 
-def _quantile(ordered: list[float], part: float) -> float:
+def quantile(ordered: list[float], part: float) -> float:
+    """Return the value below which a `part` of ascending values lies; 0 of none."""
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 

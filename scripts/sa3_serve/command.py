@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa3_serve.settings import Settings, read_token
 from sa3_trt_core import engines, shapes, targets
-from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, integer_type, number_type, run_command
 from sa3_trt_core.cli.devices import choose_devices
 from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.errors import ToolError
@@ -36,10 +36,9 @@ def make_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--precision", choices=targets.PRECISIONS, default=targets.PRECISIONS[0], help="default: %(default)s"
     )
-    model.add_argument("--backend", choices=engines.BACKENDS, default="auto", help="as of sa3_trt")
+    model.add_argument("--backend", choices=engines.CHOICES, default=engines.AUTO, help=engines.AUTO_HELP)
     model.add_argument("--device", metavar="N", help="the GPU to use, as nvidia-smi -L counts, or cpu (default: 0)")
-    model.add_argument("--models-dir", type=Path, metavar="D", help="engines (default: $SA3_MODELS_DIR, else models)")
-    model.add_argument("--onnx-root", type=Path, metavar="D", help="ONNX files (default: $SA3_ONNX_DIR, else the hub)")
+    add_folder_flags(model)
     model.add_argument("--offline", action="store_true", help="take the hub's files from its cache only")
     model.add_argument(
         "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N", help="as of sa3_trt"

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from sa3_trt_core.cli import streams
@@ -39,6 +40,22 @@ class Parser(argparse.ArgumentParser):
                 message, f"a value that begins with a dash is given as {flag}=-value; see {self.prog} --help"
             )
         raise ToolError(message, f"see {self.prog} --help")
+
+
+def add_folder_flags(parser: argparse._ActionsContainer) -> None:
+    """Add --onnx-root and --models-dir, the folders of a model's files."""
+    parser.add_argument(
+        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
+    )
+    parser.add_argument(
+        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
+    )
+
+
+def folder_argv(args: argparse.Namespace) -> list[str]:
+    """Return the flags of `add_folder_flags` as another command takes them, those that were given."""
+    pairs = (("--onnx-root", args.onnx_root), ("--models-dir", args.models_dir))
+    return [word for flag, folder in pairs if folder is not None for word in (flag, str(folder))]
 
 
 def run_command(main: Callable[[], int]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sa3_trt_core import engines, shapes, targets
 from sa3_trt_core.audio import io as audio_io
-from sa3_trt_core.cli.arguments import Parser, integer_type, number_type
+from sa3_trt_core.cli.arguments import Parser, add_folder_flags, integer_type, number_type
 from sa3_trt_core.cli.lora_flags import add_lora_flags
 from sa3_trt_core.request import FULL_APG, MAX_CFG, MAX_PADDING, MAX_SEED, MAX_STEPS, MIN_NOISE, SCHEDULE_ORDERS
 from sa3_trt_core.version import __version__
@@ -93,12 +93,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="run one worker on each GPU of a Ray cluster; without ADDRESS on a local Ray",
     )
-    group.add_argument(
-        "--models-dir", type=Path, metavar="D", help="folder of engines (default: $SA3_MODELS_DIR, else models)"
-    )
-    group.add_argument(
-        "--onnx-root", type=Path, metavar="D", help="folder of ONNX files (default: $SA3_ONNX_DIR, else the hub)"
-    )
+    add_folder_flags(group)
     group.add_argument(
         "--revision", metavar="R", help="commit or branch of the hub repository (default: the pinned commit)"
     )
