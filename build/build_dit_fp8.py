@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_build.passes import shaping
-from sa3_build.quantization.settings import Settings
+from sa3_build.quantization.settings import QuantizationSettings
 from sa3_build.recipes.fp8_settings import from_arguments
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.errors import ToolError
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--parity-rows", type=integer_type(1, 10**6), default=64, metavar="N", help="rows to compare on (default: 64)"
     )
     parser.add_argument(
-        "--rollouts", type=integer_type(0, 10**6), default=Settings.rollouts, metavar="N",
+        "--rollouts", type=integer_type(0, 10**6), default=QuantizationSettings.rollouts, metavar="N",
         help="full generations to compare, besides perturbed ones (default: 2, i.e. 128 forwards; 0: none)",
     )  # fmt: skip
     parser.add_argument(

@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     from sa3_build.recipes import validation
 
     dits = validation.require_dits(chosen) if args.validate else []
-    options = build.Options(
+    options = build.BuildOptions(
         backend, source, args.force, args.best_of, args.engine_report, args.prebuilt, args.refittable
     )
-    jobs = [build.Job(*entry) for entry in plan]
+    jobs = [build.BuildJob(*entry) for entry in plan]
     build.require_possible(jobs, options)
     outcomes = build.build_all(jobs, options)
     documents = [outcome.as_dict for outcome in outcomes]

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
     exporter = Exporter(args.model_dir, args.onnx_root)
     parts = [part for part in PARTS if not args.only or part in args.only]
-    lock = locks.held(locks.lock_path(args.onnx_root / "export"), f"an export to {args.onnx_root}")
+    lock = locks.exclusive_lock(locks.lock_path(args.onnx_root / "export"), f"an export to {args.onnx_root}")
     with lock, Progress("export", len(parts), "graphs") as progress:
         for part in parts:
             exported = getattr(exporter, PARTS[part])()

@@ -24,15 +24,17 @@ HEADER = ("precision", "step, ms", "with adapter", "ratio", "first set, s", "oth
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parse = Parser(prog="bench_lora.py", description=__doc__)
-    parse.add_argument("--rank", type=integer_type(1, 512), default=16, help="of the random adapter (default 16)")
-    parse.add_argument("--frames", type=integer_type(1, 4096), default=646, help="latent frames (default 646)")
-    parse.add_argument("--repeats", type=integer_type(1, 10_000), default=100, help="steps of each (default 100)")
-    parse.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
-    parse.add_argument("--work", type=Path, help="folder for 5 GB of random engines (default: a temporary one)")
-    parse.add_argument("--out", type=Path, metavar="F.json", help="also write the figures there")
-    parse.add_argument("--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more")
-    return parse
+    parser = Parser(prog="bench_lora.py", description=__doc__)
+    parser.add_argument("--rank", type=integer_type(1, 512), default=16, help="of the random adapter (default 16)")
+    parser.add_argument("--frames", type=integer_type(1, 4096), default=646, help="latent frames (default 646)")
+    parser.add_argument("--repeats", type=integer_type(1, 10_000), default=100, help="steps of each (default 100)")
+    parser.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
+    parser.add_argument("--work", type=Path, help="folder for 5 GB of random engines (default: a temporary one)")
+    parser.add_argument("--out", type=Path, metavar="F.json", help="also write the figures there")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more"
+    )
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

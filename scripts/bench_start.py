@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
                 progress.advance(1, kind)
     medians = {kind: {part: statistics.median(run[part] for run in runs) for part in runs[0]}
              for kind, runs in taken.items()}  # fmt: skip
-    ratio = medians[COLD]["to the first step"] / medians[WARM]["to the first step"]
+    ratio = medians[COLD]["seconds_to_first_step"] / medians[WARM]["seconds_to_first_step"]
     if args.json:
         print(json.dumps({"seconds": medians, "cold_over_warm": ratio, "runs": taken}, indent=2))
         return 0
     rows = [[kind, *(f"{seconds:.2f}" for seconds in parts.values())] for kind, parts in medians.items()]
-    print(console.table(["start", *medians[COLD]], rows))
+    print(console.table(["start", *(part.replace("_", " ") for part in medians[COLD])], rows))
     print(f"cold over warm: {ratio:.2f}")
     return 0
 
@@ -92,7 +92,7 @@ def start(line: list[str], kind: str) -> dict[str, float]:
     stages: dict[str, Any] = json.loads(done.stdout)["timings"]
     parts = {stage: float(stages[stage]) for stage in BEFORE}
     whole = seconds - sum(float(stages[stage]) for stage in AFTER)
-    return {"Python and imports": whole - sum(parts.values()), **parts, "to the first step": whole}
+    return {"python_and_imports": whole - sum(parts.values()), **parts, "seconds_to_first_step": whole}
 
 
 if __name__ == "__main__":

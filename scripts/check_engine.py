@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             "target": target.name, "backend": backend, "rows": len(outcomes),
             "worst": max((outcome.apart for outcome in outcomes), default=None),
             "outcomes": [vars(outcome) for outcome in outcomes],
-            "place": vars(self_check.Place.of(engines.BACKENDS[backend])),
+            "place": vars(self_check.CheckEnvironment.of(engines.BACKENDS[backend])),
         })  # fmt: skip
     text = json.dumps({"format": 1, "engines": checked, "wrong": [error.message for error in wrong]}, indent=1)
     if args.out is not None:

@@ -13,8 +13,8 @@ from sa3_trt_core.cli.arguments import Parser, run_command
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parse = Parser(prog="sa3_lora", description=__doc__)
-    commands = parse.add_subparsers(dest="command", required=True, metavar="info")
+    parser = Parser(prog="sa3_lora", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info")
     info = commands.add_parser("info", help="what a file holds, and which part of it has an effect")
     info.add_argument("file", type=Path, metavar="F", help="a .safetensors file or a PEFT folder")
     info.add_argument(
@@ -22,7 +22,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--lora-partial", action="store_true", help="leave out layers of other networks, with a note")
     info.add_argument("--json", action="store_true", help="one JSON document")
-    return parse
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

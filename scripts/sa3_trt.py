@@ -20,7 +20,7 @@ from sa3_trt_core.cli.run import produce, produce_missing
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, generate, write, report. Raises ToolError."""
-    args = parse(argv)
+    args = parse_flags(argv)
     several = choose_devices(args.device, args.devices)
     job = make_job(args)
     sounds = [(r.sound, r.init_start) for r in job.requests]
@@ -44,7 +44,7 @@ def _produce(job: Job, devices: Sequence[str]) -> report.Totals:
     return produce_on_ray(job, devices)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; with --again those of that sound, overridden by the other flags. Raises ToolError."""
     flags = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(flags)

@@ -27,7 +27,7 @@ Pcm = NDArray[np.int16]
 
 
 @dataclass(frozen=True)
-class Row:
+class GenerationRow:
     """One clip to generate: its text, the seed of its noise, and local_add_cond (1, 257, L) or None."""
 
     caption: str
@@ -62,7 +62,7 @@ class CheckpointUnderTest:
         self.sounding = shapes.frames_before(seconds)  # frames that are not silence
 
     @torch.inference_mode()
-    def conditioning(self, rows: Sequence[Row]) -> Conditioning:
+    def conditioning(self, rows: Sequence[GenerationRow]) -> Conditioning:
         """Return the conditioning of these rows, in their order."""
         each = [self.model.conditioning(row.caption, float(self.seconds), self.frames) for row in rows]
         silent = torch.zeros(1, shapes.LOCAL_CHANNELS, self.frames, device=self.device)
@@ -76,7 +76,7 @@ class CheckpointUnderTest:
     @torch.inference_mode()
     def latents(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[GenerationRow],
         engine: VelocityEngine | None = None,
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> torch.Tensor:
@@ -87,7 +87,9 @@ class CheckpointUnderTest:
         parts = [rows[first : first + self.batch] for first in range(0, len(rows), self.batch)]
         return torch.cat([self._batch(part, engine or self._engine, on_step) for part in parts])
 
-    def _batch(self, rows: Sequence[Row], engine: VelocityEngine, on_step: Callable[[int], None]) -> torch.Tensor:
+    def _batch(
+        self, rows: Sequence[GenerationRow], engine: VelocityEngine, on_step: Callable[[int], None]
+    ) -> torch.Tensor:
         noise = row_noise([row.seed for row in rows], shapes.LATENT_CHANNELS, self.drawn_frames, self.frames)
         levels = schedule.sigmas(self.steps)
         return ping_pong(engine, noise, levels, self.conditioning(rows), lambda *_: on_step(len(rows)))

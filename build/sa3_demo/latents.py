@@ -20,7 +20,7 @@ ENCODE_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Batch:
+class LatentBatch:
     """Latents (B, 256, L) fp32, ids and mask (B, T), seconds (B,), local_add_cond (B, 257, L), dropped (B,) bool."""
 
     latents: torch.Tensor
@@ -43,7 +43,7 @@ class LatentSet:
         self._ids, self._mask = torch.stack(ids).to(device), torch.stack(mask).to(device)
         self._seconds = torch.tensor([float(piece.seconds) for piece in pieces], device=device)
 
-    def batch(self, generator: torch.Generator, rows: int) -> Batch:
+    def batch(self, generator: torch.Generator, rows: int) -> LatentBatch:
         """Return random rows, each with its caption or its request."""
         device = self._latents.device
         picked = torch.randint(len(self._latents), (rows,), generator=generator, device=device)
@@ -52,7 +52,7 @@ class LatentSet:
         frames = torch.ceil(seconds * (SAMPLE_RATE / SAMPLES_PER_FRAME))
         keep = keep_masks(generator, frames, x0.shape[-1], self._plan.inpaint_share)
         dropped = torch.rand(rows, generator=generator, device=device) < self._plan.drop_condition
-        return Batch(
+        return LatentBatch(
             x0, self._ids[form, picked], self._mask[form, picked], seconds, torch.cat([keep, keep * x0], dim=1), dropped
         )
 

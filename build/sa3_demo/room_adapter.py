@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from reprompt import deployed_text
 from sa3_build.export import load_modules
-from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Row
+from sa3_demo.checkpoint_under_test import CheckpointUnderTest, GenerationRow
 from sa3_demo.music import draw_piece
 from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import files
@@ -82,10 +82,10 @@ def low_pass(samples: np.ndarray) -> np.ndarray:
 
 
 @torch.inference_mode()
-def make_pairs(subject: CheckpointUnderTest, plan: RoomPlan) -> tuple[list[Row], Pairs]:
+def make_pairs(subject: CheckpointUnderTest, plan: RoomPlan) -> tuple[list[GenerationRow], Pairs]:
     """Return the captions and one training pair per caption and noise level of the sampler."""
     rows = [
-        Row(deployed_text(draw_piece(FIRST_PIECE + index, plan.seconds).example()), plan.seed + index)
+        GenerationRow(deployed_text(draw_piece(FIRST_PIECE + index, plan.seconds).example()), plan.seed + index)
         for index in range(plan.captions)
     ]
     levels = schedule.sigmas(subject.steps)[:-1].tolist()
@@ -107,7 +107,9 @@ def make_pairs(subject: CheckpointUnderTest, plan: RoomPlan) -> tuple[list[Row],
     return rows, Pairs(*(torch.cat([getattr(part, name) for part in parts]) for name in Pairs.__annotations__))
 
 
-def train(subject: CheckpointUnderTest, rows: list[Row], pairs: Pairs, plan: RoomPlan) -> Mapping[str, LowRank]:
+def train(
+    subject: CheckpointUnderTest, rows: list[GenerationRow], pairs: Pairs, plan: RoomPlan
+) -> Mapping[str, LowRank]:
     """Train on pairs; return each layer's factors by its name in the DiT. The model stays adapted."""
     generator = torch.Generator().manual_seed(plan.seed)
     dit: Any = subject.model.module.dit

@@ -16,7 +16,7 @@ import torch
 from reprompt import deployed_text
 from sa3_build.verification.parity import cosine, relative
 from sa3_demo import listen
-from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Pcm, Row
+from sa3_demo.checkpoint_under_test import CheckpointUnderTest, GenerationRow, Pcm
 from sa3_demo.music import FIRST_HELD_OUT, TONICS, Piece, draw_piece
 from sa3_demo.synth import render
 from sa3_trt_core import targets
@@ -108,7 +108,7 @@ def text_to_audio_score(
 
     Clip i has the noise of seed + i. With `out`, the first clips are written there next to those of the data.
     """
-    rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
+    rows = [GenerationRow(loop.caption, seed + index) for index, loop in enumerate(loops)]
     repeated_rows = rows[: subject.batch]
     with Progress("text to audio", (len(rows) + len(repeated_rows)) * (subject.steps + 1), "row steps") as progress:
         clips = _clips(subject, rows, progress)
@@ -146,7 +146,7 @@ def text_to_audio_score(
     return {"rates": rates, "prompts": prompts, "balance_db": balance, "repeated": repeated}
 
 
-def _clips(subject: CheckpointUnderTest, rows: Sequence[Row], progress: Progress) -> list[Pcm]:
+def _clips(subject: CheckpointUnderTest, rows: Sequence[GenerationRow], progress: Progress) -> list[Pcm]:
     clips = []
     for latent in subject.latents(rows, on_step=progress.advance):
         clips.append(subject.decode(latent[None]))
@@ -216,10 +216,10 @@ def inpainting_score(subject: CheckpointUnderTest, loops: Sequence[Loop], seed: 
     clear[max(0, first - EDGE_FRAMES) * SAMPLES_PER_FRAME : (last + EDGE_FRAMES) * SAMPLES_PER_FRAME] = False
     clear = clear[: len(loops[0].rendered)]
     conditioned = [
-        Row(loop.caption, seed + index, inpainting.local_conditioning(loop.latent, keep))
+        GenerationRow(loop.caption, seed + index, inpainting.local_conditioning(loop.latent, keep))
         for index, loop in enumerate(loops)
     ]
-    unconditioned = [Row(row.caption, row.seed) for row in conditioned]
+    unconditioned = [GenerationRow(row.caption, row.seed) for row in conditioned]
     rows: list[dict[str, Any]] = [{"piece_seed": loop.piece.seed} for loop in loops]
     with Progress("in-painting", 2 * len(loops) * subject.steps, "row steps") as progress:
         for name, requests in (("conditioned", conditioned), ("unconditioned", unconditioned)):
@@ -255,7 +255,7 @@ def rollout_score(
     "half": FP16-mixed against fp32, which has a required value. "export": fp32 against the checkpoint; far from 1 when
     the graphs are of another checkpoint. One graph is in memory at a time. Raises ToolError when one cannot be run.
     """
-    rows = [Row(loop.caption, seed + index) for index, loop in enumerate(loops)]
+    rows = [GenerationRow(loop.caption, seed + index) for index, loop in enumerate(loops)]
     with Progress("rollouts", (1 + len(graphs)) * len(rows) * subject.steps, "row steps") as progress:
         latents_by_model = [subject.latents(rows, subject.model, progress.advance)]
         for path in graphs:

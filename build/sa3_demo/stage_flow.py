@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from sa3_demo.latents import Batch, LatentSet
+from sa3_demo.latents import LatentBatch, LatentSet
 from sa3_demo.model import DemoModel
 from sa3_demo.plan import TrainingPlan
 from sa3_demo.trainer import Deadline, Keep, running_mean, seeded, train
@@ -112,7 +112,7 @@ def train_distillation(
 
 def _target(
     teacher: DemoModel, student: DemoModel, x: torch.Tensor, sigma_now: torch.Tensor, next_sigma: torch.Tensor,
-    batch: Batch, guidance: float,
+    batch: LatentBatch, guidance: float,
 ) -> torch.Tensor:  # fmt: skip
     """Return the denoised latent at the next level, reached by a midpoint step of the guided teacher."""
     context, duration = teacher.context(batch.ids, batch.mask, batch.seconds)

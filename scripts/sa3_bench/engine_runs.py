@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa3_bench.comparison import MIN_COSINE, Contest, Step
 from sa3_trt_core import engines, targets
-from sa3_trt_core.engines.base import pick
+from sa3_trt_core.engines.base import require_output
 from sa3_trt_core.errors import ToolError
 from sa3_validation.models import ComparedModel, ModelPaths, find_model
 
@@ -27,7 +27,7 @@ class Opened:
         self._engine = engine
 
     def prepare(self, inputs: dict[str, Tensor]) -> Step:
-        return lambda: pick(self._engine.run(inputs), "velocity").float()
+        return lambda: require_output(self._engine.run(inputs), "velocity").float()
 
 
 def find_engines(names: Sequence[str], paths: ModelPaths) -> dict[str, ComparedModel]:

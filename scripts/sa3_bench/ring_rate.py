@@ -45,7 +45,7 @@ def measure_ring(generator: Generator, request: Request, depth: int, count: int)
     The first 2 x depth of them compile and capture, and are not timed.
     """
     times: list[float] = []
-    with LiveRing(generator, depth, most_waiting=4 * depth) as ring:
+    with LiveRing(generator, depth, max_waiting=4 * depth) as ring:
         _drive(ring, request, 2 * depth, depth, [])
         ring.clock.restart()
         started = time.perf_counter()

@@ -40,7 +40,7 @@ class Worker:
             return error.message, error.hint
         plan = self._job.plan
         self._ids = {stage: self._generator.engines.identity(stage) for stage in plan.stages}
-        self._ring = LiveRing(self._generator, self._depth, most_waiting=1024)
+        self._ring = LiveRing(self._generator, self._depth, max_waiting=1024)
         return "", {"timings": totals.timings}
 
     def make(self, index: int) -> tuple[str, dict[str, Any]] | Failure:

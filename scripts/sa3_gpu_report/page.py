@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3_gpu_report.host import BACKENDS, Host
-from sa3_gpu_report.parts import FAILED, PASSED, SKIPPED, Outcome
+from sa3_gpu_report.parts import FAILED, PASSED, SKIPPED, PartOutcome
 from sa3_gpu_report.plan import COLUMNS, SPEED
 from sa3_trt_core import console
 from sa3_trt_core.errors import ToolError
@@ -22,7 +22,7 @@ LIBRARIES = {
 HEADER = ("backend", "card", "library, driver", *COLUMNS)
 
 
-def document(host: Host, outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
+def document(host: Host, outcomes: Sequence[PartOutcome], about: Mapping[str, Any]) -> dict[str, Any]:
     """Return the whole report, for report.json."""
     parts = [outcome.as_dict() for outcome in outcomes]
     return {"format": FORMAT, "kind": KIND, **about, "verdict": verdict(parts), "host": host.as_dict(), "parts": parts}

@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclass
-class Outcome:
+class PartOutcome:
     """Result of a part: `why` is one line unless it passed; `cut_off` is True when its time limit ended it."""
 
     part: Part
@@ -59,19 +59,19 @@ class Outcome:
         }  # fmt: skip
 
 
-def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float) -> list[Outcome]:
+def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float) -> list[PartOutcome]:
     """Run every part in order, regardless of failures; after `minutes` the rest is skipped. Logs go to out/logs."""
     ends = time.monotonic() + 60.0 * minutes
-    done: dict[str, Outcome] = {}
+    done: dict[str, PartOutcome] = {}
     for part in parts:
         lacking = [name for name in part.after if name in done and done[name].status != PASSED]
         left = ends - time.monotonic()
         if part.skip is not None:
-            outcome = Outcome(part, SKIPPED, why=part.skip)
+            outcome = PartOutcome(part, SKIPPED, why=part.skip)
         elif lacking:
-            outcome = Outcome(part, SKIPPED, why=f"{lacking[0]} did not pass")
+            outcome = PartOutcome(part, SKIPPED, why=f"{lacking[0]} did not pass")
         elif left <= 0:
-            outcome = Outcome(part, SKIPPED, why=f"{minutes:g} minutes are over")
+            outcome = PartOutcome(part, SKIPPED, why=f"{minutes:g} minutes are over")
         else:
             print(f"{part.name} ...", file=sys.stderr, flush=True)
             outcome = _run(part, out, scrub, min(part.limit, left))
@@ -82,7 +82,7 @@ def run_parts(parts: Sequence[Part], out: Path, scrub: Scrubber, minutes: float)
     return list(done.values())
 
 
-def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> Outcome:
+def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> PartOutcome:
     """Run one command in its own process group, so that no child process outlives its limit."""
     started = time.monotonic()
     log = out / "logs" / f"{part.name.replace(' ', '_').replace(',', '')}.txt"
@@ -113,7 +113,7 @@ def _run(part: Part, out: Path, scrub: Scrubber, limit: float) -> Outcome:
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             why = why or f"its result cannot be read: {error}"
     seconds = time.monotonic() - started
-    return Outcome(part, FAILED if why else PASSED, seconds, scrub(why), figures, cut_off=code is None)
+    return PartOutcome(part, FAILED if why else PASSED, seconds, scrub(why), figures, cut_off=code is None)
 
 
 def _last(text: str) -> str:

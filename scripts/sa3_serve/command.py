@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_serve.settings import Settings, read_token
+from sa3_serve.settings import ServiceSettings, read_token
 from sa3_trt_core import engines, shapes, targets
 from sa3_trt_core.cli.arguments import Parser, add_folder_flags, integer_type, number_type, run_command
 from sa3_trt_core.cli.devices import choose_devices
@@ -30,8 +30,8 @@ NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prom
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parse = Parser(prog="sa3_serve", description="Stable Audio 3 over HTTP: requests enter a ring that runs.")
-    model = parse.add_argument_group("model")
+    parser = Parser(prog="sa3_serve", description="Stable Audio 3 over HTTP: requests enter a ring that runs.")
+    model = parser.add_argument_group("model")
     model.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="default: %(default)s")
     model.add_argument(
         "--precision", choices=targets.PRECISIONS, default=targets.PRECISIONS[0], help="default: %(default)s"
@@ -45,24 +45,24 @@ def make_parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--text-only", action="store_true",
                        help="do not load the audio encoder, and refuse requests with init_audio")  # fmt: skip
-    add_lora_flags(parse, refits=True)
-    _add_limits(parse)
-    _add_server(parse)
-    return parse
+    add_lora_flags(parser, refits=True)
+    _add_limits(parser)
+    _add_server(parser)
+    return parser
 
 
-def _add_limits(parse: argparse.ArgumentParser) -> None:
-    usual, group = Settings(), parse.add_argument_group("limits")
-    most_seconds = math.floor(usual.most_seconds * 100) / 100
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    usual, group = ServiceSettings(), parser.add_argument_group("limits")
+    max_seconds = math.floor(usual.max_seconds * 100) / 100
     group.add_argument("--depth", type=integer_type(1, 64, "places"), default=usual.depth, metavar="D",
                        help="places in the ring (default: %(default)s)")  # fmt: skip
-    group.add_argument("--queue", type=integer_type(1, 100_000, "requests"), default=usual.most_waiting, metavar="N",
+    group.add_argument("--queue", type=integer_type(1, 100_000, "requests"), default=usual.max_waiting, metavar="N",
                        help="requests that may wait; more get 429 (default: %(default)s)")  # fmt: skip
-    group.add_argument("--max-seconds", type=number_type(shapes.MIN_SECONDS, most_seconds, "seconds"),
-                       default=most_seconds, metavar="S", help="longest sound (default: %(default)s)")  # fmt: skip
-    group.add_argument("--max-steps", type=integer_type(1, 1000, "steps"), default=usual.most_steps, metavar="N",
+    group.add_argument("--max-seconds", type=number_type(shapes.MIN_SECONDS, max_seconds, "seconds"),
+                       default=max_seconds, metavar="S", help="longest sound (default: %(default)s)")  # fmt: skip
+    group.add_argument("--max-steps", type=integer_type(1, 1000, "steps"), default=usual.max_steps, metavar="N",
                        help="most steps of a sound (default: %(default)s)")  # fmt: skip
-    group.add_argument("--max-body", type=integer_type(1, 1 << 40, "bytes"), default=usual.most_body, metavar="BYTES",
+    group.add_argument("--max-body", type=integer_type(1, 1 << 40, "bytes"), default=usual.max_body, metavar="BYTES",
                        help="largest request (default: %(default)s)")  # fmt: skip
     group.add_argument("--body-seconds", type=number_type(0.1, 3600, "seconds"), default=usual.body_seconds,
                        metavar="S", help="time for a request to arrive (default: %(default)s)")  # fmt: skip
@@ -70,8 +70,8 @@ def _add_limits(parse: argparse.ArgumentParser) -> None:
                        metavar="S", help="time to finish after SIGTERM (default: %(default)s)")  # fmt: skip
 
 
-def _add_server(parse: argparse.ArgumentParser) -> None:
-    group = parse.add_argument_group("server")
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="A", help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=integer_type(0, 65535), default=8000, metavar="P", help="default: %(default)s")
     group.add_argument("--token-file", type=Path, metavar="F", help="ask for the bearer token in this file")
@@ -79,12 +79,12 @@ def _add_server(parse: argparse.ArgumentParser) -> None:
     group.add_argument("--access-log", action="store_true", help="write a line a request to stderr, without its body")
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def settings_of(args: argparse.Namespace) -> ServiceSettings:
     """Return the limits of the flags. Raises ToolError."""
-    return Settings(
-        depth=args.depth, most_waiting=args.queue, most_seconds=args.max_seconds, most_steps=args.max_steps,
-        most_body=args.max_body, body_seconds=args.body_seconds, drain_seconds=args.drain_seconds,
-        window=args.chunk_frames or Settings().window,
+    return ServiceSettings(
+        depth=args.depth, max_waiting=args.queue, max_seconds=args.max_seconds, max_steps=args.max_steps,
+        max_body=args.max_body, body_seconds=args.body_seconds, drain_seconds=args.drain_seconds,
+        window=args.chunk_frames or ServiceSettings().window,
         token_digest=None if args.token_file is None else read_token(args.token_file),
         local=is_local(args.host), log_prompts=args.log_prompts, text_only=args.text_only,
     )  # fmt: skip
@@ -107,7 +107,7 @@ def require_packages() -> None:
         raise ToolError(f"sa3_serve needs {', '.join(missing)}", "pip install 'sa3-trt[serve]'")
 
 
-def open_service(args: argparse.Namespace, settings: Settings) -> Service:
+def open_service(args: argparse.Namespace, settings: ServiceSettings) -> Service:
     """Open the flags' model in a running ring. Raises ToolError."""
     from sa3_serve.service import Service
     from sa3_trt_core.lora.lora_set import read_loras
@@ -170,8 +170,8 @@ def ray_app(args: dict[str, str]) -> Any:
         return create_app(open_service(flags, settings))
 
     options = {"num_cpus": 1, "num_gpus": 0 if flags.device == "cpu" else 1}
-    most = settings.depth + settings.most_waiting + 16  # beyond the queue our own 429 answers
-    deployment = serve.deployment(serve.ingress(build)(), ray_actor_options=options, max_ongoing_requests=most)
+    max_ongoing = settings.depth + settings.max_waiting + 16  # beyond the queue our own 429 answers
+    deployment = serve.deployment(serve.ingress(build)(), ray_actor_options=options, max_ongoing_requests=max_ongoing)
     return deployment.bind()
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from sa3_serve.settings import Settings
+from sa3_serve.settings import ServiceSettings
 from sa3_trt_core.errors import ToolError
 
 Message = MutableMapping[str, Any]
@@ -32,7 +32,7 @@ class RefusedError(ToolError):
 class Guard:
     """An ASGI application in front of another: token, host, origin, size of the body and time that it takes."""
 
-    def __init__(self, app: App, settings: Settings) -> None:
+    def __init__(self, app: App, settings: ServiceSettings) -> None:
         self._app, self._settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,14 +77,14 @@ class Guard:
 
     def _most(self, headers: dict[bytes, bytes]) -> int:
         form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
-        return self._settings.most_body if form else min(MAX_JSON, self._settings.most_body)
+        return self._settings.max_body if form else min(MAX_JSON, self._settings.max_body)
 
 
 class _Body:
     """The body of a request as it comes: it may not grow beyond `most` bytes nor take longer than `seconds`."""
 
     def __init__(self, receive: Receive, most: int, seconds: float, more: bool) -> None:
-        self._receive, self._most, self._taken = receive, most, 0
+        self._receive, self._max_bytes, self._taken = receive, most, 0
         self._deadline = asyncio.get_running_loop().time() + seconds
         self.more = more
 
@@ -98,8 +98,8 @@ class _Body:
         except TimeoutError:
             raise RefusedError(408, "the request took too long to arrive", "send it faster") from None
         self._taken += len(message.get("body", b""))
-        if self._taken > self._most:
-            raise _too_large(self._most)
+        if self._taken > self._max_bytes:
+            raise _too_large(self._max_bytes)
         self.more = bool(message.get("more_body", False))
         return message
 

@@ -59,7 +59,7 @@ class _RingCollector:
         ring, now = self._ring, self._ring.occupancy
         figures: list[tuple[str, str, float | None]] = [
             ("sa3_queue_requests", "Requests that wait for a slot of the ring", now.waiting),
-            ("sa3_queue_limit", "Requests that may wait before 429", ring.most_waiting),
+            ("sa3_queue_limit", "Requests that may wait before 429", ring.max_waiting),
             ("sa3_ring_requests", "Requests in the ring", now.ring),
             ("sa3_ring_places", "Places of the ring", ring.depth),
             ("sa3_ring_steps", "Steps of the ring so far", ring.steps),

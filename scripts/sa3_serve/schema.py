@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sa3_serve.settings import Settings
+from sa3_serve.settings import ServiceSettings
 from sa3_trt_core import shapes
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import FULL_APG, MAX_CFG, MAX_SEED, MAX_STEPS, MIN_NOISE, Request
@@ -44,13 +44,13 @@ class SoundRequest(BaseModel):
         None, max_length=64, description="Required adapters, named as in /v1/models; other sets are refused"
     )
 
-    def request(self, settings: Settings, init_audio: Path | None) -> Request:
+    def request(self, settings: ServiceSettings, init_audio: Path | None) -> Request:
         """Return the Request. Raises ToolError that names the fields."""
-        for name, value, most in (
-            ("seconds", self.seconds, settings.most_seconds), ("steps", self.steps, settings.most_steps)
+        for name, value, limit in (
+            ("seconds", self.seconds, settings.max_seconds), ("steps", self.steps, settings.max_steps)
         ):  # fmt: skip
-            if value > most:
-                raise ToolError(f"{name} {value:g} is more than this server's {most:g}", f"choose another {name}")
+            if value > limit:
+                raise ToolError(f"{name} {value:g} is more than this server's {limit:g}", f"choose another {name}")
         return Request(
             self.prompt, self.seconds, self.steps, secrets.randbelow(2**32) if self.seed is None else self.seed,
             self.negative_prompt, self.cfg, self.apg, init_audio, self.init_start, self.init_noise_level,

@@ -7,11 +7,11 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from sa3_serve.metrics import Metrics
-from sa3_serve.settings import Settings
+from sa3_serve.settings import ServiceSettings
 from sa3_trt_core import shapes
 from sa3_trt_core.cli import again
 from sa3_trt_core.cli.parser import make_parser
-from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.engines.base import Closeable
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.live_ring import LiveRing
 from sa3_trt_core.request import Request
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 FIRST_SOUND = Request("", seconds=1.0, steps=1)
 
 
-class Service(Closing):
+class Service(Closeable):
     """One generator in a live ring. Closing it ends the ring and closes the generator."""
 
-    def __init__(self, generator: Generator, settings: Settings, model: str) -> None:
+    def __init__(self, generator: Generator, settings: ServiceSettings, model: str) -> None:
         self.generator, self.settings, self.model = generator, settings, model
         self.precision = generator.engines.plan.precision
         self.identities = {stage: generator.engines.identity(stage) for stage in generator.engines.plan.stages}
-        self.ring = LiveRing(generator, settings.depth, settings.most_waiting)
+        self.ring = LiveRing(generator, settings.depth, settings.max_waiting)
         self.metrics = Metrics(self.ring)
         self.draining = False
         self._first: Future[Result] | None = None
@@ -66,9 +66,9 @@ class Service(Closing):
             "sample_rate": shapes.SAMPLE_RATE,
             "channels": shapes.AUDIO_CHANNELS,
             "min_seconds": shapes.MIN_SECONDS,
-            "max_seconds": settings.most_seconds,
-            "max_steps": settings.most_steps,
-            "max_body_bytes": settings.most_body,
+            "max_seconds": settings.max_seconds,
+            "max_steps": settings.max_steps,
+            "max_body_bytes": settings.max_body,
             "depth": settings.depth,
             "engines": self.identities,
             "backends": dict(self.generator.engines.plan.backends),

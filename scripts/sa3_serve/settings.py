@@ -16,21 +16,21 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")  # what an Authorization header carries as 
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServiceSettings:
     """Limits of a server.
 
-    `depth` places in the ring; `most_waiting` requests in the queue before 429; `most_seconds` and `most_steps` of a
-    sound; `most_body` bytes of a request, which has `body_seconds` to arrive; `drain_seconds` to finish what was taken
+    `depth` places in the ring; `max_waiting` requests in the queue before 429; `max_seconds` and `max_steps` of a
+    sound; `max_body` bytes of a request, which has `body_seconds` to arrive; `drain_seconds` to finish what was taken
     when the process is to end; `window` latent frames are decoded at a time for ?stream=1; `token_digest` is the
     SHA-256 of the bearer token, None for none; `local` refuses requests that name another host than this one;
     `text_only` refuses requests with a sound, for a server that has no audio encoder.
     """
 
     depth: int = 4
-    most_waiting: int = 64
-    most_seconds: float = shapes.MAX_SECONDS
-    most_steps: int = 100
-    most_body: int = 64 << 20
+    max_waiting: int = 64
+    max_seconds: float = shapes.MAX_SECONDS
+    max_steps: int = 100
+    max_body: int = 64 << 20
     body_seconds: float = 30.0
     drain_seconds: float = 60.0
     window: int = 128

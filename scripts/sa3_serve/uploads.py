@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 
 from sa3_serve.guard import RefusedError
 from sa3_serve.schema import HINT, SoundRequest, parse_form, parse_json
-from sa3_serve.settings import Settings
+from sa3_serve.settings import ServiceSettings
 from sa3_trt_core.audio import reader
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import Request
@@ -27,7 +27,7 @@ SOUND = "init_audio"
 
 
 async def read_request(
-    http: HttpRequest, settings: Settings, cleanup: contextlib.ExitStack
+    http: HttpRequest, settings: ServiceSettings, cleanup: contextlib.ExitStack
 ) -> tuple[SoundRequest, Request]:
     """Request of a body. An uploaded sound is in a temporary file until `cleanup` closes.
 

@@ -26,30 +26,30 @@ class Batch:
     rows: Sequence[Request]
     meter: Meter
     features: Features = field(default_factory=dict)
-    inits: Sequence[Tensor | None] = ()
+    init_latents: Sequence[Tensor | None] = ()
     latents: Tensor | None = None
 
 
-class Known:
+class EncodeCache:
     """Texts and sounds that are encoded already, so that each is encoded once; the oldest go first."""
 
     def __init__(self) -> None:
         self.texts: dict[str, tuple[Tensor, Tensor]] = {}
         self.sounds: dict[tuple[Path | Waveform, float, int], Tensor] = {}
 
-    def forget(self, most: int) -> None:
-        """Keep the latest `most` of each."""
-        for words in list(self.texts)[:-most]:
+    def evict(self, max_entries: int) -> None:
+        """Keep the latest `max_entries` of each."""
+        for words in list(self.texts)[:-max_entries]:
             del self.texts[words]
-        for sound in list(self.sounds)[:-most]:
+        for sound in list(self.sounds)[:-max_entries]:
             del self.sounds[sound]
 
 
-def blocks(groups: list[list[int]], most: int) -> Iterator[list[list[int]]]:
-    """Batches in blocks of at most `most` rows, or of one batch."""
+def blocks(groups: list[list[int]], max_rows: int) -> Iterator[list[list[int]]]:
+    """Batches in blocks of at most `max_rows` rows, or of one batch."""
     block: list[list[int]] = []
     for rows in groups:
-        if block and sum(map(len, block)) + len(rows) > most:
+        if block and sum(map(len, block)) + len(rows) > max_rows:
             yield block
             block = []
         block.append(rows)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, cast
 
-from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.engines.base import Closeable
 from sa3_trt_core.ring_decoding import decode_tickets
 from sa3_trt_core.ring_requests import ClosedError, Occupancy, OnWindow, QueueFullError, Ticket, settle
 from sa3_trt_core.sampling.ring import Ring
@@ -30,7 +30,7 @@ READY = 2  # requests whose text is encoded before a place is free: more would o
 REMEMBERED_SECONDS = 32  # sounds whose time in the ring is averaged
 
 
-class LiveRing(Closing):
+class LiveRing(Closeable):
     """Sounds of requests that come at any time: each enters the ring at the next step at which a place is free.
 
     A generator's engines are used by one thread each. Nothing of a request is kept after its future is done. Cancelling
@@ -38,13 +38,13 @@ class LiveRing(Closing):
     may be called from any thread. Does not close the generator.
     """
 
-    def __init__(self, generator: Generator, depth: int, most_waiting: int = 64) -> None:
+    def __init__(self, generator: Generator, depth: int, max_waiting: int = 64) -> None:
         """Start the threads. Raises ToolError for a generator that frees its models."""
         self._generator = generator
         velocity = generator.ring_velocity()
-        most_rows = min(MAX_BATCH, velocity.max_batch or MAX_BATCH)
-        self._ring = Ring(velocity, depth, most_rows=most_rows, alone=_rows_alone(generator))
-        self.depth, self.most_waiting = depth, most_waiting
+        max_batch = min(MAX_BATCH, velocity.max_batch or MAX_BATCH)
+        self._ring = Ring(velocity, depth, max_batch=max_batch, alone=_rows_alone(generator))
+        self.depth, self.max_waiting = depth, max_waiting
         self.steps = 0  # forwards of the whole ring so far
         self.failure: BaseException | None = None  # what ended a thread: nothing is made any more
         self._changed = threading.Condition()
@@ -94,12 +94,12 @@ class LiveRing(Closing):
         with self._changed:
             if self._refusing or self.failure is not None:
                 raise ClosedError
-            full = len(self._waiting) >= self.most_waiting
+            full = len(self._waiting) >= self.max_waiting
             if not full:
                 self._waiting.append(ticket)
                 self._changed.notify_all()
         if full:
-            raise QueueFullError(self.most_waiting, self.retry_seconds)
+            raise QueueFullError(self.max_waiting, self.retry_seconds)
         ticket.future.add_done_callback(self._wake)
         return ticket.future
 
@@ -246,8 +246,8 @@ class LiveRing(Closing):
         """Take the next tickets to decode in one forward: one, or as many as fit the decoder in one piece."""
         first = self._finished.popleft()
         tickets = [first]
-        most = self._generator.decoder_rows(first.request.valid_frames) if first.on_window is None else 1
-        while self._finished and len(tickets) < most:
+        max_batch = self._generator.decoder_rows(first.request.valid_frames) if first.on_window is None else 1
+        while self._finished and len(tickets) < max_batch:
             other = self._finished[0]
             if other.on_window is not None or other.request.valid_frames != first.request.valid_frames:
                 break

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from sa3_trt_core import adapter_placement, engines, gpu, targets
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.audio.tiling import require_chunk
-from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.engines.base import Closeable
 from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.hub import resolve
 from sa3_trt_core.lora.lora_set import LoraSet
@@ -103,7 +103,7 @@ def build_command(plan: Plan, arch: str) -> str | None:
     return None
 
 
-class EngineSet(Closing):
+class EngineSet(Closeable):
     """The tokenizer and the engines of a plan; after closing, asking for an engine raises RuntimeError."""
 
     def __init__(self, plan: Plan) -> None:

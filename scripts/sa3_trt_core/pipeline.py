@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from sa3_trt_core.audio import autoencoder
-from sa3_trt_core.batch import TOGETHER, Batch, Known, blocks
+from sa3_trt_core.batch import TOGETHER, Batch, EncodeCache, blocks
 from sa3_trt_core.lora.lora_set import LoraOptions, Loras, LoraSet, read_loras
 from sa3_trt_core.model_loader import EngineSet, Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
@@ -19,7 +19,7 @@ from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 from sa3_trt_core.result import Result
 from sa3_trt_core.sampling.ring import ring
 from sa3_trt_core.stage_timer import Meter
-from sa3_trt_core.stages import Stages, Tell
+from sa3_trt_core.stages import StageReporter, Stages
 from sa3_trt_core.targets import DITS, PRECISIONS
 
 Progress = Callable[[str, int, int], None]  # (stage, index from 1, total)
@@ -146,20 +146,20 @@ class Generator(Stages):
         Raises:
             ToolError: a request cannot be met; InvalidRequest: the batch does not fit an engine.
         """
-        tell = _reporter(on_stage, requests, batch)
+        report_stage = _reporter(on_stage, requests, batch)
         for block in blocks(list(batches(requests, batch)), TOGETHER if self._frees else 1):
-            jobs, known = [Batch([requests[row] for row in rows], Meter(len(rows))) for rows in block], Known()
+            jobs, cache = [Batch([requests[row] for row in rows], Meter(len(rows))) for rows in block], EncodeCache()
             for job in jobs:
-                self._read(job, known, tell)
+                self._read(job, cache, report_stage)
             self._leave("text")
             for job in jobs:
-                self._encode(job, known, tell)
+                self._encode(job, cache, report_stage)
             self._leave("encode")
             for job in jobs:
-                self._sample(job, tell)
+                self._sample(job, report_stage)
             self._leave("dit")
             for rows, job in zip(block, jobs, strict=True):
-                yield from zip(rows, self._decode(job, tell), strict=True)
+                yield from zip(rows, self._decode(job, report_stage), strict=True)
             self._leave("decoder")
 
     def generate_ring(
@@ -180,17 +180,17 @@ class Generator(Stages):
             ToolError: a request cannot be met; InvalidRequest: the ring does not fit the DiT.
         """
         velocity = self.ring_velocity()
-        tell, groups = _reporter(on_stage, requests, 1), ring_groups(requests, depth, velocity.max_batch)
-        known = Known()
+        report_stage, groups = _reporter(on_stage, requests, 1), ring_groups(requests, depth, velocity.max_batch)
+        cache = EncodeCache()
         with ThreadPoolExecutor(max_workers=1) as decoder:
             for group in groups:
                 under_way = {index: Batch([requests[index]], Meter()) for index in group}
-                rows = ((index, self._ring_row(under_way[index], known, tell)) for index in group)
+                rows = ((index, self._ring_row(under_way[index], cache, report_stage)) for index in group)
                 waiting: deque[tuple[int, Future[list[Result]]]] = deque()
-                for index, latents in ring(velocity, rows, depth, lambda sigma: tell(f"sigma {sigma:.4f}")):
+                for index, latents in ring(velocity, rows, depth, lambda sigma: report_stage(f"sigma {sigma:.4f}")):
                     job = under_way.pop(index)
                     job.latents = latents
-                    waiting.append((index, decoder.submit(self._decode, job, tell)))
+                    waiting.append((index, decoder.submit(self._decode, job, report_stage)))
                     # Handed over as soon as it is ready, and waited for where the decoder falls behind.
                     while waiting and (waiting[0][1].done() or len(waiting) > depth):
                         done, sound = waiting.popleft()
@@ -208,14 +208,14 @@ def _silent(note: str) -> None:
     pass
 
 
-def _reporter(on_stage: Progress | None, requests: Sequence[Request], batch: int) -> Tell:
+def _reporter(on_stage: Progress | None, requests: Sequence[Request], batch: int) -> StageReporter:
     """Return a function that counts the stages it is called with, from any thread, and reports each to `on_stage`."""
     if on_stage is None:
         return _silent
     total, done, lock = count_stages(requests, batch), itertools.count(1), threading.Lock()
 
-    def tell(stage: str) -> None:
+    def report_stage(stage: str) -> None:
         with lock:
             on_stage(stage, next(done), total)
 
-    return tell
+    return report_stage

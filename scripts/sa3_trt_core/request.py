@@ -185,9 +185,11 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
     for index, request in enumerate(requests):
         rows = batch * request.forward_rows
         if batch < 1 or rows > shapes.MAX_BATCH:
-            most = shapes.MAX_BATCH // request.forward_rows
+            largest_batch = shapes.MAX_BATCH // request.forward_rows
             guided = " of guided requests, two rows each," if request.forward_rows > 1 else ""
-            raise InvalidRequest(f"a batch of {batch}{guided} does not fit an engine", f"choose `batch=1` to {most}")
+            raise InvalidRequest(
+                f"a batch of {batch}{guided} does not fit an engine", f"choose `batch=1` to {largest_batch}"
+            )
         groups.setdefault(request.batch_key, []).append(index)
     groups_of_rows = [group[at : at + batch] for group in groups.values() for at in range(0, len(group), batch)]
     yield from sorted(groups_of_rows)
@@ -203,8 +205,12 @@ def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None =
     rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, max_batch or shapes.MAX_BATCH)
     if depth < 1 or rows > limit:
         pairs = " of guided requests, two rows each," if guided else ""
-        most = limit // 2 if guided else limit
-        mend = f"choose `depth=1` to {most}" if most else "leave `depth` away, or give a DiT with a free batch axis"
+        max_depth = limit // 2 if guided else limit
+        mend = (
+            f"choose `depth=1` to {max_depth}"
+            if max_depth
+            else "leave `depth` away, or give a DiT with a free batch axis"
+        )
         raise InvalidRequest(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
     groups: dict[int, list[int]] = {}
     for index, request in enumerate(requests):

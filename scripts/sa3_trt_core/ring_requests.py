@@ -22,7 +22,7 @@ OnWindow = Callable[["Tensor"], None]
 
 
 class QueueFullError(ToolError):
-    """A request that is refused because `most_waiting` others wait; `retry_seconds` is when a place is likely free."""
+    """A request that is refused because `max_waiting` others wait; `retry_seconds` is when a place is likely free."""
 
     def __init__(self, waiting: int, retry_seconds: float) -> None:
         super().__init__(f"{waiting} requests wait already", f"try again in {retry_seconds:.0f} s")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from sa3_trt_core import text
 from sa3_trt_core.audio import autoencoder, reader, tiling
-from sa3_trt_core.batch import REMEMBERED, Batch, Known
+from sa3_trt_core.batch import REMEMBERED, Batch, EncodeCache
 from sa3_trt_core.conditioning import Conditioning
-from sa3_trt_core.engines.base import Closing, DiTVelocity
+from sa3_trt_core.engines.base import Closeable, DiTVelocity
 from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.model_loader import EngineSet
 from sa3_trt_core.request import Request
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.engines.base import GraphEngine
 
-Tell = Callable[[str], None]
+StageReporter = Callable[[str], None]
 NO_NULL_RULE = (
     "this DiT has no rule for the null row of guidance (its zero text becomes padding embeddings): make one that has "
     "with build/build_dit_fp16mixed.py or build/build_dit_fp8.py"
 )
 
 
-class Stages(Closing):
+class Stages(Closeable):
     """Runs each stage of a batch; with `free_models` the engine of a stage is closed when the stage has ended."""
 
     def __init__(self, engines: EngineSet, free_models: bool = False) -> None:
@@ -52,7 +52,7 @@ class Stages(Closing):
     def ring_batch(self, request: Request) -> tuple[Batch, RingRow]:
         """Return a request made ready for a ring: texts and init audio encoded, kept for no other. Raises ToolError."""
         job = Batch([request], Meter())
-        return job, self._ring_row(job, Known(), lambda note: None)
+        return job, self._ring_row(job, EncodeCache(), lambda note: None)
 
     def decoded(self, job: Batch) -> Result:
         """Return the sound of a batch of one whose latents are there. Raises ToolError."""
@@ -77,7 +77,7 @@ class Stages(Closing):
             for job, sound in zip(jobs, self._decode(joined, lambda note: None), strict=True)
         ]
 
-    def _read(self, job: Batch, known: Known, tell: Tell) -> None:
+    def _read(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> None:
         """The features of every text of a batch, prompts and negative prompts."""
         import torch
 
@@ -86,16 +86,16 @@ class Stages(Closing):
         encoder = self._engine("text", job.meter)
         with torch.inference_mode(), job.meter.stage("text"):
             for words in dict.fromkeys(texts):
-                if words not in known.texts:
-                    known.texts[words] = text.encode_text(encoder, self.engines.tokenizer, [words])
-        job.features = {words: known.texts[words] for words in texts}
-        tell("text")
+                if words not in cache.texts:
+                    cache.texts[words] = text.encode_text(encoder, self.engines.tokenizer, [words])
+        job.features = {words: cache.texts[words] for words in texts}
+        report_stage("text")
 
-    def _encode(self, job: Batch, known: Known, tell: Tell) -> None:
+    def _encode(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> None:
         """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
         import torch
 
-        job.inits = [None] * len(job.rows)
+        job.init_latents = [None] * len(job.rows)
         if all(row.sound is None for row in job.rows):
             return
         init_latents: list[Tensor | None] = []
@@ -106,12 +106,12 @@ class Stages(Closing):
                     init_latents.append(None)
                     continue
                 key = (row.sound, row.init_start, row.frames)
-                if key not in known.sounds:
+                if key not in cache.sounds:
                     samples = reader.read_audio(row.sound, row.init_start, row.frames * SAMPLES_PER_FRAME)
-                    known.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
-                init_latents.append(known.sounds[key])
-        job.inits = init_latents
-        tell("init audio")
+                    cache.sounds[key] = autoencoder.encode(encoder, samples, self._chunk(row.frames))
+                init_latents.append(cache.sounds[key])
+        job.init_latents = init_latents
+        report_stage("init audio")
 
     def _engine(self, stage: str, meter: Meter) -> GraphEngine:
         """Return the engine of a stage; opening it, where it is not open, is time of its own."""
@@ -131,13 +131,13 @@ class Stages(Closing):
     def _chunk(self, frames: int) -> int:
         return tiling.chunk_frames(frames, self.engines.plan.chunk_frames)
 
-    def _sample(self, job: Batch, tell: Tell) -> None:
+    def _sample(self, job: Batch, report_stage: StageReporter) -> None:
         """The latents (B, 256, V) of a batch."""
         import torch
 
         first, velocity = job.rows[0], self._velocity(job.meter)
         with torch.inference_mode():
-            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            cond, start, kept = conditioning(job.rows, job.features, job.init_latents)
             guidance = self._guidance(job, cond)
             engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
             drawn = [row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames
@@ -146,7 +146,13 @@ class Stages(Closing):
                 noise, start, kept = UploadedNoise(*drawn, velocity.device), *_on(velocity.device, start, kept)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
-                    engine, noise, sigmas_of(first), cond, lambda _, sigma: tell(f"sigma {sigma:.4f}"), start, kept
+                    engine,
+                    noise,
+                    sigmas_of(first),
+                    cond,
+                    lambda _, sigma: report_stage(f"sigma {sigma:.4f}"),
+                    start,
+                    kept,
                 )
 
     def _guidance(self, job: Batch, cond: Conditioning) -> Guidance | None:
@@ -157,16 +163,16 @@ class Stages(Closing):
             warnings.warn(NO_NULL_RULE, ToolWarning, stacklevel=2)
         return guidance
 
-    def _ring_row(self, job: Batch, known: Known, tell: Tell) -> RingRow:
+    def _ring_row(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> RingRow:
         """Return a request made ready for the ring."""
         import torch
 
-        self._read(job, known, tell)
-        self._encode(job, known, tell)
-        known.forget(REMEMBERED)
+        self._read(job, cache, report_stage)
+        self._encode(job, cache, report_stage)
+        cache.evict(REMEMBERED)
         (row,) = job.rows
         with torch.inference_mode():
-            cond, start, kept = conditioning(job.rows, job.features, job.inits)
+            cond, start, kept = conditioning(job.rows, job.features, job.init_latents)
             guidance, device = self._guidance(job, cond), self._velocity(job.meter).device
             drawn = [row.seed], LATENT_CHANNELS, row.frames, row.valid_frames
             levels, noise = sigmas_of(row), row_noise(*drawn)
@@ -177,7 +183,7 @@ class Stages(Closing):
                 guidance = None if guidance is None else replace(guidance, null=guidance.null.on(device))
             return RingRow(Trajectory(noise, levels, start, kept), cond, guidance, job.meter)
 
-    def _decode(self, job: Batch, tell: Tell) -> list[Result]:
+    def _decode(self, job: Batch, report_stage: StageReporter) -> list[Result]:
         """Return the sounds of a batch: all rows at once where the decoder takes them, else one after the other."""
         import torch
 
@@ -194,7 +200,7 @@ class Stages(Closing):
                     rows = zip(decoded, job.rows[first : first + count], strict=True)
                     sounds += [autoencoder.finish(sound, row.seconds) for sound, row in rows]
                 for _ in decoded:
-                    tell("decoded")
+                    report_stage("decoded")
         job.latents = job.latents.cpu()
         timings, memory = job.meter.timings, job.meter.memory
         return [

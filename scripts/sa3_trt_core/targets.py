@@ -31,7 +31,7 @@ _FP32 = ("all-fp32", "all-both")
 
 
 @dataclass(frozen=True)
-class Dit:
+class DitModel:
     """One DiT: its folder under an ONNX root and under models/<arch>/, and the autoencoder that goes with it.
 
     `reach` is how many latent frames to either side that autoencoder looks (build/FACTS.md, Autoencoder), None where
@@ -47,9 +47,9 @@ class Dit:
 MODELS = {
     dit.name: dit
     for dit in (
-        Dit("medium", "sa3-m", "same-l", 12),
-        Dit("sm-music", "sa3-sm-music", "same-s", None),
-        Dit("sm-sfx", "sa3-sm-sfx", "same-s", None),
+        DitModel("medium", "sa3-m", "same-l", 12),
+        DitModel("sm-music", "sa3-sm-music", "same-s", None),
+        DitModel("sm-sfx", "sa3-sm-sfx", "same-s", None),
     )
 }
 DITS = tuple(MODELS)
@@ -152,7 +152,7 @@ TARGETS: tuple[Target, ...] = (
 )  # fmt: skip
 
 
-def find_dit(name: str) -> Dit:
+def find_dit(name: str) -> DitModel:
     """Return the DiT of that name. Raises ToolError with the nearest name and all good ones."""
     if name not in MODELS:
         raise _unknown(name, DITS, "DiT")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.artifacts import files
-from sa3_trt_core.engines.base import pick
+from sa3_trt_core.engines.base import require_output
 from sa3_trt_core.errors import ToolError, ToolWarning
 from sa3_trt_core.shapes import TEXT_TOKENS
 
@@ -86,7 +86,7 @@ def _warn_if_cut(prompt: str, row: Any) -> None:
 def encode_text(engine: GraphEngine, tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(t5_hidden (B, 256, 768), t5_mask (B, 256)), both fp32, ready for the DiT."""
     ids, mask = tokenizer.encode(prompts)
-    hidden = pick(engine.run({"input_ids": ids, "attention_mask": mask}), "hidden_states")
+    hidden = require_output(engine.run({"input_ids": ids, "attention_mask": mask}), "hidden_states")
     return hidden.float(), mask.float()
 
 

@@ -92,7 +92,7 @@ def _case(result: StudyResult, index: int) -> dict[str, Any]:
         "name": case.name, "kind": case.kind, "prompt": case.prompt, "seed": case.seed, "seconds": case.seconds,
         "frames": case.frames, "rollouts": distances,
         "audio": {n: asdict(audio_distance(sounds["reference"], sounds[n])) for n in COMPARED if n in sounds},
-        "heard": {name: asdict(sound_levels(sound)) for name, sound in sounds.items()},
+        "levels": {name: asdict(sound_levels(sound)) for name, sound in sounds.items()},
     }  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def _case(case: Mapping[str, Any], result: StudyResult, shown: list[str]) -> dic
     pair = [result.sounds[dit][case["name"]] for dit in ("reference", CANDIDATE)]
     rows = [["final latent, cosine", *(f"{case['rollouts']['ping_pong'][name]['cosine']:.6f}" for name in shown)]]
     rows += [[label, *(_cell(case["audio"][name][key]) for name in shown)] for key, label in SOUND_FIGURES.items()]
-    loudness = [case["heard"][dit]["loudness"] for dit in ("reference", CANDIDATE)]
+    loudness = [case["levels"][dit]["loudness"] for dit in ("reference", CANDIDATE)]
     rows.append(["LUFS (reference, candidate)", ", ".join("-" if x is None else f"{x:.1f}" for x in loudness)])
     rows[-1] += [""] * (len(shown) - 1)
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.engines.base import Closeable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import VelocityEngine
 
 
-class Perturbed(Closing):
+class Perturbed(Closeable):
     """DiT wrapper that adds a perturbation of fixed relative L2 to x, in a new random direction at every step.
 
     It does not close the DiT.

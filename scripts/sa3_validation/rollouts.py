@@ -11,7 +11,7 @@ import numpy as np
 
 from sa3_trt_core import shapes
 from sa3_trt_core.conditioning import Conditioning
-from sa3_trt_core.engines.base import Closing, DiTVelocity
+from sa3_trt_core.engines.base import Closeable, DiTVelocity
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import ping_pong, row_noise
 from sa3_validation.cases import Case, StepInput
@@ -29,7 +29,7 @@ PERTURBATION_SEED_OFFSET = 10**6  # keeps seeds of perturbations distinct from t
 OnStep = Callable[[], None]
 
 
-class Recorder(Closing):
+class Recorder(Closeable):
     """DiT wrapper that records the inputs and the velocity of every step."""
 
     def __init__(self, dit: VelocityEngine, case: Case) -> None:

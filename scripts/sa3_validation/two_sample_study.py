@@ -124,7 +124,7 @@ def document(results: Mapping[str, ArmResult], cases: Sequence[Case], prompts: i
             features = [results[arm].features / np.where(varying, spread, 1.0) for arm in pair]
             from_source = [kept[arm] / unit for arm in pair if arm in kept]
             compared[name] = {
-                "sides": list(pair), **_compared(features, from_source, parts, members, seed, name == CONTROL)
+                "models": list(pair), **_compared(features, from_source, parts, members, seed, name == CONTROL)
             }  # fmt: skip
             compared[name]["shifts"] = two_sample.shifts(features[0], features[1], groups.tolist())
             if from_source:

@@ -107,7 +107,7 @@ def test_what_a_worker_refuses_and_rows_that_fail_are_two_lines(
 def test_a_folder_that_is_not_shared_is_said_at_the_start(
     line: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = sa3_trt.parse([str(word) for word in [*line, "--ray", "auto", "--out-dir", tmp_path]])
+    args = sa3_trt.parse_flags([str(word) for word in [*line, "--ray", "auto", "--out-dir", tmp_path]])
     worker = Worker(make_job(args), False, 2, (tmp_path / "probe", "token"), tmp_path)
     monkeypatch.chdir(tmp_path)
     message, hint = worker.start()

@@ -12,7 +12,7 @@ import train_demo_lora
 from helpers.commands import ROOT, assert_user_error, run
 from reprompt import deployed_text
 from sa3_demo import listen
-from sa3_demo.checkpoint_under_test import CheckpointUnderTest, Row
+from sa3_demo.checkpoint_under_test import CheckpointUnderTest, GenerationRow
 from sa3_demo.music import FIRST_HELD_OUT, draw_piece
 from sa3_demo.room_adapter import WALL_HZ, low_pass
 from sa3_trt_core.lora.adapter import read_adapter
@@ -34,7 +34,7 @@ def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_shipped_adapter_takes_the_treble_and_leaves_the_bass(demo_checkpoint: Path) -> None:
     piece = draw_piece(FIRST_HELD_OUT, 4)
-    row = Row(deployed_text(piece.example()), 0)
+    row = GenerationRow(deployed_text(piece.example()), 0)
     levels, tempos = [], []
     for loras in (LoraSet(), LoraSet.read([LoraSpec(SHIPPED)])):
         subject = CheckpointUnderTest(demo_checkpoint, 4, 8, 1, loras=loras)

@@ -173,7 +173,7 @@ def test_a_file_limit_stops_a_writer_in_two_lines(tiny_onnx: Path, tmp_path: Pat
 
 def test_locks_are_exclusive_and_leave_nothing(tmp_path: Path) -> None:
     place = tmp_path / "new" / "folder" / "x"
-    with locks.held(locks.lock_path(place), "x"):
+    with locks.exclusive_lock(locks.lock_path(place), "x"):
         code = (
             "import fcntl, sys\nfile = open(sys.argv[1], 'ab')\n"
             "try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\nexcept BlockingIOError: sys.exit(7)\n"
@@ -181,5 +181,5 @@ def test_locks_are_exclusive_and_leave_nothing(tmp_path: Path) -> None:
         argv = [sys.executable, "-c", code, str(locks.lock_path(place))]
         assert subprocess.run(argv, check=False).returncode == 7
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ToolError, match="cannot lock"), locks.held(Path("/proc/x/.lock"), "x"):
+    with pytest.raises(ToolError, match="cannot lock"), locks.exclusive_lock(Path("/proc/x/.lock"), "x"):
         pass

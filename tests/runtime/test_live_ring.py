@@ -31,7 +31,7 @@ def generator(tiny_onnx: Path) -> Iterator[Generator]:
 
 @pytest.fixture
 def ring(generator: Generator) -> Iterator[LiveRing]:
-    with LiveRing(generator, depth=3, most_waiting=8) as live:
+    with LiveRing(generator, depth=3, max_waiting=8) as live:
         yield live
 
 

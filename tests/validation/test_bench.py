@@ -101,7 +101,7 @@ def test_a_start_is_taken_apart(tiny_fp8: Path) -> None:
     for kind in (bench_start.COLD, bench_start.WARM):
         *parts, whole = report["seconds"][kind].values()
         assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(whole)
-    cold, warm = (report["seconds"][kind]["to the first step"] for kind in (bench_start.COLD, bench_start.WARM))
+    cold, warm = (report["seconds"][kind]["seconds_to_first_step"] for kind in (bench_start.COLD, bench_start.WARM))
     assert report["cold_over_warm"] == pytest.approx(cold / warm)
 
 

@@ -43,7 +43,7 @@ def document() -> dict[str, Any]:
     cases = [
         {"name": f"text {number}", "prompt": EVIL if number == 1 else f"prompt {number}",
          "rollouts": {"ping_pong": {"candidate": {"cosine": 0.9 + number / 100}}}, "audio": {"candidate": distance},
-         "heard": {"reference": {"loudness": -14.0}, "candidate": {"loudness": None}}}
+         "levels": {"reference": {"loudness": -14.0}, "candidate": {"loudness": None}}}
         for number in (1, 2, 3)
     ]  # fmt: skip
     gates = [{"passed": True, "line": "PASS a"}, {"passed": False, "line": "FAIL b: 1 (required >= 2)"}]

@@ -20,7 +20,7 @@ from sa3_trt_core.targets import PREBUILT_TENSORRT, Target
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildJob:
     """One engine to build."""
 
     target: Target
@@ -29,8 +29,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of all jobs: see build_from_onnx.py --help."""
+class BuildOptions:
+    """BuildOptions of all jobs: see build_from_onnx.py --help."""
 
     backend: str
     source: ModelSource
@@ -42,10 +42,10 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BuildOutcome:
     """Result of a job: the engine and its report, or the error."""
 
-    job: Job
+    job: BuildJob
     built: compiler.Built | None = None
     report: inspector.EngineReport | None = None
     error: ToolError | None = None
@@ -71,7 +71,7 @@ class Outcome:
         return entry
 
 
-def require_possible(jobs: Sequence[Job], options: Options) -> None:
+def require_possible(jobs: Sequence[BuildJob], options: BuildOptions) -> None:
     """Raise ToolError, before anything is read or downloaded, for options or paths that no job can use."""
     if options.best_of > 1 and gpu.current_arch() is None:
         raise ToolError("--best-of requires an NVIDIA GPU to measure engines", "omit it, or use a machine with a GPU")
@@ -108,7 +108,7 @@ def require_possible(jobs: Sequence[Job], options: Options) -> None:
         )
 
 
-def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
+def build_all(jobs: Sequence[BuildJob], options: BuildOptions) -> list[BuildOutcome]:
     """Build every engine that is not current; errors are printed at once and stored in the outcomes.
 
     Raises the ToolError of a job that is the only one.
@@ -126,7 +126,7 @@ def build_all(jobs: Sequence[Job], options: Options) -> list[Outcome]:
     return outcomes
 
 
-def require_all(outcomes: Sequence[Outcome]) -> None:
+def require_all(outcomes: Sequence[BuildOutcome]) -> None:
     """Raise a ToolError that lists the failed engines: exit code 3 if only gates failed, else 2."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if not failed:
@@ -140,7 +140,7 @@ def require_all(outcomes: Sequence[Outcome]) -> None:
     )
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[BuildOutcome]) -> str:
     """Return the table of outcomes as text."""
     rows = []
     for outcome in outcomes:
@@ -160,12 +160,12 @@ def _counts(report: inspector.EngineReport) -> str:
     return table(tuple(report.as_dict), [[str(count) for count in report.as_dict.values()]])
 
 
-def _attempt(job: Job, options: Options) -> Outcome:
+def _attempt(job: BuildJob, options: BuildOptions) -> BuildOutcome:
     built = None
     try:
         built = _make(job, options)
         if not options.report:
-            return Outcome(job, built)
+            return BuildOutcome(job, built)
         report = inspector.inspect(job.out, options.backend)
         failed_gates = inspector.broken_gates(report, job.target)
         error = None
@@ -173,12 +173,12 @@ def _attempt(job: Job, options: Options) -> Outcome:
             error = GateError(
                 f"{job.out}: {'; '.join(failed_gates)}", "the engine is kept; see the counts", _counts(report)
             )
-        return Outcome(job, built, report, error)
+        return BuildOutcome(job, built, report, error)
     except ToolError as error:
-        return Outcome(job, built, error=error)
+        return BuildOutcome(job, built, error=error)
 
 
-def _make(job: Job, options: Options) -> compiler.Built:
+def _make(job: BuildJob, options: BuildOptions) -> compiler.Built:
     if options.prebuilt:
         settings = compiler.build_settings(job.target, options.backend, job.arch)
         size, reused = prebuilt.take(job.target, job.arch, job.out, settings, options.source)

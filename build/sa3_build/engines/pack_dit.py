@@ -20,10 +20,10 @@ from sa3_build.engines.pack_weights import (
     constants,
     cores,
     follows,
+    linear_weight,
     one,
     only,
     padded,
-    weight_of,
 )  # fmt: skip
 from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.errors import GraphNotRecognised, described, naming
@@ -60,7 +60,7 @@ class _Reader:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._depends_on = query.input_dependencies(model)
-        self._weights = {node: weight for node in model.graph if (weight := weight_of(node)) is not None}
+        self._weights = {node: weight for node in model.graph if (weight := linear_weight(node)) is not None}
         self._tensors: dict[str, torch.Tensor] = {}
         self._run = PartialRun(model)
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from sa3_build.engines.pack_weights import broadcast_constant, constant, constants, cores, weight_of
+from sa3_build.engines.pack_weights import broadcast_constant, constant, constants, cores, linear_weight
 from sa3_build.graph import query
 from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_trt_core.shapes import AUDIO_CHANNELS, SAMPLES_PER_FRAME
@@ -246,14 +246,14 @@ def _is_linear(node: ir.Node) -> bool:
     if node.op_type == "Conv":
         kernel = query.constant_of(node.inputs[1])
         return kernel is not None and kernel.ndim == 3 and kernel.shape[-1] == 1
-    return weight_of(node) is not None
+    return linear_weight(node) is not None
 
 
 def _weight(node: ir.Node) -> np.ndarray:
     """Return the weight (N, K) of a linear layer or of a 1x1 convolution."""
     if node.op_type == "Conv":
         return constant(node.inputs[1]).squeeze(-1)
-    weight = weight_of(node)
+    weight = linear_weight(node)
     assert weight is not None
     return weight.plain()
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from sa3_build.engines.pack_weights import constants, weight_of
+from sa3_build.engines.pack_weights import constants, linear_weight
 from sa3_build.graph import query
 from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_trt_core.shapes import TEXT_TOKENS
@@ -38,14 +38,14 @@ class _Reader:
     def read(self) -> tuple[Sizes, dict[str, torch.Tensor]]:
         table, scale = self._embedding()
         width = table.shape[1]
-        linears = [node for node in self._model.graph if weight_of(node) is not None and self._sees_text(node)]
+        linears = [node for node in self._model.graph if linear_weight(node) is not None and self._sees_text(node)]
         depth, remainder = divmod(len(linears), PER_LAYER)
         if depth < 1 or remainder:
             raise GraphNotRecognised(f"{len(linears)} linears depend on the text, expected {PER_LAYER} per layer")
         cores = [
             node
             for node in self._model.graph
-            if node.op_type == "MatMul" and weight_of(node) is None and self._sees_text(node)
+            if node.op_type == "MatMul" and linear_weight(node) is None and self._sees_text(node)
         ]
         if len(cores) != 2 * depth:
             raise GraphNotRecognised(f"{len(cores)} attention GEMMs in {depth} layers")
@@ -199,7 +199,7 @@ def _shortest(value: np.ndarray) -> torch.Tensor:
 
 
 def _weight(node: ir.Node) -> np.ndarray:
-    weight = weight_of(node)
+    weight = linear_weight(node)
     assert weight is not None
     return weight.plain()
 

@@ -44,7 +44,7 @@ class Weight:
         return np.ascontiguousarray(value)
 
 
-def weight_of(node: ir.Node) -> Weight | None:
+def linear_weight(node: ir.Node) -> Weight | None:
     """Return the weight of a MatMul or Gemm, also through a quantizer; None when both sides are data."""
     if node.op_type not in query.GEMM_OPS:
         return None
@@ -77,7 +77,7 @@ def activation_scale(node: ir.Node) -> float | None:
 
 def cores(linear: ir.Node) -> list[ir.Node]:
     """Return the attention GEMMs that read a linear layer's output on their left side (q)."""
-    return [user for user, index in query.gemms_below(linear) if index == 0 and weight_of(user) is None]
+    return [user for user, index in query.gemms_below(linear) if index == 0 and linear_weight(user) is None]
 
 
 def only(candidates: list[ir.Node], what: str, near: ir.Node) -> ir.Node:

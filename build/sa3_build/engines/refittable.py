@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from sa3_build.engines.pack_weights import weight_of
+from sa3_build.engines.pack_weights import linear_weight
 from sa3_build.graph import io as graph_io
 from sa3_trt_core import engines, gpu, targets
 from sa3_trt_core.errors import ToolError
@@ -38,7 +38,7 @@ def weights_of(onnx: Path) -> list[str]:
     """Return the initializers that adapters change in a DiT graph: weights, and the scales of quantised ones."""
     found = []
     for node in graph_io.load(onnx).graph:
-        if weight_of(node) is not None or node.op_type == "Conv":
+        if linear_weight(node) is not None or node.op_type == "Conv":
             found += _initializers(node.inputs[1])
     return sorted(set(found))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from sa3_build.engines import pack_same, pack_t5gemma
 from sa3_build.passes.lower_plugins import lowered, plain_graph
 from sa3_trt_core import shapes
-from sa3_trt_core.engines.base import pick
+from sa3_trt_core.engines.base import require_output
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.packed import CACHE_VARIABLE, kernels_folder
 from sa3_trt_core.engines.torch_stages import open_decoder, open_same
@@ -46,7 +46,9 @@ def make_text(onnx: Path, target: Target, out: Path) -> dict[str, float]:
         for used in CHECKED_TOKENS:
             ids = torch.randint(0, sizes.vocabulary, (1, shapes.TEXT_TOKENS), generator=generator)
             mask = (torch.arange(shapes.TEXT_TOKENS) < used).long()[None]
-            expected = pick(reference.run({"input_ids": ids, "attention_mask": mask}), "hidden_states").double()
+            expected = require_output(
+                reference.run({"input_ids": ids, "attention_mask": mask}), "hidden_states"
+            ).double()
             features = encoder.hidden_states(ids, mask).cpu().double()
             worst = max(worst, float((features - expected).norm() / expected.norm()))
     if not worst <= MAX_FEATURE_ERROR:
@@ -67,7 +69,7 @@ def make_decoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
         if "pcm" in outputs:
             reference_samples = outputs["pcm"].float()
         else:
-            reference_samples = 32767.0 * pick(outputs, "audio").float().transpose(1, 2).clamp(-1.0, 1.0)
+            reference_samples = 32767.0 * require_output(outputs, "audio").float().transpose(1, 2).clamp(-1.0, 1.0)
         return _decibels(open_decoder(out, _device()).pcm(latent).float(), reference_samples)
 
     return _make_same(onnx, target, out, "decoder", compare)
@@ -79,7 +81,7 @@ def make_encoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
     def compare(reference: OnnxRuntimeEngine, generator: torch.Generator) -> float:
         samples = CHECKED_FRAMES * shapes.SAMPLES_PER_FRAME
         audio = 0.2 * torch.randn((1, shapes.AUDIO_CHANNELS, samples), generator=generator)
-        reference_latents = pick(reference.run({"audio": audio}), "latent").float()
+        reference_latents = require_output(reference.run({"audio": audio}), "latent").float()
         return _decibels(open_same(out, _device()).latents(audio.to(_device())).cpu(), reference_latents)
 
     return _make_same(onnx, target, out, "encoder", compare)

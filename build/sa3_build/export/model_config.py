@@ -88,7 +88,7 @@ def load_geometry(config_file: Path) -> Geometry:
         ) from None
     except (ValueError, RecursionError) as error:
         raise ToolError(f"{config_file} is not JSON ({error})", "download or export the checkpoint again") from None
-    reader = _Reader(config, config_file)
+    reader = _ConfigReader(config, config_file)
     if reader.text("model.diffusion.diffusion_objective") != "rf_denoiser":
         raise ToolError(
             f"{config_file}: model.diffusion.diffusion_objective is not rf_denoiser",
@@ -97,7 +97,7 @@ def load_geometry(config_file: Path) -> Geometry:
     return Geometry(_dit(reader), _autoencoder(reader), _conditioner(reader))
 
 
-class _Reader:
+class _ConfigReader:
     """Values of a nested JSON document by dotted path; errors name the path."""
 
     def __init__(self, document: Any, source: Path) -> None:
@@ -154,21 +154,21 @@ class _Reader:
             raise self._error(path, f"must be a list of whole numbers from {low}")
         return tuple(value)
 
-    def conditioner(self, name: str) -> _Reader:
+    def conditioner(self, name: str) -> _ConfigReader:
         """Return the config of the conditioner whose id is `name`."""
         entries = self.get("model.conditioning.configs")
         if not isinstance(entries, list):
             raise self._error("model.conditioning.configs", "must be a list")
         for entry in entries:
             if isinstance(entry, Mapping) and entry.get("id") == name:
-                return _Reader(entry, self._source)
+                return _ConfigReader(entry, self._source)
         raise self._error(f"model.conditioning.configs[id={name}]", "is missing")
 
     def _error(self, path: str, problem: str) -> ToolError:
         return ToolError(f"{self._source}: {path} {problem}", "use the model_config.json that came with the checkpoint")
 
 
-def _dit(reader: _Reader) -> DitGeometry:
+def _dit(reader: _ConfigReader) -> DitGeometry:
     base = "model.diffusion.config"
     embed_dim = reader.integer(f"{base}.embed_dim", high=1 << 14)
     num_heads = reader.integer(f"{base}.num_heads", high=1 << 8)
@@ -188,7 +188,7 @@ def _dit(reader: _Reader) -> DitGeometry:
     )
 
 
-def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
+def _autoencoder(reader: _ConfigReader) -> AutoencoderGeometry:
     base = "model.pretransform.config"
     encoder, decoder = f"{base}.encoder.config", f"{base}.decoder.config"
     strides = reader.integers(f"{decoder}.strides")
@@ -215,7 +215,7 @@ def _autoencoder(reader: _Reader) -> AutoencoderGeometry:
     )
 
 
-def _sinusoidal(reader: _Reader, path: str, depths: tuple[int, ...]) -> tuple[int, ...]:
+def _sinusoidal(reader: _ConfigReader, path: str, depths: tuple[int, ...]) -> tuple[int, ...]:
     """Return the number of last layers of each level with sin gates; 0 where the file does not state it."""
     counts = reader.integers(path, low=0, default=(0,) * len(depths))
     if len(counts) != len(depths) or any(count > depth + 1 for count, depth in zip(counts, depths, strict=False)):
@@ -223,7 +223,7 @@ def _sinusoidal(reader: _Reader, path: str, depths: tuple[int, ...]) -> tuple[in
     return counts
 
 
-def _conditioner(reader: _Reader) -> ConditionerGeometry:
+def _conditioner(reader: _ConfigReader) -> ConditionerGeometry:
     prompt, seconds = reader.conditioner("prompt"), reader.conditioner("seconds_total")
     folder = prompt.text("config.subfolder")
     if folder in ("", ".", "..") or "/" in folder or "\\" in folder:

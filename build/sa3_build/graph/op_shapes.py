@@ -11,7 +11,7 @@ from sa3_build.graph.shape_rules import Numbers, as_integers
 from sa3_build.graph.symbolic_dim import Length, Shape, broadcast, element_count, quotient
 
 
-class Shapes(Protocol):
+class ShapeLookup(Protocol):
     """Shapes and integer values that have been inferred so far: shape_inference.Shapes."""
 
     def shape(self, value: ir.Value | None) -> Shape | None: ...
@@ -29,13 +29,13 @@ def broadcast_all(shapes: Sequence[Shape | None]) -> Shape:
     return tuple(result)
 
 
-def _transpose(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _transpose(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     perm = node.attributes.get("perm")
     order = perm.as_ints() if perm is not None else range(len(shape))[::-1]
     return [tuple(shape[axis] for axis in order)]
 
 
-def _reduce(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _reduce(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axes = _axes(shapes, node, len(shape))
     if axes is None:
         return [None]
@@ -44,14 +44,14 @@ def _reduce(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [tuple(length for axis, length in enumerate(shape) if axis not in axes)]
 
 
-def _squeeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _squeeze(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axes = _axes(shapes, node, len(shape))
     if axes is not None and any(shape[axis] not in (None, Length(1)) for axis in axes):
         raise ValueError(f"Squeeze removes an axis of {', '.join(str(shape[axis]) for axis in sorted(axes))}")
     return [None if axes is None else tuple(length for axis, length in enumerate(shape) if axis not in axes)]
 
 
-def _unsqueeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _unsqueeze(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     unsqueezed = as_integers(shapes.numbers(node.inputs[1])) if len(node.inputs) > 1 else None
     if unsqueezed is None:
         return [None]
@@ -60,7 +60,7 @@ def _unsqueeze(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None
     return [tuple(Length(1) if axis in axes else rest.pop(0) for axis in range(rank))]
 
 
-def _axes(shapes: Shapes, node: ir.Node, rank: int) -> set[int] | None:
+def _axes(shapes: ShapeLookup, node: ir.Node, rank: int) -> set[int] | None:
     """Return the axes that a node names, as an input or (before opset 18) as an attribute.
 
     A reduction that names none reduces all of them. None if they are unknown.
@@ -75,7 +75,7 @@ def _axes(shapes: Shapes, node: ir.Node, rank: int) -> set[int] | None:
     return None if axes is None else {axis % rank for axis in axes}
 
 
-def _reshape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _reshape(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     target = shapes.numbers(node.inputs[1])
     if target is None:
         return [None]
@@ -89,7 +89,7 @@ def _reshape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [tuple(entries)]
 
 
-def _slice(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _slice(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     starts, ends = shapes.numbers(node.inputs[1]), shapes.numbers(node.inputs[2])
     count = shapes.shape(node.inputs[1])
     named = len(node.inputs) > 3 and node.inputs[3] is not None
@@ -128,7 +128,7 @@ def _position(size: Length, bound: Length) -> Length | None:
     return None
 
 
-def _split(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _split(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axis = node.attributes.get_int("axis", 0) % len(shape)
     count, length = len(node.outputs), shape[axis]
     if len(node.inputs) > 1 and node.inputs[1] is not None:
@@ -142,12 +142,12 @@ def _split(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [(*shape[:axis], part, *shape[axis + 1 :]) for part in parts]
 
 
-def _gather(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _gather(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axis, indices = node.attributes.get_int("axis", 0) % len(shape), shapes.shape(node.inputs[1])
     return [None if indices is None else shape[:axis] + indices + shape[axis + 1 :]]
 
 
-def _concat(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _concat(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     parts = [shapes.shape(value) for value in node.inputs]
     axis = node.attributes["axis"].as_int() % len(shape)
     known = [part for part in parts if part is not None]
@@ -164,12 +164,12 @@ def _concat(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [(*merged[:axis], total, *merged[axis + 1 :])]
 
 
-def _expand(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _expand(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     target = shapes.numbers(node.inputs[1])
     return [None if target is None else broadcast_all([shape, tuple(target)])]
 
 
-def _pad(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _pad(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     """Return each axis with its padding before and after; a negative pad removes entries."""
     pads = shapes.numbers(node.inputs[1]) if len(node.inputs) > 1 else None
     axes: list[int] | None = list(range(len(shape)))
@@ -185,7 +185,7 @@ def _pad(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [tuple(result)]
 
 
-def _tile(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _tile(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     repeats = shapes.numbers(node.inputs[1])
     if repeats is None or repeats.size != len(shape):
         return [(None,) * len(shape)]
@@ -194,17 +194,17 @@ def _tile(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
                   for length, count in pairs)]  # fmt: skip
 
 
-def _flatten(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _flatten(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     axis = node.attributes.get_int("axis", 1) % (len(shape) + 1)
     return [(element_count(shape[:axis]), element_count(shape[axis:]))]
 
 
-def _constant_of_shape(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _constant_of_shape(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     sizes = shapes.numbers(node.inputs[0])
     return [None if sizes is None else tuple(sizes)]
 
 
-def _matmul(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _matmul(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     second = shapes.shape(node.inputs[1])
     if second is None or len(shape) < 2 or len(second) < 2:
         return [None]
@@ -213,13 +213,13 @@ def _matmul(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
             (shape[0], second[1])]  # fmt: skip
 
 
-def _gemm(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _gemm(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     second = shapes.shape(node.inputs[1])
     rows = shape[1 if node.attributes.get_int("transA", 0) else 0]
     return [None if second is None else (rows, second[0 if node.attributes.get_int("transB", 0) else 1])]
 
 
-def _conv(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _conv(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     kernel = shapes.shape(node.inputs[1])
     if kernel is None:
         return [None]
@@ -227,7 +227,7 @@ def _conv(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [(shape[0], kernel[0], *(shape[2:] if plain else (None,) * (len(shape) - 2)))]
 
 
-def _range(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _range(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     start, end, step = (shapes.numbers(value) for value in node.inputs)
     counts = [bound is not None and isinstance(bound.reshape(-1)[0], Length) for bound in (start, end, step)]
     if not all(counts) or as_integers(start) != [0] or as_integers(step) != [1] or end is None:
@@ -235,7 +235,7 @@ def _range(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [(end.reshape(-1)[0],)]
 
 
-def _einsum(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
+def _einsum(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape | None]:
     terms, _, output = node.attributes["equation"].as_string().replace(" ", "").partition("->")
     known: dict[str, Length | None] = {}
     for term, value in zip(terms.split(","), node.inputs, strict=True):
@@ -246,7 +246,7 @@ def _einsum(shapes: Shapes, node: ir.Node, shape: Shape) -> list[Shape | None]:
     return [tuple(known[letter] for letter in output)]
 
 
-RULES: dict[str, Callable[[Shapes, ir.Node, Shape], Sequence[Shape | None]]] = {
+RULES: dict[str, Callable[[ShapeLookup, ir.Node, Shape], Sequence[Shape | None]]] = {
     "Transpose": _transpose, "ReduceMax": _reduce, "ReduceMean": _reduce, "ReduceSum": _reduce, "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze, "Reshape": _reshape, "Slice": _slice, "Split": _split, "Gather": _gather,
     "Concat": _concat, "Expand": _expand, "MatMul": _matmul, "Gemm": _gemm, "Conv": _conv, "Range": _range,

@@ -29,6 +29,6 @@ def stored_weight(linear: ir.Node) -> ir.Value | None:
         return None
     pair = dequantizers(linear)[1]
     if pair is None:
-        return query.weight_of(linear)
+        return query.weight_initializer(linear)
     value = quantized_source(pair) or pair.inputs[0]
     return value if value is not None and value.is_initializer() else None

@@ -18,7 +18,7 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
-def weight_of(linear: ir.Node) -> ir.Value | None:
+def weight_initializer(linear: ir.Node) -> ir.Value | None:
     """Return the weight initializer of a MatMul or Gemm, through Transpose and Cast; None when both sides are data."""
     if linear.op_type not in GEMM_OPS:
         return None
@@ -34,7 +34,7 @@ def weight_of(linear: ir.Node) -> ir.Value | None:
 def linear_nodes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Value]]:
     """Yield every MatMul or Gemm with a weight and that weight, in graph order."""
     for node in model.graph:
-        weight = weight_of(node)
+        weight = weight_initializer(node)
         if weight is not None:
             yield node, weight
 

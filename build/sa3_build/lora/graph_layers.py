@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from sa3_build.engines import row_order
-from sa3_build.engines.pack_weights import Weight, cores, one, only, weight_of
+from sa3_build.engines.pack_weights import Weight, cores, linear_weight, one, only
 from sa3_build.graph import io as graph_io, query
 from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.graph.partial_run import PartialRun
@@ -74,7 +74,7 @@ def find_layers(path: Path) -> tuple[ir.Model, dict[str, GraphLayer]]:
     """Return a DiT graph and its layers by native name. Raises GraphNotRecognised naming what is missing."""
     model = graph_io.load(path)
     model.graph.sort()
-    nodes = _Finder(model).nodes()
+    nodes = _LayerFinder(model).nodes()
     orders = _row_orders(path)
     layers = {}
     stored: dict[ir.Value, str] = {}
@@ -96,7 +96,7 @@ def _row_orders(path: Path) -> dict[str, np.ndarray]:
     """
     model = graph_io.load(path)
     canonicalize.canonicalize(model, free_batch=False)  # sizes are known of such graphs alone; no pass of it moves rows
-    nodes, run = _Finder(model).nodes(), PartialRun(model)
+    nodes, run = _LayerFinder(model).nodes(), PartialRun(model)
     orders: dict[str, np.ndarray] = {}
     for index in range(sum(role.endswith(".self_qkv") for role in nodes)):
         block = f"blocks.{index}."
@@ -115,13 +115,13 @@ def _row_orders(path: Path) -> dict[str, np.ndarray]:
     return orders
 
 
-class _Finder:
+class _LayerFinder:
     """Finder of the node of every role: the residual stream's layers have a fixed order, the others feed them."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
         self._depends_on = query.input_dependencies(model)
-        self._weighted = [node for node in model.graph if weight_of(node) is not None]
+        self._weighted = [node for node in model.graph if linear_weight(node) is not None]
 
     def nodes(self) -> dict[str, ir.Node]:
         """Return role -> node. Raises GraphNotRecognised."""
@@ -181,7 +181,7 @@ class _Finder:
 
 def _weight(node: ir.Node) -> Weight:
     if node.op_type != "Conv":
-        weight = weight_of(node)
+        weight = linear_weight(node)
         assert weight is not None
         return weight
     value = node.inputs[1]

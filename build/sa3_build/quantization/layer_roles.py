@@ -42,7 +42,7 @@ def roles_of(model: ir.Model, selection: Selection) -> dict[str, LayerRole]:
     """
     nodes = {str(node.name): node for node in model.graph}
     linears = [nodes[linear.node] for linear in selection.quantized]
-    finder = _Finder(model, frozenset(linears))
+    finder = _RoleFinder(model, frozenset(linears))
     kinds = {node: finder.kind(node) for node in linears}
     ends = {node for node, kind in kinds.items() if kind == "feed-forward out"}
     roles = {}
@@ -54,7 +54,7 @@ def roles_of(model: ir.Model, selection: Selection) -> dict[str, LayerRole]:
     return roles
 
 
-class _Finder:
+class _RoleFinder:
     """Relations between the GEMM nodes of one graph."""
 
     def __init__(self, model: ir.Model, quantised: frozenset[ir.Node]) -> None:
@@ -90,4 +90,4 @@ def _stops(node: ir.Node) -> bool:
 
 
 def _is_core(node: ir.Node) -> bool:
-    return query.weight_of(node) is None
+    return query.weight_initializer(node) is None

@@ -94,7 +94,7 @@ def select_linears(model: ir.Model) -> Selection:
     for node in model.graph:
         if node.op_type not in query.GEMM_OPS:
             continue
-        weight = query.weight_of(node)
+        weight = query.weight_initializer(node)
         if weight is None:
             _require_two_activations(node, dependencies)
             excluded[str(node.name)] = "attention core: no weight"

@@ -1,4 +1,4 @@
-"""Settings of an FP8 build."""
+"""QuantizationSettings of an FP8 build."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHAPED = Shaping()
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizationSettings:
     """Options that the result depends on, besides its two input files."""
 
     ptq: str  # "modelopt", or "direct": this project's pass, which needs less memory

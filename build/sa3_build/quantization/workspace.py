@@ -9,7 +9,7 @@ from typing import Any
 
 from sa3_build.graph import io as graph_io
 from sa3_build.quantization import reference_recipe, selection as quantization_selection
-from sa3_build.quantization.settings import Settings
+from sa3_build.quantization.settings import QuantizationSettings
 from sa3_trt_core.artifacts.calibration_set import CalibrationSet, representative
 
 
@@ -27,7 +27,7 @@ class Workspace:
     source: Path
     output: Path
     calibration: CalibrationSet
-    settings: Settings
+    settings: QuantizationSettings
     done: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from sa3_build.graph import check_row_files, contract, io as graph_io
 from sa3_build.quantization import activation_ranges, amax, pareto, place_quantizers, round_weights, sensitivity
-from sa3_build.quantization.settings import Settings
+from sa3_build.quantization.settings import QuantizationSettings
 from sa3_build.quantization.workspace import Workspace
 from sa3_build.recipes import fp8_inputs, requirements_check
 from sa3_build.recipes.stages import Stage, WorkingFolder
@@ -90,7 +90,7 @@ class Fp8Recipe:
     """
 
     def __init__(
-        self, source: Path, calibration: Path, output: Path, settings: Settings, work: Path | None = None,
+        self, source: Path, calibration: Path, output: Path, settings: QuantizationSettings, work: Path | None = None,
         keep: bool = False, same_as: Sequence[str] = (),
     ) -> None:  # fmt: skip
         """Check the inputs; `same_as` names inserters whose result is equivalent: same pairs and scales."""

@@ -18,7 +18,7 @@ from sa3_build.passes.null_row import has_null_row
 from sa3_build.passes.rename_nodes import RenameNodes
 from sa3_build.passes.shaping import Shaping
 from sa3_build.quantization import selection
-from sa3_build.quantization.settings import Settings
+from sa3_build.quantization.settings import QuantizationSettings
 from sa3_build.quantization.workspace import Workspace
 from sa3_build.recipes import requirements_check
 from sa3_build.verification import graph_checks, graph_proof
@@ -46,7 +46,7 @@ def require_fp16_mixed(
         canonicalize.convert_foreign_fp16(model, shaping)
 
 
-def needs_of(model: ir.Model, source: Path, settings: Settings) -> requirements_check.Estimate:
+def needs_of(model: ir.Model, source: Path, settings: QuantizationSettings) -> requirements_check.Estimate:
     """Return the memory and disk that quantising a canonicalised DiT requires."""
     run_passes(model, [FoldWeights()])
     tensors = {name: value.const_value for name, value in model.graph.initializers.items()}

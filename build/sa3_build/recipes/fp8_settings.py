@@ -1,15 +1,15 @@
-"""Settings of an FP8 build, from parsed arguments."""
+"""QuantizationSettings of an FP8 build, from parsed arguments."""
 
 from __future__ import annotations
 
 import argparse
 
 from sa3_build.passes import shaping
-from sa3_build.quantization.settings import Settings
+from sa3_build.quantization.settings import QuantizationSettings
 from sa3_trt_core.errors import ToolError
 
 
-def from_arguments(args: argparse.Namespace) -> tuple[Settings, str]:
+def from_arguments(args: argparse.Namespace) -> tuple[QuantizationSettings, str]:
     """Return the settings of a build_dit_fp8.py command line, and the reason for the inserter.
 
     Raises ToolError for flags that exclude each other.
@@ -29,7 +29,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[Settings, str]:
         ptq, reason = requirements_check.choose_ptq(graph_io.bytes_of(args.input))
     else:
         ptq, reason = args.ptq, "as requested"
-    settings = Settings(
+    settings = QuantizationSettings(
         ptq, reference_recipe.HEADROOM if reference else args.headroom,
         args.weights, args.min_cosine, args.parity_rows, args.free_batch,
         target_cosine=args.target_cosine, max_fp16_products=args.max_fp16_products, recipe=args.recipe,

@@ -50,7 +50,7 @@ def build(
         yield None
         return
     files.require_writable(output, kind)
-    with locks.held(lock or locks.lock_path(output), f"the build of {output}"):
+    with locks.exclusive_lock(lock or locks.lock_path(output), f"the build of {output}"):
         states = [manifest.is_current(output, inputs, one) for one in known]
         if not force and any(current for current, _ in states):
             yield None

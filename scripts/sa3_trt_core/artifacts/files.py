@@ -40,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed runs of `atomic_path` left beside `path`. Only for who alone may write it (locks.held)."""
+    """Remove temporary files of killed runs of `atomic_path`. Requires that the caller holds the lock of `path`."""
     for old in path.parent.glob(glob.escape(_temporary_name(path, "*")).replace("[*]", "[0-9a-f]" * 12)):
         old.unlink(missing_ok=True)
 

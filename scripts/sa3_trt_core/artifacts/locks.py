@@ -18,7 +18,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a fil
 
 
 @contextlib.contextmanager
-def held(path: Path, what: str) -> Iterator[None]:
+def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path` (made if need be) while the block runs; print a notice while another process has it.
 
     The kernel drops the lock when its process dies, kill -9 included, so that there are no stale ones. Folders that

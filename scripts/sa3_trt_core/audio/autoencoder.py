@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.audio.tiling import chunks
-from sa3_trt_core.engines.base import pick
+from sa3_trt_core.engines.base import require_output
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import (
     AUDIO_CHANNELS,
@@ -46,7 +46,7 @@ def _encode(engine: GraphEngine, audio: Tensor) -> Tensor:
     from torch.nn import functional
 
     missing = max(0, MIN_CODEC_FRAMES * SAMPLES_PER_FRAME - audio.shape[-1])
-    latents = pick(engine.run({"audio": functional.pad(audio, (0, missing)).unsqueeze(0)}), "latent").float()
+    latents = require_output(engine.run({"audio": functional.pad(audio, (0, missing)).unsqueeze(0)}), "latent").float()
     if not bool(torch.isfinite(latents).all()):
         raise ToolError("the audio encoder gave values that are not finite", "build it again, or export it in fp32")
     return latents

@@ -165,8 +165,8 @@ def was_cut(path: Path, text: object) -> bool:
     return ends and path.suffix.lower() == ".wav"
 
 
-def _texts(metadata: Mapping[str, Any], most: int | None, ascii_only: bool) -> tuple[str, str]:
-    """Return title and comment, cut as far as `most` bytes for both need: the title first, which is in both.
+def _texts(metadata: Mapping[str, Any], max_bytes: int | None, ascii_only: bool) -> tuple[str, str]:
+    """Return title and comment, cut as far as `max_bytes` bytes for both need: the title first, which is in both.
 
     `ascii_only` is for MP3, whose texts libsndfile writes as UTF-8 and marks as Latin-1: JSON has escapes for the
     comment, and the title loses its accents.
@@ -174,7 +174,7 @@ def _texts(metadata: Mapping[str, Any], most: int | None, ascii_only: bool) -> t
     for longest, title_length in ((None, None), (None, MAX_TITLE_LENGTH), *((length, length) for length in CUTS)):
         cut = {key: _cut(value, longest) if isinstance(value, str) else value for key, value in metadata.items()}
         title, comment = _cut(str(metadata.get("prompt", "")), title_length), json.dumps(cut, ensure_ascii=ascii_only)
-        if most is None or len((title + comment).encode()) <= most:
+        if max_bytes is None or len((title + comment).encode()) <= max_bytes:
             break
     if ascii_only:
         title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()

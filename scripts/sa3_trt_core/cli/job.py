@@ -172,15 +172,15 @@ def _beside(out: Path, original: Path | None) -> Path:
     return out.with_name(f"{out.stem}_again{out.suffix}") if same else out
 
 
-def _rows(args: argparse.Namespace) -> list[prompts.Row]:
+def _rows(args: argparse.Namespace) -> list[prompts.PromptRow]:
     """Return the prompts of the command line or of the file; on a terminal, and nowhere else, one that is asked for."""
     if args.prompt is not None and args.prompts_file is not None:
         raise ToolError("--prompt and --prompts-file are both given", "choose one of the two")
     if args.prompts_file is not None:
         return prompts.read_prompts(args.prompts_file)
     if args.prompt is not None:
-        return [prompts.Row(prompt) for prompt in args.prompt]
+        return [prompts.PromptRow(prompt) for prompt in args.prompt]
     if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise ToolError("no prompt is given, and there is no terminal to ask on", "add --prompt TEXT")
     print("Prompt: ", end="", file=sys.stderr, flush=True)
-    return [prompts.Row(sys.stdin.readline().strip())]
+    return [prompts.PromptRow(sys.stdin.readline().strip())]

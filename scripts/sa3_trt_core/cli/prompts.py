@@ -30,7 +30,7 @@ _RANGES = {"seed": (0, MAX_SEED), "seconds": (shapes.MIN_SECONDS, shapes.MAX_SEC
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A prompt and what it says for itself; None leaves it to the command line."""
 
     prompt: str
@@ -39,7 +39,7 @@ class Row:
     negative_prompt: str | None = None
 
 
-def read_prompts(path: Path) -> list[Row]:
+def read_prompts(path: Path) -> list[PromptRow]:
     """Return the rows of a prompts file: one prompt a line, or a JSON object a line; empty lines are skipped.
 
     A line ends at \\n or \\r\\n only: other separators of Unicode may stand inside a prompt. A byte order mark at the
@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> list[Row]:
     numbered = [(number, line.strip(_SPACE)) for number, line in enumerate(lines, 1) if line.strip(_SPACE)]
     rows = []
     for number, line in numbered:
-        row = _object(name, number, line) if line.startswith("{") else Row(line)
+        row = _object(name, number, line) if line.startswith("{") else PromptRow(line)
         for said in (row.prompt, row.negative_prompt):
             if said is not None:
                 require_text(said, f"{name} line {number}")
@@ -69,7 +69,7 @@ def read_prompts(path: Path) -> list[Row]:
     return rows
 
 
-def _object(name: str, number: int, line: str) -> Row:
+def _object(name: str, number: int, line: str) -> PromptRow:
     hint = f"a line is text, or a JSON object of {', '.join(_KINDS)}"
     try:
         fields: Any = json.loads(line, parse_int=_whole_number)
@@ -86,7 +86,7 @@ def _object(name: str, number: int, line: str) -> Row:
             low, high = _RANGES[key]
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ToolError(f"{name} line {number}: {key} {shown(value)} is outside {low:g} to {high:g}", hint)
-    return Row(**fields)
+    return PromptRow(**fields)
 
 
 def _whole_number(digits: str) -> int:

@@ -45,11 +45,11 @@ def produce_missing(job: Job) -> report.Totals:
     return made
 
 
-def open_generator(job: Job, totals: report.Totals, tell: Progress) -> Generator:
+def open_generator(job: Job, totals: report.Totals, on_progress: Progress) -> Generator:
     """The generator that a job asks for. Raises ToolError, also where its decoder leaves --peak nothing to do."""
     started, args = time.perf_counter(), job.options
     importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
-    generator = _generator(job, tell)
+    generator = _generator(job, on_progress)
     totals.add({"load": time.perf_counter() - started})
     for line in () if args.quiet else job.plan.loras.described():
         print(f"LoRA {line}", file=sys.stderr)
@@ -65,11 +65,11 @@ def open_generator(job: Job, totals: report.Totals, tell: Progress) -> Generator
     return generator
 
 
-def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Progress) -> None:
+def write_sounds(generator: Generator, job: Job, totals: report.Totals, on_progress: Progress) -> None:
     """Generate the sounds of a job and write each; what it took is added to `totals`. Raises ToolError."""
     ids = {stage: generator.engines.identity(stage) for stage in job.plan.stages}
     started = time.perf_counter()
-    for index, result in _results(generator, job, tell):
+    for index, result in _results(generator, job, on_progress):
         totals.add(result.timings, result.memory)
         totals.peaks[index] = float(result.audio.abs().max())
         write_sound(job, index, result, ids, totals)
@@ -77,16 +77,16 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, tell: Pr
     totals.elapsed += time.perf_counter() - started
 
 
-def _generator(job: Job, tell: Progress) -> Generator:
+def _generator(job: Job, on_progress: Progress) -> Generator:
     from sa3_trt_core.pipeline import Generator
 
-    return Generator.open(job.plan, job.options.free_models, tell)
+    return Generator.open(job.plan, job.options.free_models, on_progress)
 
 
-def _results(generator: Generator, job: Job, tell: Progress) -> Iterator[tuple[int, Result]]:
+def _results(generator: Generator, job: Job, on_progress: Progress) -> Iterator[tuple[int, Result]]:
     if job.options.depth is not None:
-        return generator.generate_ring(job.requests, job.options.depth, tell)
-    return generator.generate_many(job.requests, job.options.batch or 1, tell)
+        return generator.generate_ring(job.requests, job.options.depth, on_progress)
+    return generator.generate_many(job.requests, job.options.batch or 1, on_progress)
 
 
 def write_sound(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:

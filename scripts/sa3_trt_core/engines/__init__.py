@@ -92,7 +92,7 @@ def open_engine(target: Target, backend: str, source: ModelSource, path: Path | 
     return _checked(target, backend, source, path or source_path(target, backend, source))[0]
 
 
-def check_engine(target: Target, backend: str, source: ModelSource) -> list[self_check.Outcome]:
+def check_engine(target: Target, backend: str, source: ModelSource) -> list[self_check.CheckOutcome]:
     """Run a target's engine on its check rows, whatever it answered before; empty where its graph brings none.
 
     Raises ToolError; GateError when it is wrong.
@@ -104,7 +104,7 @@ def check_engine(target: Target, backend: str, source: ModelSource) -> list[self
 
 def _checked(
     target: Target, backend: str, source: ModelSource, path: Path, again: bool = False
-) -> tuple[GraphEngine, list[self_check.Outcome]]:
+) -> tuple[GraphEngine, list[self_check.CheckOutcome]]:
     """Return an open engine and the outcomes of its check rows; it is closed when it is wrong."""
     from sa3_trt_core.engines import self_check  # numpy comes with it, which --help and --list go without
 
@@ -114,7 +114,9 @@ def _checked(
     engine = record.open(path, target, record.rebuild_command(target.name), onnx)
     try:
         remake = target.produced_by if record.suffix is None else record.rebuild_command(target.name)
-        return engine, self_check.require_correct(engine, path, self_check.Place.of(record), remake, onnx, again)
+        return engine, self_check.require_correct(
+            engine, path, self_check.CheckEnvironment.of(record), remake, onnx, again
+        )
     except BaseException:
         engine.close()
         raise

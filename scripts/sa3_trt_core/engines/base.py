@@ -59,7 +59,7 @@ class RowsEngine(Protocol):
         ...
 
 
-class Closing:
+class Closeable:
     """The context-manager half of an engine: leaving the block closes it."""
 
     def close(self) -> None:
@@ -74,7 +74,7 @@ class Closing:
         self.close()
 
 
-class DeviceEngine(Closing):
+class DeviceEngine(Closeable):
     """Base of the graph engines: on a GPU unless the engine sets `device`, tensors by way of the CPU."""
 
     device: str = "cuda"
@@ -92,7 +92,7 @@ class DeviceEngine(Closing):
         return 1
 
 
-class DiTVelocity(Closing):
+class DiTVelocity(Closeable):
     """A VelocityEngine on top of any engine that runs the six-input DiT graph; closing it closes the graph."""
 
     def __init__(self, graph: GraphEngine) -> None:
@@ -110,7 +110,7 @@ class DiTVelocity(Closing):
             "seconds_total": cond.seconds_total,
             "local_add_cond": cond.local_add_cond,
         }
-        return pick(self._graph.run(inputs), "velocity").float()
+        return require_output(self._graph.run(inputs), "velocity").float()
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
         """`velocity` of rows whose conditioning is given one by one, valid until the next call."""
@@ -136,7 +136,7 @@ def rows_velocity(engine: VelocityEngine, x: Tensor, t: Tensor, rows: Sequence[C
     return engine.velocity(x, t, Conditioning.joined(rows))
 
 
-def pick(outputs: Mapping[str, Tensor], name: str) -> Tensor:
+def require_output(outputs: Mapping[str, Tensor], name: str) -> Tensor:
     """Return one output by name. Raises ToolError: a graph without it is not of the target's kind."""
     if name not in outputs:
         raise ToolError(f"the graph gives {', '.join(outputs)}, not {name}", "use the ONNX or engine of that target")

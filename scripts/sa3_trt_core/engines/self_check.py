@@ -38,7 +38,7 @@ REPORT = "python scripts/gpu_report.py"
 
 
 @dataclass(frozen=True)
-class Place:
+class CheckEnvironment:
     """Validity of a check: card, driver and the version of the library that runs the engine."""
 
     card: str
@@ -46,7 +46,7 @@ class Place:
     library: str
 
     @classmethod
-    def of(cls, backend: Backend) -> Place:
+    def of(cls, backend: Backend) -> CheckEnvironment:
         """This machine, for a backend: the card that it runs on, or the kind of CPU."""
         module, on_gpu = importlib.import_module(backend.package), backend.on_gpu()
         card = f"{gpu.card_name()} ({gpu.current_arch()})" if on_gpu else f"CPU ({platform.machine()})"
@@ -55,7 +55,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """One row: its name, how far the engine is from the graph as a multiple of what is allowed, and why if it fails."""
 
     row: str
@@ -83,22 +83,22 @@ def make_checks(kind: str, precision: str, run: Run, graph: Iterable[str]) -> Ch
     return CheckSet(kind, floor, tuple(sorted(graph)), rows, tuple(expected), tuple(response))
 
 
-def outcomes(checks: CheckSet, run: Run) -> list[Outcome]:
+def outcomes(checks: CheckSet, run: Run) -> list[CheckOutcome]:
     """Return every row of an engine against the stored answers of its graph."""
     return [_outcome(checks, index, run) for index in range(len(checks.rows))]
 
 
-def _failures(results: Iterable[Outcome]) -> list[str]:
+def _failures(results: Iterable[CheckOutcome]) -> list[str]:
     return [result.failure for result in results if result.failure is not None]
 
 
-def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
+def _outcome(checks: CheckSet, index: int, run: Run) -> CheckOutcome:
     row, expected = checks.rows[index], checks.expected[index]
     answer = check_rows.stored_part(checks.kind, row, run(check_rows.inputs_of(checks.kind, row)))
     if answer.shape != expected.shape:
-        return Outcome(row.name, math.inf, f"{row.name}: {answer.size} values, the graph gives {expected.size}")
+        return CheckOutcome(row.name, math.inf, f"{row.name}: {answer.size} values, the graph gives {expected.size}")
     if not np.isfinite(answer).all():
-        return Outcome(row.name, math.inf, f"{row.name}: values that are not finite")
+        return CheckOutcome(row.name, math.inf, f"{row.name}: values that are not finite")
     allowed = max(LIMIT * checks.response[index], checks.floor * _norm(expected))
     distance = _norm(answer - expected)
     apart = distance / allowed if allowed else (0.0 if not distance else math.inf)
@@ -110,7 +110,7 @@ def _outcome(checks: CheckSet, index: int, run: Run) -> Outcome:
     elif share is not None and share < MIN_SHARE:
         what = check_rows.PURPOSES[row.purpose]
         failure = f"{row.name}: two {what} that differ in fp32 give {share:.2g} of the graph's difference, limit 0.01"
-    return Outcome(row.name, apart, failure)
+    return CheckOutcome(row.name, apart, failure)
 
 
 def _share(row: CheckRow, expected: np.ndarray, answer: np.ndarray) -> float | None:
@@ -122,8 +122,13 @@ def _share(row: CheckRow, expected: np.ndarray, answer: np.ndarray) -> float | N
 
 
 def require_correct(
-    engine: GraphEngine, path: Path, place: Place, rebuild: str, graph: Path | None = None, again: bool = False
-) -> list[Outcome]:
+    engine: GraphEngine,
+    path: Path,
+    environment: CheckEnvironment,
+    rebuild: str,
+    graph: Path | None = None,
+    again: bool = False,
+) -> list[CheckOutcome]:
     """Check an engine unless this card, driver and library have answered for these bytes before.
 
     `path` is the file of the engine, `graph` the ONNX that it is of, where one is known: its rows come first. The bytes
@@ -131,7 +136,7 @@ def require_correct(
     where nothing was run. Raises GateError when the engine is wrong; ToolError when the rows cannot be read.
     """
     rows = next((check_path(at) for at in (graph, path) if at is not None and check_path(at).is_file()), None)
-    key = {**vars(place), "engine": _stamp(path), "rows": None if rows is None else _stamp(rows)}
+    key = {**vars(environment), "engine": _stamp(path), "rows": None if rows is None else _stamp(rows)}
     if not again and key in [answer.get("key") for answer in _answers(path)]:
         return []
     checks = None if rows is None else check_rows.read(rows)
@@ -145,7 +150,7 @@ def require_correct(
     failures = _failures(results)
     if failures:
         raise GateError(
-            f"{path} fails {len(failures)} of {len(results)} check rows on {place.card} ({place.library}): "
+            f"{path} fails {len(failures)} of {len(results)} check rows on {environment.card} ({environment.library}): "
             f"{failures[0]}",
             f"make it again: {rebuild}; if it fails again, report it with the folder that {REPORT} writes",
             "\n".join(failures[1:]) or None,

@@ -85,7 +85,7 @@ def fetch(repository: str, name: str, revision: str) -> Path | None:
         except huggingface_hub.errors.EntryNotFoundError:
             return None
         blob = _blob(repository, name, metadata)
-        with locks.held(locks.lock_path(blob), name):
+        with locks.exclusive_lock(locks.lock_path(blob), name):
             if not blob.is_file():
                 _download(url, name, metadata, blob)
         # The client makes the links of its cache itself; it finds the bytes there and loads nothing.

@@ -13,9 +13,9 @@ from sa3_trt_core.artifacts import files
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.kinds import BAKED_NORMS, KINDS, OWN_BASES, Kind
 from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS, is_qkv
-from sa3_trt_core.lora.names import Place, place_of
+from sa3_trt_core.lora.names import TensorTarget, tensor_target
 from sa3_trt_core.lora.safetensors_file import FLOATS, INTEGERS, SafetensorsFile
-from sa3_trt_core.lora.settings import PEFT_CONFIG, Settings, read_settings
+from sa3_trt_core.lora.settings import PEFT_CONFIG, AdapterSettings, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Adapter:
     kind: Kind
     naming: str
     layers: Mapping[str, LayerFactors]
-    settings: Settings
+    settings: AdapterSettings
     metadata: Mapping[str, str]
     notes: tuple[str, ...]
 
@@ -73,7 +73,7 @@ def read_adapter(path: Path, partial: bool = False) -> Adapter:
     settings = read_settings(file.path, file.metadata)
     notes: list[str] = []
     by_layer = _grouped(file, notes, partial)
-    namings = sorted({place.naming for group in by_layer.values() for _, place in group.values()})
+    namings = sorted({target.naming for group in by_layer.values() for _, target in group.values()})
     kind = _kind_of(file, settings, by_layer, notes)
     layers = {name: _layer(file, settings, kind, name, group) for name, group in by_layer.items()}
     _require_one_rank(file.path, settings, layers)
@@ -104,7 +104,7 @@ def _weights_file(path: Path) -> Path:
     raise ToolError(f"{path} holds {len(candidates)} .safetensors files", f"name one of them: {candidates[0]}")
 
 
-Group = dict[str, tuple[str, Place]]  # native tensor name -> its key in the file, and where that belongs
+Group = dict[str, tuple[str, TensorTarget]]  # native tensor name -> its key in the file, and where that belongs
 
 
 def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str, Group]:
@@ -114,22 +114,22 @@ def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str
     foreign: list[str] = []
     baked = 0
     for key in sorted(file.entries):
-        place = place_of(key)
-        if place is None:
+        target = tensor_target(key)
+        if target is None:
             if not key.endswith(UNUSED):
                 foreign.append(key)
-        elif not place.known:
-            unknown.setdefault(place.layer, []).append(key)
-        elif place.tensor in BAKED_NORMS:
+        elif not target.known:
+            unknown.setdefault(target.layer, []).append(key)
+        elif target.tensor in BAKED_NORMS:
             baked += 1
         else:
-            group = layers.setdefault(place.layer, {})
-            if place.tensor in group:
+            group = layers.setdefault(target.layer, {})
+            if target.tensor in group:
                 raise ToolError(
-                    f"{file.path} holds more than one adapter: {group[place.tensor][0]} and {key} have one place",
+                    f"{file.path} holds more than one adapter: {group[target.tensor][0]} and {key} have one place",
                     "save each adapter in a file of its own",
                 )
-            group[place.tensor] = key, place
+            group[target.tensor] = key, target
     _refuse_other_methods(file.path, foreign)
     fits = f"{len(layers)} of its layers are known"
     if unknown and (not partial or not layers):
@@ -158,7 +158,7 @@ def _refuse_other_methods(path: Path, foreign: list[str]) -> None:
             )
 
 
-def _kind_of(file: SafetensorsFile, settings: Settings, layers: Mapping[str, Group], notes: list[str]) -> Kind:
+def _kind_of(file: SafetensorsFile, settings: AdapterSettings, layers: Mapping[str, Group], notes: list[str]) -> Kind:
     """Return the kind that the settings state, or that the tensors show where nothing is stated."""
     tensors = {tensor for group in layers.values() for tensor in group}
     name = settings.kind
@@ -188,10 +188,10 @@ def _kind_of(file: SafetensorsFile, settings: Settings, layers: Mapping[str, Gro
     return kind
 
 
-def _layer(file: SafetensorsFile, settings: Settings, kind: Kind, name: str, group: Group) -> LayerFactors:
+def _layer(file: SafetensorsFile, settings: AdapterSettings, kind: Kind, name: str, group: Group) -> LayerFactors:
     wanted = [*kind.tensors, *(own for own in OWN_BASES if kind.svd and own in group)]
     tensors = {tensor: _factor(file, tensor, group[tensor][0]) for tensor in wanted}
-    if is_qkv(name) and any(place.regrouped for _, place in group.values()):
+    if is_qkv(name) and any(target.regrouped for _, target in group.values()):
         tensors = _native_rows(file.path, name, kind, tensors)
     core = tensors["M_xs" if kind.svd else "lora_A"]
     rank = int(core.shape[0])
@@ -254,7 +254,7 @@ def reordered(path: Path, key: str, value: Tensor, order: tuple[int, ...]) -> Te
     return value.unflatten(0, (QKV_PARTS, -1))[list(order)].flatten(0, 1)
 
 
-def _require_one_rank(path: Path, settings: Settings, layers: Mapping[str, LayerFactors]) -> None:
+def _require_one_rank(path: Path, settings: AdapterSettings, layers: Mapping[str, LayerFactors]) -> None:
     for name, layer in layers.items():
         stated = settings.stated_rank(name)
         if stated is not None and stated != layer.rank:

@@ -31,7 +31,7 @@ _DIFFUSERS_OTHER = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorTarget:
     """Target of a tensor of a file: native layer and tensor name, and the file's own spelling.
 
     `known` is False for a layer that no Stable Audio 3 DiT has; `layer` is then the file's own name. `regrouped`: rows
@@ -47,7 +47,7 @@ class Place:
     adapter: str = ""
 
 
-def place_of(key: str) -> Place | None:
+def tensor_target(key: str) -> TensorTarget | None:
     """Return where a tensor belongs; None for a key that is no adapter's, such as a bias or a whole weight."""
     native = _NATIVE.fullmatch(key)
     if native is not None:
@@ -55,7 +55,7 @@ def place_of(key: str) -> Place | None:
         if tensor not in (*TENSORS, *BAKED_NORMS):
             return None
         layer, known, regrouped = native_layer(native["layer"])
-        return Place(layer, tensor, "native", known, regrouped, index)
+        return TensorTarget(layer, tensor, "native", known, regrouped, index)
     other = _OTHERS.fullmatch(key)
     if other is None or other["part"] == "bias":
         return None
@@ -63,7 +63,7 @@ def place_of(key: str) -> Place | None:
     naming = "PEFT" if other["tensor"] in ("lora_A", "lora_B", "lora_magnitude_vector") else "ComfyUI"
     if key.startswith(("diffusion_model.", *_KOHYA)):
         naming = "ComfyUI"
-    return Place(layer, _TENSORS[other["tensor"]], naming, known, regrouped, adapter=other["adapter"] or "")
+    return TensorTarget(layer, _TENSORS[other["tensor"]], naming, known, regrouped, adapter=other["adapter"] or "")
 
 
 def native_layer(name: str) -> tuple[str, bool, bool]:

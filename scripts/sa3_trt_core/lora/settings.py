@@ -23,8 +23,8 @@ _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings stated in an adapter file. `kind` None: not stated. `alpha` None: alpha / rank is 1."""
+class AdapterSettings:
+    """AdapterSettings stated in an adapter file. `kind` None: not stated. `alpha` None: alpha / rank is 1."""
 
     source: str  # "lora_config", "adapter_config.json", ... or "" without any
     kind: str | None = None
@@ -48,7 +48,7 @@ class Settings:
         return None if rank is None else int(rank)
 
 
-def read_settings(path: Path, metadata: Mapping[str, str]) -> Settings:
+def read_settings(path: Path, metadata: Mapping[str, str]) -> AdapterSettings:
     """Return the settings of an adapter file with its header's metadata. Raises ToolError for malformed ones."""
     if NATIVE_KEY in metadata:
         return _native(path, _document(f"{path}: {NATIVE_KEY} in its metadata", metadata[NATIVE_KEY]))
@@ -63,22 +63,22 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> Settings:
         except (OSError, UnicodeDecodeError) as error:
             raise ToolError(f"cannot read {beside}: {error}", _HINT) from None
         return _peft(beside, _document(str(beside), text), PEFT_CONFIG)
-    return Settings("")
+    return AdapterSettings("")
 
 
-def _native(path: Path, document: Mapping[str, Any]) -> Settings:
+def _native(path: Path, document: Mapping[str, Any]) -> AdapterSettings:
     kind = document.get("adapter_type")
     kind = "lora" if kind is None else kind
     if kind != "dora" and kind not in KINDS:
         raise ToolError(
             f"{path} is an adapter of kind {kind!r}, which is not known", f"known: {', '.join(KINDS)}, dora"
         )
-    return Settings(
+    return AdapterSettings(
         NATIVE_KEY, str(kind), _rank(path, document.get("rank")), _number(path, "alpha", document.get("alpha"))
     )
 
 
-def _peft(path: Path, document: Mapping[str, Any], source: str) -> Settings:
+def _peft(path: Path, document: Mapping[str, Any], source: str) -> AdapterSettings:
     kind = str(document.get("peft_type") or "LORA").rpartition(".")[2].upper()
     if kind != "LORA":
         raise ToolError(f"{path} is a PEFT adapter of type {kind}, not LORA", "only LoRA and DoRA are read")
@@ -95,7 +95,7 @@ def _peft(path: Path, document: Mapping[str, Any], source: str) -> Settings:
         for value in pattern.values():
             _number(path, name, value)
     dora = bool(document.get("use_dora", False))
-    return Settings(
+    return AdapterSettings(
         source, "dora-rows" if dora else "lora", _rank(path, document.get("r")),
         _number(path, "lora_alpha", document.get("lora_alpha")), bool(document.get("use_rslora", False)),
         patterns[0], patterns[1], dora,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.conditioning import Conditioning
-from sa3_trt_core.engines.base import Closing
+from sa3_trt_core.engines.base import Closeable
 from sa3_trt_core.sampling.sampler import denoised
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Guidance:
         return guided(with_text, without, self.cfg)
 
 
-class GuidedVelocity(Closing):
+class GuidedVelocity(Closeable):
     """A VelocityEngine that guides another: velocity for B rows from one forward of 2B, the text rows first.
 
     Does not close the other engine.

@@ -26,18 +26,18 @@ def sigmas_of(request: Request) -> Tensor:
 
 
 def conditioning(
-    rows: Sequence[Request], features: Features, inits: Sequence[Tensor | None]
+    rows: Sequence[Request], features: Features, init_latents: Sequence[Tensor | None]
 ) -> tuple[Conditioning, Tensor | None, tuple[Tensor, Tensor] | None]:
-    """Return the DiT's conditioning, the latents that audio to audio starts from, and what to paste after every step.
+    """Return the DiT's conditioning, the initial latents of audio to audio, and (latents, mask) of the kept frames.
 
-    `inits` are latents (1, 256, L) of the rows' init audio. Everything is cut to the valid frames V, of which the rows
-    have equally many: local_add_cond (B, 257, V) is zero where there is nothing to keep.
+    `init_latents` are latents (1, 256, L) of the rows' init audio. All results are cut to the V valid frames, which
+    must be equal for all rows. local_add_cond (B, 257, V) is zero in rows without kept frames.
     """
     import torch
 
     frames = rows[0].valid_frames
     silent = torch.zeros(1, LATENT_CHANNELS, frames)
-    latents = torch.cat([silent if init is None else init[..., :frames] for init in inits])
+    latents = torch.cat([silent if init is None else init[..., :frames] for init in init_latents])
     keeps = [keep_mask(row.seconds, frames, row.inpaint) if row.inpaint else silent[:, :1] for row in rows]
     keep = torch.cat(keeps)
     texts = [features[row.prompt] for row in rows]

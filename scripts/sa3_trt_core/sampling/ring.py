@@ -47,7 +47,7 @@ class Ring:
     """Rows at different steps of their own schedules: admitted, advanced and removed between forwards.
 
     Each row has its own noise, schedule, conditioning and guidance, so that it takes the path that it would take alone.
-    Rows of equally many latent frames share a forward, of at most `most_rows` rows (None: any number); a guided row
+    Rows of equally many latent frames share a forward, of at most `max_batch` rows (None: any number); a guided row
     counts as two. With `alone` every row and its null row have a forward of their own: a backend whose products round
     differently in a larger batch then gives the sound of `generate` to the bit. `on_step(sigma)` is called for every
     row after every forward. A row keeps its place in the order of the batch, so that an engine need not take in the
@@ -56,9 +56,9 @@ class Ring:
 
     def __init__(
         self, engine: VelocityEngine, depth: int, on_step: Callable[[float], None] | None = None,
-        most_rows: int | None = None, alone: bool = False,
+        max_batch: int | None = None, alone: bool = False,
     ) -> None:  # fmt: skip
-        self._engine, self._on_step, self._most_rows, self._alone = engine, on_step, most_rows, alone
+        self._engine, self._on_step, self._max_batch, self._alone = engine, on_step, max_batch, alone
         self._places: dict[Hashable, RingRow] = {}
         self._order: list[Hashable | None] = []  # of the rows in a batch; None until somebody takes the place
         self.depth = depth
@@ -111,7 +111,7 @@ class Ring:
             row = self._places[key]
             groups = lengths.setdefault(row.path.x.shape[-1], [[]])
             taken = sum(self._places[other].forward_rows for other in groups[-1])
-            if groups[-1] and self._most_rows is not None and taken + row.forward_rows > self._most_rows:
+            if groups[-1] and self._max_batch is not None and taken + row.forward_rows > self._max_batch:
                 groups.append([])
             groups[-1].append(key)
         return [group for groups in lengths.values() for group in groups]

@@ -148,7 +148,7 @@ def test_a_second_run_waits_and_then_has_nothing_to_do(root: Path, tmp_path: Pat
     argv = [DECODER.name, *RTX, "--onnx-root", str(root), "--models-dir", str(tmp_path), "--json"]
     engine = BACKENDS["tensorrt_rtx"].engine_path(tmp_path, "sm_89", DECODER)
     ready = built(DECODER.name, "--onnx-root", root, "--models-dir", tmp_path / "elsewhere")[1][0]["path"]
-    with locks.held(locks.lock_path(engine), "the test"):
+    with locks.exclusive_lock(locks.lock_path(engine), "the test"):
         second_run = subprocess.Popen(
             [sys.executable, str(ROOT / "build" / "build_from_onnx.py"), *argv],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

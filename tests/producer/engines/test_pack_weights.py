@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sa3_build.engines.pack_weights import weight_of
+from sa3_build.engines.pack_weights import linear_weight
 
 
 def quantized_product(op_type: str, inner: int, outer: int) -> onnx.ModelProto:
@@ -42,6 +42,6 @@ def test_a_stored_fp8_weight_is_dequantised_by_output_channel(op_type: str, inne
     proto = quantized_product(op_type, inner, outer)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     (product,) = session.run(None, {"x": np.eye(inner, dtype=np.float32)})
-    weight = weight_of(ir.from_proto(proto).graph.node(1))
+    weight = linear_weight(ir.from_proto(proto).graph.node(1))
     assert weight is not None and np.array_equal(weight.plain(), product.T)
     assert np.array_equal(weight.codes().astype(np.float32) * weight.scale.reshape(-1, 1), product.T)

@@ -128,7 +128,7 @@ def test_the_half_dit_is_16_bit_between_its_islands(tiny_onnx: Path) -> None:
             half[node.op_type].append(str(node.outputs[0].dtype))
     assert set(half["Softmax"]) == {"FLOAT16"} and len(half["Softmax"]) == 2  # one a pair of halves
     assert set(half["Sin"]) == set(half["ReduceMean"]) == {"FLOAT"}
-    core = [node for node in model.graph if node.op_type == "MatMul" and query.weight_of(node) is None]
+    core = [node for node in model.graph if node.op_type == "MatMul" and query.weight_initializer(node) is None]
     assert len(core) == 4
     for softmax in (node for node in model.graph if node.op_type == "Softmax"):
         assert softmax.inputs[0].producer() in core

@@ -213,7 +213,7 @@ def test_names_are_unique_and_none_begins_another() -> None:
 
 def test_a_product_of_two_activations_has_no_weight() -> None:
     model = model_of("g (float[2,2] x, float[2,2] z) => (float[2,2] y) { y = MatMul(x, z) }")
-    assert query.weight_of(model.graph[0]) is None
+    assert query.weight_initializer(model.graph[0]) is None
 
 
 def test_graph_inputs_behind_does_not_look_through_shapes() -> None:

@@ -221,7 +221,7 @@ def quantise_attention(model: ir.Model, product: ir.Node) -> None:
         node
         for node in model.graph
         if node.op_type == "MatMul"
-        and query.weight_of(node) is None
+        and query.weight_initializer(node) is None
         and quantizers.dequantizers(node) == (None, None)
         and node.inputs[1].producer() is not None
     )

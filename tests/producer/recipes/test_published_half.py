@@ -99,7 +99,7 @@ def test_what_was_wrong_in_it_is_right_in_what_is_made_of_it(single: Path, half:
 
 def test_the_attention_core_is_one_type_afterwards(half: Path) -> None:
     model = canonical_graph(half)
-    core = [node for node in model.graph if node.op_type in query.GEMM_OPS and query.weight_of(node) is None]
+    core = [node for node in model.graph if node.op_type in query.GEMM_OPS and query.weight_initializer(node) is None]
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     assert (len(core), len(softmaxes)) == (4 * DEPTH, 2 * DEPTH)  # both halves of an attention in one call
     assert {str(node.outputs[0].dtype) for node in (*core, *softmaxes)} == {"FLOAT16"}

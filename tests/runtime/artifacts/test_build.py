@@ -39,7 +39,7 @@ def test_an_artefact_is_made_once_and_again_for_a_reason(tmp_path: Path) -> None
 
 def test_the_second_of_two_makers_waits_and_keeps_what_the_first_made(tmp_path: Path) -> None:
     path, made = tmp_path / "note.txt", []
-    with locks.held(locks.lock_path(path), "a build"):
+    with locks.exclusive_lock(locks.lock_path(path), "a build"):
         second = threading.Thread(target=lambda: made.append(make(path, "second")))
         second.start()
         second.join(0.3)

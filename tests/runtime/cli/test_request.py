@@ -127,7 +127,7 @@ def test_a_line_may_be_an_object_of_its_own_settings(folder: Path) -> None:
     rows = [{"prompt": "a", "seed": 3, "seconds": 12, "negative_prompt": "n"}, {"prompt": "b"}]
     Path("rows.jsonl").write_text("\n".join([*map(json.dumps, rows), "plain"]))
     assert prompts.read_prompts(Path("rows.jsonl")) == [
-        prompts.Row("a", 3, 12, "n"), prompts.Row("b"), prompts.Row("plain")
+        prompts.PromptRow("a", 3, 12, "n"), prompts.PromptRow("b"), prompts.PromptRow("plain")
     ]  # fmt: skip
     planned_rows = planned("--prompts-file", "rows.jsonl", "--seed", 20, "--seconds", 5, "--cfg", 2)
     assert [(row["seed"], row["seconds"]) for row in planned_rows] == [(3, 12), (21, 5), (22, 5)]

@@ -14,7 +14,7 @@ from helpers.commands import assert_user_error, run
 from sa3_trt_core import Request
 from sa3_trt_core.cli import prompts
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type
-from sa3_trt_core.cli.prompts import Row
+from sa3_trt_core.cli.prompts import PromptRow
 from sa3_trt_core.errors import ToolError
 from sa3_validation.gates import read_gates
 
@@ -27,13 +27,13 @@ SEPARATORS = "\u2028\u2029\x85\x1c\x1d\x1e\v\f"
 def test_marks_and_line_ends_are_no_part_of_a_prompt(tmp_path: Path, mark: bytes, end: bytes) -> None:
     path = tmp_path / "prompts"
     path.write_bytes(mark + end.join([b"slow piano", b"", b'{"prompt": "bells", "seed": 7}', b""]))
-    assert prompts.read_prompts(path) == [Row("slow piano"), Row("bells", seed=7)]
+    assert prompts.read_prompts(path) == [PromptRow("slow piano"), PromptRow("bells", seed=7)]
 
 
 def test_files_that_were_joined_have_marks_inside(tmp_path: Path) -> None:
     path = tmp_path / "prompts"
     path.write_bytes(BOM + b"slow piano\n" + BOM + b'{"prompt": "bells", "seed": 7}\n' + BOM + BOM + b"\n")
-    assert prompts.read_prompts(path) == [Row("slow piano"), Row("bells", seed=7)]
+    assert prompts.read_prompts(path) == [PromptRow("slow piano"), PromptRow("bells", seed=7)]
 
 
 @pytest.mark.parametrize(("redirection", "code", "words"), [

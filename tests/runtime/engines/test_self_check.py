@@ -125,10 +125,10 @@ def test_a_good_graph_passes_and_its_answer_is_kept(name: str, root: Path) -> No
     first = engines.check_engine(target, "onnxruntime", source)
     assert len(first) == len(check_rows.planned_rows(target.kind)) and max(outcome.apart for outcome in first) <= 1.0
     graph = onnx_of(root, name)
-    device = self_check.Place.of(engines.BACKENDS["onnxruntime"])
+    device = self_check.CheckEnvironment.of(engines.BACKENDS["onnxruntime"])
     with engines.BACKENDS["onnxruntime"].open(graph, target, "x", None) as engine:
         assert self_check.require_correct(engine, graph, device, "x") == []
-        later = self_check.Place(device.card, device.driver, "onnxruntime 99")
+        later = self_check.CheckEnvironment(device.card, device.driver, "onnxruntime 99")
         assert len(self_check.require_correct(engine, graph, later, "x")) == len(first)
     kept = json.loads(graph.with_name(f"{graph.name}.checked.json").read_text())
     assert [outcome["key"]["library"] for outcome in kept["answers"]] == [device.library, "onnxruntime 99"]

@@ -43,7 +43,7 @@ class Same:
 
     def __init__(self, packed: Packed, ops: SameOps, tokens_at_once: int | None = None) -> None:
         self.packed, self.sizes = packed, packed.sizes
-        self._ops, self._most = ops, tokens_at_once
+        self._ops, self._tokens_at_once = ops, tokens_at_once
         self.wide_gates = False  # fp32 sums in front of sin(pi g)
 
     def pcm(self, latents: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class Same:
         ops.add_norm(hidden, sums(gated, out), out, row_scale, following, None, normed)
 
     def _limit(self, total: int) -> int:
-        return self._most or (total if total <= TOKENS_IN_ONE else TOKENS_AT_ONCE)
+        return self._tokens_at_once or (total if total <= TOKENS_IN_ONE else TOKENS_AT_ONCE)
 
     def _pieces(self, total: int) -> Iterator[tuple[int, int]]:
         """Yield pieces (begin, end) of nearly equal length, each at least as long as the reach of attention."""

@@ -21,7 +21,7 @@ class DecoderRunner:
 
     def __init__(self, packed: Packed, ops: SameOps, device: torch.device) -> None:
         self.sizes = packed.sizes
-        self._models = [Same(packed, ops, most) for most in SCARCE]
+        self._models = [Same(packed, ops, tokens_at_once) for tokens_at_once in SCARCE]
         self._device = device
         self._seen: OrderedDict[tuple[int, ...], Captured | None] = OrderedDict()
 
