@@ -11,7 +11,7 @@ from pathlib import Path
 from sa3_trt_core.audio import reader
 from sa3_trt_core.cli import report
 from sa3_trt_core.cli.again import again_line
-from sa3_trt_core.cli.arguments import run_command
+from sa3_trt_core.cli.arguments import end_process, run_command
 from sa3_trt_core.cli.devices import choose_devices
 from sa3_trt_core.cli.job import Job, make_job
 from sa3_trt_core.cli.parser import make_parser
@@ -53,7 +53,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def entry() -> None:
     """Run as a console command."""
-    sys.exit(run_command(main))
+    end_process(run_command(main))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,19 @@ def run_command(main: Callable[[], int]) -> int:
             return code
 
 
+def end_process(code: int) -> NoReturn:
+    """End a command's process with an exit code, without the interpreter's teardown once PyTorch is loaded.
+
+    Freeing models, graphs and modules of a GPU one by one takes 0.9 s (H100); with the process the driver frees all at
+    once. Ray stops its workers in exit handlers, so these still run where it is loaded.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules and "ray" not in sys.modules:
+        os._exit(code)
+    sys.exit(code)
+
+
 def _failed(error: ToolError) -> int:
     print(error.lines(), file=sys.stderr)
     report = getattr(error, "report", None)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core import console
+from sa3_trt_core import console, gpu
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.audio import io as audio_io
 from sa3_trt_core.cli import again, report, resume
@@ -48,6 +48,7 @@ def produce_missing(job: Job) -> report.Totals:
 def open_generator(job: Job, totals: report.Totals, on_progress: Progress) -> Generator:
     """The generator that a job asks for. Raises ToolError, also where its decoder leaves --peak nothing to do."""
     started, args = time.perf_counter(), job.options
+    gpu.open_context()
     importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
     generator = _generator(job, on_progress)
     totals.add({"load": time.perf_counter() - started})

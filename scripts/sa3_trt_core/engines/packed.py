@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +55,8 @@ class PackedEngine(DeviceEngine):
         lost = self.device == "cpu" and gpu.has_nvidia_gpu()
         self.cpu_reason = f"PyTorch {torch.__version__} here cannot use the GPU" if lost else ""
         self._place = torch.device(self.device)
+        if self.device == "cuda":
+            prepare_compiler()
 
     def require_inputs(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise ToolError for other inputs than the contract's."""
@@ -69,6 +75,22 @@ class PackedEngine(DeviceEngine):
                 return work()
         except torch.OutOfMemoryError:
             raise ToolError(f"no GPU memory for {asked} in {self._path}", FEWER) from None
+
+
+@functools.cache
+def prepare_compiler() -> threading.Thread:
+    """Start to import and hash Triton in a thread, which the first launch of a kernel waits for; return the thread.
+
+    Triton hashes its own files (0.4 s on an H100's host) for the key of every compiled kernel, kept ones included.
+    """
+
+    def hash_once() -> None:
+        with contextlib.suppress(ImportError, AttributeError):  # moved in another version: the first launch does it
+            importlib.import_module("triton.runtime.cache").triton_key()
+
+    thread = threading.Thread(target=hash_once, name="sa3-triton", daemon=True)
+    thread.start()
+    return thread
 
 
 def tiles_path(path: Path) -> Path:
