@@ -32,6 +32,7 @@ class Service(Closeable):
         self.ring = LiveRing(generator, settings.depth, settings.max_waiting)
         self.metrics = Metrics(self.ring)
         self.draining = False
+        self._usual = vars(make_parser().parse_args(["--prompt", ""]))  # building a parser takes 5 ms
         self._first: Future[Result] | None = None
         self._lock = threading.Lock()
 
@@ -91,9 +92,8 @@ class Service(Closeable):
     def metadata(self, request: Request, window: int | None = None) -> dict[str, Any]:
         """Return a sound's comment as sa3_trt writes it, without the uploaded file; `window` is that of a stream."""
         used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
-        usual = vars(make_parser().parse_args(["--prompt", ""]))
         chunk = window or self.generator.engines.plan.chunk_frames
-        run = {**usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
+        run = {**self._usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
         about = again.metadata(request, run, used)
         about.pop("init_audio", None)
         if self.generator.loras:  # their digest, and not where they lie on this machine
