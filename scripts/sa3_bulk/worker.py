@@ -53,7 +53,7 @@ class Worker:
             write_sound(self._job, index, result, self._ids, totals)
         except ToolError as error:
             return error.message, error.hint
-        peak = float(result.audio.abs().max())
+        peak = result.peak
         where = dict(self._generator.engines.devices)
         return "", {"timings": totals.timings, "memory": totals.memory, "peak": peak, "devices": where}
 

@@ -71,7 +71,7 @@ async def _whole(service: Service, http: HttpRequest, asked: SoundRequest, reque
 
 
 def _bytes(kind: str, result: Result, metadata: dict[str, object]) -> bytes:
-    return encode.audio_bytes(kind, audio_io.tame(result.audio, "clip"), metadata)
+    return encode.audio_bytes(kind, audio_io.tame(result.samples, "clip"), metadata)
 
 
 async def _streamed(service: Service, http: HttpRequest, request: Request, cleanup: contextlib.ExitStack) -> Response:

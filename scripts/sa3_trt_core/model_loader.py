@@ -48,6 +48,12 @@ class Plan:
     lora_bases: Path | None = None  # native checkpoint for the SVD of -xs adapters
     refit: bool = False  # adapters replace the weights of the base engine
 
+    @property
+    def decoder_reach(self) -> int | None:
+        """Latent frames to either side that the decoder's samples depend on; None where that is not known."""
+        name = self.targets["dit"].dit
+        return None if name is None else targets.find_dit(name).reach
+
 
 def make_plan(
     dit: str,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3_trt_core.audio import io as audio_io
+from sa3_trt_core.audio import io as audio_io, waveform
 from sa3_trt_core.errors import InvalidRequest
 from sa3_trt_core.shapes import SAMPLE_RATE
 
@@ -21,18 +22,28 @@ class Result:
     Args:
         latents: fp32 (1, 256, V) of the valid frames.
         sigmas: fp32 (steps + 1,), the noise levels of the sampler.
-        audio: fp32 (samples, 2); full scale is 1, and it may lie beyond.
+        samples: (N, 2) as the decoder gave them: int16, or fp32 whose full scale is 1.
         timings: seconds of each stage, this row's share of its batch's.
         memory: bytes in use on the GPU after each stage; empty without a GPU.
-        sample_rate: of `audio`, in Hz.
+        sample_rate: of `samples`, in Hz.
     """
 
     latents: Tensor
     sigmas: Tensor
-    audio: Tensor
+    samples: Tensor
     timings: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     sample_rate: int = SAMPLE_RATE
+
+    @cached_property
+    def audio(self) -> Tensor:
+        """The samples in fp32 (N, 2); full scale is 1, and they may lie beyond."""
+        return waveform.as_float(self.samples)
+
+    @property
+    def peak(self) -> float:
+        """The largest magnitude of the samples; full scale is 1."""
+        return waveform.peak(self.samples)
 
     @property
     def waveform(self) -> Tensor:
@@ -56,5 +67,5 @@ class Result:
         audio_io.check_output(file, width, "`path`")
         if peak not in audio_io.PEAKS:
             raise InvalidRequest(f"`peak` {peak!r} is unknown", f"known: {', '.join(audio_io.PEAKS)}")
-        audio_io.write_audio(file, audio_io.tame(self.audio, peak), width, {}, self.sample_rate)
+        audio_io.write_audio(file, audio_io.tame(self.samples, peak), width, {}, self.sample_rate)
         return file

@@ -73,7 +73,8 @@ def _decoded(generator: Generator, ticket: Ticket) -> Result:
     parts = []
     with torch.inference_mode(), job.meter.stage("decode"):
         decoder, seconds = generator.engines.engine("decoder"), ticket.request.seconds
-        for part in autoencoder.decode_windows(decoder, job.latents.cpu(), seconds, ticket.window):
+        heard = generator.audible_latents(job.latents, seconds).cpu()
+        for part in autoencoder.decode_windows(decoder, heard, seconds, ticket.window):
             if ticket.future.cancelled():
                 raise CancelledError
             ticket.on_window(part)

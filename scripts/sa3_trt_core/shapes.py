@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SAMPLE_RATE = 44_100  # Hz
+FULL_SCALE = 32767  # of 16-bit samples
 SAMPLES_PER_FRAME = 4096
 LATENT_CHANNELS = 256
 TEXT_TOKENS = 256

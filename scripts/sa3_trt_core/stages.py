@@ -77,6 +77,11 @@ class Stages(Closeable):
             for job, sound in zip(jobs, self._decode(joined, lambda note: None), strict=True)
         ]
 
+    def audible_latents(self, latents: Tensor, seconds: float) -> Tensor:
+        """Return the latents (B, 256, L') of the frames that the samples of `seconds` depend on, of (B, 256, L)."""
+        reach = self.engines.plan.decoder_reach
+        return latents[..., : autoencoder.required_frames(seconds, latents.shape[-1], reach)].contiguous()
+
     def _read(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> None:
         """The features of every text of a batch, prompts and negative prompts."""
         import torch
@@ -195,10 +200,10 @@ class Stages(Closeable):
         with torch.inference_mode():
             for first in range(0, len(job.rows), count):
                 with job.meter.stage("decode"):
-                    part, chunk = latents[first : first + count], self._chunk(job.rows[first].valid_frames)
-                    decoded = autoencoder.decode_rows(decoder, part, chunk)
-                    rows = zip(decoded, job.rows[first : first + count], strict=True)
-                    sounds += [autoencoder.finish(sound, row.seconds) for sound, row in rows]
+                    rows = job.rows[first : first + count]
+                    part = self.audible_latents(latents[first : first + count], max(row.seconds for row in rows))
+                    decoded = autoencoder.decode_rows(decoder, part, self._chunk(part.shape[-1]))
+                    sounds += [autoencoder.finish(sound, row.seconds) for sound, row in zip(decoded, rows, strict=True)]
                 for _ in decoded:
                     report_stage("decoded")
         job.latents = job.latents.cpu()

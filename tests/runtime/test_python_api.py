@@ -53,7 +53,7 @@ def test_a_saved_result_is_its_audio(
 
 
 def test_peaks_of_a_saved_result_are_scaled_down(result: Result, tmp_path: Path) -> None:
-    loud = replace(result, audio=result.audio * 4 / result.audio.abs().max())
+    loud = replace(result, samples=result.audio * 4 / result.audio.abs().max())
     read = soundfile.read(loud.save(tmp_path / "a.wav", bits="32f", peak="normalize"))[0]
     assert np.abs(read - (loud.audio / 4).numpy()).max() < 1e-6
 

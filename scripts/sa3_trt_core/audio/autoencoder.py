@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.audio.tiling import chunks
+from sa3_trt_core.audio.waveform import as_float
 from sa3_trt_core.engines.base import require_output
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.shapes import (
@@ -13,6 +14,7 @@ from sa3_trt_core.shapes import (
     LATENT_CHANNELS,
     MIN_CODEC_FRAMES,
     SAMPLES_PER_FRAME,
+    frames_before,
     output_samples,
     valid_frames,
 )
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.engines.base import GraphEngine
 
-FULL_SCALE = 32767
 LIMITER_CEILING = 1.0  # the value at which that input of some builds changes nothing below full scale
 
 
@@ -65,13 +66,13 @@ def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
     least length and cut again.
     Raises ToolError.
     """
-    return decode_rows(engine, latents, chunk)[0]
+    return as_float(decode_rows(engine, latents, chunk)[0])
 
 
 def decode_rows(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> list[Tensor]:
-    """The samples of each row of latents (R, 256, L), as `decode` gives them; in one run where the engine takes rows.
+    """Return the samples (L*4096, 2) of each row of latents (R, 256, L), in one run where the engine takes rows.
 
-    Raises ToolError.
+    int16 in full scale 32767 where the engine gives that, else fp32 as of `decode`. Raises ToolError.
     """
     if engine.takes_rows:
         return list(_decode(engine, latents)[:, : latents.shape[-1] * SAMPLES_PER_FRAME])
@@ -84,7 +85,7 @@ def _decode_row(engine: GraphEngine, latents: Tensor, chunk: int) -> Tensor:
     frames = latents.shape[-1]
     samples = torch.empty(frames * SAMPLES_PER_FRAME, AUDIO_CHANNELS)
     for part in chunks(frames, chunk):
-        decoded = _decode(engine, latents[..., part.start : part.stop].contiguous())[0]
+        decoded = as_float(_decode(engine, latents[..., part.start : part.stop].contiguous())[0])
         kept = slice((part.first - part.start) * SAMPLES_PER_FRAME, (part.last - part.start) * SAMPLES_PER_FRAME)
         samples[part.first * SAMPLES_PER_FRAME : part.last * SAMPLES_PER_FRAME] = decoded[kept]
     return samples
@@ -101,7 +102,8 @@ def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
         inputs["limiter_ceiling"] = torch.tensor(LIMITER_CEILING)
     outputs = engine.run(inputs)
     if "pcm" in outputs:
-        samples = outputs["pcm"] / FULL_SCALE  # in one pass from whole numbers to fp32
+        pcm = outputs["pcm"]
+        samples = pcm if pcm.dtype == torch.int16 else as_float(pcm)
     elif "audio" in outputs:
         samples = outputs["audio"].float().transpose(1, 2)
         if not bool(torch.isfinite(samples).all()):
@@ -112,6 +114,17 @@ def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
     if tuple(samples.shape) != wanted:
         raise ToolError(f"the decoder gave samples of shape {tuple(samples.shape)}, not {wanted}", "use a SAME decoder")
     return samples
+
+
+def required_frames(seconds: float, frames: int, reach: int | None) -> int:
+    """Return how many of `frames` latent frames the samples of `seconds` depend on, at least MIN_CODEC_FRAMES.
+
+    The decoder looks `reach` frames beyond the last one that is heard (None: not known, all are required). The frames
+    after them are padding of the DiT: 66 of the 97 of 3 s.
+    """
+    if reach is None:
+        return frames
+    return min(frames, max(frames_before(seconds) + reach, MIN_CODEC_FRAMES))
 
 
 def decode_windows(engine: GraphEngine, latents: Tensor, seconds: float, chunk: int) -> Iterator[Tensor]:
@@ -138,6 +151,8 @@ def finish(samples: Tensor, seconds: float) -> Tensor:
     Source: the model's own generation (build/FACTS.md, Generation).
     """
     valid = valid_frames(seconds, samples.shape[0] // SAMPLES_PER_FRAME) * SAMPLES_PER_FRAME
-    muted = samples[: output_samples(seconds)].clone()
-    muted[valid:] = 0
-    return muted
+    heard = samples[: output_samples(seconds)]
+    if valid < heard.shape[0]:
+        heard = heard.clone()
+        heard[valid:] = 0
+    return heard

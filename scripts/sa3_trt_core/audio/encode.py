@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.audio import io as audio_io
-from sa3_trt_core.shapes import AUDIO_CHANNELS
+from sa3_trt_core.shapes import AUDIO_CHANNELS, FULL_SCALE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ MEDIA_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "o
 
 
 def audio_bytes(kind: str, samples: Tensor, metadata: Mapping[str, Any]) -> bytes:
-    """Return the bytes that `write_audio` writes, 16 bits a sample, from fp32 samples (N, 2) within full scale.
+    """Return the bytes that `write_audio` writes, 16 bits a sample, from samples (N, 2), fp32 or int16.
 
     `kind` is one of MEDIA_TYPES.
     """
@@ -31,7 +31,7 @@ def pcm_bytes(samples: Tensor) -> bytes:
     import numpy as np
 
     values: np.ndarray = np.asarray(samples, np.float32)
-    return np.round(values * np.float32(32767)).astype("<i2").tobytes()
+    return np.round(values * np.float32(FULL_SCALE)).astype("<i2").tobytes()
 
 
 def wav_header(samples: int, metadata: Mapping[str, Any]) -> bytes:

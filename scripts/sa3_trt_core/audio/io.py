@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sa3_trt_core.artifacts.files import atomic_path
+from sa3_trt_core.audio.waveform import as_float
 from sa3_trt_core.errors import InvalidRequest, ToolError
-from sa3_trt_core.shapes import SAMPLE_RATE
+from sa3_trt_core.shapes import FULL_SCALE, SAMPLE_RATE
 from sa3_trt_core.version import __version__
 
 if TYPE_CHECKING:
@@ -52,10 +53,17 @@ def check_output(path: Path, bits: str, flag: str = "--out") -> None:
 
 
 def tame(samples: Tensor, peak: str) -> Tensor:
-    """Samples (N, 2) within full scale: `clip` cuts, `normalize` scales the highest to 1, `limit` turns peaks down."""
+    """Samples (N, 2) within full scale: `clip` cuts, `normalize` scales the highest to 1, `limit` turns peaks down.
+
+    int16 samples, which are within full scale, come back as they are unless they are scaled.
+    """
     import torch
     from torch.nn import functional
 
+    if not samples.is_floating_point():
+        if peak != "normalize":
+            return samples
+        samples = as_float(samples)
     if peak == "normalize":
         highest = samples.abs().max() if samples.numel() else torch.tensor(0.0)
         return (samples / highest if highest > 0 else samples).clamp(-1.0, 1.0)
@@ -71,11 +79,11 @@ def tame(samples: Tensor, peak: str) -> Tensor:
 
 
 def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, Any], rate: int = SAMPLE_RATE) -> None:
-    """Write a sound file, its format by the extension, from fp32 samples (N, channels) within full scale, atomically.
+    """Write a sound file, its format by the extension, from samples (N, channels) within full scale, fp32 or int16.
 
-    `bits` is 16, 24 or 32f; the lossy formats have none, and Opus is written at 48 kHz. The metadata goes into the
-    comment as JSON, the beginning of its "prompt" into the title. In a WAV long texts are cut and end in an ellipsis,
-    because libsndfile drops every text when they are more than 2 kB together. Raises ToolError.
+    The file appears whole. `bits` is 16, 24 or 32f; the lossy formats have none, and Opus is written at 48 kHz. The
+    metadata goes into the comment as JSON, the beginning of its "prompt" into the title. In a WAV long texts are cut
+    and end in an ellipsis, because libsndfile drops every text when they are more than 2 kB together. Raises ToolError.
     """
     with _written(path), atomic_path(path) as temporary:
         write_sound(os.fsencode(temporary), path.suffix.lower(), samples, bits, metadata, rate)
@@ -89,12 +97,13 @@ def write_sound(
     import numpy as np
     import soundfile
 
-    values: np.ndarray = np.asarray(samples, np.float32)
+    ready = suffix not in CODECS and bits == "16" and not samples.is_floating_point()
+    values: np.ndarray = np.asarray(samples if ready else as_float(samples))
     if suffix == ".opus" and rate != OPUS_RATE:
         import soxr
 
         values, rate = np.clip(soxr.resample(values, rate, OPUS_RATE, quality="VHQ"), -1.0, 1.0), OPUS_RATE
-    elif suffix not in CODECS:
+    elif suffix not in CODECS and not ready:
         values = _quantized(values, bits)
     subtype = CODECS.get(suffix, BITS[bits])
     with soundfile.SoundFile(target, "w", rate, values.shape[1], subtype, format=FORMATS[suffix]) as sound:
@@ -111,7 +120,7 @@ def _quantized(values: np.ndarray, bits: str) -> np.ndarray:
     import numpy as np
 
     if bits == "16":
-        return np.round(values * np.float32(32767)).astype(np.int16)
+        return np.round(values * np.float32(FULL_SCALE)).astype(np.int16)
     if bits == "24":  # libsndfile takes the upper 24 of 32 bits
         return np.round(values.astype(np.float64) * 8388607).astype(np.int32) << 8
     return values

@@ -1,4 +1,4 @@
-"""Samples in memory, as a request takes them instead of a sound file."""
+"""Samples in memory: those that a request takes instead of a sound file, and 16-bit ones as floating point."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.errors import InvalidRequest
-from sa3_trt_core.shapes import AUDIO_CHANNELS
+from sa3_trt_core.shapes import AUDIO_CHANNELS, FULL_SCALE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,3 +38,16 @@ def as_waveform(samples: object, sample_rate: object) -> Waveform:
         rates = f"{LOWEST_RATE} to {HIGHEST_RATE} Hz"
         raise InvalidRequest(f"the sample rate of `init_audio` is {sample_rate!r}", f"give a whole number from {rates}")
     return Waveform(shaped, int(str(sample_rate)))
+
+
+def as_float(samples: Tensor) -> Tensor:
+    """Return fp32 samples of full scale 1; 16-bit integers are divided by FULL_SCALE, other dtypes returned as fp32."""
+    return samples.float() if samples.is_floating_point() else samples / FULL_SCALE
+
+
+def peak(samples: Tensor) -> float:
+    """Return the largest magnitude of samples (N, channels), where full scale is 1; 0 without samples."""
+    if not samples.numel():
+        return 0.0
+    low, high = (float(value) for value in samples.aminmax())
+    return max(-low, high) / (1.0 if samples.is_floating_point() else FULL_SCALE)

@@ -72,7 +72,7 @@ def write_sounds(generator: Generator, job: Job, totals: report.Totals, on_progr
     started = time.perf_counter()
     for index, result in _results(generator, job, on_progress):
         totals.add(result.timings, result.memory)
-        totals.peaks[index] = float(result.audio.abs().max())
+        totals.peaks[index] = result.peak
         write_sound(job, index, result, ids, totals)
     totals.devices |= generator.engines.devices
     totals.elapsed += time.perf_counter() - started
@@ -94,7 +94,7 @@ def write_sound(job: Job, index: int, result: Result, ids: Mapping[str, str | No
     """Write one sound of a job; what it took is added to `totals`. Raises ToolError."""
     args, request, started = job.options, job.requests[index], time.perf_counter()
     about = again.metadata(request, vars(job.flags), ids)
-    audio_io.write_audio(job.outs[index], audio_io.tame(result.audio, args.peak), args.bits, about)
+    audio_io.write_audio(job.outs[index], audio_io.tame(result.samples, args.peak), args.bits, about)
     if args.save_latents is not None:
         _write_latents(args.save_latents, request, result)
     totals.add({"write": time.perf_counter() - started})

@@ -97,6 +97,19 @@ def test_clip_is_the_models_own() -> None:
     assert audio_io.tame(samples, "clip").tolist() == [[0.5, -1.0], [1.0, 0.0]]
 
 
+@pytest.mark.parametrize("peak", audio_io.PEAKS)
+@pytest.mark.parametrize(("name", "bits"), [("a.wav", "16"), ("a.wav", "24"), ("a.wav", "32f"), ("a.flac", "16")])
+def test_16_bit_samples_give_the_file_of_their_floating_point_form(
+    tmp_path: Path, name: str, bits: str, peak: str
+) -> None:
+    pcm = torch.randint(-32767, 32768, (5000, 2), dtype=torch.int16)
+    files = [tmp_path / "whole" / name, tmp_path / "float" / name]
+    for file, samples in zip(files, (pcm, pcm / 32767), strict=True):
+        file.parent.mkdir()
+        audio_io.write_audio(file, audio_io.tame(samples, peak), bits, {"prompt": "x"})
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @given(st.floats(0.01, 8.0))
 @settings(max_examples=20, deadline=None)
 def test_normalize_scales_and_no_more(gain: float) -> None:

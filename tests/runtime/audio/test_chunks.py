@@ -18,7 +18,7 @@ from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.audio.tiling import CONTEXT, MAX_SHOT_LENGTH, MIN_CHUNK, chunks
 from sa3_trt_core.engines.base import DeviceEngine
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
-from sa3_trt_core.shapes import MAX_FRAMES
+from sa3_trt_core.shapes import MAX_FRAMES, latent_frames, valid_frames
 from sa3_trt_core.targets import find_dit
 
 REACH = find_dit("medium").reach or 0
@@ -53,6 +53,20 @@ class Blurring(DeviceEngine):
         frames = torch.nn.functional.conv1d(inputs["audio"][:, :1, ::4096], window, padding=REACH)
         self.lengths.append(frames.shape[-1])
         return {"latent": frames.expand(1, 256, -1)}
+
+
+@given(st.floats(0.01, 40.0), st.sampled_from([0, MIN_CHUNK]))
+@settings(max_examples=25, deadline=None)
+def test_a_sound_needs_the_latents_within_the_decoders_reach_and_no_others(seconds: float, size: int) -> None:
+    frames = valid_frames(seconds, latent_frames(seconds))
+    latents = torch.randint(-8, 9, (1, 256, frames)).float()
+    sounds = [
+        autoencoder.finish(autoencoder.decode(Blurring(), latents[..., :count], size), seconds)
+        for count in (frames, autoencoder.required_frames(seconds, frames, REACH))
+    ]
+    assert torch.equal(*sounds)
+    assert autoencoder.required_frames(seconds, frames, REACH) < frames
+    assert autoencoder.required_frames(seconds, frames, None) == frames
 
 
 @given(st.integers(1, 400), st.integers(MIN_CHUNK, 150))

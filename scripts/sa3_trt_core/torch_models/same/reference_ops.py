@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sa3_trt_core.shapes import FULL_SCALE
 from sa3_trt_core.torch_models.kernels.linear import Product, quantize, quantize_rows
 from sa3_trt_core.torch_models.same.weights import HEAD_CHANNELS, ROTATED_PAIRS, DynamicTanh
 
 QUERIES_AT_ONCE = 1024
-FULL_SCALE = 32767.0
 
 
 class ReferenceOps:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sa3_trt_core import shapes
 from sa3_trt_core.torch_models.kernels.store import (
     E4M3_MAX,
     LOG2_E,
@@ -31,7 +32,7 @@ from sa3_trt_core.torch_models.kernels.store import (
 
 HEAD = tl.constexpr(64)  # channels of a head
 HALF = tl.constexpr(32)  # of them: channel i turns with channel i + 32
-FULL_SCALE = tl.constexpr(32767.0)
+FULL_SCALE = tl.constexpr(float(shapes.FULL_SCALE))
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point, rounded to even
 
 
