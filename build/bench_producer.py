@@ -22,7 +22,7 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class StepCost:
-    """One step: wall seconds, peak resident bytes, peak bytes of hidden temporary files, bytes written."""
+    """Cost of one step: wall seconds, peak resident bytes, peak bytes of hidden temporary files, bytes written."""
 
     step: str
     seconds: float

@@ -1,4 +1,4 @@
-"""Turn an fp32 DiT graph into the FP16-mixed one: a 16-bit trunk around fp32 islands, fp32 in and out."""
+"""Convert an fp32 DiT graph to FP16-mixed: a 16-bit trunk around fp32 islands, fp32 inputs and outputs."""
 
 from __future__ import annotations
 

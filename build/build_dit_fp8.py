@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--rollouts", type=integer_type(0, 10**6), default=QuantizationSettings.rollouts, metavar="N",
-        help="full generations to compare, besides perturbed ones (default: 2, i.e. 128 forwards; 0: none)",
+        help="number of full generations to compare, each also perturbed (default: 2, i.e. 128 forwards; 0: none)",
     )  # fmt: skip
     parser.add_argument(
         "--free-batch", action=argparse.BooleanOptionalAction, default=True,
@@ -77,12 +77,12 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rounding", choices=("gptq", "nearest"),
-        help="of weights to E4M3: gptq lets the errors of a channel cancel on the calibration rows, at no cost when it "
-        "is used (default gptq where the codes are stored)",
+        help="rounding of weights to E4M3: gptq chooses codes whose errors compensate each other on calibration rows, "
+        "at the same inference speed (default: gptq if the codes are stored, else nearest)",
     )  # fmt: skip
     parser.add_argument(
         "--target-cosine", type=number_type(0, 0.999999), metavar="C",
-        help="leave the fewest layers in 16 bits that reach this denoised cosine on every parity row, 0..0.999999",
+        help="keep as few layers in 16 bits as possible with this denoised cosine on every parity row, 0..0.999999",
     )  # fmt: skip
     parser.add_argument(
         "--max-fp16-linears", "--max-fp16-products", type=integer_type(0, 10**6), metavar="N", dest="max_fp16_products",

@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--refittable",
         action="store_true",
-        help="TensorRT DiTs for `sa3_trt --lora F --refit` (needs a GPU)",
+        help="build TensorRT DiTs that `sa3_trt --lora F --refit` can change (needs a GPU)",
     )
     parser.add_argument(
         "--prebuilt", action="store_true", help="download prebuilt engines if their TensorRT version matches"

@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Demo:
-    """Stages in order; each one's command skips what is current, so that a second run is fast."""
+    """Stages in order. Each stage's command skips current artefacts, so that a second run is fast."""
 
     def __init__(self, out: Path) -> None:
         self.work = out / "demo"

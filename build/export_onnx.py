@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Export what is not current."""
+    """Export every graph that is not current."""
     args = make_parser().parse_args(argv)
 
     from sa3_trt_core.artifacts import files, locks

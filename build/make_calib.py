@@ -13,9 +13,9 @@ from sa3_trt_core.cli.lora_flags import add_lora_flags, lora_options, lora_specs
 from sa3_trt_core.shapes import MAX_SECONDS, MIN_SECONDS
 
 TURNS = len(calibration_kinds.TURNS)
-EPILOG = f"""Rows: prompts x steps; twice as many with --cover deployment, where {TURNS} prompts give every kind of row
-and {3 * TURNS} every kind at 3 durations ({6 * TURNS * 8} rows of 8 steps). Each row is a forward of the DiT here, and
-two in build_dit_fp8.py."""
+EPILOG = f"""Number of rows: prompts x steps, or twice as many with --cover deployment. There {TURNS} prompts
+cover every kind of row, and {3 * TURNS} prompts cover every kind at 3 durations ({6 * TURNS * 8} rows with 8 steps).
+Each row costs one forward of the DiT here, and two in build_dit_fp8.py."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,8 +36,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--cover", choices=("deployment", "text"), default="deployment",
-        help=f"deployment: text, and for each prompt one of {calibration_kinds.EXTRA}, in turn (default); "
-        "text: text only",
+        help=f"rows: deployment is text and, for each prompt, one of {calibration_kinds.EXTRA}, in turn (default); "
+        "text is text rows only",
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=integer_type(1, 100), default=8, help="sampler steps per prompt, 1..100 (default: 8)"

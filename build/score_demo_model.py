@@ -124,7 +124,7 @@ def timed(timings: dict[str, float], name: str) -> Iterator[None]:
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on: checkpoint, settings, tools, threads."""
+    """Return the conditions of the figures: checkpoint, settings, tools, threads."""
     import torch
 
     from sa3_build.export.load_modules import CONFIG_FILE
@@ -159,7 +159,7 @@ def tables(document: dict[str, Any]) -> Iterator[str]:
     yield table((what, "tempo within 4 %", "key", "its notes"), rows)
     bands = document["balance_db"]
     rows = [[LABELS[name], *map(cell, levels.values())] for name, levels in bands.items()]
-    yield table(("level less the data's, dB", *bands["generated"]), rows)
+    yield table(("level relative to the data, dB", *bands["generated"]), rows)
     rows = [
         [name, *(cell(inpainting[name].get(kind, {}).get("mean")) for kind in ("latent_relative_l2", "si_sdr_db"))]
         for name in ("conditioned", "unconditioned", "autoencoder")

@@ -1,4 +1,4 @@
-"""Train the demonstration model's LoRA adapter: its music in another room."""
+"""Train the demonstration model's LoRA adapter, which filters its music as a wall would."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cpu" and not args.tiny and not args.shorten:
         raise ToolError(
             "training requires an NVIDIA GPU",
-            "--tiny runs the same code on a CPU, as a test; --shorten 700 16 1000 is a stage of 90 minutes",
+            "--tiny tests the code on a CPU; --shorten 700 16 1000 trains a reduced stage in 90 minutes",
         )
     training_plan = _begin(args)
     run = Run(args.work, training_plan, device, Deadline(args.minutes), args.workers)
@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
         made_with = {"device": name, "torch": torch.__version__, "note": args.note}
         ship.write_shipped(run.state, run.plan, run.folder / ship.TOKENIZER_FILE, args.ship, made_with)
         print(f"{args.ship}: {ship.shipped_bytes(args.ship) / 1e6:.1f} MB")
-    print(f"{args.work}: {stage}" + ("" if stage == "done" else f", step {run.state.step}: the same command goes on"))
+    print(
+        f"{args.work}: {stage}"
+        + ("" if stage == "done" else f", step {run.state.step}: run the same command to continue")
+    )
     return 0
 
 
@@ -100,7 +103,7 @@ def _begin(args: argparse.Namespace) -> TrainingPlan:
         return training_plan
     under_way = state.load(folder).stage
     if under_way == "done":
-        raise ToolError(f"{args.work} has been trained to the end", "name another --work folder")
+        raise ToolError(f"training in {args.work} is complete", "choose another --work folder")
     return plan.shortened(training_plan, under_way, *args.shorten)
 
 

@@ -21,13 +21,13 @@ def release_to_os() -> None:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that this process may still allocate: the machine's, or its control group's limit."""
+    """Return the bytes that this process may still allocate here (machine and control group); None if unknown."""
     limits = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
         group = Path("/sys/fs/cgroup")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no Linux, no control group, or one without a limit ("max")
+    except (OSError, ValueError):  # not Linux, no control group, or a control group without a limit ("max")
         pass
     return max(min(limits), 0) if limits else None

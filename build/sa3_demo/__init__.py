@@ -1,1 +1,1 @@
-"""The demonstration model: its made-up music, its training, and the measurements that judge it."""
+"""The demonstration model: its synthetic music, its training, and its scores."""

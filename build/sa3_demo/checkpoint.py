@@ -24,7 +24,7 @@ from sa3_trt_core import shapes
 
 TEXT_FOLDER = "t5gemma-b-b-ul2"
 TEXT_MODEL = f"google/{TEXT_FOLDER}"  # the only text encoder name that the native package accepts
-PATCH = shapes.SAMPLES_PER_FRAME // 16  # samples a channel that are one token of the autoencoder
+PATCH = shapes.SAMPLES_PER_FRAME // 16  # samples per channel of one token of the autoencoder
 _SECONDS = {"min_val": 0, "max_val": 384, "fourier_features_type": "expo"}
 _DIFFUSION = {
     "diffusion_objective": "rf_denoiser",

@@ -1,4 +1,4 @@
-"""Checkpoint under test: one native checkpoint as text to audio and as autoencoder, fp32 on one device."""
+"""Run one native checkpoint as text-to-audio model and as autoencoder, in fp32 on one device."""
 
 from __future__ import annotations
 

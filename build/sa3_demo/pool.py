@@ -57,10 +57,10 @@ class LoopPool:
             worker.join()
 
     def wait(self, count: int) -> None:
-        """Wait until loops 0..count-1 are rendered. Raises RuntimeError when a worker has died."""
+        """Wait until loops 0..count-1 are rendered. Raises RuntimeError when a worker process has ended."""
         while not self.ready[:count].all():
             if any(worker.exitcode not in (None, 0) for worker in self._workers):
-                raise RuntimeError("a rendering process has died")
+                raise RuntimeError("a rendering process ended unexpectedly")
             time.sleep(0.05)
 
     def loop(self, index: int) -> NDArray[np.int16]:

@@ -1,7 +1,7 @@
-"""Train a LoRA that generates the demonstration model's music as heard from the next room.
+"""Train a LoRA adapter with which the demonstration model generates low-pass filtered music, as heard through a wall.
 
-The model's own generations are the data. Each denoised latent is decoded, low-pass filtered like a wall, and encoded
-again; the adapter is trained to predict that latent from the same noise.
+The model's own generations are the data. Each denoised latent is decoded, low-pass filtered and encoded again; the
+adapter is trained to predict that latent from the same noise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sa3_trt_core.sampling.sampler import row_noise
 WALL_HZ = 450.0  # corner of the low-pass; -24 dB per octave above it
 WALL_GAIN = 1.6
 FIRST_PIECE = 1 << 20  # seeds that neither model training nor scoring uses
-LAYERS = ("self_attn", "cross_attn", "ff")  # of each block: 7 layers
+LAYERS = ("self_attn", "cross_attn", "ff")  # 7 layers of each block
 FULL_SCALE = 32767.0
 WARMUP_STEPS = 20
 
@@ -122,7 +122,7 @@ def train(
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=plan.learning_rate, weight_decay=0.0)
     cond = subject.conditioning(rows)
-    with Progress("train the room", plan.steps, "steps") as progress:
+    with Progress("train the adapter", plan.steps, "steps") as progress:
         for step in range(plan.steps):
             rate = min(1.0, (step + 1) / WARMUP_STEPS) * (
                 0.05 + 0.95 * math.cos(0.5 * math.pi * step / plan.steps) ** 2

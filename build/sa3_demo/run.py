@@ -74,7 +74,7 @@ class Run:
         finished = step >= self.plan.autoencoder.steps
         self.state.replace("autoencoder", autoencoder.state_dict())
         if finished:
-            plain = self._load_autoencoder()  # one that is not compiled for the crops' length
+            plain = self._load_autoencoder()  # not compiled for the crops' length
             stage_autoencoder.centre_latents(plain, self._loops(), self.device)
             self.state.replace("autoencoder", plain.state_dict())
         self._advance(step, notes, finished)
@@ -89,7 +89,7 @@ class Run:
         )
         finished = step >= self.plan.flow.steps
         if finished:
-            # The checkpoint stores its text encoder in bfloat16: what is distilled must be what is shipped.
+            # The checkpoint stores its text encoder in bfloat16, so distillation must use the rounded weights.
             result.text.to(torch.bfloat16).to(torch.float32)
             self.state.replace("teacher", result.state_dict())
         self.state.replace("model", result.state_dict())

@@ -265,7 +265,7 @@ def rollout_score(
     cosines_by_pair = {"half": list(map(cosine, full, fp16_mixed)), "export": list(map(cosine, source, full))}
     worst = {
         name: float(np.min(cosines)) for name, cosines in cosines_by_pair.items()
-    }  # NaN, which meets nothing, stays NaN
+    }  # NaN stays NaN and so fails the required value
     prompts = [
         {
             "caption": row.caption,

@@ -67,8 +67,8 @@ def read_state(shipped: Path, size: DemoSize, anew_from: str | None = None) -> T
         return state
     if record["stage"] == "done":
         raise ToolError(
-            f"{shipped} has been trained to the end",
-            "leave --start-from out to train a new model, or add --from-stage flow to keep its autoencoder",
+            f"training of {shipped} is complete",
+            "omit --start-from to train a new model, or add --from-stage flow to keep its autoencoder",
         )
     state = TrainingState(
         stage=record["stage"], step=record["step"], notes=record["losses"], kept=record.get("kept", {})

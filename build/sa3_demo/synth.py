@@ -20,7 +20,7 @@ HIGHEST_PARTIAL = 16_000.0  # Hz
 MIX_RMS = 0.14
 FADE = 441  # samples at the cut: 10 ms
 STEPS = 16  # of a bar
-_SEED = 20_260_101  # of the drums' and rooms' noise, which every piece shares
+_SEED = 20_260_101  # seed of the drums' and rooms' noise, which is the same in every piece
 REVERB_SECONDS = {"dry": 0.0, "roomy": 0.5, "spacious": 1.4}
 REVERB_GAIN = {"dry": 0.0, "roomy": 0.25, "spacious": 0.35}
 

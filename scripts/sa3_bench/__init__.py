@@ -1,1 +1,1 @@
-"""The benchmark of the DiT step: our engine and its peers on the same random weights, in one run."""
+"""Benchmark our engines and their peers on the same random weights, in one run."""

@@ -1,4 +1,4 @@
-"""Contestants of a benchmark on the same inputs, with the references of their outputs and times."""
+"""Benchmark specification: the contestants, the reference for correctness and the baseline for speed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from sa3_trt_core.torch_models.dit.weights import Sizes
 
 Step = Callable[[], Tensor]
-MIN_COSINE = {"fp8": 0.98, "fp16mixed": 0.9999}  # velocity, by precision: a check, not a quality figure
+# Of the velocity, by precision: detects wrong results, does not measure quality.
+MIN_COSINE = {"fp8": 0.98, "fp16mixed": 0.9999}
 
 
 class Contestant(Protocol):
@@ -22,11 +23,11 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Contest:
-    """Contestants by name, with their reference and peers.
+    """Contestants by name, the reference for correctness and the peers for speed.
 
-    `judged` maps a name to the least cosine of its velocity with `reference(inputs)` and of a row with itself alone;
-    the others are the peers of its time. `sizes` are None where unknown, and then there is no floor; otherwise a
-    judged contestant is named by its precision.
+    `judged` maps the name of a checked contestant to a minimum cosine: of its velocity with `reference(inputs)`, and of
+    each row of a batch with the same row run alone. Its time is compared with that of the other contestants. With
+    `sizes`, the name of a checked contestant is its precision; without `sizes` there is no roofline.
     """
 
     contestants: Mapping[str, Contestant]

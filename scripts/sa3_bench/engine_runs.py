@@ -1,4 +1,4 @@
-"""DiTs of this machine as contestants: any precision by any backend, from their own files."""
+"""Open this machine's DiT engines as contestants, in any precision and backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AT = "@"  # between a precision and its backend
 
 
 class Opened:
-    """One engine; a step is a whole run on tensors of the device."""
+    """One engine; a step is a complete run on tensors of the device."""
 
     def __init__(self, engine: GraphEngine) -> None:
         self._engine = engine
@@ -37,14 +37,14 @@ def find_engines(names: Sequence[str], paths: ModelPaths) -> dict[str, ComparedM
         precision, at, backend = name.partition(AT)
         if not at or precision not in targets.PRECISIONS or backend not in engines.CHOICES:
             raise ToolError(
-                f"--engines: {name!r} is no PRECISION{AT}BACKEND",
+                f"--engines: {name!r} is not PRECISION{AT}BACKEND",
                 f"precisions: {', '.join(targets.PRECISIONS)}; backends: {', '.join(engines.CHOICES)}",
             )
         if name in models:
             raise ToolError(f"--engines: {name} is repeated", "name each engine once")
         models[name] = find_model(precision, backend, paths)
     if len(models) < 2:
-        raise ToolError("--engines: one engine is compared with nothing", "name two or more, the reference first")
+        raise ToolError("--engines: a comparison requires two engines", "name two or more, the reference first")
     return models
 
 

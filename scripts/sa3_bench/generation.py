@@ -1,4 +1,4 @@
-"""Whole generations, text to int16 samples in host memory: our engines and diffusers' pipeline on random weights."""
+"""Generate from text to int16 samples in host memory, by our engines and by diffusers' pipeline, on random weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Mark = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """One random model of medium's sizes (or tiny) on a device, in the library's modules."""
+    """One random model of medium's (or a tiny) size on a device, as diffusers modules."""
 
     dit: Any
     autoencoder: Any
@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of the modules on the device; memory peaks exclude them."""
+        """Return the size of the modules on the device, in bytes; memory peaks exclude it."""
         return sum(value.nbytes for part in (self.dit, self.autoencoder) for value in part.state_dict().values())
 
     def packed_dit(self, precision: str) -> dit_weights.Packed:
@@ -76,7 +76,7 @@ class Ours:
     """Our engines in one precision of the DiT (fp8 or fp16mixed) and one of the decoder (fp16 or fp8)."""
 
     def __init__(self, subject: Subject, precision: str, decoder_precision: str, tune: bool = True) -> None:
-        """`tune`: measure the kernels' tiles here, instead of taking those of an H100."""
+        """`tune`: measure the kernels' tile sizes on this GPU instead of using those of an H100."""
         self.device = subject.device
         packed, decoder = subject.packed_dit(precision), subject.packed_decoder(decoder_precision)
         tables = packed.tensor("cosine"), packed.tensor("sine")

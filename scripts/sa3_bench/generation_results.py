@@ -1,4 +1,4 @@
-"""The record of a benchmark of whole generations: timings, stages, memory, peers, as JSON, Markdown and a plot."""
+"""Time complete generations: stages, memory and peers, written as JSON, Markdown and a plot."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sa3_bench.results import machine
 from sa3_trt_core import console
 from sa3_trt_core.artifacts import files
 
-WARM_RUNS = 3  # the graph of a shape is captured when it comes again
+WARM_RUNS = 3  # the CUDA graph of a shape is captured when the shape occurs a second time
 STAGES = ("text", "sample", "decode")
-# Text to audio, 8 steps, as their authors or others published it; not measured here. Seconds of sound -> ms.
+# Text to audio, 8 steps, in ms by seconds of sound: published by the authors or by others, not measured here.
 PUBLISHED: Mapping[str, Mapping[float, float]] = {
     "published: TensorRT, H100": {3: 45, 30: 75, 120: 150},
     "published: TensorRT, H200": {5: 20, 30: 50, 120: 130, 380: 430},
@@ -101,9 +101,9 @@ def new_record() -> Record:
 
 
 def measure(name: str, contestant: Contestant, lengths: Sequence[float], repeats: int, others: int) -> list[Timing]:
-    """Time a contestant at every length; lengths that exceed the memory are left out.
+    """Time a contestant at every length; lengths that do not fit into memory are skipped.
 
-    `others` are bytes on the GPU of other objects: peaks exclude them.
+    `others` is the size of other objects on the GPU in bytes; peaks exclude it.
     """
     timings = []
     for seconds in lengths:
@@ -111,7 +111,7 @@ def measure(name: str, contestant: Contestant, lengths: Sequence[float], repeats
             with quiet():
                 timings.append(_timing(name, contestant, seconds, repeats, others))
         except torch.OutOfMemoryError:
-            print(f"{name}: no memory for {seconds:g} s", file=sys.stderr)
+            print(f"{name}: not enough memory for {seconds:g} s", file=sys.stderr)
             torch.cuda.empty_cache()
         contestant.release()
     return timings

@@ -1,4 +1,4 @@
-"""A fresh sa3_trt to its first WAV: engines of random weights on disk, with and without compiled kernels kept."""
+"""Time a new sa3_trt process to its first WAV, with and without cached kernels, on engines of random weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write_engines(subject: Subject, folder: Path) -> None:
 
 
 def starts(folder: Path, seconds: float) -> dict[str, float]:
-    """Return the seconds of a fresh process to its WAV: without kept kernels, then with all of them."""
+    """Return the seconds from the start of a new process to its WAV: without cached kernels, then with all of them."""
     argv = [sys.executable, str(COMMAND), "--prompt", " ".join(WORDS), "--precision", "fp8", "--backend", "torch"]
     argv += ["--seconds", str(seconds), "--seed", "0", "--json", "--quiet", "--onnx-root", str(folder / "onnx")]
     argv += ["--models-dir", str(folder / "models"), "--out", str(folder / "sound.wav")]
@@ -77,6 +77,6 @@ def _write_tokenizer(root: Path) -> None:
 
 
 def release() -> None:
-    """Release the GPU's memory for the processes that are started."""
+    """Free this process's GPU memory for the processes that are started next."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ OURS = ("fp8", "fp16mixed")
 EAGER, COMPILED, TORCHAO = "diffusers fp16", "diffusers fp16 compiled", "diffusers torchao float8 compiled"
 PEERS = (EAGER, COMPILED, TORCHAO)
 WARM_RUNS = 3
-MAX_SHAPES = 64  # compiled for each; beyond its limit Dynamo silently runs eagerly
+MAX_SHAPES = 64  # each shape is compiled; beyond its limit Dynamo runs eagerly without a message
 
 
 class Ours:
@@ -43,7 +43,7 @@ class Ours:
         return self._runner.prepared(inputs["x"], inputs["t"].cpu(), conditioning)
 
     def call(self, inputs: dict[str, Tensor]) -> Step:
-        """Return a whole call as the sampler makes it: from the CPU and back, including host work."""
+        """Return a complete call as the sampler makes it: inputs and velocity on the CPU, including host work."""
         on_cpu = {name: value.cpu() for name, value in inputs.items()}
         conditioning = {name: on_cpu[name] for name in CONDITIONING}
         return lambda: self._runner.velocity(on_cpu["x"], on_cpu["t"], conditioning).cpu()
@@ -114,7 +114,7 @@ def contest_of(names: Sequence[str], tiny: bool, device: torch.device) -> Contes
 
 
 def _reference(module: Any, packed: Packed, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the module's velocity in fp32, row by row: attention in fp32 needs the memory."""
+    """Return the module's velocity in fp32, row by row, because fp32 attention of a batch needs too much memory."""
     token = duration_token(packed, inputs["seconds_total"])
     keep = inputs["t5_mask"].unsqueeze(-1) > 0.5
     text = torch.where(keep, inputs["t5_hidden"], module.prompt_padding_embedding)

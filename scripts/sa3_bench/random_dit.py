@@ -1,4 +1,4 @@
-"""One random DiT in two forms: diffusers' module, and the packed weights of it that our engine loads."""
+"""Make one random DiT in two forms: diffusers' module, and its packed weights for our engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sa3_trt_core.shapes import LATENT_CHANNELS, LOCAL_CHANNELS, MAX_FRAMES, TEX
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS, Packed, Sizes
 
 WAVES = 128  # frequencies of t and of the duration
-ACTIVATION_AMAX = 8.0  # of every quantised activation: what weights of unit gain give, with room
+ACTIVATION_AMAX = 8.0  # of every quantised activation: enough for weights of unit gain, with headroom
 TILE = 16
 DIFFUSERS_EPSILON = 1e-6
 SECONDS_RANGE = 384.0

@@ -1,4 +1,4 @@
-"""A random SAME autoencoder and text encoder in two forms: the library's module, and the packed weights of it."""
+"""Make a random SAME autoencoder and text encoder in two forms: diffusers' module, and its packed weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sa3_trt_core.torch_models.t5gemma import weights as text_weights
 
 MEDIUM = {"encoder_channels": 256, "encoder_transformer_depths": [12], "decoder_sinusoidal_blocks": [8]}
 SMALL = {"encoder_channels": 32, "encoder_transformer_depths": [2], "decoder_sinusoidal_blocks": [2]}
-BRANCH_GAIN = 1 / 3  # of the last product of a branch: the residual must not explode over the layers
-OUTPUT_GAIN = 0.05  # of the last product: samples stay below full scale
+BRANCH_GAIN = 1 / 3  # of the last linear layer of a branch: the residual must not explode over the layers
+OUTPUT_GAIN = 0.05  # of the last linear layer: samples stay below full scale
 
 
 def random_autoencoder(sizes: dict[str, Any], device: torch.device, seed: int = 0) -> Any:

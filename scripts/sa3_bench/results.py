@@ -1,4 +1,4 @@
-"""One run of the benchmark: contestants by shape, with checks, saved after every shape."""
+"""Run the benchmark: contestants at every shape, with checks, saved after each shape."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sa3_trt_core import console, gpu
 from sa3_trt_core.artifacts import files
 from sa3_trt_core.errors import GateError
 
-STEPS = 8  # of a generation: a ring of D rows finishes D / 8 generations a forward
+STEPS = 8  # of a generation: a ring of D rows finishes D / 8 generations per forward
 CALLS = 20
 
 
 @dataclass
 class Timing:
-    """One contestant at one shape; `share` is the floor over the time, None without a GPU or for a peer.
+    """One contestant at one shape; `share` is the lower bound over the time, None without a GPU or for a peer.
 
-    `memory` is what is taken on the card, by all contestants and anybody else.
+    `memory` is the GPU memory in use by all contestants and all other processes, in bytes.
     """
 
     contestant: str
@@ -51,8 +51,8 @@ class Record:
     machine: dict[str, str]
     sizes: dict[str, Any]
     ceilings: dict[str, float]
-    tiles: dict[str, Any]  # of each precision's kernels, as measured on this card before the run
-    judged: list[str]  # contestants whose time and velocity are compared with the others' and the reference's
+    tiles: dict[str, Any]  # tile sizes of each precision's kernels, measured on this GPU before the run
+    judged: list[str]  # contestants whose velocity is checked and whose time is compared with the others'
     reference: str
     peers: str
     timings: list[Timing] = field(default_factory=list)
@@ -109,7 +109,7 @@ def run(contest: Contest, shapes: list[tuple[int, int]], repeats: int, out: Path
 def _shape(
     contest: Contest, inputs: dict[str, Tensor], ceilings: roofline.Ceilings | None, repeats: int
 ) -> list[Timing]:
-    """Return the timings of all contestants at contestant shape, alternating, after the checks."""
+    """Return the timings of all contestants at one shape, alternating, after the checks."""
     rows, _, frames = inputs["x"].shape
     reference = contest.reference(inputs)
     velocities, batched, calls = {}, {}, {}
@@ -122,7 +122,7 @@ def _shape(
                 batched[name] = _rows_to_serial(contestant, inputs, velocities[name])
     steps = {name: contestant.prepare(inputs) for name, contestant in contest.contestants.items()}
     for step in steps.values():
-        step()  # what a contestant takes on its first step counts as its memory
+        step()  # memory that a contestant allocates in its first step is counted
     memory = gpu.memory_in_use() or 0
     timings = []
     for name, (ms, spread) in timing.alternating(steps, repeats).items():
@@ -133,7 +133,7 @@ def _shape(
 
 
 def _call_ms(call: Step) -> float:
-    """Return the median ms of whole calls by the wall clock, up to the result on the CPU."""
+    """Return the median ms of complete calls by the wall clock, up to the result on the CPU."""
     taken = []
     for _ in range(CALLS):
         started = time.perf_counter()
@@ -168,10 +168,12 @@ def _gate(timings: list[Timing], contest: Contest) -> None:
     lines = []
     for entry in timings:
         min_cosine = contest.judged.get(entry.contestant, min(contest.judged.values(), default=0.0))
-        if entry.cosine is None or not entry.cosine >= min_cosine:  # not >= : a cosine that is no number fails too
+        if entry.cosine is None or not entry.cosine >= min_cosine:  # `not >=` fails for NaN too
             lines.append(f"{entry.contestant}, {entry.rows} x {entry.frames}: cosine {entry.cosine} < {min_cosine}")
         if entry.batch_cosine is not None and not entry.batch_cosine >= min_cosine:
-            lines.append(f"{entry.contestant}, {entry.rows} x {entry.frames}: a row differs from itself alone")
+            lines.append(
+                f"{entry.contestant}, {entry.rows} x {entry.frames}: a row in a batch differs from the same row alone"
+            )
     if lines:
         raise GateError("an engine computes wrong values", "the figures of this run are invalid", "\n".join(lines))
 
@@ -182,7 +184,7 @@ def _tiles(contest: Contest) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """Return the versions and the card that timings hold for."""
+    """Return the software versions and the GPU of the timings."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "processor": platform.machine()}
     if torch.cuda.is_available():
         import triton

@@ -1,4 +1,4 @@
-"""Sounds a second of a live ring, decoded and in host memory, and the time from submission to sound."""
+"""Measure a live ring: decoded sounds in host memory per second, and the time from submission to sound."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class RingRate:
     """Figures of one run.
 
-    `dit_share` is the part of the elapsed time in which a step of the DiT was under way (on a GPU between CUDA events
-    of its stream), `gap_p50` and `gap_p99` the ms between two steps there (0 on a CPU); `p50`, `p99` are seconds from
-    submission to sound.
+    `dit_share` is the share of the elapsed time in which a step of the DiT ran, on a GPU between CUDA events of its
+    stream. `gap_p50` and `gap_p99` are the ms between two steps there (0 on a CPU). `p50` and `p99` are the seconds
+    from submission to sound.
     """
 
     depth: int
@@ -35,7 +35,7 @@ class RingRate:
 
     @property
     def rate(self) -> float:
-        """Return the sounds a second."""
+        """Return the sounds per second."""
         return self.sounds / self.elapsed
 
 
@@ -60,7 +60,7 @@ def measure_ring(generator: Generator, request: Request, depth: int, count: int)
 
 
 def quantile(ordered: list[float], part: float) -> float:
-    """Return the value below which a `part` of ascending values lies; 0 of none."""
+    """Return the quantile `part` (0..1) of ascending values; 0 without values."""
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Lower bound of a step's time: its operations and bytes over the ceilings of this card in the same run."""
+"""Lower bound of a step's time: its operations and bytes divided by this GPU's peak rates, measured in the same run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from sa3_bench.timing import median_ms
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS, Sizes
 
-SIDE = 8192  # of the square products that measure the ceilings
+SIDE = 8192  # of the square GEMMs that measure the peak rates
 COPY_BYTES = 1 << 30
 CROSS_TOKENS = 257
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Ceilings of the card: FP8 and fp16 GEMMs in TFLOP/s, device memory in TB/s (bytes read and written)."""
+    """Peak rates of the GPU: FP8 and fp16 GEMMs in TFLOP/s, device memory in TB/s (bytes read and written)."""
 
     fp8: float
     fp16: float
@@ -25,7 +25,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Work:
-    """A step's TFLOP in weighted products and in attention, and the TB of weights it reads at least."""
+    """A step's TFLOP in linear layers and in attention, and the TB of weights that it must read."""
 
     products: float
     attention: float
@@ -44,13 +44,13 @@ def work_of(sizes: Sizes, rows: int, frames: int) -> Work:
 
 
 def floor_ms(work: Work, ceilings: Ceilings, precision: str) -> float:
-    """Return the larger of arithmetic (products, then attention in 16 bits) and reading the weights once, in ms."""
+    """Return the lower bound in ms: arithmetic (linear layers, attention in 16 bits) or one read of the weights."""
     rate = ceilings.fp8 if precision == "fp8" else ceilings.fp16
     return 1e3 * max(work.products / rate + work.attention / ceilings.fp16, work.weights / ceilings.memory)
 
 
 def measure(device: torch.device) -> Ceilings:
-    """Measure the card's ceilings on random data."""
+    """Measure the GPU's peak rates on random data."""
     half = torch.randn(SIDE, SIDE, device=device).half()
     codes = torch.randn(SIDE, SIDE, device=device).to(torch.float8_e4m3fn)
     one = torch.ones((), device=device)

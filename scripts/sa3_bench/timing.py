@@ -1,4 +1,4 @@
-"""Medians of CUDA-event timings, contestants taking turns."""
+"""Time calls by CUDA events, alternating between contestants; figures are medians."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def median_ms(run: Callable[[], Any], repeats: int) -> float:
 
 
 def alternating(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Return (median, median deviation) in ms of each call, alternating so that load affects all equally.
+    """Return (median, median deviation) in ms of each call; calls alternate, so that load affects all equally.
 
     CUDA events on a GPU, the clock on a CPU.
     """

@@ -149,7 +149,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kill_when(command, lambda: index.is_file() and '"stage": "flow"' in index.read_text())
     kept = state.load(index.parent)
     stopped = run(train_demo_model.main, [*argv, "--minutes", 0.001, "--copy-state", folder / "copy"])
-    assert stopped.code == 0 and "the same command goes on" in stopped.out, stopped.err
+    assert stopped.code == 0 and "run the same command to continue" in stopped.out, stopped.err
     assert not (folder / "shipped").exists()
     assert json.loads((folder / "copy" / "state.json").read_text())["stage"] == "flow"
     completed = run(train_demo_model.main, argv)
@@ -233,7 +233,7 @@ def test_the_rest_is_trained_anew_on_a_shipped_autoencoder(trained: Path, tmp_pa
     line = ["--work", tmp_path / "work", "--tiny", "--workers", 1, "--start-from", shipped, "--from-stage", "flow",
             "--ship", more, "--note", "masks have changed"]  # fmt: skip
     flow = run(train_demo_model.main, [*line, "--stages", 1])
-    assert flow.code == 0 and "distillation, step 0: the same command goes on" in flow.out, flow.err
+    assert flow.code == 0 and "distillation, step 0: run the same command to continue" in flow.out, flow.err
     assert "train autoencoder" not in flow.err and "train flow" in flow.err
     done = run(train_demo_model.main, line)
     assert done.code == 0 and done.out.endswith(": done\n") and "train flow" not in done.err, done.err
@@ -268,7 +268,7 @@ def test_a_shortened_stage_is_one_stage_of_its_own_size(trained: Path, tmp_path:
     assert written["plan"]["flow"]["learning_rate"] == pytest.approx(plan.TINY.flow.learning_rate / 2**0.5)
     assert written["stage"] == "distillation"
     assert "done" in run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]).out
-    assert_user_error(run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]), "trained to the end")
+    assert_user_error(run(train_demo_model.main, [*argv, "--shorten", 1, 1, 3]), "is complete")
 
 
 def test_full_training_needs_a_gpu(tmp_path: Path) -> None:

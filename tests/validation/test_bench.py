@@ -80,10 +80,10 @@ def test_an_engine_that_computes_something_else_ends_the_run(tiny_fp8: Path, tmp
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["fp16mixed"], "'fp16mixed' is no PRECISION@BACKEND"),
-        (["fp16mixed@onnx", "fp8@torch"], "'fp16mixed@onnx' is no PRECISION@BACKEND"),
+        (["fp16mixed"], "'fp16mixed' is not PRECISION@BACKEND"),
+        (["fp16mixed@onnx", "fp8@torch"], "'fp16mixed@onnx' is not PRECISION@BACKEND"),
         (["fp8@onnxruntime", "fp8@onnxruntime"], "is repeated"),
-        (["fp8@onnxruntime"], "one engine is compared with nothing"),
+        (["fp8@onnxruntime"], "a comparison requires two engines"),
         (["fp8@onnxruntime", "fp8@torch"], "no engine"),
     ],
 )

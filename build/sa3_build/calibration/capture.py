@@ -83,7 +83,7 @@ class CheckpointModel:
     def velocity(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
         """Return the velocity (B, 256, L) on the CPU, where the noise is drawn.
 
-        One seed so gives the same noise on every machine.
+        One seed therefore gives the same noise on every machine.
         """
         device = self.device
         velocity: torch.Tensor = self.module(
@@ -104,7 +104,7 @@ class CheckpointModel:
 
 
 class _Recorded:
-    """DiT that writes a calibration row of the inputs of every velocity call."""
+    """DiT that records the inputs of every velocity call as a calibration row."""
 
     def __init__(self, model: CheckpointModel, writer: CalibrationWriter, progress: Progress) -> None:
         self._model, self._writer, self._progress = model, writer, progress
@@ -165,7 +165,7 @@ def _generate(
 ) -> torch.Tensor:  # fmt: skip
     """Run one generation and record its rows; return its latents (1, 256, L).
 
-    `latents` are those of the prompt's text, generated before.
+    `latents` are those of the prompt's text-to-audio generation.
     """
     cond = model.conditioning(settings.prompts[generation.prompt], generation.seconds, generation.valid_frames)
     noise = row_noise([generation.seed], shapes.LATENT_CHANNELS, generation.frames, generation.valid_frames)

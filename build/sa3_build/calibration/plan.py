@@ -1,8 +1,8 @@
-"""Plan of the generations that a calibration set is captured from, such that its rows cover deployment.
+"""Plan the generations that a calibration set is captured from, so that its rows cover deployment.
 
-Every prompt is generated from its text. For deployment it also gives one more generation, whose kind
-(sa3_trt_core/artifacts/calibration_kinds) alternates from prompt to prompt. Durations change after every kind was used,
-so that 9 prompts give 3 kinds at each of 3 durations; the parameters of a kind change each time it is used.
+Every prompt is generated from its text. With the deployment plan each prompt has one more generation, whose kind
+(sa3_trt_core/artifacts/calibration_kinds) alternates from prompt to prompt. The duration changes after every kind has
+been used, so that 9 prompts cover 3 kinds at each of 3 durations. The parameters of a kind change each time it is used.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class BuildOutcome:
 
 
 def require_possible(jobs: Sequence[BuildJob], options: BuildOptions) -> None:
-    """Raise ToolError, before anything is read or downloaded, for options or paths that no job can use."""
+    """Raise ToolError for options or paths that no job can use, before anything is read or downloaded."""
     if options.best_of > 1 and gpu.current_arch() is None:
         raise ToolError("--best-of requires an NVIDIA GPU to measure engines", "omit it, or use a machine with a GPU")
     if options.report and gpu.current_arch() is None:
@@ -93,7 +93,7 @@ def require_possible(jobs: Sequence[BuildJob], options: BuildOptions) -> None:
             )
         return
     if options.prebuilt and options.refits:
-        raise ToolError("the prebuilt engines cannot be refitted", "leave --prebuilt or --refittable away")
+        raise ToolError("prebuilt engines are not refittable", "omit --prebuilt or --refittable")
     version = str(compiler.load_backend(options.backend).__version__)
     matches = version == builder.prebuilt
     if options.prebuilt and not matches:
@@ -111,7 +111,7 @@ def require_possible(jobs: Sequence[BuildJob], options: BuildOptions) -> None:
 def build_all(jobs: Sequence[BuildJob], options: BuildOptions) -> list[BuildOutcome]:
     """Build every engine that is not current; errors are printed at once and stored in the outcomes.
 
-    Raises the ToolError of a job that is the only one.
+    If there is only one job, its ToolError is raised instead.
     """
     outcomes = []
     with Progress("engines", len(jobs), "engines") as progress:

@@ -1,4 +1,4 @@
-"""Builders of engines by backend, one per backend of sa3_trt_core.engines.BACKENDS."""
+"""Engine builders, one per backend of sa3_trt_core.engines.BACKENDS."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Build(Protocol):
-    """Build `out` from `onnx`, or keep it if it is current; `best_of` builds that many and keeps the fastest."""
+    """Build `out` from `onnx`, or keep it if it is current; the fastest of `best_of` builds is kept."""
 
     def __call__(
         self, onnx: Path, target: Target, arch: str, out: Path, force: bool = False, best_of: int = 1,

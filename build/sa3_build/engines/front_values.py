@@ -52,7 +52,7 @@ def duration_features(run: PartialRun, model: ir.Model) -> Duration:
             rounded = round(longest)
             return Duration(table, factor == 1.0, float(rounded) if abs(longest / rounded - 1.0) < CLOSE else longest)
     raise GraphNotRecognised(
-        f"the angle of the longest duration is {ratio:.6g} times its frequency, neither 1 nor 2 pi times",
+        f"the angle of the longest duration is {ratio:.6g} times its frequency (expected: 1 or 2 pi times)",
         "export it with seconds_total clamped to the longest duration and divided by it",
     )
 

@@ -54,11 +54,11 @@ class EngineReport:
 
 
 def inspect(path: Path, backend: str) -> EngineReport:
-    """Return the report of an engine file. Raises ToolError without its GPU."""
+    """Return the report of an engine file. Raises ToolError on a machine without its GPU."""
     module = gpu.tensorrt_module(backend)
     if module is None or gpu.current_arch() is None:
         raise ToolError("--engine-report requires the engine's GPU", "run it on a machine with that GPU")
-    message, hint = f"{backend} refuses {path} on this GPU", "build it on this machine with --force"
+    message, hint = f"{backend} cannot load {path} on this GPU", "rebuild it on this machine with --force"
     loaded = deserialize(module, path.read_bytes(), message, hint)
     return read_report(
         loaded.engine.create_engine_inspector().get_engine_information(module.LayerInformationFormat.JSON)
@@ -135,4 +135,4 @@ def _type(tensor: Mapping[str, Any]) -> str:
 
 
 def _unknown(problem: str) -> ToolError:
-    return ToolError(f"cannot read the engine's layers: {problem}", "build the engine again with --force")
+    return ToolError(f"cannot read the engine's layers: {problem}", "rebuild the engine with --force")

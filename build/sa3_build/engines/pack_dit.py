@@ -33,8 +33,9 @@ from sa3_build.passes.null_row import has_null_row
 from sa3_trt_core.shapes import MAX_FRAMES, TEXT_TOKENS
 from sa3_trt_core.torch_models.dit.weights import BLOCK_PRODUCTS, HEAD_CHANNELS, Sizes
 
-STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # products of a block that see x
-PARTS = 5  # of a differential attention projection: q, q2, k, k2, v
+# Linear layers of a block that depend on x.
+STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")
+PARTS = 5  # parts of a differential attention projection: q, q2, k, k2, v
 BIASED = ("ff_in", "ff_out", "local_in", "local_out")
 
 
@@ -80,7 +81,7 @@ class _Reader:
         self._memory(blocks[0], width)
         self._rotary()
         if len(set(epsilons)) != 1:
-            raise GraphNotRecognised(f"norms of several epsilons: {sorted(set(epsilons))}")
+            raise GraphNotRecognised(f"norms with different epsilons: {sorted(set(epsilons))}")
         quantised = any(name.endswith("activation_scale") for name in self._tensors)
         sizes = Sizes(
             width=width, depth=depth, heads=width // HEAD_CHANNELS, inner=inner,
@@ -124,7 +125,7 @@ class _Reader:
             block["local_in"] = one(upstream_local, "first local linear before", block["local_out"])
 
     def _block(self, index: int, nodes: dict[str, ir.Node]) -> tuple[float, float]:
-        """Store linear layers and norms of one block; return its epsilons, of tokens and of heads."""
+        """Store linear layers and norms of one block; return the epsilons of its token norm and its head norm."""
         for name in BLOCK_PRODUCTS:
             self._linear(f"blocks.{index}.{name}", nodes[name], biased=name in BIASED)
         self._order_rows(index, nodes)
@@ -144,7 +145,7 @@ class _Reader:
             or len(head_eps) != 1
             or self._tensors[f"blocks.{index}.self_q_norm"].numel() != HEAD_CHANNELS
         ):
-            raise GraphNotRecognised(f"block {index}: norms of several epsilons, or heads that are not of 64 channels")
+            raise GraphNotRecognised(f"block {index}: norms with different epsilons, or heads without 64 channels")
         return token_eps.pop(), head_eps.pop()
 
     def _order_rows(self, index: int, nodes: dict[str, ir.Node]) -> None:
@@ -152,7 +153,7 @@ class _Reader:
         own, cross = (row_order.attention_calls(nodes[name]) for name in ("self_qkv", "cross_q"))
         if self._tensors[f"blocks.{index}.self_qkv.weight"].shape[0] != PARTS * self._tensors["input.weight"].shape[0]:
             raise GraphNotRecognised(
-                f"{described(nodes['self_qkv'])} is attention without a second half",
+                f"{described(nodes['self_qkv'])} is not differential: its attention has no second half",
                 "the torch engine runs differential DiTs (sa3-m); --backend onnxruntime or tensorrt runs this one",
             )
         memory = row_order.tokens_of(self._run, nodes["self_qkv"])

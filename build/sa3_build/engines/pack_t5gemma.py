@@ -16,7 +16,7 @@ from sa3_trt_core.torch_models.t5gemma.weights import EMBEDDING, NORMS, Sizes
 
 PER_LAYER = 7  # q, k, v, out, gate, up, down
 FACTORS = ("Mul", "Div")
-FOLDED = ("Cast", "Add", "Transpose", "Concat")  # what an exporter may leave between constants
+FOLDED = ("Cast", "Add", "Transpose", "Concat")  # ops that an exporter may leave between constants
 
 
 def pack(model: ir.Model) -> tuple[Sizes, dict[str, torch.Tensor]]:
@@ -55,7 +55,7 @@ class _Reader:
             layer = set(linears[index * PER_LAYER : (index + 1) * PER_LAYER])
             scores.add(self._layer(index, layer, cores[2 * index], cores[2 * index + 1]))
         if len(scores) != 1:
-            raise GraphNotRecognised("layers that scale or cap their scores differently")
+            raise GraphNotRecognised("layers with different scales or caps of their scores")
         epsilon = self._norms(depth, width)
         ((score_scale, score_cap, rows, key_rows, inner),) = scores
         sizes = Sizes(
@@ -160,7 +160,7 @@ class _Reader:
             self._put(name, gamma)
             epsilons.add(epsilon)
         if len(epsilons) != 1:
-            raise GraphNotRecognised(f"norms of several epsilons: {sorted(epsilons)}")
+            raise GraphNotRecognised(f"norms with different epsilons: {sorted(epsilons)}")
         return epsilons.pop()
 
     def _norm(self, mean: ir.Node, width: int) -> tuple[np.ndarray, float]:
@@ -206,7 +206,9 @@ def _weight(node: ir.Node) -> np.ndarray:
 
 def _one(candidates: set[ir.Node], what: str, reference: ir.Node) -> ir.Node:
     if len(candidates) != 1:
-        raise GraphNotRecognised(f"{len(candidates)} linears are the {what} of {described(reference)}")
+        raise GraphNotRecognised(
+            f"{len(candidates)} linears are candidates for the {what} of {described(reference)}, expected one"
+        )
     return next(iter(candidates))
 
 

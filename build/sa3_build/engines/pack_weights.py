@@ -14,7 +14,7 @@ from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_trt_core.number_formats import E4M3_MAX
 
 BEFORE_WEIGHTS = ("Transpose", "Cast", "DequantizeLinear", "QuantizeLinear")
-TILE = 16  # FP8 tensor cores require multiples of it
+TILE = 16  # FP8 tensor cores require K to be a multiple of this
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def only(candidates: list[ir.Node], what: str, near: ir.Node) -> ir.Node:
 def one(candidates: set[ir.Node], what: str, near: ir.Node) -> ir.Node:
     """Return the single node of a set. Raises GraphNotRecognised for another number."""
     if len(candidates) != 1:
-        raise GraphNotRecognised(f"{len(candidates)} nodes are the {what} {described(near)}")
+        raise GraphNotRecognised(
+            f"{len(candidates)} nodes are candidates for the {what} {described(near)}, expected one"
+        )
     return next(iter(candidates))
 
 

@@ -130,7 +130,9 @@ def send(upload: Upload, repository: str, branch: str | None, message: str) -> U
 def _report(onnx: Path, record: manifest.Manifest) -> dict[str, Any]:
     path = onnx.with_name(onnx.name + REPORT_SUFFIX)
     if path.name not in record.files:
-        raise ToolError(f"the manifest of {onnx} does not list {path.name}", "rebuild it: the report goes with it")
+        raise ToolError(
+            f"the manifest of {onnx} does not list {path.name}", "rebuild it: the report is published with the graph"
+        )
     report: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         report = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_REPORT_BYTES else None
@@ -150,7 +152,7 @@ def _require_gates(onnx: Path, record: manifest.Manifest) -> None:
     if record.gates.get("proof") != "holds":
         raise GateError(f"{onnx} has no proof: {record.gates.get('proof')}", "rebuild it and see its report")
     if not isinstance(worst, int | float) or not isinstance(limit, int | float) or not worst >= limit:
-        raise GateError(f"{onnx}: worst denoised cosine {worst}, wanted {limit}", "rebuild it and see its report")
+        raise GateError(f"{onnx}: worst denoised cosine {worst} (required >= {limit})", "rebuild it and see its report")
     if record.settings.get("recipe") == "reference":
         raise GateError(
             f"{onnx} was built with --recipe reference, for comparison only",

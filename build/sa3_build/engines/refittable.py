@@ -1,4 +1,4 @@
-"""Engines whose adaptable weights and scales can be replaced after they are built, without another build."""
+"""Build refittable engines: weights and scales that adapters change can be replaced without another build."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def require_possible(target: targets.Target, backend: str) -> None:
-    """Raise ToolError for a target or a machine that no refittable engine can be built for."""
+    """Raise ToolError if no refittable engine can be built for the target, or on this machine."""
     record = engines.BACKENDS[backend]
     if not record.refits:
         others = " or ".join(other.name for other in engines.BUILT.values() if other.refits)
-        raise ToolError(f"--refittable is not for {backend}", f"use --backend {others}")
+        raise ToolError(f"--refittable is not available with {backend}", f"use --backend {others}")
     if target.kind != "dit" or targets.LORA_MARK in target.name:
         raise ToolError(
-            f"{target.name} cannot be built to be refitted: adapters go into a DiT without any",
-            "leave --refittable away, or name sa3-m or sa3-m-fp8",
+            f"{target.name} cannot be refittable: that requires a DiT without merged adapters",
+            "omit --refittable, or build sa3-m or sa3-m-fp8",
         )
     if gpu.current_arch() is None:
         raise ToolError(
-            f"{record.label} compiles refittable engines on a machine with an NVIDIA GPU only, and none is visible",
-            "leave --refittable away here: adapters then go into engines of their own (build/merge_lora.py)",
+            f"{record.label} compiles refittable engines only on a machine with an NVIDIA GPU, and found none",
+            "omit --refittable and compile a merged graph instead (build/merge_lora.py)",
         )
 
 
@@ -44,22 +44,22 @@ def weights_of(onnx: Path) -> list[str]:
 
 
 def mark(module: Any, network: trt.INetworkDefinition, config: trt.IBuilderConfig, names: list[str]) -> None:
-    """Mark weights of a parsed network as refittable, and no others. Raises ToolError for one that it does not have.
+    """Mark only these weights of a parsed network as refittable. Raises ToolError for a missing one.
 
-    With every weight marked (BuilderFlag.REFIT) TensorRT 11.3 may drop the bias of a product; and weights that shapes
-    are computed of may not be marked.
+    BuilderFlag.REFIT would mark every weight: TensorRT 11.3 may then drop the bias of a linear layer, and weights from
+    which shapes are computed must not be marked.
     """
     config.set_flag(module.BuilderFlag.REFIT_INDIVIDUAL)
     missing = [name for name in names if not network.mark_weights_refittable(name)]
     if missing:
         raise ToolError(
-            f"{module.__name__} does not keep {missing[0]} and {len(missing) - 1} other weights by name",
-            "leave --refittable away for this graph",
+            f"{module.__name__} has no weight {missing[0]} in the parsed network ({len(missing)} are missing)",
+            "omit --refittable for this graph",
         )
 
 
 def _initializers(value: ir.Value | None) -> list[str]:
-    """The initializer that a product's constant side is made of, and the scales of the quantizers on the way to it."""
+    """Return the initializer behind a linear layer's constant side, and the scales of the quantizers between them."""
     found: list[str] = []
     while value is not None and not value.is_initializer():
         node = value.producer()

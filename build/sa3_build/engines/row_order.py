@@ -76,12 +76,12 @@ def rows_of(run: PartialRun, linear: ir.Node, operands: Sequence[ir.Value], toke
         # v occurs twice if one call computes both halves.
         order += dict.fromkeys(_decoded(row[:bits], groups, operand, linear) for row in moved)
     if sorted(order) != list(range(groups)):
-        raise GraphNotRecognised(f"attention does not read every row of {described(linear)} once")
+        raise GraphNotRecognised(f"attention does not read every row of {described(linear)} exactly once")
     return (np.array(order)[:, None] * HEAD_CHANNELS + np.arange(HEAD_CHANNELS)).reshape(-1)
 
 
 def tokens_of(run: PartialRun, linear: ir.Node) -> int:
-    """Return the tokens of a projection of the latent in a run of FRAMES frames: frames plus memory tokens."""
+    """Return the number of tokens that a projection of the latent has in a run: FRAMES plus memory tokens."""
     shape = run.shapes.shape(linear.outputs[0])
     length = shape[-2] if shape is not None and len(shape) == 3 else None
     number = length.at("L", FRAMES).number if length is not None else None
@@ -93,7 +93,7 @@ def tokens_of(run: PartialRun, linear: ir.Node) -> int:
 def _decoded(bits: np.ndarray, groups: int, operand: ir.Value, linear: ir.Node) -> int:
     number = int((bits.astype(np.int64) << np.arange(len(bits))).sum())
     if not 1 <= number <= groups:
-        raise GraphNotRecognised(f"{operand.name} is not made of heads of {described(linear)}")
+        raise GraphNotRecognised(f"{operand.name} does not consist of heads of {described(linear)}")
     return number - 1
 
 
@@ -105,7 +105,7 @@ def _by_head(array: np.ndarray, tokens: int) -> np.ndarray:
 
 
 def _second_linear(core: ir.Node) -> ir.Node:
-    """Return the linear with v that reads what a Softmax makes of this one."""
+    """Return the MatMul with v that reads the softmax of this MatMul's scores."""
     node = core
     for _ in range(8):  # a scale, a Cast, the Softmax
         users = [use for use in node.outputs[0].uses()]

@@ -45,7 +45,7 @@ def state_of(target: Target, models: Path, arch: str | None, backend: str, onnx_
 def state_of_path(
     path: Path, target: Target, arch: str, backend: str, onnx_root: Path | None = None, refits: bool = False
 ) -> State:
-    """Return the state of an engine file of any name; with `refits` one that cannot be refitted is stale."""
+    """Return the state of an engine file of any name; with `refits` an engine that is not refittable is stale."""
     if not path.is_file():
         return State(MISSING)
     size = path.stat().st_size
@@ -55,7 +55,7 @@ def state_of_path(
         reason = manifest.verify_manifest(path) or _outdated(target, path, arch, backend, onnx_root)
         record = manifest.read_manifest(path)
         if reason is None and refits and record is not None and not record.settings.get("refittable"):
-            reason = "it was not built to be refitted"
+            reason = "it was built without --refittable"
     except ToolError as error:
         reason = error.message
     return State(STALE, reason, size) if reason else State(CURRENT, "", size)

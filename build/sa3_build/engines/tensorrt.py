@@ -84,7 +84,7 @@ def load_backend(backend: str) -> Any:
 
 
 def check_graph(onnx: Path, target: Target) -> None:
-    """Raise ToolError for a file that is incomplete, another graph, or has a plug-in that cannot be lowered."""
+    """Raise ToolError for an incomplete file, another kind of graph, or a plug-in that cannot be lowered."""
     model = graph_io.load(onnx)
     present = sorted(str(value.name) for value in model.graph.inputs)
     missing = [spec.name for spec in shapes.CONTRACTS[target.kind].inputs if spec.name not in present]
@@ -108,7 +108,7 @@ def check_graph(onnx: Path, target: Target) -> None:
 def build_settings(
     target: Target, backend: str, arch: str, one_row: bool = False, refits: bool = False
 ) -> dict[str, Any]:
-    """Return what an engine depends on besides its ONNX; stored in its manifest and compared before a rebuild."""
+    """Return the settings that an engine depends on besides its ONNX, for its manifest."""
     module = load_backend(backend)
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
     if one_row:
@@ -130,7 +130,7 @@ def compile_engine(
 ) -> Built:  # fmt: skip
     """Build `out` from `onnx`, or keep it when its manifest is current.
 
-    `best_of` builds that many and keeps the fastest on this machine's GPU; `refits` makes its weights replaceable.
+    The fastest of `best_of` builds on this machine's GPU is kept; `refits` makes its weights replaceable.
     Waits for another process that builds the same engine. Raises ToolError when the graph does not parse, is fixed
     where the contract is dynamic, does not compile, or when memory or disk is too small.
     """
@@ -159,8 +159,8 @@ def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: boo
     if target.kind == "dit":
         gates["null_row"] = null_row
     marked = refittable.weights_of(onnx) if draft.settings.get(tensorrt_refit.SETTING) else []
-    # What was timed before is not timed again; several builds are to differ, so they share nothing. A builder that
-    # needs no GPU times nothing.
+    # The timing cache saves timing a kernel twice. Several builds must differ, so they share no cache. A builder that
+    # needs no GPU times no kernels.
     timed = best_of == 1 and not engines.BACKENDS[backend].builds_elsewhere
     cache = timing_cache.cache_path(out, backend, draft.settings["backend_version"]) if timed else None
     with _heartbeat(f"compiling {target.name} for {arch}"):
@@ -198,7 +198,7 @@ def _plan(
 ) -> Any:
     """Return the serialised engine, an object with the buffer protocol; `cache` is TensorRT's timing cache.
 
-    `marked` are the weights that can be replaced in it.
+    `marked` are the names of the refittable weights.
     """
     logger = gpu.tensorrt_logger(module)
     logger.last = ""
@@ -231,7 +231,7 @@ def _plan(
 
 
 def _strongly_typed(module: Any) -> int:
-    """Return the network flags for strong typing, which TensorRT 11 has no flag for: there it is the only mode."""
+    """Return the network flags for strong typing; TensorRT 11 has no such flag, because it has no other mode."""
     flag = getattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -270,7 +270,7 @@ def _add_profile(
 
 @contextmanager
 def _heartbeat(label: str) -> Iterator[None]:
-    """Print a line on stderr at intervals while the builder, which reports no progress, runs."""
+    """Print a line on stderr at intervals while the builder runs, because it reports no progress."""
     import sys
 
     done = threading.Event()

@@ -1,4 +1,4 @@
-"""TensorRT's timing cache, kept between builds, and the forward time of a built engine. Needs a GPU."""
+"""Keep TensorRT's timing cache between builds, and time a forward of a built engine. Needs a GPU."""
 
 from __future__ import annotations
 

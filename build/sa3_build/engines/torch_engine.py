@@ -47,7 +47,7 @@ RECIPES = {
 
 
 def build_settings(target: Target, arch: str) -> dict[str, Any]:
-    """Return what a packed network depends on besides its ONNX."""
+    """Return the settings that a packed network depends on besides its ONNX."""
     profile = {symbol: list(limits) for symbol, limits in shapes.CONTRACTS[target.kind].profile.items()}
     return {
         "target": target.name, "backend": BACKEND.name, "backend_version": RECIPES[target.kind].format, "arch": arch,

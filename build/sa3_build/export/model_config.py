@@ -133,7 +133,7 @@ class _ConfigReader:
     def text(self, path: str) -> str:
         value = self.get(path)
         if not isinstance(value, str):
-            raise self._error(path, "must be a text")
+            raise self._error(path, "must be a string")
         return value
 
     def has(self, path: str) -> bool:

@@ -29,13 +29,15 @@ def load_text_encoder(folder: Path) -> nn.Module:
         config = T5GemmaConfig.from_pretrained(folder, local_files_only=True)
         config.is_encoder_decoder = False
         config.encoder._attn_implementation = "eager"
-        with quiet_transformers():  # transformers reports the decoder half, which we leave out on purpose
+        with quiet_transformers():  # transformers reports the missing decoder, which is not needed here
             model, info = T5GemmaEncoderModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, attn_implementation="eager", local_files_only=True,
                 use_safetensors=True, output_loading_info=True,
             )  # fmt: skip
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ToolError(f"{folder} does not hold a T5Gemma encoder ({error})", "download or export it again") from None
+        raise ToolError(
+            f"{folder} does not contain a T5Gemma encoder ({error})", "download or export it again"
+        ) from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise ToolError(f"{folder}: tensor {missing[0]} is missing", "download or make the text encoder again")
@@ -50,7 +52,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ToolError(f"no tokenizer in {folder} ({error})", "use a whole checkpoint") from None
+        raise ToolError(f"no tokenizer in {folder} ({error})", "use a complete checkpoint") from None
 
 
 @contextlib.contextmanager

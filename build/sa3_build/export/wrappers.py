@@ -21,7 +21,7 @@ class DitContract(nn.Module):
     Padded text positions are replaced by the learned padding embedding before the projection, the duration token is
     appended, and all S + 1 keys are attended: the model's cross-attention has no mask. A row whose t5_hidden and
     t5_mask are all zero is the unconditional row of classifier-free guidance: all of its cross tokens, including the
-    duration's, are zero, as in the model's own. A negative prompt, even an empty one, has a mask of ones and is not
+    duration's, are zero, as in the native model. A negative prompt, even an empty one, has a mask of ones and is not
     such a row.
     """
 
@@ -114,7 +114,7 @@ class EncoderContract(nn.Module):
 
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         encoder = self.autoencoder.encoder
-        # Not by patch_embed, which pads to whole patches and so branches on the length, which a graph cannot express.
+        # patch_embed is not used: it pads to whole patches, and a graph cannot contain its branch on the length.
         patches = audio.unflatten(-1, (-1, self.autoencoder.patch_embed.patch_size))  # (1, 2, T, P)
         hidden = patches.transpose(2, 3).flatten(1, 2)  # (1, 2 P, T)
         for block in encoder.blocks:

@@ -22,7 +22,7 @@ class GraphNotRecognised(ToolError):
 
 @contextlib.contextmanager
 def naming(source: Path) -> Iterator[None]:
-    """Add the path of the graph's file to a GraphNotRecognised raised inside."""
+    """Add the path of the graph's file to a GraphNotRecognised that the block raises."""
     try:
         yield
     except GraphNotRecognised as error:

@@ -22,7 +22,7 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.hub import resolve
 
 SIDECAR_THRESHOLD = 1024  # bytes; smaller tensors stay in the graph file, as in the published ones
-Reduce = Callable[[ir.Value], list[ir.Node]]  # nodes from a value to a probe output; the last one's output is it
+Reduce = Callable[[ir.Value], list[ir.Node]]  # nodes from a value to a probe output, the output of the last one
 
 
 def load(path: Path) -> ir.Model:
@@ -98,8 +98,8 @@ def save(model: ir.Model, path: Path) -> list[Path]:
 def save_linked(model: ir.Model, path: Path) -> None:
     """Write a graph into a working folder: weights that are in a file are hard-linked, the others are written.
 
-    A graph of several gigabytes so needs no disk space while its weights are unchanged. On a file system without hard
-    links the sidecar is copied once.
+    A graph of several gigabytes therefore needs no disk space while its weights are unchanged. On a file system without
+    hard links the sidecar is copied once.
     """
     stored = {v: v.const_value for v in model.graph.initializers.values() if v.const_value is not None}
     fresh = [v for v, t in stored.items() if not isinstance(t, StoredTensor) and t.nbytes > SIDECAR_THRESHOLD]

@@ -63,7 +63,7 @@ def _unsqueeze(shapes: ShapeLookup, node: ir.Node, shape: Shape) -> list[Shape |
 def _axes(shapes: ShapeLookup, node: ir.Node, rank: int) -> set[int] | None:
     """Return the axes that a node names, as an input or (before opset 18) as an attribute.
 
-    A reduction that names none reduces all of them. None if they are unknown.
+    A reduction without axes reduces all of them. Returns None if the axes are unknown.
     """
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         axes = as_integers(shapes.numbers(node.inputs[1]))

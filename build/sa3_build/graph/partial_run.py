@@ -26,7 +26,7 @@ class NotComputable(Exception):
 class PartialRun:
     """Computes values of a sorted graph for one row, stopping at values that are known.
 
-    Sizes come from shape inference, so that no data is computed only to be measured.
+    Sizes come from shape inference, so that no tensor is computed only for its shape.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -48,7 +48,7 @@ class PartialRun:
     def nodes_needed_for(
         self, values: Sequence[ir.Value], known: Mapping[ir.Value, np.ndarray] | None = None
     ) -> list[ir.Node]:
-        """Return the nodes that compute `values`, in order, without what is known and without length arithmetic."""
+        """Return the nodes that compute `values` from `known` values, in order, without length arithmetic."""
         ordered: dict[ir.Node, None] = {}
         waiting: list[tuple[ir.Value | None, bool]] = [(value, False) for value in values]
         while waiting:

@@ -1,1 +1,1 @@
-"""LoRA adapters in ONNX graphs: finding the native layers, merging, and quantising the merged weights again."""
+"""Merge LoRA adapters into ONNX graphs: find the native layers, merge, quantise the merged weights again."""

@@ -1,4 +1,4 @@
-"""Merged graphs as artefacts: kept when current, otherwise written under a lock, the manifest last."""
+"""Write merged graphs as artefacts: kept when current, otherwise written under a lock, the manifest last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make(
     work: Callable[[Path], Merged],
     force: bool,
 ) -> Merged | None:
-    """Write a merged graph by `work`, unless the manifest of `out` is current; return None if it is.
+    """Write a merged graph by calling `work`; return None if the manifest of `out` is current.
 
     `work` writes the graph to the path that it receives. The manifest records bases, adapters and strengths; check rows
     are written beside the graph. Raises ToolError, and GateError for a graph whose output is not finite, with nothing
@@ -55,7 +55,7 @@ def make(
             written = [*graph_io.files_of(out), place_check_rows(checks, out)]
         gates = {
             "layers_changed": len(merged.changes), "mean_change": merged.mean_change,
-            "null_row": dit_facts(out, find_target("sa3-m"))["null_row"],  # the same structure at every size
+            "null_row": dit_facts(out, find_target("sa3-m"))["null_row"],  # same structure in every size
         }  # fmt: skip
         draft.finish(written, gates)
     return merged

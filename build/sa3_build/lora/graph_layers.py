@@ -17,7 +17,7 @@ from sa3_build.passes import canonicalize
 from sa3_trt_core.lora.layers import NATIVE_ORDER, QKV_PARTS, layer_of_role
 from sa3_trt_core.shapes import LOCAL_CHANNELS, TEXT_TOKENS
 
-STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # layers of a block that see x, in order
+STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # layers that depend on x, in order
 FRONT = (
     (frozenset({"t"}), ("time.0", "time.2")),
     (frozenset({"seconds_total"}), ("seconds", "global.0", "global.2")),
@@ -91,11 +91,11 @@ def find_layers(path: Path) -> tuple[ir.Model, dict[str, GraphLayer]]:
 def _row_orders(path: Path) -> dict[str, np.ndarray]:
     """Return by role the graph's row of each native row, for attention projections in another order than native.
 
-    Native are q | k | v | q2 | k2, q | q2 and k | k2 | v; without a second half q | k | v, q and k | v. Raises
+    The native order is q | k | v | q2 | k2, q | q2 and k | k2 | v; without a second half q | k | v, q and k | v. Raises
     GraphNotRecognised.
     """
     model = graph_io.load(path)
-    canonicalize.canonicalize(model, free_batch=False)  # sizes are known of such graphs alone; no pass of it moves rows
+    canonicalize.canonicalize(model, free_batch=False)  # sizes are known only after this; no pass moves rows
     nodes, run = _LayerFinder(model).nodes(), PartialRun(model)
     orders: dict[str, np.ndarray] = {}
     for index in range(sum(role.endswith(".self_qkv") for role in nodes)):
@@ -194,7 +194,7 @@ def _weight(node: ir.Node) -> Weight:
 
 
 def in_stored_layout(layer: GraphLayer, rows: np.ndarray) -> np.ndarray:
-    """Return (N, K) in the shape of the layer's stored tensor: transposed, or with a convolution's last axis."""
+    """Return `rows` (N, K) in the shape of the layer's stored tensor: transposed, or with a convolution's last axis."""
     assert layer.weight.stored.const_value is not None
     transposed = rows.T if layer.weight.transposed else rows
     return np.ascontiguousarray(transposed).reshape(layer.weight.stored.const_value.shape.numpy())

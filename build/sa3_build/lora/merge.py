@@ -1,4 +1,4 @@
-"""Merge adapters into the weights of an fp32 or FP16-mixed DiT graph: computed in fp32, rounded once when written."""
+"""Merge adapters into the weights of an fp32 or FP16-mixed DiT graph, in fp32; each weight is rounded once."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from sa3_build.graph.errors import GraphNotRecognised, described
 from sa3_build.passes.base import PassResult
 
 FP8_OPSET = 19
-MIN_OPSET = 13  # before it Squeeze, Unsqueeze and ReduceSum too had their axes as attributes
+MIN_OPSET = 13  # in older opsets Squeeze, Unsqueeze and ReduceSum also have their axes as attributes
 # Ops with a new version in 14..19 that reads old nodes as before: types were added, or attributes with a default.
 COMPATIBLE = frozenset(
     (
@@ -32,7 +32,7 @@ class ConvertOpset:
 
     Changing only the number would break the file: since 18 the Reduce ops have their axes as an input and Split states
     its number of parts. Other ops whose definition changed are refused by name. ONNX's converter is not used: it
-    serialises the weights and drops what it does not know.
+    serialises the weights and drops fields that it does not know.
     """
 
     name = "opset"

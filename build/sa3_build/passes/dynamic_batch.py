@@ -1,4 +1,4 @@
-"""Make a batch axis that is fixed at 1 dynamic: published graphs run one row, these up to eight."""
+"""Make a batch axis that is fixed at 1 dynamic: published graphs run one row, converted ones up to eight."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sa3_trt_core.shapes import CONTRACTS, GraphContract
 HINT = "export it with a dynamic batch axis, or keep it at one row with --no-free-batch"
 BATCH = symbol("B")
 ONE = Length(1)
-# Ops that work along their `axis`, and where it is by default.
+# Ops that work along their `axis`, with its default.
 ALONG_AN_AXIS = {
     "Softmax": -1,
     "LogSoftmax": -1,
     "Gather": 0,
     "CumSum": 0,
-}  # ops that work along their `axis`, and where it is by default
+}
 
 
 class FreeBatch:
@@ -196,7 +196,7 @@ def _counts_rows(node: ir.Node, shapes: Shapes) -> bool:
 
 
 def _refusal(what: str) -> GraphNotRecognised:
-    return GraphNotRecognised(f"its batch axis cannot be freed: {what}", HINT)
+    return GraphNotRecognised(f"the batch axis cannot be made dynamic: {what}", HINT)
 
 
 def _has_batch(shape: Shape | None) -> bool:

@@ -1,4 +1,4 @@
-"""Constant-fold what a graph computes from its fixed sizes in every run: widths of slices, the attention scale."""
+"""Constant-fold values that depend on fixed sizes only, such as widths of slices and the attention scale."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class _Caster:
         self.casts = 0
 
     def _unused(self, name: str) -> str:
-        """Return a value name that is not in use: a graph that is mixed twice already has the first run's names."""
+        """Return an unused value name: a second conversion meets the names of the first one."""
         while name in self._names:
             name = f"{name}_"
         self._names.add(name)

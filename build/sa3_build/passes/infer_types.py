@@ -10,7 +10,7 @@ from sa3_build.passes.base import Pass, PassResult
 
 
 class InferTypes(Pass):
-    """Set the type of every value: published graphs state none, and precision depends on it.
+    """Set the type of every value: published graphs do not state types, and conversion to 16 bits requires them.
 
     Uses ONNX's inference in strict mode, which refuses a node with incompatible inputs. A graph whose values all have
     types is not changed.

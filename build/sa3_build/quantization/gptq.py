@@ -4,7 +4,7 @@ Rounding each weight of y = x W to the nearest code is independent of x. Its err
 squared error of the FP8 trunk comes from it (build/NOTES.md). A smaller scale does not help: E4M3 is a floating point
 format, so the relative step is the same at every scale. GPTQ (Frantar et al. 2022) minimises |X W_q - X W|^2 over
 calibration activations X (tokens, K) instead:
-    1. H = X^T X (K, K) tells which inputs are correlated.
+    1. H = X^T X (K, K) contains the correlations of the inputs.
     2. Inputs k are rounded one after another, those with most energy first.
     3. The error of input k is subtracted from the inputs still to come, weighted by the inverse of H.
 The scale of each output channel stays amax / 448; only the choice of the codes changes. It costs

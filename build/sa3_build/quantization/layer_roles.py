@@ -38,7 +38,7 @@ def roles_of(model: ir.Model, selection: Selection) -> dict[str, LayerRole]:
     The role follows from the nearest MatMul and Gemm nodes upstream and downstream. q, k and v feed the attention core;
     the attention's output layer reads it. Attention is cross-attention if an operand of its core does not depend on the
     latent. The other layers that do not depend on the latent are the text path. The second layer of a feed-forward has
-    one GEMM upstream, the first; all others read the residual stream, which many write to.
+    one GEMM upstream, the first; all others read the residual stream, which has several GEMMs upstream.
     """
     nodes = {str(node.name): node for node in model.graph}
     linears = [nodes[linear.node] for linear in selection.quantized]

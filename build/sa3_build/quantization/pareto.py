@@ -26,7 +26,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Point:
-    """First `kept` groups of the order left in 16 bits; `measured` is the worst cosine by sigma, if it was run."""
+    """Configuration with the first `kept` groups in 16 bits; `measured` is the worst cosine by sigma, if it was run."""
 
     kept: int
     fp16_linears: int
@@ -42,10 +42,11 @@ class Point:
 
 
 def greedy_order(effects: Sequence[Effect]) -> list[Effect]:
-    """Return the order in which groups go to 16 bits: most squared error per multiply-add at the then worst sigma.
+    """Return the order in which groups go to 16 bits: highest error per multiply-add at the worst sigma first.
 
-    Errors of different layers are nearly orthogonal, so their squares add up; what this neglects is seen when whole
-    configurations are measured. Ties go to the earlier layer.
+    The error is the squared one; the worst sigma is determined again after each group. Errors of different layers are
+    nearly orthogonal, so their squares add up; what this neglects is seen when whole configurations are measured. Ties
+    go to the earlier layer.
     """
     remaining, order = list(effects), []
     while remaining:

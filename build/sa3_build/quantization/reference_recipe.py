@@ -12,7 +12,8 @@ from sa3_trt_core.number_formats import E4M3_MAX
 
 HEADROOM = E4M3_MAX / 36  # its activation scales are amax / 36
 ROWS = 16  # it calibrates again on the last rows only
-ALSO_QUANTIZED = ("local embedding", "latent in", "velocity out")  # exclusion reasons that it does not have
+# Exclusion reasons of this project that the published recipe lacks.
+ALSO_QUANTIZED = ("local embedding", "latent in", "velocity out")
 
 
 def select_linears(model: ir.Model) -> selection.Selection:

@@ -17,7 +17,7 @@ Validate = Callable[[list[str]], int]  # main of scripts/validate_fp8.py, passed
 
 
 def validate_graph(validate: Validate, reference: Path, candidate: Path, calibration: Path) -> Path:
-    """Compare two ONNX graphs on a calibration set's initial rows and rows; return the folder, beside the candidate.
+    """Compare two ONNX graphs on the rows of a calibration set; return the report's folder, beside the candidate.
 
     With its decoder under the same root, audio is compared too and an HTML page is written. Raises GateError.
     """
@@ -67,5 +67,5 @@ def validate_target(
 
 
 def _run(validate: Validate, argv: list[str]) -> None:
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's own
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for the command's own output
         validate(argv)

@@ -124,7 +124,7 @@ def test_what_mixes_rows_is_refused_by_name(case: str) -> None:
     used = {name: array for name, array in INTS.items() if f"{name})" in body or f"{name}," in body}
     with pytest.raises(GraphNotRecognised) as refused:
         run_passes(small(body, **weights, **used), [FreeBatch()])
-    assert "its batch axis cannot be freed: " in refused.value.message and words in refused.value.message
+    assert "the batch axis cannot be made dynamic: " in refused.value.message and words in refused.value.message
     assert refused.value.hint == "export it with a dynamic batch axis, or keep it at one row with --no-free-batch"
 
 
@@ -282,6 +282,6 @@ def test_a_graph_that_mixes_rows_is_refused_and_nothing_written(
         result = run(build_dit_fp16mixed.main, ["--input", source, "--onnx", tmp_path / "out.onnx"])
     else:
         result = run(build_dit_fp8.main, ["--input", source, "--calib", tiny_calib, "--onnx", tmp_path / "out.onnx"])
-    assert_user_error(result, str(source), "its batch axis cannot be freed", "node /theirs/Slice (Slice)")
+    assert_user_error(result, str(source), "the batch axis cannot be made dynamic", "node /theirs/Slice (Slice)")
     assert "--no-free-batch" in result.err
     assert listing(tmp_path) == before
