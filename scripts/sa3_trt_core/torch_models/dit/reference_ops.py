@@ -1,4 +1,4 @@
-"""The operations of a DiT block in plain PyTorch: what the kernels must agree with, and what runs without a GPU."""
+"""The operations of a DiT block in plain PyTorch: the reference of the kernels, and the path without a GPU."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """Triton kernels of a DiT step: the operations between two linear layers, each fused into one pass over its rows.
 
-FP8 in four lines: a weight is stored as E4M3 codes with one scale per output channel, an activation as codes with one
+FP8 method: a weight is stored as E4M3 codes with one scale per output channel, an activation as codes with one
 calibrated scale per tensor, so that w = code_w * scale_w[channel] and x = code_x * scale_x. The tensor cores multiply
-codes and add in fp32; the library stores the sums in fp16, times a power of two that rules out overflow. The true
-result is sum * (scale_x * scale_w[channel] / power) + bias.
+codes and add in fp32. The library stores the sums in fp16, multiplied by a power of two that prevents overflow. The
+result of the linear layer is sum * (scale_x * scale_w[channel] / power) + bias.
 
-That last multiplication costs nothing here, because the kernel after the linear layer reads the sums in any case: it
-applies `ratio` (the bracket) and bias in fp32, does its own work (norm, modulation, attention, gate) in fp32, and
-writes the next layer's input, already divided by that layer's scale and rounded to E4M3, saturated at 448. No fp16
-activation makes a round trip through memory only to be quantized. In 16 bits `ratio` is absent and codes are fp16.
+This last multiplication costs no extra pass, because the kernel after the linear layer reads the sums in any case. It
+applies `ratio` (the bracket) and bias in fp32 and does its own operation (norm, modulation, attention, gate) in fp32.
+Then it writes the next layer's input, divided by that layer's scale, saturated at 448 and rounded to E4M3. No fp16
+activation is written and read again only to be quantised. In 16 bits there is no `ratio`, and the input is fp16.
 
-Lengths are run-time numbers: a kernel is not compiled again for another length.
+Lengths are run-time arguments, so that another length needs no compilation.
 """
 
 from __future__ import annotations

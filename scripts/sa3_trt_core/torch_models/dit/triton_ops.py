@@ -1,4 +1,4 @@
-"""The operations of a DiT block by the Triton kernels: the same answers as plain.PlainOps, one pass each."""
+"""The operations of a DiT block by the Triton kernels: the results of reference_ops, one pass each."""
 
 from __future__ import annotations
 

@@ -1,14 +1,16 @@
 """Linear layers in 16 bits or FP8 on any device.
 
-An FP8 weight is E4M3 codes (N, K) with a scale per output channel: w = code * scale_w[n]. Its input is E4M3 codes with
-one scale per tensor: x = code * scale_x, values beyond 448 * scale_x saturate. The product of codes is exact in fp32;
-`sum_scale`, a power of two, brings the sum of K of them into the range of fp16, in which it is stored. The result is
+An E4M3 code is an 8-bit float with 3 mantissa bits and the largest value 448. An FP8 weight (N, K) is stored as codes
+with one scale per output channel, w = code * scale_w[n]. Its input is quantised to codes with one scale per tensor,
+x = code * scale_x; values beyond 448 * scale_x saturate. Tensor cores multiply codes by codes, at twice the rate of
+fp16, and add the products in fp32. The sums are stored in fp16; `sum_scale`, a power of two, keeps every possible sum
+of K products in fp16's range. The result of the layer is
 
     stored * ratio + bias,    ratio[n] = scale_x * scale_w[n] / sum_scale
 
-`sums` gives the stored values and leaves ratio and bias to the kernel that reads them (triton_ops), which has the value
-in a register anyway; `finished` and `result` apply them here. Scales multiply after the sum, not before, because a
-scaled code is no code any more. In 16 bits there is no ratio: stored values lack only the bias.
+The scales are applied after the sum, because a code times a scale is no longer an E4M3 number. `sums` returns the
+stored values without ratio and bias: the next kernel (triton_ops) applies both while it has the value in a register.
+`finished` and `result` apply them here. In 16 bits there is no ratio, and the stored values lack only the bias.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """Triton kernels of a SAME layer: the operations between two linear layers, each fused into one pass over its tokens.
 
-Attention is windowed: a query sees the keys at most `reach` tokens away. One program takes a group of queries of one
-head and the band of keys around them, computes both softmaxes of differential attention over the same values, and
-subtracts. The dynamic tanh norm of q and k, gamma * tanh(alpha x) + beta, and the rotation are applied as the tile is
-loaded, so that normed heads are never stored. All keys of a band are in one tile: the softmax takes its maximum once.
+Attention is windowed: a query attends to the keys at most `reach` tokens away. One program processes a group of queries
+of one head and the band of keys around them. It computes both softmaxes of differential attention over the same values
+and subtracts them. The dynamic tanh norm of q and k, gamma * tanh(alpha x) + beta, and the rotation are applied when
+the tile is loaded, so that normed heads are never stored. All keys of a band are in one tile, so that the softmax needs
+no running maximum.
 
-The gate kernel applies SiLU or sin(pi g) in fp32 (sine amplifies rounding) and, for an FP8 product, quantizes its
-result with a scale per token: amax / 448, computed in the same pass and multiplied back after the next linear layer.
+The gate kernel applies SiLU or sin(pi g) in fp32, because the sine amplifies rounding. Before an FP8 linear layer
+(kernels/linear.py) it also quantises its result in the same pass: scale = amax / 448 per token, code = value / scale
+rounded to E4M3. The linear layer multiplies codes by codes, and the kernel after it multiplies the token's sums by
+its scale. A scale per token needs no calibration.
 
-Lengths are run-time numbers: a kernel is not compiled again for another length.
+Lengths are run-time arguments, so that another length needs no compilation.
 """
 
 from __future__ import annotations

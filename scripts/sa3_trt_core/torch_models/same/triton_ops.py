@@ -1,4 +1,4 @@
-"""The operations of a SAME layer by the Triton kernels: the same results as reference_ops, one pass each."""
+"""The operations of a SAME layer by the Triton kernels: the results of reference_ops, one pass each."""
 
 from __future__ import annotations
 
