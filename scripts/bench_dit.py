@@ -1,4 +1,4 @@
-"""Time a DiT step: the PyTorch engine beside its peers, on random weights of full size, or engines of this machine."""
+"""Time a DiT step: the PyTorch engine and its peers on random weights of full size, or this machine's engines."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
     parser.add_argument(
         "--peers", nargs="*", choices=("eager", "compiled", "torchao"), default=["eager", "compiled"],
-        help="diffusers in fp16: eager, its blocks compiled, and these with torchao's float8",
+        help="diffusers in fp16: eager, with compiled blocks, and compiled with torchao's float8",
     )  # fmt: skip
     parser.add_argument(
         "--repeats",
         type=integer_type(1, 10_000),
         default=200,
-        help="timings of each contestant, alternating, 1 to 10000 (default: 200)",
+        help="number of timings of each contestant, alternating, 1 to 10000 (default: 200)",
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny DiT, also on a CPU: a functional check only")
-    files = parser.add_argument_group("engines of this machine, instead of random weights")
+    files = parser.add_argument_group("this machine's engines, instead of random weights")
     files.add_argument(
         "--engines", nargs="+", metavar="P@B",
-        help="precision and backend of each, the reference first: fp16mixed@tensorrt fp8@tensorrt fp8@torch",
+        help="engines as precision@backend, the reference first: fp16mixed@tensorrt fp8@tensorrt fp8@torch",
     )  # fmt: skip
     files.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="the model (default: %(default)s)")
     add_folder_flags(files)

@@ -1,4 +1,4 @@
-"""Time whole generations, text to samples: the PyTorch engines beside diffusers' pipeline, on random weights."""
+"""Time complete generations, text to samples: the PyTorch engines and diffusers' pipeline, on random weights."""
 
 from __future__ import annotations
 
@@ -30,15 +30,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=number_type(1, 380, "seconds"), nargs="+", default=list(LENGTHS))
     parser.add_argument(
         "--precisions", nargs="*", choices=tuple(OURS), default=list(OURS),
-        help="of DiT and decoder: fp8 both, fp8-fp16, fp16mixed with fp16",
+        help="precisions of DiT and decoder: fp8 is FP8 for both, fp8-fp16 an FP8 DiT and an fp16 decoder, fp16mixed "
+        "an FP16-mixed DiT and an fp16 decoder",
     )  # fmt: skip
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="diffusers, fp16")
     parser.add_argument(
-        "--repeats", type=integer_type(1, 1000), default=20, help="timings of each call, 1 to 1000 (default: 20)"
+        "--repeats",
+        type=integer_type(1, 1000),
+        default=20,
+        help="number of timings of each call, 1 to 1000 (default: 20)",
     )
-    parser.add_argument("--untuned", action="store_true", help="take the tiles of an H100 instead of measuring them")
     parser.add_argument(
-        "--start", action="store_true", help="also a fresh sa3_trt to its first WAV of 54 s, --tiny: 1 s"
+        "--untuned", action="store_true", help="use the tile sizes of an H100 instead of measuring them"
+    )
+    parser.add_argument(
+        "--start",
+        action="store_true",
+        help="also time a new sa3_trt process to its first WAV of 54 s (with --tiny: 1 s)",
     )
     parser.add_argument("--tiny", action="store_true", help="use a tiny model, also on a CPU: a functional check only")
     return parser

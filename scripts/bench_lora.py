@@ -1,4 +1,4 @@
-"""Time a DiT step with and without adapters, and changing them, on random weights of medium's size (PyTorch engine)."""
+"""Time a DiT step with and without adapters, and a change of adapters, on random weights (PyTorch engine)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ HEADER = ("precision", "step, ms", "with adapter", "ratio", "first set, s", "oth
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = Parser(prog="bench_lora.py", description=__doc__)
-    parser.add_argument("--rank", type=integer_type(1, 512), default=16, help="of the random adapter (default 16)")
-    parser.add_argument("--frames", type=integer_type(1, 4096), default=646, help="latent frames (default 646)")
-    parser.add_argument("--repeats", type=integer_type(1, 10_000), default=100, help="steps of each (default 100)")
-    parser.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
-    parser.add_argument("--work", type=Path, help="folder for 5 GB of random engines (default: a temporary one)")
-    parser.add_argument("--out", type=Path, metavar="F.json", help="also write the figures there")
     parser.add_argument(
-        "--tiny", action="store_true", help="a tiny DiT, also on a CPU: shows that it runs, and no more"
+        "--rank", type=integer_type(1, 512), default=16, help="rank of the random adapter (default: 16)"
     )
+    parser.add_argument("--frames", type=integer_type(1, 4096), default=646, help="latent frames (default: 646)")
+    parser.add_argument(
+        "--repeats", type=integer_type(1, 10_000), default=100, help="number of timed steps of each (default: 100)"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=("fp8", "fp16mixed"), default=["fp8", "fp16mixed"])
+    parser.add_argument("--work", type=Path, help="folder for 5 GB of random engines (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, metavar="F.json", help="also write the figures to this file")
+    parser.add_argument("--tiny", action="store_true", help="use a tiny DiT, also on a CPU: a functional check only")
     return parser
 
 

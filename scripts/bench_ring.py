@@ -1,4 +1,4 @@
-"""Time the ring on this machine's engines: sounds a second, the DiT's share, from submission to sound."""
+"""Time the ring on this machine's engines: sounds per second, the DiT's share, latency from submission to sound."""
 
 from __future__ import annotations
 
@@ -22,11 +22,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=targets.PRECISIONS, default="fp8", help="precision of the DiT (default: %(default)s)"
     )
-    parser.add_argument("--backend", default=engines.AUTO, help="backend, as of sa3_trt (default: auto)")
+    parser.add_argument("--backend", default=engines.AUTO, help="backend, as in sa3_trt (default: auto)")
     parser.add_argument("--device", metavar="N", help="GPU to use, or cpu (default: the first GPU)")
     add_folder_flags(parser)
     parser.add_argument(
-        "--ring", type=integer_type(1, 64, "places"), nargs="+", default=[8], metavar="D", help="depths (default: 8)"
+        "--ring",
+        type=integer_type(1, 64, "places"),
+        nargs="+",
+        default=[8],
+        metavar="D",
+        help="depths of the ring (default: 8)",
     )
     parser.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=54.0, metavar="S")
     parser.add_argument(

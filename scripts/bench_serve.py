@@ -1,4 +1,4 @@
-"""Time sa3_serve beside the same engines without a server: what one client pays, and the rate of many."""
+"""Time sa3_serve and the same engines without a server: latency of one client, throughput of many."""
 
 from __future__ import annotations
 
@@ -31,21 +31,30 @@ READY_SECONDS = 300  # for the server's first sound
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(prog="bench_serve.py", description=__doc__)
-    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="default: %(default)s")
-    parser.add_argument("--precision", choices=targets.PRECISIONS, default="fp8", help="default: %(default)s")
-    parser.add_argument("--backend", default=engines.AUTO, help="as of sa3_trt (default: %(default)s)")
+    parser.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="model (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=targets.PRECISIONS, default="fp8", help="precision of the DiT (default: %(default)s)"
+    )
+    parser.add_argument("--backend", default=engines.AUTO, help="backend, as in sa3_trt (default: %(default)s)")
     add_folder_flags(parser)
     parser.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=30.0, metavar="S",
                         help="length of every sound (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--steps", type=integer_type(1, 1000, "steps"), default=8, help="default: %(default)s")
     parser.add_argument(
-        "--depth", type=integer_type(1, 64, "places"), default=8, help="of ring and server (default: %(default)s)"
+        "--steps", type=integer_type(1, 1000, "steps"), default=8, help="sampler steps (default: %(default)s)"
     )
-    parser.add_argument("--clients", type=integer_type(1, 1000), default=16, help="default: %(default)s")
-    parser.add_argument("--sounds", type=integer_type(1, 100_000), default=160, metavar="N",
-                        help="timed sounds of ring and of all clients together (default: %(default)s)")  # fmt: skip
     parser.add_argument(
-        "--repeats", type=integer_type(1, 10_000), default=20, help="of one client (default: %(default)s)"
+        "--depth", type=integer_type(1, 64, "places"), default=8, help="depth of ring and server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--clients", type=integer_type(1, 1000), default=16, help="number of concurrent clients (default: %(default)s)"
+    )
+    parser.add_argument("--sounds", type=integer_type(1, 100_000), default=160, metavar="N",
+                        help="number of timed sounds, of all clients together (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--repeats",
+        type=integer_type(1, 10_000),
+        default=20,
+        help="number of timed sounds of one client (default: %(default)s)",
     )
     return parser
 
@@ -74,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _without_server(args: argparse.Namespace, request: Request) -> tuple[float, float]:
-    """Return the milliseconds of `generate`, and the sounds a second of a ring, in this process."""
+    """Return the milliseconds of `generate`, and the sounds per second of a ring, in this process."""
     from sa3_bench.ring_rate import measure_ring
     from sa3_trt_core.model_loader import make_plan
     from sa3_trt_core.pipeline import Generator
@@ -87,7 +96,7 @@ def _without_server(args: argparse.Namespace, request: Request) -> tuple[float, 
 
 @contextmanager
 def _server(args: argparse.Namespace) -> Iterator[int]:
-    """Run sa3_serve on a free port of this machine until it is left; yields the port once it is ready."""
+    """Run sa3_serve on a free port of this machine inside the block; yields the port once the service is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     line = [sys.executable, "-m", "sa3_serve.command", "--port", str(port), "--dit", args.dit, "--text-only"]
@@ -115,7 +124,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
         except OSError:
             pass
         time.sleep(0.2)
-    raise ToolError("sa3_serve did not become ready", "run it alone and read what it prints")
+    raise ToolError("sa3_serve did not become ready", "run it alone and read its output")
 
 
 def _ask(port: int, request: Request, seed: int) -> bytes:
@@ -129,7 +138,7 @@ def _ask(port: int, request: Request, seed: int) -> bytes:
     finally:
         connection.close()
     if answer.status != 200:
-        raise ToolError(f"the server answered {answer.status}", data.decode("utf-8", "replace")[:200])
+        raise ToolError(f"the server returned status {answer.status}", data.decode("utf-8", "replace")[:200])
     return data
 
 

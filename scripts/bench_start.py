@@ -1,4 +1,4 @@
-"""Time a fresh sa3_trt to the end of its first DiT step: cold, with no compiled kernel kept, and warm."""
+"""Time a new sa3_trt process to the end of its first DiT step, without (cold) and with (warm) cached kernels."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     line += folder_argv(args)
     taken: dict[str, list[dict[str, float]]] = {COLD: [], WARM: []}
     with console.Progress("starts", 1 + 2 * args.repeats, "starts") as progress:
-        start(line, WARM)  # brings the files into the memory of the system, for both kinds alike
+        start(line, WARM)  # the page cache then has the files for both kinds
         progress.advance(1)
         for _ in range(args.repeats):
             for kind, runs in taken.items():
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(line: list[str], kind: str) -> dict[str, float]:
     """Return the seconds of one fresh process: Python and imports, each stage, all until the first step is done.
 
-    Raises ToolError when it fails; its own words are on stderr.
+    Raises ToolError when it fails; its messages are on stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | ({CACHE_VARIABLE: f"{folder}/kernels"} if kind == COLD else {})
