@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List, build what is missing, or show the menu."""
+    """List the engines, build the missing ones, or show the menu."""
     args = make_parser().parse_args(argv)
     models = args.models_dir or paths.default_models_dir()
     backend = engines.BACKENDS[args.backend] if args.backend else engines.default_build()

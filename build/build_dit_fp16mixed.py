@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert, compare with the source, write."""
+    """Convert the graph, compare it with the source, write it."""
     args = make_parser().parse_args(argv)
 
     from sa3_trt_core.artifacts import files

@@ -95,7 +95,7 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Quantise, prove, print the report."""
+    """Quantise the DiT, prove the result, print the report."""
     args = make_parser().parse_args(argv)
 
     from sa3_trt_core import gpu

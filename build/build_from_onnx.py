@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List, plan or build."""
+    """List the targets, print the plan, or build the engines."""
     args = make_parser().parse_args(argv)
     if args.list:
         return _list(args.json)

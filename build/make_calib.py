@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Capture, write, print a summary."""
+    """Capture the rows, write the calibration set, print a summary."""
     args = make_parser().parse_args(argv)
 
     import reprompt

@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, write the adapter, print its size."""
+    """Train the adapter, write it, print its size."""
     args = make_parser().parse_args(argv)
 
     from sa3_demo import room_adapter

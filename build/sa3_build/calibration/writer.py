@@ -24,9 +24,9 @@ class CalibrationWriter:
     """Collects rows on disk and writes them to one .npz; a killed run resumes after its last committed group.
 
     `frames` is the L of every row, or one L for all; `kinds` is the kind of every row (default: text). Rows go to
-    memory-mapped arrays in a hidden folder beside the target, with a record of how many are complete. `settings` are
-    what the rows depend on: a folder with other settings is discarded. Text rows of one L are stored in the rectangular
-    form, all others in the ragged one (calibration_layout).
+    memory-mapped arrays in a hidden folder beside the target, with a record of how many are complete. The rows depend
+    on `settings`: a folder with other settings is discarded. Text rows of one L are stored in the rectangular form, all
+    others in the ragged one (calibration_layout).
     """
 
     def __init__(

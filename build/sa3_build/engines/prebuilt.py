@@ -30,7 +30,7 @@ def take(
     settings: Mapping[str, Any],
     source: ModelSource,
 ) -> tuple[int, bool]:
-    """Install the hub's engine with a manifest; return its size and whether it was current.
+    """Install the hub's engine with a manifest; return its size, and True if it was current already.
 
     `settings` are those of an engine built here; the runtime checks backend, version and architecture. The caller has
     checked that the version matches the hub's engines. Raises ToolError.

@@ -103,7 +103,7 @@ def check(onnx: Path) -> Upload:
 
 
 def send(upload: Upload, repository: str, branch: str | None, message: str) -> UploadResult:
-    """Upload to a branch or as a pull request, and verify the hub's files.
+    """Upload the files to a branch or as a pull request, and verify the hub's copies.
 
     Raises ToolError; GateError when the hub's files differ from those sent.
     """

@@ -150,7 +150,7 @@ def compile_engine(
 
 
 def _built(onnx: Path, target: Target, draft: Draft, best_of: int, null_row: bool) -> Built:
-    """Compile, then write the engine and its manifest."""
+    """Compile the graph, then write the engine and its manifest."""
     out, backend, arch = draft.output, draft.settings["backend"], draft.settings["arch"]
     started, module = time.monotonic(), load_backend(backend)
     gates: dict[str, Any] = {

@@ -137,7 +137,7 @@ class Exporter:
             return _reused(target, path) if draft is None else self._exported(target, draft, load(), tolerance)
 
     def _exported(self, target: Target, draft: Draft, module: nn.Module, tolerance: float) -> Exported:
-        """Trace, save and compare one module; it is freed before the comparison."""
+        """Export one module, free it, and compare the graph with the module's outputs."""
         path = draft.output
         # The decoder's samples are compared before rounding to 16 bits, where one in a thousand rounds differently.
         forward = module.waveform if isinstance(module, DecoderContract) else module

@@ -19,7 +19,7 @@ class FoldWeights:
     name = "fold-weights"
 
     def requires(self, model: ir.Model) -> None:
-        """Any graph."""
+        """Accept any graph."""
 
     def call(self, model: ir.Model) -> PassResult:
         folded = 0

@@ -1,4 +1,4 @@
-"""Insert Q/DQ pairs on the inputs of selected linear layers: what ModelOpt does, with less memory."""
+"""Insert Q/DQ pairs on the inputs of selected linear layers: the same as ModelOpt's, with less memory."""
 
 from __future__ import annotations
 

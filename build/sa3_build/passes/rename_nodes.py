@@ -19,7 +19,7 @@ class RenameNodes:
     name = "rename"
 
     def requires(self, model: ir.Model) -> None:
-        """Any graph."""
+        """Accept any graph."""
 
     def call(self, model: ir.Model) -> PassResult:
         nodes = list(model.graph)

@@ -13,7 +13,7 @@ class SortTopologically(Pass):
     name = "sort"
 
     def requires(self, model: ir.Model) -> None:
-        """Any graph without a cycle."""
+        """Accept any graph without a cycle."""
 
     def call(self, model: ir.Model) -> PassResult:
         before = [id(node) for node in model.graph]

@@ -45,8 +45,8 @@ def greedy_order(effects: Sequence[Effect]) -> list[Effect]:
     """Return the order in which groups go to 16 bits: highest error per multiply-add at the worst sigma first.
 
     The error is the squared one; the worst sigma is determined again after each group. Errors of different layers are
-    nearly orthogonal, so their squares add up; what this neglects is seen when whole configurations are measured. Ties
-    go to the earlier layer.
+    nearly orthogonal, so their squares add up; the error of this assumption shows when whole configurations are
+    measured. Ties go to the earlier layer.
     """
     remaining, order = list(effects), []
     while remaining:

@@ -62,7 +62,7 @@ def build_fp16_mixed(
 def _convert(
     model: ir.Model, source: Path, draft: Draft, min_cosine: float, free_batch: bool, shaping: Shaping
 ) -> MixedResult:
-    """Convert, check and compare with the source, then move graph and manifest into place."""
+    """Convert the graph, check it, compare it with the source, then move it and its manifest into place."""
     output = draft.output
     with naming(source):
         _require_fp32(model)

@@ -130,7 +130,7 @@ class Fp8Recipe:
         return any(manifest.is_current(self._space.output, self.inputs, candidate)[0] for candidate in accepted)
 
     def run(self, force: bool = False) -> dict[str, Any] | None:
-        """Build; return the report that is stored beside the artefact, or None when the artefact is current."""
+        """Run the stages; return the report that is stored beside the artefact, or None if the artefact is current."""
         settings = asdict(self.settings)
         with build(self._space.output, "dit_fp8", self.inputs, settings, force, also=self._also) as draft:
             if draft is None:
