@@ -33,8 +33,7 @@ from sa3_build.passes.null_row import has_null_row
 from sa3_trt_core.shapes import MAX_FRAMES, TEXT_TOKENS
 from sa3_trt_core.torch_models.dit.weights import BLOCK_PRODUCTS, HEAD_CHANNELS, Sizes
 
-# Linear layers of a block that depend on x.
-STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")
+STREAM = ("self_qkv", "self_out", "cross_q", "cross_out", "ff_in", "ff_out")  # linear layers that depend on x
 PARTS = 5  # parts of a differential attention projection: q, q2, k, k2, v
 BIASED = ("ff_in", "ff_out", "local_in", "local_out")
 
