@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         return _list(args.json)
     if not args.names:
-        raise ToolError("no target given", "see --list; sa3-m-fp8 is built only by its own name")
+        raise ToolError("no target named", "see --list; sa3-m-fp8 is built only by its own name")
     chosen = targets.expand(args.names)
     backend = args.backend or engines.default_build().name
     arches = _arches(args.arch, backend, args.dry_run)

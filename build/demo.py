@@ -19,7 +19,7 @@ from sa3_trt_core.artifacts.calibration_kinds import TURNS
 from sa3_trt_core.cli.arguments import Parser, integer_type, number_type, run_command
 from sa3_trt_core.errors import GateError
 
-PIECE = 10  # held-out piece whose caption is the prompt
+PIECE = 10  # test piece whose caption is the prompt
 VALIDATED, VALIDATED_SECONDS = 2, 5.0  # prompts and seconds of the short validation
 ENGINES = ("sa3-m", "sa3-m-fp8", "t5gemma", "same-l-decoder")
 ARCHES = "sm_89,sm_120"  # if the builder needs no GPU
@@ -170,7 +170,7 @@ def _engines(demo: Demo, root: Path, models: Path) -> str:
 
 
 def asked_for(seconds: float, piece: int = PIECE) -> str:
-    """Return the caption of a held-out piece with this length."""
+    """Return the caption of a test piece of this length."""
     from reprompt import deployed_text
     from sa3_demo.music import FIRST_HELD_OUT, draw_piece
 

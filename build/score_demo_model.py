@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dit", type=Path, metavar="FILE", help="generate with this ONNX DiT, e.g. dit_fp8.onnx")
     parser.add_argument(
-        "--prompts", type=integer_type(1, 1000), default=32, help="number of held-out captions (default: 32)"
+        "--prompts", type=integer_type(1, 1000), default=32, help="number of test captions (default: 32)"
     )
     parser.add_argument(
         "--seconds",
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--loops",
         type=integer_type(1, 1000),
         default=16,
-        help="number of held-out loops for the autoencoder (default: 16)",
+        help="number of test loops for the autoencoder (default: 16)",
     )
     parser.add_argument("--steps", type=integer_type(1, 100), default=8, help="sampler steps, 1..100 (default: 8)")
     parser.add_argument(
@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--captions",
         type=Path,
         metavar="F.txt",
-        help="write the held-out captions to this file, one per line, and exit",
+        help="write the test captions to this file, one per line, and exit",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_lora_flags(parser)

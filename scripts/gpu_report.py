@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
     files.require_writable(args.out / "report.json", "--out")
     if args.onnx_root is not None and not args.onnx_root.is_dir():
-        raise ToolError(f"--onnx-root: {args.onnx_root} is no folder", "leave it out: the demonstration model is made")
+        raise ToolError(
+            f"--onnx-root: {args.onnx_root} is not a folder", "leave it out: the demonstration model is made"
+        )
     verdict = _report(args)
     print(f"{verdict}\n{args.out / 'report.md'}")
     if not verdict.startswith("PASSED"):

@@ -275,7 +275,7 @@ def _speed(out: Path, asked: bool) -> dict[str, Any]:
     if not gpu.has_nvidia_gpu():
         return {"skipped": "no NVIDIA GPU is visible"}
     if not asked:
-        return {"skipped": "--bench was not given"}
+        return {"skipped": "no --bench"}
     if importlib.util.find_spec("bench_dit") is None:
         return {"skipped": "scripts/bench_dit.py is missing"}
     try:

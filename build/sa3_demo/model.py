@@ -91,7 +91,7 @@ def geometry_of(size: DemoSize, folder: Path) -> Geometry:
 
 
 def tokenizer_of(folder: Path, texts: list[str], vocabulary: int) -> Any:
-    """Return the tokenizer in `folder`, a `tokenizers.Tokenizer`; trained on `texts` if there is none."""
+    """Return the tokenizer in `folder`, a `tokenizers.Tokenizer`; trains one on `texts` if the folder has none."""
     import tempfile
 
     from tokenizers import Tokenizer

@@ -20,7 +20,7 @@ FULL_SCALE = 32767.0
 
 
 def training_piece(seed: int, lengths: tuple[int, ...]) -> Piece:
-    """Return the piece of a training seed; `lengths`, if given, replace its own length in turn."""
+    """Return the piece of a training seed; non-empty `lengths` override its length, in turn."""
     return draw_piece(seed, lengths[seed % len(lengths)] if lengths else None)
 
 

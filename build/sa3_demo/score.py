@@ -48,7 +48,7 @@ class Estimates:
 
 @dataclass(frozen=True)
 class Loop:
-    """One held-out piece: rendered, encoded, decoded. Samples are int16 (N, 2), latent (1, 256, L)."""
+    """One test piece: rendered, encoded, decoded. Samples are int16 (N, 2), latent (1, 256, L)."""
 
     piece: Piece
     caption: str
@@ -58,13 +58,13 @@ class Loop:
 
 
 def held_out_captions(count: int, seconds: int, form: str) -> list[str]:
-    """Return the captions of the first `count` held-out pieces of that length: deployed form, or requests."""
+    """Return the captions of the first `count` test pieces of that length: deployed form, or requests."""
     pieces = [draw_piece(FIRST_HELD_OUT + index, seconds) for index in range(count)]
     return [deployed_text(piece.example()) if form == "deployed" else piece.request() for piece in pieces]
 
 
 def held_out_loops(subject: CheckpointUnderTest, count: int, form: str) -> list[Loop]:
-    """Return the first `count` held-out pieces of the checkpoint's length, coded by its autoencoder."""
+    """Return the first `count` test pieces of the checkpoint's length, encoded and decoded."""
     loops = []
     with Progress("autoencoder", count, "loops") as progress:
         for index in range(count):

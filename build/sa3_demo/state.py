@@ -76,7 +76,7 @@ def save(folder: Path, state: TrainingState) -> None:
 
 
 def load(folder: Path) -> TrainingState:
-    """Return the state in `folder`, or a new one if there is none."""
+    """Return the state in `folder`, or a new one for an empty folder."""
     from safetensors.torch import load_file
 
     if not (folder / INDEX).is_file():

@@ -196,5 +196,5 @@ class _Spread:
         if waited > START_SECONDS:
             raise ToolError(
                 f"no worker could be started for {waited:.0f} s",
-                "see `ray status`: each needs one GPU, or one CPU where there is none",
+                "see `ray status`: each worker needs one GPU, or one CPU in a cluster without GPUs",
             )

@@ -18,7 +18,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/", "/healthz", "/page.js", "/page.css"})  # they tell nothing and do nothing
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1 << 20  # of the rest of a body, read so that its sender sees the answer
-MAX_JSON = 256 << 10  # bytes of a body that is no form
+MAX_JSON = 256 << 10  # bytes of a JSON body
 
 
 class RefusedError(ToolError):

@@ -32,7 +32,7 @@ class SoundRequest(BaseModel):
     seconds: float = Field(30.0, ge=shapes.MIN_SECONDS, le=shapes.MAX_SECONDS, description="Length")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="One seed is one sound; drawn if it is left away")
     steps: int = Field(8, ge=1, le=MAX_STEPS, description="Steps of the sampler")
-    cfg: float = Field(1.0, ge=0, le=MAX_CFG, description="Guidance; 1 is none")
+    cfg: float = Field(1.0, ge=0, le=MAX_CFG, description="Classifier-free guidance scale; 1 disables it")
     apg: float | None = Field(None, ge=0, le=FULL_APG, description="0 plain guidance, 1 projected")
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="What to lead away from")
     format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Of the answer")

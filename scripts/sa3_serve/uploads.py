@@ -22,7 +22,7 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.request import Request
 from sa3_trt_core.shapes import SAMPLES_PER_FRAME
 
-MAX_FIELDS, MAX_FIELD = 64, 64 << 10  # of a form; bytes of each that is no file
+MAX_FIELDS, MAX_FIELD = 64, 64 << 10  # fields of a form; bytes per field without a file
 SOUND = "init_audio"
 
 

@@ -15,13 +15,13 @@ from sa3_trt_core.stage_timer import Meter
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOGETHER = 64  # rows whose texts and latents are held between the stages where models are freed
+TOGETHER = 64  # max rows kept in memory between the stages with free_models
 REMEMBERED = 16  # texts and encoded sounds that rows of a ring may share
 
 
 @dataclass
 class Batch:
-    """One batch on its way to sound: rows whose batch_key is equal, and what has been found out of them so far."""
+    """One batch on its way to sound: rows of equal batch_key, and their results so far."""
 
     rows: Sequence[Request]
     meter: Meter

@@ -107,7 +107,7 @@ def tensorrt_module(backend: str) -> ModuleType | None:
 def tensorrt_logger(module: Any) -> Any:
     """Return a logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
 
-    One for the whole process: TensorRT goes on using the first that it was given, and prints when that is gone.
+    One per process: TensorRT keeps using the first logger it received, and prints to the console once that is freed.
     """
 
     class Logger(module.ILogger):

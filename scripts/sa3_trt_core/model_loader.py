@@ -99,7 +99,7 @@ def plan_with(plan: Plan, loras: LoraSet, lora_bases: Path | None = None, refit:
 
 
 def build_command(plan: Plan, arch: str) -> str | None:
-    """The one command that builds every engine of a plan that is missing for an architecture; None when none is."""
+    """Return the command that builds every missing engine of a plan for an architecture; None if all exist."""
     models = plan.source.models_dir
     for name, backend in engines.BUILT.items():
         wanted = [plan.targets[stage] for stage in plan.stages if plan.backends[stage] == name]

@@ -25,7 +25,7 @@ def default_models_dir() -> Path:
 
 
 def onnx_root_from(value: str | Path | None) -> Path | None:
-    """The ONNX folder: the flag, else $SA3_ONNX_DIR, else None for the hub. Raises ToolError if it is no folder."""
+    """The ONNX folder: the flag, else $SA3_ONNX_DIR, else None for the hub. Raises ToolError if it is not a folder."""
     chosen = value or os.environ.get(ONNX_ROOT_VARIABLE)
     if not chosen:
         return None

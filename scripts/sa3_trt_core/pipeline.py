@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]  # (stage, index from 1, total)
 
 
 class Generator(Stages):
-    """One model, held open: call `generate` as often as you like, then close it, or use it in a `with` block.
+    """The engines of one model. Call `generate` repeatedly, then `close`; or use it as a context manager.
 
     Nothing of a request is kept after it is answered. Not for use from several threads at once.
     """

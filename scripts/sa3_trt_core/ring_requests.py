@@ -30,7 +30,7 @@ class QueueFullError(ToolError):
 
 
 class ClosedError(ToolError):
-    """A request that is refused, or given up, because the ring is closing."""
+    """Raised for a request that is refused or cancelled because the ring is closing."""
 
     def __init__(self) -> None:
         super().__init__("no more requests are taken: this process is ending", "try again elsewhere, or later")

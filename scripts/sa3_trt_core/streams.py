@@ -15,8 +15,8 @@ class Lane:
     """One thread's CUDA stream. On a CPU every method does nothing: work there is done when its call returns.
 
     Tensors that another lane goes on with need three calls: `mark` in the lane that made them, then `wait` and `hold`
-    in the lane that uses them. Without `hold` their memory would be given out again in the first lane while kernels of
-    the second still read it.
+    in the lane that uses them. Without `hold` the caching allocator could reuse their memory in the first lane while
+    kernels of the second still read it.
     """
 
     def __init__(self, device: str, urgent: bool = False) -> None:

@@ -198,7 +198,7 @@ def find_target(name: str) -> Target:
 
 
 def expand(names: Sequence[str]) -> list[Target]:
-    """Targets and groups by name, in the order given, each once. Raises ToolError for an unknown name."""
+    """Return the targets of names and groups, in that order, each once. Raises ToolError for an unknown name."""
     chosen: dict[str, Target] = {}
     for name in names:
         if name in GROUPS:

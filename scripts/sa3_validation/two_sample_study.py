@@ -101,7 +101,7 @@ class TwoSample:
     def _missing(self) -> dict[str, str]:
         if self.published is not None:
             return {PUBLISHED: f"{self.published.path.name} of the published recipe, in-painting"}
-        return {PUBLISHED: "published recipe not run: --published was not given"}
+        return {PUBLISHED: "published recipe not run: no --published"}
 
 
 def document(results: Mapping[str, ArmResult], cases: Sequence[Case], prompts: int, seed: int) -> dict[str, Any]:

@@ -143,8 +143,8 @@ def test_shards_are_every_nth_row_under_their_own_numbers(line: list[object], tm
     [
         (["--ray", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
         (["--ray", "nonsense"], "is no HOST:PORT"),
-        (["--ray", "--devices", "cpu"], "--devices and --ray are both given"),
-        (["--devices", "cpu", "--free-models"], "--devices and --free-models are both given"),
+        (["--ray", "--devices", "cpu"], "--devices and --ray cannot be combined"),
+        (["--devices", "cpu", "--free-models"], "--devices and --free-models cannot be combined"),
     ],
 )
 def test_mistakes_are_two_lines(line: list[object], tmp_path: Path, more: list[str], words: str) -> None:

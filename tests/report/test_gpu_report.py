@@ -116,7 +116,7 @@ def test_a_report_on_graphs_that_are_not_there_runs_to_its_end(tmp_path: Path) -
 
 def test_mistakes_are_two_lines(tmp_path: Path) -> None:
     assert_user_error(
-        run(gpu_report.main, ["--onnx-root", tmp_path / "none", "--out", tmp_path / "out"]), "is no folder"
+        run(gpu_report.main, ["--onnx-root", tmp_path / "none", "--out", tmp_path / "out"]), "is not a folder"
     )
     file = tmp_path / "file"
     file.write_text("")

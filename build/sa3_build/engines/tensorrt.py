@@ -222,7 +222,7 @@ def _plan(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise ToolError(
-            f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'no reason given'}",
+            f"{backend} did not compile {onnx.name} for {arch}: {logger.last or 'the builder logged no error'}",
             f"check that the graph was made by {target.produced_by.split()[1]}, and free memory and disk space",
         )
     if cache is not None:

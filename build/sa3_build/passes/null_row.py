@@ -46,7 +46,7 @@ class AddNullRow(Pass):
 def cross_tokens(model: ir.Model) -> ir.Value | None:
     """Return the cross tokens (B, 257, 768): the input of the first linear layer that depends on text and not on x.
 
-    None if there is no such layer.
+    Returns None without such a layer.
     """
     dependencies = query.input_dependencies(model)
     for node in model.graph:

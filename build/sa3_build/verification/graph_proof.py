@@ -38,7 +38,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """True if there is no contradiction and at least one item: an empty claim would pass every graph."""
+        """True without failures and with at least one checked item: an empty claim would pass every graph."""
         return self.checked > 0 and not self.failures
 
 

@@ -139,7 +139,7 @@ def _kinds_by_mask(path: Path, _: int, layout: calibration_layout.Layout) -> tup
 def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] = ()) -> set[int]:
     """Return indices of rows that represent a set: at most `limit`, and at least one of every kind at every sigma.
 
-    The same number of each, spread over the set; `kinds` is that of every row, none given where there is one only.
+    Every group has the same number of rows, spread over the set. `kinds` is the kind of each row (default: one kind).
     """
     groups: dict[tuple[str, float], list[int]] = {}
     for index, (kind, sigma) in enumerate(zip(kinds or [""] * len(sigmas), sigmas, strict=True)):

@@ -196,12 +196,12 @@ def read(path: Path) -> CheckSet:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_BYTES:
                 raise _broken(path, f"unpacks to more than {MAX_BYTES} bytes")
-        with np.load(path, allow_pickle=False) as held:
+        with np.load(path, allow_pickle=False) as archive:
             wanted = ("format", "kind", "floor", "graph", *DTYPES)
-            missing = [name for name in wanted if name not in held.files]
+            missing = [name for name in wanted if name not in archive.files]
             if missing:
                 raise _broken(path, f"it has no member {missing[0]!r}")
-            arrays = {name: held[name] for name in wanted}
+            arrays = {name: archive[name] for name in wanted}
     except OSError as error:
         raise _broken(path, error.strerror or "cannot be read") from None
     except Exception as error:  # zip, zlib and NumPy each raise their own for damaged bytes

@@ -12,7 +12,7 @@ from sa3_trt_core.errors import ToolError
 DEEPEST = 64  # nested subgraphs; real graphs have 1 or 2
 MAX_LOCATION_LENGTH = 4096
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-IR_VERSION, GRAPH = 1, 7  # of ModelProto: without both it is no model
+IR_VERSION, GRAPH = 1, 7  # fields of ModelProto that every model has
 RAW_DATA, EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 9, 13, 14, 1  # of TensorProto
 SMALL = 1024  # bytes; onnx.save keeps smaller tensors in the graph by default
 _DRIVE = re.compile(r"^[A-Za-z]:")
@@ -117,7 +117,7 @@ def _tensor_inside(data: bytes, start: int, end: int, onnx_path: Path) -> bytes 
             file.seek(offset)
             raw = file.read(length)
     except ValueError:
-        raise _Malformed("a tensor's place in its sidecar is no number") from None
+        raise _Malformed("a tensor's offset or length in its sidecar is not a number") from None
     except OSError as error:
         raise ToolError(f"cannot read {path}: {error.strerror or error}", "get or make both files again") from None
     kept, copied = [], start

@@ -29,7 +29,9 @@ def exclusive_lock(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is still held: whoever waits sees that its file is gone, and opens anew
+        path.unlink(
+            missing_ok=True
+        )  # before the release: a waiting process sees that the file is gone, and opens a new one
         lock.release()
         with contextlib.suppress(OSError):  # not empty, or taken by another process meanwhile
             for folder in made:
@@ -48,7 +50,7 @@ def _acquired(path: Path, what: str) -> FileLock:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # whoever held it removed the folder: make it again
+            with contextlib.suppress(FileNotFoundError):  # the previous owner removed the folder: make it again
                 lock.acquire(timeout=wait)
                 return lock
         except Timeout:

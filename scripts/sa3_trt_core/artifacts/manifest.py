@@ -59,7 +59,7 @@ def write_manifest(  # the order is the API
 ) -> Manifest:
     """Record a finished artefact, as the last step of making it; returns what was written.
 
-    `files` lie in the artefact's folder; `inputs` are name -> sha256. `tools` is what is installed unless given.
+    `files` lie in the artefact's folder; `inputs` are name -> sha256. `tools` are versions (default: those installed).
     """
     folder = artefact.parent.resolve()
     outside = [file for file in files if file.parent.resolve() != folder]
@@ -80,7 +80,7 @@ def write_manifest(  # the order is the API
 
 
 def read_manifest(artefact: Path) -> Manifest | None:
-    """Return the manifest of an artefact, or None where there is none. Raises ToolError if it is not one of ours."""
+    """Return the manifest of an artefact, None without one. Raises ToolError for a file of another format."""
     path = manifest_path(artefact)
     try:
         with path.open("rb") as file:
@@ -118,7 +118,7 @@ def verify_manifest(artefact: Path, deep: bool = False) -> str | None:
 
 
 def identity(artefact: Path) -> str | None:
-    """A short name of an artefact's content, from the digests in its manifest; None where there is no manifest."""
+    """Return a short content ID of an artefact, from the digests in its manifest; None without a manifest."""
     manifest = read_manifest(artefact)
     if manifest is None:
         return None

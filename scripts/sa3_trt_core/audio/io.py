@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "OGG", ".opus": "OGG"}
 CODECS = {".mp3": "MPEG_LAYER_III", ".ogg": "VORBIS", ".opus": "OPUS"}  # of the lossy ones
 OPUS_RATE = 48_000  # Hz: the highest that Opus has, and it has not 44,100
-BLOCK = 1 << 16  # frames given to libsndfile at a time: its Vorbis coder fails on millions at once
+BLOCK = 1 << 16  # frames per write to libsndfile: its Vorbis coder fails on millions at once
 BITS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}
 DEFAULT_BITS = "16"
 PEAKS = ("clip", "normalize", "limit")
@@ -43,7 +43,7 @@ def check_output(path: Path, bits: str, flag: str = "--out") -> None:
     """Raise InvalidRequest for a destination whose extension or resolution cannot be written."""
     suffix = path.suffix.lower()
     if bits not in BITS:
-        raise InvalidRequest(f"`bits` {bits} is none that is written", f"known: {', '.join(BITS)}")
+        raise InvalidRequest(f"unsupported `bits` {bits}", f"known: {', '.join(BITS)}")
     if suffix not in FORMATS:
         raise InvalidRequest(f"{flag} {path} does not end in {', '.join(FORMATS)}", "give a name that does")
     if suffix in CODECS and bits != DEFAULT_BITS:
@@ -127,7 +127,7 @@ def _quantized(values: np.ndarray, bits: str) -> np.ndarray:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Return the metadata that `write_audio` put into a sound file. Raises ToolError where there is none."""
+    """Return the metadata that `write_audio` put into a sound file. Raises ToolError for a file without it."""
     import soundfile
 
     hint = "give a sound that sa3_trt has written"

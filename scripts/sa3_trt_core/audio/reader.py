@@ -104,7 +104,7 @@ def _opened(path: Path) -> Any:
             return False
 
     if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        kind = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "does not exist"
         raise ToolError(f"no such sound file: {path} {kind}", "give the path of a sound file")
     if path.stat().st_size == 0:
         raise ToolError(f"{path} is empty: it has 0 bytes", "give a sound file that is not empty")
@@ -114,7 +114,7 @@ def _opened(path: Path) -> Any:
         if sound.frames >= UNKNOWN_LENGTH or not sound.seekable():
             sound.close()
             sound = Sequential(name)
-    except (RuntimeError, TypeError) as error:  # TypeError: headerless formats, whose parameters have to be given
+    except (RuntimeError, TypeError) as error:  # TypeError: headerless formats need their parameters
         raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
     right = 1 <= sound.channels <= AUDIO_CHANNELS and LOWEST_RATE <= sound.samplerate <= HIGHEST_RATE
     if not right or sound.frames < 1:
@@ -125,7 +125,7 @@ def _opened(path: Path) -> Any:
 
 
 def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
-    """Return up to `wanted` frames (N, channels) fp32 from `start` seconds on. Raises ToolError where there is none."""
+    """Return up to `wanted` frames (N, channels) fp32 from `start` seconds on. Raises ToolError past the end."""
     import numpy as np
 
     first, rate = round(start * sound.samplerate), sound.samplerate

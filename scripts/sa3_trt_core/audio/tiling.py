@@ -49,7 +49,7 @@ def chunk_frames(frames: int, asked: int | None) -> int:
 
 
 def require_chunk(size: int) -> None:
-    """Raise InvalidRequest for a window that is none: 0 (one piece) or at least MIN_CHUNK frames."""
+    """Raise InvalidRequest unless a window is 0 (one piece) or at least MIN_CHUNK frames."""
     if size != 0 and size < MIN_CHUNK:
         raise InvalidRequest(
             f"chunks of {size} latent frames are too short: {2 * CONTEXT} of each are run twice",

@@ -36,9 +36,7 @@ class Parser(argparse.ArgumentParser):
         dashed = _DASHED.match(message)
         if dashed is not None:
             flag = dashed[1].split("/")[-1]
-            raise ToolError(
-                message, f"a value that begins with a dash is given as {flag}=-value; see {self.prog} --help"
-            )
+            raise ToolError(message, f"write a value that begins with a dash as {flag}=-value; see {self.prog} --help")
         raise ToolError(message, f"see {self.prog} --help")
 
 
@@ -53,7 +51,7 @@ def add_folder_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def folder_argv(args: argparse.Namespace) -> list[str]:
-    """Return the flags of `add_folder_flags` as another command takes them, those that were given."""
+    """Return the flags of `add_folder_flags` that are set, as the argv of another command."""
     pairs = (("--onnx-root", args.onnx_root), ("--models-dir", args.models_dir))
     return [word for flag, folder in pairs if folder is not None for word in (flag, str(folder))]
 

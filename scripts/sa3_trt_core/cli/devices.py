@@ -18,7 +18,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
     for name in names:
         if name != CPU and not (name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS):
             raise ToolError(
-                f"{name[:SHOWN]!r} is no device", "give numbers of GPUs, as nvidia-smi -L counts them, or cpu"
+                f"{name[:SHOWN]!r} is not a device", "give numbers of GPUs, as nvidia-smi -L counts them, or cpu"
             )
         if name != CPU and names.count(name) > 1:
             raise ToolError(f"device {name} is named twice", "name each GPU once")
@@ -33,7 +33,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
 def choose_devices(one: str | None, several: str | None) -> tuple[str, ...]:
     """Take `one` device for this process, or give the names of `several` for others. Raises ToolError."""
     if one is not None and several is not None:
-        raise ToolError("--device and --devices are both given", "choose one of the two")
+        raise ToolError("--device and --devices cannot be combined", "choose one of the two")
     if one is not None:
         if "," in one:
             raise ToolError(f"--device {one} names more than one", "use --devices")

@@ -80,7 +80,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
     plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
     if args.refit and not args.lora:
-        raise ToolError("--refit is given without --lora", "name the adapters, or leave --refit away")
+        raise ToolError("--refit requires --lora", "name the adapters, or leave --refit away")
     if not args.lora:
         return plan
     return plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases, args.refit)
@@ -119,9 +119,11 @@ def _requests(args: argparse.Namespace) -> list[Request]:
 def _check_conflicts(args: argparse.Namespace, requests: Sequence[Request]) -> None:
     """Refuse flags that exclude one another, and rows that do not fit the engines. Raises ToolError."""
     if args.batch is not None and args.depth is not None:
-        raise ToolError("--batch and --depth are both given", "choose one: rows in step, or a ring of rows at any step")
+        raise ToolError(
+            "--batch and --depth cannot be combined", "choose one: rows in step, or a ring of rows at any step"
+        )
     if args.depth is not None and args.free_models:
-        raise ToolError("--depth and --free-models are both given", "choose one: a ring needs all models at once")
+        raise ToolError("--depth and --free-models cannot be combined", "choose one: a ring needs all models at once")
     _ = ring_groups(requests, args.depth) if args.depth else list(batches(requests, args.batch or 1))
     if args.out is not None and (args.out_dir is not None or args.format is not None):
         raise ToolError("--out names the file already", "leave --out-dir and --format away")
@@ -149,11 +151,11 @@ def _for_ray(args: argparse.Namespace) -> None:
     """Make the paths of the flags absolute, as workers have folders of their own. Raises ToolError."""
     flag = "--devices" if args.devices is not None else "--ray"
     if args.devices is not None and args.ray is not None:
-        raise ToolError("--devices and --ray are both given", "choose one: GPUs of this machine, or a Ray")
+        raise ToolError("--devices and --ray cannot be combined", "choose one: GPUs of this machine, or a Ray")
     for other, value in (("--batch", args.batch), ("--free-models", args.free_models), ("--device", args.device)):
         if value:
             raise ToolError(
-                f"{flag} and {other} are both given", f"leave {other} away: every worker has a ring (--depth)"
+                f"{flag} and {other} cannot be combined", f"leave {other} away: every worker has a ring (--depth)"
             )
     for name in ("onnx_root", "models_dir", "init_audio", "out_dir", "out", "save_latents"):
         value = getattr(args, name)
@@ -175,12 +177,12 @@ def _beside(out: Path, original: Path | None) -> Path:
 def _rows(args: argparse.Namespace) -> list[prompts.PromptRow]:
     """Return the prompts of the command line or of the file; on a terminal, and nowhere else, one that is asked for."""
     if args.prompt is not None and args.prompts_file is not None:
-        raise ToolError("--prompt and --prompts-file are both given", "choose one of the two")
+        raise ToolError("--prompt and --prompts-file cannot be combined", "choose one of the two")
     if args.prompts_file is not None:
         return prompts.read_prompts(args.prompts_file)
     if args.prompt is not None:
         return [prompts.PromptRow(prompt) for prompt in args.prompt]
     if sys.stdin is None or sys.stderr is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ToolError("no prompt is given, and there is no terminal to ask on", "add --prompt TEXT")
+        raise ToolError("no prompt, and standard input is not a terminal", "add --prompt TEXT")
     print("Prompt: ", end="", file=sys.stderr, flush=True)
     return [prompts.PromptRow(sys.stdin.readline().strip())]

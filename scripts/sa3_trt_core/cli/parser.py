@@ -23,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = Parser(prog="sa3_trt", description="Stable Audio 3: 44.1 kHz stereo from text, from sound, or from both.")
     parser.add_argument(
-        "--prompt", action="append", metavar="P", help="text to generate from; may be empty, and given several times"
+        "--prompt", action="append", metavar="P", help="text to generate from, may be empty; repeat for several sounds"
     )
     parser.add_argument(
         "--prompts-file",
@@ -189,7 +189,7 @@ def _add_sound(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--inpaint-range", type=_range, action="append", default=[], metavar="A,B",
-        help="range of --init-audio in seconds to regenerate; may be given several times",
+        help="range of --init-audio in seconds to regenerate; repeat for several ranges",
     )  # fmt: skip
     group.add_argument("--paste-kept", action="store_true", help="restore the kept latent frames after every step")
     group.add_argument(

@@ -22,8 +22,8 @@ class Totals:
     """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row.
 
     `elapsed` is the time from the first stage to the last file: what is decoded while others are sampled counts once.
-    Loading is no part of it, but for several devices, whose processes load as they come. `kept` are the rows that were
-    there before.
+    Loading is excluded, except with several devices, whose processes load on their own. `kept` are the rows whose files
+    existed before.
     """
 
     timings: dict[str, float] = field(default_factory=dict)

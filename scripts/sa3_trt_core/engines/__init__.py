@@ -48,7 +48,7 @@ def backend_of_file(path: Path) -> Backend | None:
 
 
 def default_build() -> Backend:
-    """Return the backend to build for when none is named: the first installed of those that run every graph."""
+    """Return the default backend of builds: the first installed one of those that run every graph."""
     whole = [backend for backend in BUILT.values() if backend.runs == EVERYTHING]
     return next((backend for backend in whole if backend.available()), whole[-1])
 
@@ -76,7 +76,7 @@ def source_path(target: Target, backend: str, source: ModelSource) -> Path:
         return resolve.resolve_onnx(target, source)
     arch = record.arch_here()
     if arch is None:
-        raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", f"choose `backend={DIRECT.name}`")
+        raise ToolError(f"{backend} needs an NVIDIA GPU; no GPU is visible", f"choose `backend={DIRECT.name}`")
     path = record.engine_path(source.models_dir, arch, target)
     if not path.is_file():
         raise ToolError(f"no engine {path}", f"build it: {record.rebuild_command(target.name, arch)}")
@@ -84,7 +84,7 @@ def source_path(target: Target, backend: str, source: ModelSource) -> Path:
 
 
 def open_engine(target: Target, backend: str, source: ModelSource, path: Path | None = None) -> GraphEngine:
-    """Load a target with a backend that pick_backend gave; `path` is what source_path found, if asked before.
+    """Load a target with a backend from `pick_backend`. `path` is its file (default: that of `source_path`).
 
     An engine that this machine has not run before is run on the check rows of its graph. Raises ToolError; GateError
     when it gives other answers than the graph.

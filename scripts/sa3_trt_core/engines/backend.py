@@ -1,4 +1,4 @@
-"""The record of a backend: its name, what it runs, where, and how its engines are found and opened."""
+"""The record of a backend: name, supported graphs, devices, and functions that locate and open its engines."""
 
 from __future__ import annotations
 

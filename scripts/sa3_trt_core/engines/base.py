@@ -19,7 +19,8 @@ class GraphEngine(Protocol):
 
     `max_batch` is the largest batch of one run, None where the graph sets no limit. `device` is "cuda" or "cpu",
     `cpu_reason` why it is the CPU on a machine with a GPU ("" otherwise). `takes_rows` is True for an encoder or
-    decoder that takes any number of rows at once and bounds its own memory: it is given no windows.
+    decoder that takes any number of rows at once and bounds its own memory, so that the caller
+    need not cut its input into windows.
     """
 
     input_names: tuple[str, ...]
@@ -41,7 +42,7 @@ class GraphEngine(Protocol):
 
 
 class VelocityEngine(Protocol):
-    """One DiT: velocity for a batch of latents at given noise levels."""
+    """One DiT: velocity of a batch of latents, each row at its own noise level."""
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,), both fp32."""
@@ -113,7 +114,7 @@ class DiTVelocity(Closeable):
         return require_output(self._graph.run(inputs), "velocity").float()
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
-        """`velocity` of rows whose conditioning is given one by one, valid until the next call."""
+        """Return `velocity` of rows with one conditioning object (batch 1) per row; valid until the next call."""
         from sa3_trt_core.conditioning import Conditioning
 
         if isinstance(self._graph, RowsEngine) and self.device != "cpu":
@@ -125,9 +126,9 @@ class DiTVelocity(Closeable):
 
 
 def rows_velocity(engine: VelocityEngine, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
-    """Velocity (R, 256, L) for x (R, 256, L) and t (R,), the conditioning of each row given as one object of one row.
+    """Return the velocity (R, 256, L) for x (R, 256, L) and t (R,), with one conditioning object (batch 1) per row.
 
-    An engine that knows its rows again by these objects takes in only those that are new.
+    A RowsEngine caches conditioning by object identity and processes only new objects.
     """
     from sa3_trt_core.conditioning import Conditioning
 

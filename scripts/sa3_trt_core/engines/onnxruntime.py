@@ -22,7 +22,7 @@ _NUMPY_TYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
 }
-SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that is given as bytes
+SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # session option of a graph passed as bytes
 SMALL_OUTSIDE = "external tensors"  # in the error of a graph whose shapes and axes are in its sidecar
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
 PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder

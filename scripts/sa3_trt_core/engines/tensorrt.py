@@ -42,7 +42,7 @@ class TensorRtEngine(DeviceEngine):
         if module is None:
             raise ToolError(f"the Python package {backend} is not installed", "install it, or choose another `backend`")
         if arch is None:
-            raise ToolError(f"{backend} needs an NVIDIA GPU and none is visible", "choose `backend=onnxruntime`")
+            raise ToolError(f"{backend} needs an NVIDIA GPU; no GPU is visible", "choose `backend=onnxruntime`")
         require_version(backend, str(module.__version__))
         require_ours(path, backend, str(module.__version__), arch, self._rebuild, onnx)
         _require_cuda_torch()

@@ -106,7 +106,7 @@ class BoundContext:
         return outputs
 
     def _capture(self) -> None:
-        """Keep a CUDA graph of the run if its replay gives, bit for bit, what the run itself has just given."""
+        """Keep a CUDA graph of the run if its replay reproduces the outputs of the last run bit for bit."""
         import torch
 
         wanted = {name: buffer.clone() for name, buffer in self._outputs.items()}

@@ -56,7 +56,7 @@ def tried(words: str) -> str:
 
 def _no_token(what: str) -> ToolError:
     return ToolError(
-        f"the hub's token holds {what}, so it is no token",
+        f"the hub's token is invalid: it holds {what}",
         "set HF_TOKEN to the token that the hub gave you, or unset it and run: hf auth login",
     )
 

@@ -117,7 +117,7 @@ def _blob(repository: str, name: str, metadata: HfFileMetadata) -> Path:
     digest = metadata.etag or ""
     if re.fullmatch(r"[0-9a-f]+", digest) is None or len(digest) not in (_SHA256, _GIT) or metadata.size is None:
         raise ToolError(
-            f"{constants.ENDPOINT} gives no size and digest of {name}, so it is no hub that can be trusted",
+            f"{constants.ENDPOINT} sends no size and digest of {name}: it is not a trusted hub",
             "check HF_ENDPOINT and the proxy",
         )
     folder = Path(constants.HF_HUB_CACHE).expanduser().resolve() / repo_folder_name(

@@ -1,4 +1,4 @@
-"""Finding ONNX files and the tokenizer: in a local folder if one is given, else in the hub's cache, else on the hub."""
+"""Locate ONNX files and the tokenizer: in `onnx_root` if set, else in the hub's cache, else on the hub."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def local_onnx(root: Path, target: Target) -> Path | None:
 def resolve_onnx(target: Target, source: ModelSource) -> Path:
     """Return the target's ONNX file with its sidecars beside it.
 
-    A given folder of ONNX files is the only place looked at: taking the hub's file instead would run another model.
-    Otherwise the hub's cache at the target's pinned revision, then the hub itself. A `revision` that is given and is
-    no commit (a branch) is asked for at the hub first. With `offline` or HF_HUB_OFFLINE nothing is asked. Graph and
-    sidecars are always of one commit. Raises ToolError.
+    With `onnx_root` only that folder is searched: a file of the hub instead would be another model. Otherwise the hub's
+    cache is searched at the target's pinned revision, then the hub itself. A `revision` that is a branch is resolved by
+    the hub first. With `offline` or HF_HUB_OFFLINE no request is sent. Graph and sidecars always belong to one commit.
+    Raises ToolError.
     """
     onnx_root, revision, offline = source.onnx_root, source.revision, source.offline
     if onnx_root is not None:

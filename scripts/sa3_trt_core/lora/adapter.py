@@ -150,10 +150,10 @@ def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str
 def _refuse_other_methods(path: Path, foreign: list[str]) -> None:
     """Raise ToolError for tensors of another kind of adapter, by its name: it would be half applied, or not at all."""
     for mark, method in OTHER_METHODS.items():
-        found = [key for key in foreign if f".{mark}" in key]
-        if found:
+        keys = [key for key in foreign if f".{mark}" in key]
+        if keys:
             raise ToolError(
-                f"{path} holds {method}: {listed(found, 'tensor')} no LoRA factors",
+                f"{path} holds {method}: {listed(keys, 'tensor')} no LoRA factors",
                 f"only {', '.join(KINDS)} are read: train or export one of those",
             )
 

@@ -49,7 +49,7 @@ NATIVE_ORDER = (0, 2, 4, 1, 3)
 def layer_of_role(role: str) -> str:
     """Return the native layer of a role of a packed DiT, such as `blocks.3.self_qkv` or `time.0`.
 
-    Raises KeyError for a role that is no weighted layer.
+    Raises KeyError for any other role.
     """
     if role.startswith("blocks."):
         _, index, name = role.split(".", 2)
@@ -58,7 +58,7 @@ def layer_of_role(role: str) -> str:
 
 
 def role_of_layer(layer: str) -> str | None:
-    """Return the role of a native layer in a packed DiT; None for a name that is no layer of this network."""
+    """Return the role of a native layer in a packed DiT; None for a name that this network does not have."""
     if layer.startswith(BLOCK):
         index, _, name = layer.removeprefix(BLOCK).partition(".")
         role = _BLOCK_LAYERS.get(name)

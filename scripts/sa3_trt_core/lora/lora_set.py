@@ -70,7 +70,7 @@ def read_loras(loras: Loras, options: LoraOptions | None = None) -> LoraSet:
 
 
 def parse_spec(text: str) -> LoraSpec:
-    """Return the spec of "FILE" or "FILE:STRENGTH". Raises ToolError for a strength that is no number in range."""
+    """Return the spec of "FILE" or "FILE:STRENGTH". Raises ToolError for a strength that is not a number in range."""
     path, colon, strength = text.rpartition(":")
     if not colon or Path(text).exists() or not path:
         return LoraSpec(Path(text))
@@ -230,7 +230,7 @@ def _misfit(adapter: Adapter, name: str, shapes: Shapes) -> str | None:
     """Return the reason why a layer of an adapter does not fit the model; None where it does."""
     layer, shape = adapter.layers[name], shapes.get(name)
     if shape is None:
-        return f"{name} is no layer of it"
+        return f"{name} is not a layer of it"
     out, into = shape
     tensors = layer.tensors
     if "M_xs" in tensors:

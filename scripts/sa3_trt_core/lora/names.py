@@ -48,7 +48,7 @@ class TensorTarget:
 
 
 def tensor_target(key: str) -> TensorTarget | None:
-    """Return where a tensor belongs; None for a key that is no adapter's, such as a bias or a whole weight."""
+    """Return where a tensor belongs; None for a key of another kind, such as a bias or a full weight."""
     native = _NATIVE.fullmatch(key)
     if native is not None:
         tensor, index = native["tensor"], int(native["index"])

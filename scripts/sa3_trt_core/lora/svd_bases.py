@@ -35,7 +35,7 @@ class BasisSource(Protocol):
 class SvdBases:
     """Bases of the weights at hand, or of a native checkpoint's where `checkpoint` names its model.safetensors.
 
-    `folder` keeps what has been computed (None: nothing is kept); a folder that takes no files is no error.
+    `folder` caches the computed bases (None: no cache); a folder that cannot be written is not an error.
     """
 
     def __init__(self, folder: Path | None = None, checkpoint: Path | None = None) -> None:

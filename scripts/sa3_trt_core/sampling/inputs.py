@@ -53,7 +53,7 @@ def conditioning(
 
 
 def guidance_of(rows: Sequence[Request], cond: Conditioning, features: Features) -> guidance.Guidance | None:
-    """Each row's null or negative row, and how far it leads; None where there is no guidance. Equal batch keys."""
+    """Return guidance of rows of equal batch key: unconditional (or negative) rows and scale; None without guidance."""
     import torch
 
     first = rows[0]

@@ -42,7 +42,7 @@ def test_the_sound_is_written(tiny_onnx: Path, tmp_path: Path, tail: str, code: 
 def test_a_prompt_that_cannot_be_asked_for_is_two_lines(tmp_path: Path, tail: str) -> None:
     result = shell([*COMMAND, "--dry-run"], tail, tmp_path)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 2, result
-    assert "no prompt is given" in result.stderr and "--prompt" in result.stderr
+    assert "no prompt, and standard input is not a terminal" in result.stderr and "--prompt" in result.stderr
 
 
 def test_the_menu_lists_where_nobody_can_answer(tmp_path: Path) -> None:

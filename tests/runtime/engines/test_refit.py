@@ -132,7 +132,7 @@ def test_refit_without_adapters_without_a_merged_graph_or_a_gpu_is_refused(
 ) -> None:
     line = ["--prompt", "x", "--precision", "fp8", "--backend", "tensorrt_rtx", "--refit", "--out", tmp_path / "x.wav",
             "--onnx-root", root / "onnx", "--models-dir", root / "models"]  # fmt: skip
-    assert_user_error(run(sa3_trt.main, line), "--refit is given without --lora")
+    assert_user_error(run(sa3_trt.main, line), "--refit requires --lora")
     done = run(sa3_trt.main, [*line, "--lora", f"{adapter}:0.25"])
     assert_user_error(done, "takes its weights from the merged graph")
     assert "build/merge_lora.py --input" in done.err and "build_from_onnx.py" not in done.err

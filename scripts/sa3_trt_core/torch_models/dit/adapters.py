@@ -75,9 +75,9 @@ class AdapterSlot:
     def _found_or_merged(self, loras: LoraSet, checkpoint: Path | None) -> dict[str, Tensor]:
         """Return the set's tensors from the disk where they lie there and the DiT is on a CPU, else merged now."""
         on_cpu = self._dit.packed.tensor("memory").device.type == "cpu"
-        found = self._disk.read(loras, checkpoint) if on_cpu else None
-        if found is not None:
-            return found
+        stored = self._disk.read(loras, checkpoint) if on_cpu else None
+        if stored is not None:
+            return stored
         tensors = self._merged(loras, SvdBases(Path(f"{self._base_path}{FOLDER_SUFFIX}"), checkpoint))
         if on_cpu:
             self._disk.write(loras, checkpoint, tensors)

@@ -22,7 +22,7 @@ NAME_LETTERS = 32
 
 
 class MergedCache:
-    """The files of one engine. A damaged one is made again; a folder that takes no files is no error."""
+    """The files of one engine. A damaged one is made again; a folder that cannot be written is not an error."""
 
     def __init__(self, own: Path, base: Path) -> None:
         """`own` is the packed DiT, `base` the FP16-mixed one; without their manifests nothing is kept."""

@@ -62,7 +62,7 @@ class Packed:
                 sizes = _sizes(path, file.metadata() or {})
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
-            raise ToolError(f"{path} is no whole packed DiT ({error})", "build it again") from None
+            raise ToolError(f"{path} is not a complete packed DiT ({error})", "build it again") from None
         missing = sorted(set(expected(sizes)) - set(tensors))
         if missing:
             raise ToolError(f"{path}: tensor {missing[0]} is missing", "build it again")
@@ -74,7 +74,7 @@ class Packed:
         return tuple(self._tensors)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor that is no product's."""
+        """Return a tensor that belongs to no linear layer."""
         return self._tensors[name]
 
     def product(self, name: str) -> Product:
@@ -114,4 +114,4 @@ def _sizes(path: Path, metadata: dict[str, str]) -> Sizes:
         needed = [field for field in fields(Sizes) if field.name in stated or field.default is MISSING]
         return Sizes(**{field.name: stated[field.name] for field in needed})
     except (KeyError, TypeError, ValueError) as error:
-        raise ToolError(f"{path} is no packed DiT of this version ({error})", "build it again") from None
+        raise ToolError(f"{path} is not a packed DiT of this version ({error})", "build it again") from None

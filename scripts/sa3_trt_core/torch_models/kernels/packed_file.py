@@ -29,7 +29,7 @@ def read_header(path: Path, wanted: str) -> dict[str, Any]:
             raise ValueError("its sizes are no JSON object")
         return sizes
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ToolError(f"{path} is no packed network of this version ({error})", REBUILD) from None
+        raise ToolError(f"{path} is not a packed network of this version ({error})", REBUILD) from None
 
 
 def read_tensors(
@@ -47,7 +47,7 @@ def read_tensors(
             tensors = {key: file.get_tensor(key) for key in file.keys() if key not in kept}  # noqa: SIM118 - no mapping
             missing = sorted(set(expected) - set(tensors) - set(file.keys()))
     except (SafetensorError, OSError) as error:
-        raise ToolError(f"{path} is no whole packed network ({error})", REBUILD) from None
+        raise ToolError(f"{path} is not a complete packed network ({error})", REBUILD) from None
     if missing:
         raise ToolError(f"{path}: tensor {missing[0]} is missing", REBUILD)
     return tensors

@@ -60,7 +60,7 @@ class DecoderRunner:
         return self._eager(latents.to(self._device)) if graph is None else graph({"latents": latents})
 
     def _captured(self, latents: Tensor) -> Captured | None:
-        """Return the graph of a shape; None where there is no memory for its activations beside the others."""
+        """Return the graph of a shape; None without memory for its activations."""
         try:
             return Captured(self._models[0].pcm, {"latents": latents}, self._device)
         except torch.OutOfMemoryError:

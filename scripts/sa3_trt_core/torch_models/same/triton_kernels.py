@@ -122,7 +122,7 @@ def windowed_attention(
     row, column = tl.arange(0, rows), tl.arange(0, columns)
     query, key = start + row, start - reach + column
     asked = (row < queries) & (query < end)
-    held = (key >= first) & (key < last) & (column < queries + 2 * reach)
+    key_mask = (key >= first) & (key < last) & (column < queries + 2 * reach)
     # In columns: the band of a query, cut where its row begins and ends. One comparison of unsigned numbers a score.
     row_begin = query // tokens * tokens - start + reach
     lowest = tl.maximum(row, row_begin)
@@ -132,14 +132,14 @@ def windowed_attention(
     q_at = (query - first).to(tl.int64) * (5 * width) + channel
     k_at = (key - first).to(tl.int64) * (5 * width) + channel
     dim = tl.arange(0, HEAD)
-    value = tl.load(qkv + k_at[:, None] + (dim + 4 * width)[None, :], mask=held[:, None], other=0.0)
+    value = tl.load(qkv + k_at[:, None] + (dim + 4 * width)[None, :], mask=key_mask[:, None], other=0.0)
     q_cos, q_sin = _table(cosine, row + reach), _table(sine, row + reach)
     k_cos, k_sin = _table(cosine, column), _table(sine, column)
     q1, q2 = _rotated(qkv, q_at, asked, q_alpha, q_gamma, q_beta, q_cos, q_sin, rows, approximate)
-    k1, k2 = _rotated(qkv, k_at + 2 * width, held, k_alpha, k_gamma, k_beta, k_cos, k_sin, columns, approximate)
+    k1, k2 = _rotated(qkv, k_at + 2 * width, key_mask, k_alpha, k_gamma, k_beta, k_cos, k_sin, columns, approximate)
     out = _half(q1, q2, k1, k2, value, inside, approximate)
     q1, q2 = _rotated(qkv, q_at + width, asked, q_alpha, q_gamma, q_beta, q_cos, q_sin, rows, approximate)
-    k1, k2 = _rotated(qkv, k_at + 3 * width, held, k_alpha, k_gamma, k_beta, k_cos, k_sin, columns, approximate)
+    k1, k2 = _rotated(qkv, k_at + 3 * width, key_mask, k_alpha, k_gamma, k_beta, k_cos, k_sin, columns, approximate)
     out -= _half(q1, q2, k1, k2, value, inside, approximate)
     at = (query - begin).to(tl.int64)[:, None] * width + (dim + channel)[None, :]
     tl.store(result + at, out.to(tl.float16), mask=asked[:, None])
@@ -179,7 +179,7 @@ def gate_codes(
 ):  # fmt: skip
     """The same of one token as E4M3 codes with a scale of its own: its largest value becomes 448.
 
-    Its channels are held in `pieces` of `block`; pieces * block >= inner.
+    Its channels are loaded in `pieces` of `block`; pieces * block >= inner.
     """
     token = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([1, block], dtype=tl.float32)

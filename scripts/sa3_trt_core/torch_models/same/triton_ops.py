@@ -41,7 +41,7 @@ class Tiles:
 
 
 def read_tiles(path: Path) -> Tiles:
-    """Return the tiles measured for an engine; the defaults where there is no such file."""
+    """Return the tiles measured for an engine; the defaults without such a file."""
     if not path.is_file():
         return Tiles()
     return Tiles(**{name: Tile(**tile) for name, tile in json.loads(path.read_text()).items()})

@@ -129,7 +129,7 @@ def sizes_of(path: Path) -> Sizes:
         values = {field.name: stated[field.name] for field in fields(Sizes)}
         return Sizes(**{**values, "sinusoidal": tuple(values["sinusoidal"])})
     except (KeyError, TypeError) as error:
-        raise ToolError(f"{path} is no packed autoencoder of this version ({error})", packed_file.REBUILD) from None
+        raise ToolError(f"{path} is not a packed autoencoder of this version ({error})", packed_file.REBUILD) from None
 
 
 def header(sizes: Sizes) -> dict[str, str]:

@@ -72,7 +72,7 @@ class Packed:
         """The embeddings (B, T, width) fp32 on the CPU of ids (B, T) int64. Raises ToolError for an unknown id."""
         if int(ids.min()) < 0 or int(ids.max()) >= self.sizes.vocabulary:
             raise ToolError(
-                f"a token of the text is none of the {self.sizes.vocabulary} that the text encoder knows",
+                f"a token ID of the text is outside the text encoder's vocabulary of {self.sizes.vocabulary}",
                 "use the tokenizer and the text encoder of one folder",
             )
         used, place = torch.unique(ids, return_inverse=True)
@@ -89,7 +89,7 @@ def sizes_of(path: Path) -> Sizes:
     try:
         return Sizes(**{field.name: stated[field.name] for field in fields(Sizes)})
     except (KeyError, TypeError) as error:
-        raise ToolError(f"{path} is no packed text encoder of this version ({error})", packed_file.REBUILD) from None
+        raise ToolError(f"{path} is not a packed text encoder of this version ({error})", packed_file.REBUILD) from None
 
 
 def header(sizes: Sizes) -> dict[str, str]:
