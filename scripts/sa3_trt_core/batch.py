@@ -1,4 +1,4 @@
-"""One batch on its way to sound, and what batches share."""
+"""Intermediate results of a batch, and the cache of encoded texts and sounds that batches share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sa3_trt_core.stage_timer import Meter
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOGETHER = 64  # max rows kept in memory between the stages with free_models
-REMEMBERED = 16  # texts and encoded sounds that rows of a ring may share
+MAX_BLOCK_ROWS = 64  # max rows kept in memory between the stages with free_models
+MAX_CACHED = 16  # entries of each kind in the EncodeCache of a ring
 
 
 @dataclass
 class Batch:
-    """One batch on its way to sound: rows of equal batch_key, and their results so far."""
+    """Intermediate results of one batch: rows of equal `batch_key`, text features, init latents and latents."""
 
     rows: Sequence[Request]
     meter: Meter
@@ -31,14 +31,14 @@ class Batch:
 
 
 class EncodeCache:
-    """Texts and sounds that are encoded already, so that each is encoded once; the oldest go first."""
+    """Cache of text features and init latents by prompt and by (sound, start, frames), in insertion order."""
 
     def __init__(self) -> None:
         self.texts: dict[str, tuple[Tensor, Tensor]] = {}
         self.sounds: dict[tuple[Path | Waveform, float, int], Tensor] = {}
 
     def evict(self, max_entries: int) -> None:
-        """Keep the latest `max_entries` of each."""
+        """Remove the oldest entries beyond `max_entries` of each kind."""
         for words in list(self.texts)[:-max_entries]:
             del self.texts[words]
         for sound in list(self.sounds)[:-max_entries]:
@@ -46,7 +46,7 @@ class EncodeCache:
 
 
 def blocks(groups: list[list[int]], max_rows: int) -> Iterator[list[list[int]]]:
-    """Batches in blocks of at most `max_rows` rows, or of one batch."""
+    """Yield consecutive batches in blocks of at most `max_rows` rows; a larger batch is a block of its own."""
     block: list[list[int]] = []
     for rows in groups:
         if block and sum(map(len, block)) + len(rows) > max_rows:

@@ -16,7 +16,7 @@ class Conditioning:
     """Inputs of the DiT other than x and t, all fp32.
 
     t5_hidden (B, 256, 768), t5_mask (B, 256) of 0/1, seconds_total (B,) in seconds, local_add_cond (B, 257, L): keep
-    mask and masked latent, zeros for plain text to audio (zeros are fed, never left out: its embedding has biases).
+    mask and masked latent, zeros for text to audio (the input is required: its embedding has biases).
     """
 
     t5_hidden: Tensor
@@ -31,16 +31,16 @@ class Conditioning:
 
     @cached_property
     def durations(self) -> list[float]:
-        """The seconds of each row. Waits for the GPU the first time, where the tensors lie on one."""
+        """Seconds of each row. Synchronizes with the GPU on first use if the tensors are there."""
         return [float(value) for value in self.seconds_total.tolist()]
 
     @cached_property
     def keeps(self) -> bool:
-        """True where a row has something to keep: local_add_cond is not zero. Waits for the GPU the first time."""
+        """True if local_add_cond is not all zero (in-painting). Synchronizes with the GPU on first use."""
         return bool(self.local_add_cond.any())
 
     def on(self, device: str) -> Self:
-        """Return the conditioning on a device, `durations` and `keeps` known: what follows waits for nothing."""
+        """Return a copy on a device, with `durations` and `keeps` precomputed so that later uses do not synchronize."""
         known = self.durations, self.keeps
         moved = type(self)(*(value.to(device) for value in self.tensors))
         moved.__dict__["durations"], moved.__dict__["keeps"] = known
@@ -48,7 +48,7 @@ class Conditioning:
 
     @classmethod
     def joined(cls, parts: Sequence[Conditioning]) -> Self:
-        """Return the rows of all parts as one batch; their latent frames are equally many."""
+        """Concatenate parts of equal latent length into one batch."""
         import torch
 
         return cls(*(torch.cat(values) for values in zip(*(part.tensors for part in parts), strict=True)))

@@ -1,7 +1,7 @@
 """Continuous batching: requests enter at the next step; three threads encode, sample and decode.
 
-On a GPU each thread has a CUDA stream. The sampler's thread queues a step while the one before runs and waits for
-neither copies nor checks: conditioning and noise are uploaded by the first thread, latents are checked by the last.
+On a GPU each thread has a CUDA stream. The sampling thread queues a step while the previous one runs and waits for no
+copy or check: the encoding thread uploads conditioning and noise, the decoding thread checks latents.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from sa3_trt_core.pipeline import Generator, Result
     from sa3_trt_core.request import Request
 
-READY = 2  # requests whose text is encoded before a place is free: more would only hold memory
+MAX_READY = 2  # requests encoded ahead of a free slot: more would only use memory
 REMEMBERED_SECONDS = 32  # sounds whose time in the ring is averaged
 
 
 class LiveRing(Closeable):
-    """Sounds of requests that come at any time: each enters the ring at the next step at which a place is free.
+    """Continuous batching of requests that arrive at any time: each enters the ring at the next step with a free slot.
 
-    A generator's engines are used by one thread each. Nothing of a request is kept after its future is done. Cancelling
-    the future takes the request out: of the queue at once, of the ring before the next step. `submit` and `occupancy`
-    may be called from any thread. Does not close the generator.
+    Each engine of the generator is used by one thread. No data of a request outlives its future. Cancelling the future
+    removes the request from the queue at once, and from the ring before the next step. `submit` and `occupancy` are
+    thread-safe. Does not close the generator.
     """
 
     def __init__(self, generator: Generator, depth: int, max_waiting: int = 64) -> None:
@@ -46,17 +46,17 @@ class LiveRing(Closeable):
         self._ring = Ring(velocity, depth, max_batch=max_batch, alone=_rows_alone(generator))
         self.depth, self.max_waiting = depth, max_waiting
         self.steps = 0  # forwards of the whole ring so far
-        self.failure: BaseException | None = None  # what ended a thread: nothing is made any more
+        self.failure: BaseException | None = None  # exception that ended a thread; the ring then makes no more sounds
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._ready: deque[Ticket] = deque()
         self._inside: dict[Ticket, None] = {}
         self._finished: deque[Ticket] = deque()
-        self._busy: set[Ticket] = set()  # being made ready, or decoded, right now
+        self._busy: set[Ticket] = set()  # being encoded or decoded
         self._times: deque[float] = deque(maxlen=REMEMBERED_SECONDS)
         self._refusing = self._stopping = False
         self._text_lane, self._dit_lane = Lane(velocity.device), Lane(velocity.device)
-        self._decoder_lane = Lane(velocity.device, urgent=True)  # it frees places; the sampler fills what it leaves
+        self._decoder_lane = Lane(velocity.device, urgent=True)  # decoding frees slots, so it comes before sampling
         self._last_step: torch.cuda.Event | None = None
         self.clock = StepClock(self._dit_lane)
         work = (
@@ -71,7 +71,7 @@ class LiveRing(Closeable):
 
     @property
     def occupancy(self) -> Occupancy:
-        """Numbers of requests by stage."""
+        """Number of requests by stage."""
         with self._changed:
             decoding = len(self._finished) + sum(ticket.job is not None for ticket in self._busy)
             preparing = sum(ticket.job is None for ticket in self._busy)
@@ -79,13 +79,13 @@ class LiveRing(Closeable):
 
     @property
     def retry_seconds(self) -> float:
-        """Seconds after which one more place is likely free, at least 1."""
+        """Expected seconds until a slot is free, at least 1."""
         with self._changed:
             mean = sum(self._times) / len(self._times) if self._times else 0.0
         return max(1.0, mean / self.depth)
 
     def submit(self, request: Request, on_window: OnWindow | None = None, window: int = 0) -> Future[Result]:
-        """Queue a request and return the future of its sound.
+        """Queue a request and return the future of its result.
 
         `on_window(samples)` is called by the decoder's thread with fp32 samples (n, 2) as they are decoded, `window`
         latent frames at a time. Raises QueueFullError or ClosedError.
@@ -104,13 +104,13 @@ class LiveRing(Closeable):
         return ticket.future
 
     def drain(self, seconds: float) -> bool:
-        """Take no more requests and finish those that were taken; return False when `seconds` were not enough."""
+        """Refuse new requests and finish the accepted ones; return False on timeout after `seconds`."""
         with self._changed:
             self._refusing = True
             return self._changed.wait_for(lambda: self.failure is not None or not self._tickets(), seconds)
 
     def close(self) -> None:
-        """Stop after the work in hand; what was not finished gets a ClosedError."""
+        """Stop the threads after their current work; unfinished requests raise ClosedError."""
         with self._changed:
             self._refusing = self._stopping = True
             self._changed.notify_all()
@@ -134,7 +134,7 @@ class LiveRing(Closeable):
             settle(ticket.future, error)
 
     def _repeat(self, one: Callable[[], bool], lane: Lane) -> None:
-        """Do one piece of work after the other; a fault of ours ends everything and is what the requests get."""
+        """Call `one` until it returns False. An exception ends the ring and is set on the future of every request."""
         try:
             with lane.active():
                 while one():
@@ -146,9 +146,9 @@ class LiveRing(Closeable):
                 self._changed.notify_all()
 
     def _prepare_one(self) -> bool:
-        """Encode the text and the init audio of the next request, and draw its noise."""
+        """Encode text and init audio of the next request and draw its noise."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or (self._waiting and len(self._ready) < READY))
+            self._changed.wait_for(lambda: self._stopping or (self._waiting and len(self._ready) < MAX_READY))
             if self._stopping:
                 return False
             ticket = self._waiting.popleft()
@@ -171,7 +171,7 @@ class LiveRing(Closeable):
         return True
 
     def _step(self) -> bool:
-        """Admit those that are ready, remove those that were cancelled, and advance the ring once."""
+        """Remove cancelled requests, admit ready ones, and advance the ring by one step."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._inside or (self._ready and self._decoder_keeps_up()))
             if self._stopping:
@@ -215,17 +215,17 @@ class LiveRing(Closeable):
         self._inside[ticket] = None
 
     def _keep_pace(self) -> None:
-        """Wait for the step before the one that was just queued: who comes or leaves must not wait for a long queue."""
+        """Wait for the previous step, so that at most two steps are queued when requests join or leave."""
         before, self._last_step = self._last_step, self._dit_lane.mark()
         if before is not None:
             before.synchronize()
 
     def _decoder_keeps_up(self) -> bool:
-        """Return True while the decoder's queue is shorter than the ring: latents would pile up otherwise."""
+        """Return True while the decoder's queue is shorter than `depth`; latents would accumulate otherwise."""
         return len(self._finished) < self.depth
 
     def _decode_some(self) -> bool:
-        """Decode what left the ring first, and with it what has the same length, where the decoder takes rows."""
+        """Decode the oldest finished request, together with others of equal length if the decoder takes rows."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._finished)
             if self._stopping:
@@ -243,7 +243,7 @@ class LiveRing(Closeable):
         return True
 
     def _next_decoded(self) -> list[Ticket]:
-        """Take the next tickets to decode in one forward: one, or as many as fit the decoder in one piece."""
+        """Remove and return the tickets of the next decoder forward: one, or as many as it takes without tiling."""
         first = self._finished.popleft()
         tickets = [first]
         max_batch = self._generator.decoder_rows(first.request.valid_frames) if first.on_window is None else 1
@@ -256,5 +256,5 @@ class LiveRing(Closeable):
 
 
 def _rows_alone(generator: Generator) -> bool:
-    """Return True if every request gets a forward of its own: larger batches gain nothing on a CPU."""
+    """Return True if every request needs its own forward: larger batches are not faster on a CPU."""
     return generator.engines.devices.get("dit") == "cpu"

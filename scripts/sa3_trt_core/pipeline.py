@@ -1,4 +1,4 @@
-"""Requests to sound: text encoder, audio encoder, sampler and decoder, one batch after the other or in a ring."""
+"""Generate sounds from requests: text encoder, audio encoder, sampler and decoder, in batches or in a ring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from sa3_trt_core.audio import autoencoder
-from sa3_trt_core.batch import TOGETHER, Batch, EncodeCache, blocks
+from sa3_trt_core.batch import MAX_BLOCK_ROWS, Batch, EncodeCache, blocks
 from sa3_trt_core.lora.lora_set import LoraOptions, Loras, LoraSet, read_loras
 from sa3_trt_core.model_loader import EngineSet, Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]  # (stage, index from 1, total)
 class Generator(Stages):
     """The engines of one model. Call `generate` repeatedly, then `close`; or use it as a context manager.
 
-    Nothing of a request is kept after it is answered. Not for use from several threads at once.
+    No data of a request outlives its result. Not thread-safe.
     """
 
     @classmethod
@@ -39,24 +39,24 @@ class Generator(Stages):
         on_engine: Progress | None = None, loras: Loras = (), lora_options: LoraOptions | None = None,
         lora_bases: Path | None = None, refit: bool = False,
     ) -> Self:  # fmt: skip
-        """Find and open a model's engines.
+        """Locate and open a model's engines.
 
         Args:
             dit: medium (default), sm-music or sm-sfx.
             precision: of the DiT: fp16mixed (default), fp32 or fp8.
-            backend: auto (default) takes a built engine where this machine can run it, else ONNX Runtime.
+            backend: auto (default) uses a built engine that this machine can run, else ONNX Runtime.
             onnx_root: folder of ONNX files (default $SA3_ONNX_DIR, else the hub).
             models_dir: folder of engines (default $SA3_MODELS_DIR, else models/).
-            audio_input: open the audio encoder now and not at the first request that needs it (default False).
+            audio_input: open the audio encoder now instead of at its first use (default False).
             revision: commit or branch of the hub (default: the pinned one).
-            offline: take the hub's files from its cache only (default False).
+            offline: use only the hub's cache, without network requests (default False).
             chunk_frames: window of the autoencoder in latent frames: 0 for one piece, else 64 or more (default None:
                 one piece unless the sound is long).
-            free_models: open each engine when its stage begins and close it when that ends (default False): the sounds
-                are the same, the memory is that of the largest engine, and every call loads them again.
-            on_engine: called with (engine, index from 1, total) after each engine that is opened.
+            free_models: open each engine when its stage begins and close it when the stage ends (default False). Sounds
+                are identical; memory is that of the largest engine; every call loads the engines again.
+            on_engine: called with (engine, index from 1, total) after each engine has been opened.
             loras, lora_options, lora_bases: adapters, as for `set_loras` (default: none).
-            refit: put merged weights into a TensorRT engine that was built for it (default False: an engine a set).
+            refit: write merged weights into a refittable TensorRT engine (default False: one engine per adapter set).
 
         Raises:
             ToolError: a file, a package or a GPU is missing; InvalidRequest: a wrong argument.
@@ -68,7 +68,7 @@ class Generator(Stages):
 
     @classmethod
     def open(cls, plan: Plan, free_models: bool = False, on_engine: Progress | None = None) -> Self:
-        """Find and open the engines of a plan, as `load` does. Raises ToolError."""
+        """Locate and open the engines of a plan, as `load` does. Raises ToolError."""
         engines = EngineSet(plan)
         try:
             if not free_models:
@@ -80,23 +80,23 @@ class Generator(Stages):
 
     @property
     def loras(self) -> LoraSet:
-        """The adapters of every request; equal `digest` means the same files, strengths, order and rules."""
+        """Adapters of every request. Equal `digest` means the same files, strengths, order and rules."""
         return self.engines.plan.loras
 
     def set_loras(
         self, loras: Loras, lora_options: LoraOptions | None = None, lora_bases: Path | None = None
     ) -> LoraSet:  # fmt: skip
-        """Run with these adapters, in order, from the next request on; an empty list runs without any.
+        """Use these adapters, in order, from the next request on; an empty list removes them.
 
         Args:
             loras: each "FILE:STRENGTH", a path, (path, strength) or a LoraSpec.
-            lora_options: the strength rule, the stacking rule and what is left out (default: as the native loader).
-            lora_bases: native model.safetensors for the SVD of -xs adapters (default: the weights at hand).
+            lora_options: strength rule, stacking rule and excluded layers (default: as the native loader).
+            lora_bases: native model.safetensors for the SVD of -xs adapters (default: the loaded weights).
 
-        The torch backend merges in place; the others open the merged graph or engine of the set.
+        The torch backend merges in place; other backends open the merged graph or engine of the set.
 
         Raises:
-            ToolError: with the model as it was; a part of a file that has no effect is a ToolWarning.
+            ToolError: the model is unchanged. A part of a file without effect is a ToolWarning.
         """
         chosen = read_loras(loras, lora_options)
         self.engines.set_loras(chosen, lora_bases)
@@ -111,14 +111,14 @@ class Generator(Stages):
             self._leave("decoder")
 
     def generate(self, request: Request, on_stage: Progress | None = None) -> Result:
-        """Return the sound of one request.
+        """Generate the sound of one request.
 
         Args:
             request: what to generate.
             on_stage: called with (stage, index from 1, total) after text, init audio, every step and the decoder.
 
         Raises:
-            ToolError: the request cannot be met, for example for lack of memory.
+            ToolError: the request failed, for example out of memory.
         """
         ((_, result),) = self.generate_many([request], 1, on_stage)
         return result
@@ -126,28 +126,28 @@ class Generator(Stages):
     def generate_batch(
         self, requests: Sequence[Request], batch: int = 1, on_stage: Progress | None = None
     ) -> list[Result]:
-        """Return the sounds of requests in their order, as `generate_many` makes them. Raises ToolError."""
+        """Generate with `generate_many` and return the results in the order of the requests. Raises ToolError."""
         results = dict(self.generate_many(requests, batch, on_stage))
         return [results[index] for index in range(len(requests))]
 
     def generate_many(
         self, requests: Sequence[Request], batch: int = 1, on_stage: Progress | None = None
     ) -> Iterator[tuple[int, Result]]:
-        """(index of the request, its sound) as they are finished, in batches of at most `batch` rows of equal length.
+        """Yield (request index, result) as batches finish; a batch has at most `batch` rows of equal length.
 
-        A row's sound does not depend on its neighbours. Where models are freed, a stage does all batches of up to
-        TOGETHER rows before the next one begins.
+        A row's sound does not depend on the other rows. With `free_models` each stage processes all batches of up to
+        MAX_BLOCK_ROWS rows before the next stage begins.
 
         Args:
-            requests: any; rows of one batch have equal length, noise levels and guidance.
-            batch: rows a forward, 1 to 8; a guided request takes two of them (default 1).
+            requests: any; a batch combines those of equal length, noise levels and guidance.
+            batch: rows per forward, 1 to 8 (default 1); a guided request counts as two.
             on_stage: called with (stage, index from 1, total).
 
         Raises:
-            ToolError: a request cannot be met; InvalidRequest: the batch does not fit an engine.
+            ToolError: a request failed; InvalidRequest: the batch does not fit an engine.
         """
         report_stage = _reporter(on_stage, requests, batch)
-        for block in blocks(list(batches(requests, batch)), TOGETHER if self._frees else 1):
+        for block in blocks(list(batches(requests, batch)), MAX_BLOCK_ROWS if self._frees else 1):
             jobs, cache = [Batch([requests[row] for row in rows], Meter(len(rows))) for rows in block], EncodeCache()
             for job in jobs:
                 self._read(job, cache, report_stage)
@@ -165,19 +165,19 @@ class Generator(Stages):
     def generate_ring(
         self, requests: Sequence[Request], depth: int, on_stage: Progress | None = None
     ) -> Iterator[tuple[int, Result]]:
-        """(index of the request, its sound) as they are finished, `depth` of them at different steps in one forward.
+        """Yield (request index, result) by continuous batching: `depth` requests at different steps share a forward.
 
-        A sound is decoded while the others go on, and its place taken by the next of as many latent frames; requests of
-        another length follow when those are done. Everything else may differ from row to row. The sounds are those of
-        `generate`.
+        A finished row is decoded while the others continue, and the next of equal latent length takes its slot;
+        requests of another length follow afterwards. All other settings may differ between rows. The results equal those
+        of `generate`.
 
         Args:
             requests: any.
-            depth: rows a forward, 1 to 8; a guided request takes two of them.
-            on_stage: called with (stage, index from 1, total), for the decoder from a thread of its own.
+            depth: rows per forward, 1 to 8; a guided request counts as two.
+            on_stage: called with (stage, index from 1, total), for the decoder from another thread.
 
         Raises:
-            ToolError: a request cannot be met; InvalidRequest: the ring does not fit the DiT.
+            ToolError: a request failed; InvalidRequest: the ring does not fit the DiT.
         """
         velocity = self.ring_velocity()
         report_stage, groups = _reporter(on_stage, requests, 1), ring_groups(requests, depth, velocity.max_batch)
@@ -191,7 +191,7 @@ class Generator(Stages):
                     job = under_way.pop(index)
                     job.latents = latents
                     waiting.append((index, decoder.submit(self._decode, job, report_stage)))
-                    # Handed over as soon as it is ready, and waited for where the decoder falls behind.
+                    # Yield results as soon as they are decoded; wait for the decoder if more than `depth` are queued.
                     while waiting and (waiting[0][1].done() or len(waiting) > depth):
                         done, sound = waiting.popleft()
                         yield done, sound.result()[0]
@@ -209,7 +209,7 @@ def _silent(note: str) -> None:
 
 
 def _reporter(on_stage: Progress | None, requests: Sequence[Request], batch: int) -> StageReporter:
-    """Return a function that counts the stages it is called with, from any thread, and reports each to `on_stage`."""
+    """Return a thread-safe function that calls `on_stage` with each stage, its index and the total."""
     if on_stage is None:
         return _silent
     total, done, lock = count_stages(requests, batch), itertools.count(1), threading.Lock()

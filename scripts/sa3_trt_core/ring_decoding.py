@@ -1,4 +1,4 @@
-"""Decoding of what leaves a live ring: one sound, window by window, or several of one length in one forward."""
+"""Decode finished rows of a live ring: one sound window by window, or several of equal length in one forward."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def decode_tickets(generator: Generator, lane: Lane, tickets: Sequence[Ticket]) -> list[Result | Exception | None]:
-    """Return the sound of each ticket, the error that its request gets, or None where it was cancelled.
+    """Return the result or the exception of each ticket; None for a cancelled one.
 
-    Several are decoded in one forward; where that fails, one by one, so that each has its own error.
+    Several tickets are decoded in one forward; if that fails, one by one, so that each has its own error.
     """
     for ticket in tickets:
         lane.wait(ticket.sampled)
@@ -45,7 +45,7 @@ def decode_tickets(generator: Generator, lane: Lane, tickets: Sequence[Ticket]) 
 
 
 def _latent_error(ticket: Ticket) -> ToolError | None:
-    """Return what is wrong with the latents of a ticket, and let go of its row."""
+    """Return the error of a ticket with non-finite latents, else None; drop the reference to its row."""
     row, ticket.row = ticket.row, None
     assert row is not None
     try:
@@ -61,7 +61,7 @@ def _job(ticket: Ticket) -> Batch:
 
 
 def _decoded(generator: Generator, ticket: Ticket) -> Result:
-    """Return the sound of a ticket whose latents are there; its `on_window` gets the samples as they are decoded."""
+    """Decode the latents of a ticket; pass samples to its `on_window` as they are decoded."""
     import torch
 
     from sa3_trt_core.result import Result

@@ -1,4 +1,4 @@
-"""Requests of a live ring: a ticket from submission to sound, and the reasons to refuse one."""
+"""Tickets of a live ring's requests, and the errors of refused ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OnWindow = Callable[["Tensor"], None]
 
 
 class QueueFullError(ToolError):
-    """A request that is refused because `max_waiting` others wait; `retry_seconds` is when a place is likely free."""
+    """Raised when `max_waiting` requests wait already; `retry_seconds` is the expected time until a slot is free."""
 
     def __init__(self, waiting: int, retry_seconds: float) -> None:
         super().__init__(f"{waiting} requests wait already", f"try again in {retry_seconds:.0f} s")
@@ -38,7 +38,7 @@ class ClosedError(ToolError):
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Requests that wait for a place, that are in the ring, and that are decoded or wait for it."""
+    """Number of requests waiting for a slot, in the ring, and decoding or waiting for the decoder."""
 
     waiting: int
     ring: int
@@ -47,7 +47,7 @@ class Occupancy:
 
 @dataclass(eq=False)
 class Ticket:
-    """One request on its way; `window` latent frames are decoded at a time where `on_window` takes the samples."""
+    """State of one request. With `on_window` it is decoded `window` latent frames at a time."""
 
     request: Request
     window: int
@@ -55,13 +55,13 @@ class Ticket:
     future: Future[Result] = field(default_factory=Future)
     job: Batch | None = None
     row: RingRow | None = None
-    prepared: torch.cuda.Event | None = None  # on a GPU: its conditioning and noise are there
-    sampled: torch.cuda.Event | None = None  # its latents are there
+    prepared: torch.cuda.Event | None = None  # GPU: conditioning and noise are uploaded
+    sampled: torch.cuda.Event | None = None  # GPU: latents are sampled
     admitted: float = 0.0
 
 
 def settle(future: Future[Result], outcome: Any) -> None:
-    """Give a future its result or its error, unless it was cancelled or has one."""
+    """Set the result or exception of a future, unless it is cancelled or done."""
     if future.done() or not future.set_running_or_notify_cancel():
         return
     if isinstance(outcome, BaseException):

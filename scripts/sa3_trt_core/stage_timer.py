@@ -1,4 +1,4 @@
-"""Cost of a batch: seconds of each stage, and the GPU's memory after it."""
+"""Time and GPU memory of each stage of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sa3_trt_core import gpu
 
 
 class Meter:
-    """Seconds a row of each stage, and the GPU's memory in use after it."""
+    """Measure each stage: seconds per row, and bytes of GPU memory in use after it."""
 
     def __init__(self, rows: int = 1) -> None:
         self._rows = rows
@@ -24,7 +24,7 @@ class Meter:
         self.add(name, (time.perf_counter() - started) / self._rows)
 
     def add(self, name: str, seconds: float, ended: bool = True) -> None:
-        """Count a row's seconds of a stage; the memory is looked at where the stage has `ended` with them."""
+        """Add `seconds` per row to a stage; once the stage has `ended`, also record the GPU memory in use."""
         self.timings[name] = self.timings.get(name, 0.0) + seconds
         used = gpu.memory_in_use() if ended else None
         if used is not None:

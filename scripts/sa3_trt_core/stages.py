@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sa3_trt_core import text
 from sa3_trt_core.audio import autoencoder, reader, tiling
-from sa3_trt_core.batch import REMEMBERED, Batch, EncodeCache
+from sa3_trt_core.batch import MAX_CACHED, Batch, EncodeCache
 from sa3_trt_core.conditioning import Conditioning
 from sa3_trt_core.engines.base import Closeable, DiTVelocity
 from sa3_trt_core.errors import ToolError, ToolWarning
@@ -31,39 +31,39 @@ if TYPE_CHECKING:
 
 StageReporter = Callable[[str], None]
 NO_NULL_RULE = (
-    "this DiT has no rule for the null row of guidance (its zero text becomes padding embeddings): make one that has "
-    "with build/build_dit_fp16mixed.py or build/build_dit_fp8.py"
+    "this DiT graph does not zero the cross tokens of the unconditional row (zero text becomes padding embeddings); "
+    "rebuild it with build/build_dit_fp16mixed.py or build/build_dit_fp8.py"
 )
 
 
 class Stages(Closeable):
-    """Runs each stage of a batch; with `free_models` the engine of a stage is closed when the stage has ended."""
+    """Run the stages of a batch. With `free_models` the engine of a stage is closed when the stage ends."""
 
     def __init__(self, engines: EngineSet, free_models: bool = False) -> None:
         self.engines = engines
         self._frees = free_models
 
     def ring_velocity(self) -> DiTVelocity:
-        """Return the DiT for a ring. Raises ToolError where models are freed."""
+        """Return the DiT for a ring. Raises ToolError with `free_models`."""
         if self._frees:
             raise ToolError("a ring needs all models at once", "leave `depth` away, or `free_models`")
         return self._velocity(Meter())
 
     def ring_batch(self, request: Request) -> tuple[Batch, RingRow]:
-        """Return a request made ready for a ring: texts and init audio encoded, kept for no other. Raises ToolError."""
+        """Encode the texts and init audio of a request; return its batch and ring row. Raises ToolError."""
         job = Batch([request], Meter())
         return job, self._ring_row(job, EncodeCache(), lambda note: None)
 
     def decoded(self, job: Batch) -> Result:
-        """Return the sound of a batch of one whose latents are there. Raises ToolError."""
+        """Decode the latents of a batch of one. Raises ToolError."""
         return self._decode(job, lambda note: None)[0]
 
     def decoder_rows(self, frames: int) -> int:
-        """Return how many sounds of so many latent frames the decoder takes in one forward without cutting it up."""
+        """Return how many sounds of `frames` latent frames the decoder decodes in one forward without tiling."""
         return self.engines.engine("decoder").rows_at_once(frames)
 
     def decoded_together(self, jobs: Sequence[Batch]) -> list[Result]:
-        """Return the sounds of batches of one, of equally many frames, decoded in one forward. Raises ToolError."""
+        """Decode several batches of one, of equal latent length, in one forward. Raises ToolError."""
         import torch
 
         latents = torch.cat([job.latents for job in jobs if job.latents is not None])
@@ -83,7 +83,7 @@ class Stages(Closeable):
         return latents[..., : autoencoder.required_frames(seconds, latents.shape[-1], reach)].contiguous()
 
     def _read(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> None:
-        """The features of every text of a batch, prompts and negative prompts."""
+        """Set `job.features`: the text encoder's output of every prompt and negative prompt."""
         import torch
 
         texts = [row.prompt for row in job.rows]
@@ -97,7 +97,7 @@ class Stages(Closeable):
         report_stage("text")
 
     def _encode(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> None:
-        """Latents (1, 256, L) of each row's init audio; rows of the same sound share them."""
+        """Set `job.init_latents`: (1, 256, L) of each row's init audio; rows of the same sound share one tensor."""
         import torch
 
         job.init_latents = [None] * len(job.rows)
@@ -119,7 +119,7 @@ class Stages(Closeable):
         report_stage("init audio")
 
     def _engine(self, stage: str, meter: Meter) -> GraphEngine:
-        """Return the engine of a stage; opening it, where it is not open, is time of its own."""
+        """Return the engine of a stage. Loading it, if it is not open, is recorded as the stage "load"."""
         if stage in self.engines.open_stages:
             return self.engines.engine(stage)
         with meter.stage("load"):
@@ -129,7 +129,7 @@ class Stages(Closeable):
         return DiTVelocity(self._engine("dit", meter))
 
     def _leave(self, stage: str) -> None:
-        """A stage has ended for now: its engine goes where models are freed."""
+        """Close the engine of a stage if `free_models` is set."""
         if self._frees:
             self.engines.release(stage)
 
@@ -137,7 +137,7 @@ class Stages(Closeable):
         return tiling.chunk_frames(frames, self.engines.plan.chunk_frames)
 
     def _sample(self, job: Batch, report_stage: StageReporter) -> None:
-        """The latents (B, 256, V) of a batch."""
+        """Set `job.latents`: the sampled latents (B, 256, V)."""
         import torch
 
         first, velocity = job.rows[0], self._velocity(job.meter)
@@ -147,7 +147,7 @@ class Stages(Closeable):
             engine = velocity if guidance is None else GuidedVelocity(velocity, guidance)
             drawn = [row.seed for row in job.rows], LATENT_CHANNELS, first.frames, first.valid_frames
             noise = row_noise(*drawn)
-            if velocity.device != "cpu":  # the whole path stays there: latents go to the decoder without a copy
+            if velocity.device != "cpu":  # sample on the device: the decoder reads the latents without a copy
                 noise, start, kept = UploadedNoise(*drawn, velocity.device), *_on(velocity.device, start, kept)
             with job.meter.stage("sample"):
                 job.latents = ping_pong(
@@ -161,7 +161,7 @@ class Stages(Closeable):
                 )
 
     def _guidance(self, job: Batch, cond: Conditioning) -> Guidance | None:
-        """Return the guidance of a batch; warn where its null row would not be the model's own."""
+        """Return the guidance of a batch; warn if the DiT does not zero the unconditional row's cross tokens."""
         guidance = guidance_of(job.rows, cond, job.features)
         plain = guidance is not None and any(row.negative_prompt is None for row in job.rows)
         if plain and not self.engines.has_null_rule():
@@ -169,19 +169,19 @@ class Stages(Closeable):
         return guidance
 
     def _ring_row(self, job: Batch, cache: EncodeCache, report_stage: StageReporter) -> RingRow:
-        """Return a request made ready for the ring."""
+        """Encode a request's inputs, upload them to the DiT's device and return its ring row."""
         import torch
 
         self._read(job, cache, report_stage)
         self._encode(job, cache, report_stage)
-        cache.evict(REMEMBERED)
+        cache.evict(MAX_CACHED)
         (row,) = job.rows
         with torch.inference_mode():
             cond, start, kept = conditioning(job.rows, job.features, job.init_latents)
             guidance, device = self._guidance(job, cond), self._velocity(job.meter).device
             drawn = [row.seed], LATENT_CHANNELS, row.frames, row.valid_frames
             levels, noise = sigmas_of(row), row_noise(*drawn)
-            if device != "cpu":  # all that the steps read, so that none of them waits for a copy
+            if device != "cpu":  # upload every input of the steps now: no step then waits for a copy
                 noise = ahead = UploadedNoise(*drawn, device)
                 ahead.draw_ahead(len(levels))
                 cond, (start, kept) = cond.on(device), _on(device, start, kept)
@@ -189,7 +189,7 @@ class Stages(Closeable):
             return RingRow(Trajectory(noise, levels, start, kept), cond, guidance, job.meter)
 
     def _decode(self, job: Batch, report_stage: StageReporter) -> list[Result]:
-        """Return the sounds of a batch: all rows at once where the decoder takes them, else one after the other."""
+        """Decode a batch: all rows in one forward if the decoder takes rows, else one by one."""
         import torch
 
         assert job.latents is not None

@@ -1,4 +1,4 @@
-"""Many generations at different steps in one forward: a ring whose places are refilled as they fall free."""
+"""Continuous batching: generations at different steps share a forward, and free slots are refilled between steps."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class RingRow:
 
     @property
     def forward_rows(self) -> int:
-        """Rows of the DiT's batch that it takes: itself, and its null row if it is guided."""
+        """Number of rows in the DiT's batch: 2 with guidance (conditional and unconditional), else 1."""
         return 1 if self.guidance is None else 2
 
 
 class Ring:
-    """Rows at different steps of their own schedules: admitted, advanced and removed between forwards.
+    """Scheduler of in-flight rows: admits, advances and removes them between forwards.
 
-    Each row has its own noise, schedule, conditioning and guidance, so that it takes the path that it would take alone.
-    Rows of equally many latent frames share a forward, of at most `max_batch` rows (None: any number); a guided row
-    counts as two. With `alone` every row and its null row have a forward of their own: a backend whose products round
-    differently in a larger batch then gives the sound of `generate` to the bit. `on_step(sigma)` is called for every
-    row after every forward. A row keeps its place in the order of the batch, so that an engine need not take in the
-    conditioning of the others again when one leaves. Not for use from several threads at once.
+    Each row has its own noise, schedule, conditioning and guidance; its result does not depend on the other rows. Rows
+    of equal latent length share a forward of at most `max_batch` rows (None: unlimited); a guided row counts as two.
+    With `alone` every row, with its unconditional row, has its own forward: a backend whose GEMMs round differently in
+    a larger batch then reproduces `generate` bit for bit. `on_step(sigma)` is called for every row after every forward.
+    A row keeps its index in the batch, so that an engine does not reload the conditioning of the other rows when one
+    leaves. Not thread-safe.
     """
 
     def __init__(
@@ -60,34 +60,34 @@ class Ring:
     ) -> None:  # fmt: skip
         self._engine, self._on_step, self._max_batch, self._alone = engine, on_step, max_batch, alone
         self._places: dict[Hashable, RingRow] = {}
-        self._order: list[Hashable | None] = []  # of the rows in a batch; None until somebody takes the place
+        self._order: list[Hashable | None] = []  # batch order; None marks a free index
         self.depth = depth
 
     def __len__(self) -> int:
         return len(self._places)
 
     def admit(self, key: Hashable, row: RingRow) -> None:
-        """Let a row take part from the next step on. Raises ValueError when no place is free."""
+        """Add a row from the next step on. Raises ValueError without a free slot."""
         if len(self._places) >= self.depth:
-            raise ValueError(f"all {self.depth} places of the ring are taken")
+            raise ValueError(f"all {self.depth} slots of the ring are in use")
         self._places[key] = row
         if None not in self._order:
             self._order.append(None)
         self._order[self._order.index(None)] = key
 
     def remove(self, key: Hashable) -> bool:
-        """Free the place of a row before it is finished; return False when it has none."""
+        """Remove an unfinished row; return False if it is not in the ring."""
         if self._places.pop(key, None) is None:
             return False
         self._order[self._order.index(key)] = None
         return True
 
     def step(self) -> list[tuple[Hashable, Tensor | Exception]]:
-        """Advance every row once and return those that leave: (key, latents (1, 256, L)), or (key, what failed).
+        """Advance every row once; return finished and failed rows as (key, latents (1, 256, L)) or (key, exception).
 
-        A velocity that is not finite fails its own row, an engine that fails all rows of that forward. On a GPU nothing
-        is waited for: the latents are those of work that is queued on the current stream, and `require_finite` of the
-        row's path is to be called before they are used.
+        A non-finite velocity fails its own row; an exception of the engine fails all rows of that forward. On a GPU
+        nothing is synchronized: the latents are results of work queued on the current stream, and the caller must call
+        `require_finite` of the row's path before it uses them.
         """
         import torch
 
@@ -102,7 +102,7 @@ class Ring:
         return list(left.items())
 
     def _forwards(self) -> list[list[Hashable]]:
-        """Return the rows of each forward of a step."""
+        """Return the keys of each forward of a step."""
         self._order = [key for key in self._order if key is not None]
         if self._alone:
             return [[key] for key in self._order]
@@ -121,7 +121,7 @@ class Ring:
         started = time.perf_counter()
         try:
             errors = _advance(self._engine, rows, self._on_step)
-        except Exception as error:  # of the engine: these rows have no velocity, the others of the ring go on
+        except Exception as error:  # engine error: fails these rows, the other forwards continue
             return dict.fromkeys(keys, error)
         share = (time.perf_counter() - started) / len(rows)
         for row in rows:
@@ -135,11 +135,11 @@ def ring(
     depth: int,
     on_step: Callable[[float], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(key, latents (1, 256, L)) of each row as it is finished; at most `depth` rows are under way at a time.
+    """Yield (key, latents (1, 256, L)) of each row as it finishes; at most `depth` rows are in flight.
 
-    One row joins before each forward: rows then stand at different steps and finish one after the other, which leaves
-    the decoder one at a time. A row is drawn from `rows` when its place is free. `on_step(sigma)` is called for every
-    row after every forward. Raises what a forward raises, and ToolError when a velocity is not finite.
+    One row joins before each forward, so that rows are at different steps and finish one by one, as the decoder takes
+    them. `rows` is advanced only when a slot is free. `on_step(sigma)` is called for every row after every forward.
+    Raises the exception of a forward, and ToolError for a non-finite velocity.
     """
     places, under_way = Ring(engine, depth, on_step), dict[int, RingRow]()
     while True:
@@ -158,9 +158,9 @@ def ring(
 def _advance(
     engine: VelocityEngine, rows: list[RingRow], on_step: Callable[[float], None] | None
 ) -> list[ToolError | None]:
-    """Advance every row by one forward, the text rows first, then the null rows of those that are guided.
+    """Advance every row by one forward of the conditional rows, followed by the unconditional rows of guided ones.
 
-    Returns what is wrong with the velocity of each row, None for most.
+    Returns the error of each row, None for a finite velocity (always None on a GPU, where it is not checked here).
     """
     import torch
 
