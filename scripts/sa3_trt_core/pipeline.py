@@ -167,9 +167,9 @@ class Generator(Stages):
     ) -> Iterator[tuple[int, Result]]:
         """Yield (request index, result) by continuous batching: `depth` requests at different steps share a forward.
 
-        A finished row is decoded while the others continue, and the next of equal latent length takes its slot;
-        requests of another length follow afterwards. All other settings may differ between rows. The results equal those
-        of `generate`.
+        A finished row is decoded while the others continue, and the next request of equal latent length takes its
+        slot; requests of another length follow afterwards. All other settings may differ between rows. The results
+        equal those of `generate`.
 
         Args:
             requests: any.
