@@ -94,7 +94,7 @@ def end_process(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch" in sys.modules and "ray" not in sys.modules:
+    if sys.modules.get("torch") and not sys.modules.get("ray"):
         os._exit(code)
     sys.exit(code)
 
