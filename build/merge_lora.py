@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Merge the adapters, and quantise the result if an FP8 base is given."""
+    """Merge the adapters; with --fp8-base also quantise the result."""
     args = make_parser().parse_args(argv)
     if args.rounding == "gptq" and (args.calib is None or args.fp8_base is None):
         raise ToolError("--rounding gptq requires --fp8-base and --calib", "give both, or omit --rounding")

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
-LINE_EVERY_SECONDS = 5.0  # where stderr is a file or a pipe
-REDRAW_EVERY_SECONDS = 0.1  # where it is a terminal
+LINE_EVERY_SECONDS = 5.0  # on a file or a pipe
+REDRAW_EVERY_SECONDS = 0.1  # on a terminal
 T = TypeVar("T")
 
 
@@ -43,7 +43,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._shown_count != self.count and (self.count or error is None):
-            self._show()  # a stage that failed at once has no progress to tell
+            self._show()  # a stage that failed at once has no progress to show
         if self._terminal and not self.quiet:
             print(file=sys.stderr, flush=True)
 
@@ -62,7 +62,7 @@ class Progress:
                 self._show()
 
     def counted(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items; each is counted when the next one is asked for."""
+        """Yield the items, counting each when the next is requested."""
         for item in items:
             yield item
             self.advance()
@@ -88,7 +88,7 @@ class Progress:
 
 
 def format_bytes(n: int) -> str:
-    """Return a size for people: decimal units, as on the hub ("2.9 GB")."""
+    """Format bytes in decimal units, as on the hub ("2.9 GB")."""
     if abs(n) < 1000:
         return f"{n} B"
     value = float(n)
@@ -100,7 +100,7 @@ def format_bytes(n: int) -> str:
 
 
 def format_seconds(s: float) -> str:
-    """Return a duration for people: 0.42 s, 12.3 s, 3 min 05 s, 2 h 07 min."""
+    """Format a duration: 0.42 s, 12.3 s, 3 min 05 s, 2 h 07 min."""
     if s < 10:
         return f"{s:.2f} s"
     if s < 59.95:
@@ -113,7 +113,7 @@ def format_seconds(s: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned plain text, a rule under the header; columns whose cells all begin with a digit or sign go right."""
+    """Return a plain-text table with a ruled header; columns of numbers are right-aligned."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     right = [bool(rows) and all(_numeric(row[column]) for row in rows) for column in range(len(header))]
@@ -126,7 +126,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the same cells as a table in Markdown."""
+    """Return the cells as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

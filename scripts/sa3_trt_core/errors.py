@@ -12,7 +12,7 @@ GATE_EXIT = 3
 
 
 class ToolError(Exception):
-    """A mistake that the user can mend: `message` says what is wrong, `hint` what to do about it."""
+    """An error that the user can fix: `message` states the problem, `hint` the remedy."""
 
     def __init__(self, message: str, hint: str, exit_code: int = USAGE_EXIT) -> None:
         super().__init__(message)
@@ -21,7 +21,7 @@ class ToolError(Exception):
         self.exit_code = exit_code
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Exceptions travel between processes by their arguments; ours are not the base class's one message."""
+        """Return the pickle recipe: the arguments differ from the base class's single message."""
         return type(self), (self.message, self.hint, self.exit_code)
 
     def lines(self) -> str:
@@ -37,11 +37,11 @@ class InvalidRequest(ToolError, ValueError):
 
 
 class ToolWarning(UserWarning):
-    """A loss that does not stop a run and that its user should know of; commands print it as one line on stderr."""
+    """A degradation that does not stop a run; commands print it as one line on stderr."""
 
 
 class GateError(ToolError):
-    """A check of the result said no: exit code 3, and `report`, where there is one, after the two lines."""
+    """A failed check of a result: exit code 3; `report`, if any, is printed after the two lines."""
 
     def __init__(self, message: str, hint: str, report: str | None = None) -> None:
         super().__init__(message, hint, GATE_EXIT)
@@ -52,7 +52,7 @@ class GateError(ToolError):
 
 
 _ARGUMENT = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
-_FLAGS = {"inpaint": "inpaint-range"}  # that are spelt differently
+_FLAGS = {"inpaint": "inpaint-range"}  # arguments whose flag has another name
 
 
 def as_flags(text: str) -> str:
@@ -70,8 +70,8 @@ def _one_line(text: str) -> str:
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's words for a full disk
-# What torch, ONNX Runtime, CUDA, safetensors and the dynamic linker say when memory ends.
+_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")  # NumPy's message for a full disk
+# Out-of-memory messages of torch, ONNX Runtime, CUDA, safetensors and the dynamic linker.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|cannot allocate memory|failed to allocate memory|unable to allocate|bad[ _]alloc"
     r"|out of memory|std::bad_array_new_length|AllocateRawInternal|_ALLOC_FAILED|can't start new thread"
@@ -86,9 +86,9 @@ _LESS = "free some, or ask for less: a shorter length, fewer rows at a time, `fr
 
 
 def as_tool_error(error: BaseException) -> ToolError | None:
-    """Return the ToolError for what the system refuses: memory, room on a disk, a path, text; None for anything else.
+    """Return the ToolError of a system error: out of memory, disk full, invalid path or text; None for other errors.
 
-    Libraries wrap such errors, or say them in words of their own, so causes and messages are looked at too.
+    Libraries wrap such errors or reword them, so causes and messages are inspected too.
     """
     for one in _chain(error):
         if isinstance(one, ToolError):
@@ -100,7 +100,7 @@ def as_tool_error(error: BaseException) -> ToolError | None:
 
 
 def memory_error(error: BaseException, doing: str = "") -> ToolError | None:
-    """Return the ToolError for memory that ended, with what was asked for; None for an error of another kind."""
+    """Return the ToolError of an out-of-memory error, with the requested size; None for other errors."""
     words = str(error)
     system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if not (isinstance(error, MemoryError) or system or _NO_MEMORY.search(words)):
@@ -108,7 +108,7 @@ def memory_error(error: BaseException, doing: str = "") -> ToolError | None:
     amount = _AMOUNT.search(words)
     size = "" if amount is None else _size(amount[1])
     asked = f": {size} more were asked for" if size else ""
-    return ToolError(f"memory ended{f' while {doing}' if doing else ''}{asked}", _LESS)
+    return ToolError(f"out of memory{f' while {doing}' if doing else ''}{asked}", _LESS)
 
 
 def _size(text: str) -> str:
@@ -131,11 +131,11 @@ def _disk_error(error: BaseException) -> ToolError | None:
     by_words = any(os.strerror(number) in words or f"os error {number})" in words for number in _NO_ROOM)
     if not (by_number or by_words or _CUT_SHORT.fullmatch(words)):
         return None
-    return ToolError(f"the disk takes no more: {words}", "free some space and run the same command again")
+    return ToolError(f"disk full: {words}", "free some space and run the same command again")
 
 
 def _path_error(error: BaseException) -> ToolError | None:
-    """Return the ToolError for a path that the system refuses, or for text that is no Unicode."""
+    """Return the ToolError of a path that the system rejects, or of text that is not Unicode."""
     if isinstance(error, UnicodeError):
         text = getattr(error, "object", "")
         shown = ascii(text if isinstance(text, str) else bytes(text))[:80]

@@ -139,7 +139,7 @@ def test_a_full_disk_is_two_lines_in_every_librarys_words(error: Exception, caps
 
     assert run_command(fails) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("error: the disk takes no more")
+    assert len(lines) == 2 and lines[0].startswith("error: disk full")
     with pytest.raises(ValueError):
         run_command(lambda: int("x"))
 

@@ -148,7 +148,7 @@ MEMORY = [
 @pytest.mark.parametrize(("words", "size"), MEMORY)
 def test_what_libraries_say_when_memory_ends(words: str, size: str) -> None:
     error = memory_error(RuntimeError(words))
-    assert error is not None and "memory ended" in error.message and size in error.message
+    assert error is not None and "out of memory" in error.message and size in error.message
     assert "shorter length" in error.hint
     assert memory_error(RuntimeError("shapes do not match: memory layout")) is None
 
@@ -157,7 +157,7 @@ def test_what_libraries_say_when_memory_ends(words: str, size: str) -> None:
 def test_real_allocations_that_fail_are_two_lines(refuses, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     assert run_command(lambda: refuses() or 0) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "memory ended" in lines[0] and "asked for" in lines[0], lines
+    assert len(lines) == 2 and "out of memory" in lines[0] and "asked for" in lines[0], lines
 
 
 def test_causes_are_looked_at_and_our_own_bugs_are_not_hidden() -> None:

@@ -29,18 +29,18 @@ def require_possible(target: targets.Target, backend: str) -> None:
         )
     if gpu.current_arch() is None:
         raise ToolError(
-            f"{record.label} compiles refittable engines only on a machine with an NVIDIA GPU, and found none",
+            f"{record.label} compiles refittable engines only on a machine with an NVIDIA GPU",
             "omit --refittable and compile a merged graph instead (build/merge_lora.py)",
         )
 
 
 def weights_of(onnx: Path) -> list[str]:
     """Return the initializers that adapters change in a DiT graph: weights, and the scales of quantised ones."""
-    found = []
+    names = []
     for node in graph_io.load(onnx).graph:
         if linear_weight(node) is not None or node.op_type == "Conv":
-            found += _initializers(node.inputs[1])
-    return sorted(set(found))
+            names += _initializers(node.inputs[1])
+    return sorted(set(names))
 
 
 def mark(module: Any, network: trt.INetworkDefinition, config: trt.IBuilderConfig, names: list[str]) -> None:
@@ -60,12 +60,12 @@ def mark(module: Any, network: trt.INetworkDefinition, config: trt.IBuilderConfi
 
 def _initializers(value: ir.Value | None) -> list[str]:
     """Return the initializer behind a linear layer's constant side, and the scales of the quantizers between them."""
-    found: list[str] = []
+    names: list[str] = []
     while value is not None and not value.is_initializer():
         node = value.producer()
         if node is None:
-            return found
+            return names
         if node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.inputs[1] is not None:
-            found.append(str(node.inputs[1].name))
+            names.append(str(node.inputs[1].name))
         value = node.inputs[0]
-    return found if value is None else [*found, str(value.name)]
+    return names if value is None else [*names, str(value.name)]

@@ -28,7 +28,7 @@ class BakeRope(Pass):
     """Replace Cos and Sin of a rotary angle by a slice 0..T of a constant table; T stays a value of the graph.
 
     Angles are computed as in the graph, op by op in its own types, and their cosines in float64: the table equals the
-    graph's up to fp32 rounding. Either all angles that depend on no data are baked, or none is.
+    graph's up to fp32 rounding. All angles that depend on no data are baked, or none of them.
     """
 
     name = "bake-rope"

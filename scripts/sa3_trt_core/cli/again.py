@@ -1,4 +1,4 @@
-"""The flags that make a sound of `sa3_trt` again, from the metadata that is written into it."""
+"""Write the settings of a sound into its metadata, and rebuild the flags of `sa3_trt` from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERS = (
 )  # fmt: skip
 SWITCHES = ("paste_kept", "legacy_schedule", "lora_no_duration", "lora_partial")
 LORA_FLAGS = ("lora_rule", "lora_stacking", "lora_no_duration", "lora_partial")
-OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames")  # flags that are not of the request
+OF_THE_RUN = ("dit", "precision", "peak", "bits", "chunk_frames")  # flags outside the request
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": None, "cfg": 1.0, "apg": None, "init_audio": None, "init_start": 0.0, "init_noise_level": None,
     "inpaint": (), "paste_kept": False, "legacy_schedule": False, "duration_padding": Request.duration_padding,
@@ -30,9 +30,9 @@ DEFAULTS: dict[str, Any] = {
 
 
 def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return what is written into a sound: all that makes it again, and the manifest ids of what made it.
+    """Return the metadata of a sound: all settings that reproduce it, and the manifest ids of the engines.
 
-    Settings at their defaults are left out. `run` has the flags OF_THE_RUN; a sound to start from is its absolute path.
+    Default settings are omitted. `run` has the flags OF_THE_RUN; init audio is stored as an absolute path.
     """
     start = {"init_audio": str(request.sound.resolve())} if isinstance(request.sound, Path) else {}
     names = [name for name in (*TEXTS, *NUMBERS, *SWITCHES) if name not in (*OF_THE_RUN, *LORA_FLAGS)]
@@ -54,8 +54,8 @@ def metadata(request: Request, run: Mapping[str, Any], identities: Mapping[str, 
 def again_line(path: Path, args: argparse.Namespace) -> list[str]:
     """Return the flags that made a sound, without those that `args`, the flags of this run, replace as a whole.
 
-    They come before the user's own on the command line, so that a flag that is repeated there has the last word. Raises
-    ToolError for a file without such metadata, or one whose texts were cut.
+    The caller puts them before the user's own flags, which then override them. Raises ToolError for a file without such
+    metadata or with truncated texts.
     """
     note = audio_io.read_metadata(path)
     prompted = args.prompt is not None or args.prompts_file is not None

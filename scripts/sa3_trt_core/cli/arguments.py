@@ -19,20 +19,20 @@ from sa3_trt_core.errors import ToolError, ToolWarning, as_flags, as_tool_error,
 INTERRUPT_EXIT = 130
 
 MAX_DIGITS = 4000
-RESERVE = 4 << 20  # bytes, freed when memory ends, so that the error can be printed
-SHOWN_DIGITS = 40  # of a number or text that is refused
+RESERVE = 4 << 20  # bytes, freed on out-of-memory so that the error can be printed
+SHOWN_DIGITS = 40  # length of a refused value in a message
 _DASHED = re.compile(r"argument ([^:]+): expected (?:one|at least one) argument")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes are ToolErrors; abbreviations are off, because a new flag would change their meaning."""
+    """ArgumentParser that raises ToolError. Abbreviations are off: a new flag would change their meaning."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # argparse's own signature, passed through
 
     def error(self, message: str) -> NoReturn:
-        """Raise the ToolError of a wrong command line; a value that begins with a dash needs an equals sign."""
+        """Raise ToolError for a wrong command line; the hint for a value with a leading dash is FLAG=VALUE."""
         dashed = _DASHED.match(message)
         if dashed is not None:
             flag = dashed[1].split("/")[-1]
@@ -57,9 +57,9 @@ def folder_argv(args: argparse.Namespace) -> list[str]:
 
 
 def run_command(main: Callable[[], int]) -> int:
-    """Return the exit code of `main`; print a ToolError, and what the system refuses, as two lines on stderr.
+    """Return the exit code of `main`; print ToolErrors and errors of the system as two lines on stderr.
 
-    Anything unforeseen keeps its traceback. Standard streams that are closed or not read do not stop a run.
+    Other exceptions keep their traceback. Closed standard streams and broken pipes do not stop a run.
     """
     streams.make_usable()
     reserve = bytearray(RESERVE)
@@ -80,7 +80,7 @@ def run_command(main: Callable[[], int]) -> int:
                 raise
             code = _failed(known)
             if memory_error(error) is not None and streams.are_ours():
-                # What libraries do as the interpreter ends needs memory too, and fails with tracebacks of its own.
+                # Exit handlers of libraries allocate memory too and would print their own tracebacks.
                 sys.stderr.flush()
                 os._exit(code)
             return code
@@ -150,7 +150,7 @@ def integer_type(low: int, high: int, unit: str = "") -> Callable[[str], int]:
 
     def convert(text: str) -> int:
         digits = text.strip().lstrip("+-")
-        if len(digits) > MAX_DIGITS and digits.isdecimal():  # Python refuses to read more than 4300
+        if len(digits) > MAX_DIGITS and digits.isdecimal():  # int() refuses more than 4300 digits
             raise argparse.ArgumentTypeError(f"{_shown(text)} is outside {low} to {high}{_unit(unit)}")
         try:
             value = int(text)

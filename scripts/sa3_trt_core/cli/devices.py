@@ -1,4 +1,4 @@
-"""Choosing the GPU of a process, and the GPUs of several: said in the environment before anything asks the driver."""
+"""Select the GPUs of this process or of workers, by environment variables set before CUDA is initialized."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from sa3_trt_core.errors import ToolError
 
 CPU = "cpu"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-MAX_DIGITS, SHOWN = 4, 40  # of a device's number, and of a name in a message
+MAX_DIGITS, SHOWN = 4, 40  # digits of a device index; letters of a name in a message
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """ "0,1" as devices: numbers of visible GPUs, each once, or cpu as often as you like. Raises ToolError."""
+    """Parse "0,1": distinct indices of visible GPUs, or cpu, which may repeat. Raises ToolError."""
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
         if name != CPU and not (name.isascii() and name.isdigit() and len(name) <= MAX_DIGITS):
@@ -31,7 +31,7 @@ def parse_devices(text: str) -> tuple[str, ...]:
 
 
 def choose_devices(one: str | None, several: str | None) -> tuple[str, ...]:
-    """Take `one` device for this process, or give the names of `several` for others. Raises ToolError."""
+    """Select device `one` for this process, or return the devices `several` for workers. Raises ToolError."""
     if one is not None and several is not None:
         raise ToolError("--device and --devices cannot be combined", "choose one of the two")
     if one is not None:
@@ -42,14 +42,14 @@ def choose_devices(one: str | None, several: str | None) -> tuple[str, ...]:
 
 
 def use_device(name: str) -> None:
-    """Let this process see one GPU, or none for cpu. Only before anything has asked the driver."""
+    """Make one GPU visible to this process, or none for "cpu". Must run before CUDA is initialized."""
     if VISIBLE not in os.environ:
-        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts; CUDA itself puts the fastest first
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the order of nvidia-smi; CUDA's default is fastest first
     os.environ[VISIBLE] = "" if name == CPU else visible_devices()[int(name)]
 
 
 def visible_devices() -> list[str]:
-    """Return the GPUs that this process may use, as CUDA names them."""
+    """Return CUDA's names (indices or UUIDs) of the GPUs visible to this process."""
     chosen = os.environ.get(VISIBLE)
     if chosen is not None:
         return [part.strip() for part in chosen.split(",") if part.strip()]
@@ -57,7 +57,7 @@ def visible_devices() -> list[str]:
 
 
 def _count() -> int:
-    """Return the number of GPUs, by the management library: a query to CUDA would fix this process's devices."""
+    """Return the number of GPUs from NVML: a CUDA query would fix the devices of this process."""
     try:
         library = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""The job of one run of the command: every sound, its settings and its file, decided before a file is opened."""
+"""Build the job of one run from the flags: sounds, settings and output files, before any model file is opened."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sa3_trt_core.model_loader import Plan, make_plan, plan_with
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request, batches, count_stages, ring_groups
 
-RANDOM_SEED = -1  # of --seed, as the model's own command line has it
+RANDOM_SEED = -1  # --seed value for a random seed, as in the model's own command line
 
 
 @dataclass(frozen=True)
 class Options:
-    """The flags that are read after the plan is made: see sa3_trt --help."""
+    """Flags that are used after the plan is made; see sa3_trt --help."""
 
     dit: str
     precision: str
@@ -42,15 +42,15 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """Return the flags by their names."""
+        """Return the flags as a mapping of names to values."""
         return cls(**{one.name: getattr(args, one.name) for one in fields(cls)})
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that is decided before a file is opened: the engines, the sounds in order, and where each goes.
+    """Plan, requests in order and output files of one run.
 
-    `numbers` are the rows' numbers in the whole list, from 1; `flags` those of the command, for other machines.
+    `numbers` are the row numbers in the whole list, from 1; `flags` are the command's flags, for workers.
     """
 
     plan: Plan
@@ -66,17 +66,17 @@ class Job:
         return count_stages(self.requests, 1 if self.options.depth else self.options.batch or 1)
 
     def planned(self, plan: Plan) -> Job:
-        """Return the same job with the engines of another machine."""
+        """Return the job with the plan of another machine."""
         return replace(self, plan=plan)
 
     def part(self, rows: list[int]) -> Job:
-        """Return the job of some of the rows."""
+        """Return the job restricted to some rows."""
         requests, outs = [self.requests[row] for row in rows], [self.outs[row] for row in rows]
         return replace(self, requests=requests, outs=outs, numbers=[self.numbers[row] for row in rows])
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
-    """Return the engines that the flags ask for, as this machine has them. Raises ToolError."""
+    """Return the plan that the flags select on this machine. Raises ToolError."""
     source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
     plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
     if args.refit and not args.lora:
@@ -87,7 +87,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def make_job(args: argparse.Namespace) -> Job:
-    """Decide everything that needs no file but the prompts file to be opened. Raises ToolError."""
+    """Build the job; the only file opened is the prompts file. Raises ToolError."""
     if args.devices is not None or args.ray is not None:
         _for_ray(args)
     plan, requests = plan_of(args), _requests(args)
@@ -99,10 +99,10 @@ def make_job(args: argparse.Namespace) -> Job:
 
 
 def _requests(args: argparse.Namespace) -> list[Request]:
-    """Return a request for each row and each of its results, with seeds that count on from --seed."""
+    """Return one request per row and repetition, with ascending seeds from --seed."""
     rows = [row for row in _rows(args) for _ in range(args.count)]
     seed = args.seed
-    if seed in (None, RANDOM_SEED):  # what is resumed, or shared out, needs the same names every time
+    if seed in (None, RANDOM_SEED):  # resumed and distributed runs need reproducible names
         seed = 0 if args.shard is not None or args.ray is not None else secrets.randbelow(2**32)
     return [
         Request(
@@ -117,7 +117,7 @@ def _requests(args: argparse.Namespace) -> list[Request]:
 
 
 def _check_conflicts(args: argparse.Namespace, requests: Sequence[Request]) -> None:
-    """Refuse flags that exclude one another, and rows that do not fit the engines. Raises ToolError."""
+    """Raise ToolError for conflicting flags and for batches that do not fit the engines."""
     if args.batch is not None and args.depth is not None:
         raise ToolError(
             "--batch and --depth cannot be combined", "choose one: rows in step, or a ring of rows at any step"
@@ -126,14 +126,14 @@ def _check_conflicts(args: argparse.Namespace, requests: Sequence[Request]) -> N
         raise ToolError("--depth and --free-models cannot be combined", "choose one: a ring needs all models at once")
     _ = ring_groups(requests, args.depth) if args.depth else list(batches(requests, args.batch or 1))
     if args.out is not None and (args.out_dir is not None or args.format is not None):
-        raise ToolError("--out names the file already", "leave --out-dir and --format away")
+        raise ToolError("--out cannot be combined with --out-dir or --format", "omit them: --out names the file")
     several = next((flag for flag, value in (("--out", args.out), ("--save-latents", args.save_latents)) if value), "")
     if len(requests) > 1 and several:
         raise ToolError(f"{several} is one file and there are {len(requests)} sounds", "use --out-dir DIR")
 
 
 def _outputs(args: argparse.Namespace, requests: Sequence[Request]) -> list[Path]:
-    """Return the file of each sound, all of them seen to be writable. Raises ToolError."""
+    """Return the output file of each sound. Raises ToolError if one is not writable."""
     folder, suffix = args.out_dir or Path("output"), f".{args.format or 'wav'}"
     named = prompts.out_paths([(request.prompt, request.seed) for request in requests], folder, suffix)
     outs = [args.out] if args.out is not None else [_beside(out, args.again) for out in named]
@@ -148,14 +148,14 @@ def _outputs(args: argparse.Namespace, requests: Sequence[Request]) -> list[Path
 
 
 def _for_ray(args: argparse.Namespace) -> None:
-    """Make the paths of the flags absolute, as workers have folders of their own. Raises ToolError."""
+    """Make the paths of the flags absolute: workers run in other folders. Raises ToolError."""
     flag = "--devices" if args.devices is not None else "--ray"
     if args.devices is not None and args.ray is not None:
         raise ToolError("--devices and --ray cannot be combined", "choose one: GPUs of this machine, or a Ray")
     for other, value in (("--batch", args.batch), ("--free-models", args.free_models), ("--device", args.device)):
         if value:
             raise ToolError(
-                f"{flag} and {other} cannot be combined", f"leave {other} away: every worker has a ring (--depth)"
+                f"{flag} and {other} cannot be combined", f"omit {other}: every worker has a ring (--depth)"
             )
     for name in ("onnx_root", "models_dir", "init_audio", "out_dir", "out", "save_latents"):
         value = getattr(args, name)
@@ -169,13 +169,13 @@ def _for_ray(args: argparse.Namespace) -> None:
 
 
 def _beside(out: Path, original: Path | None) -> Path:
-    """Return `out`, with another name where it is the sound that is made again: that one is not overwritten."""
+    """Return `out`, renamed if it is the --again sound itself, which must not be overwritten."""
     same = original is not None and out.exists() and out.resolve() == original.resolve()
     return out.with_name(f"{out.stem}_again{out.suffix}") if same else out
 
 
 def _rows(args: argparse.Namespace) -> list[prompts.PromptRow]:
-    """Return the prompts of the command line or of the file; on a terminal, and nowhere else, one that is asked for."""
+    """Return the prompts of the flags or of the file; without either, ask for one on a terminal."""
     if args.prompt is not None and args.prompts_file is not None:
         raise ToolError("--prompt and --prompts-file cannot be combined", "choose one of the two")
     if args.prompts_file is not None:

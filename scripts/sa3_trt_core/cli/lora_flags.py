@@ -1,4 +1,4 @@
-"""The flags of every command that takes adapters, and what they ask for."""
+"""LoRA flags of all commands, and their conversion to specs and options."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STACKINGS = ("chained", "summed")
 
 
 def add_lora_flags(parser: argparse.ArgumentParser, required: bool = False, refits: bool = False) -> None:
-    """Add --lora and the flags of its rules as a group of their own; `refits` adds --refit."""
+    """Add an argument group with --lora and its options; `refits` adds --refit."""
     group = parser.add_argument_group("adapters")
     group.add_argument(
         "--lora", action="append", default=None, required=required, metavar="F[:S]",
-        help="a LoRA file or PEFT folder and its strength (default 1); may be repeated, in order",
+        help="LoRA file or PEFT folder, and its strength (default: 1); repeat for several, in order",
     )  # fmt: skip
     group.add_argument(
         "--lora-rule", choices=RULES, default=RULES[0],
@@ -28,9 +28,9 @@ def add_lora_flags(parser: argparse.ArgumentParser, required: bool = False, refi
         "--lora-stacking", choices=STACKINGS, default=STACKINGS[0],
         help="chained: each adapter starts from the result of those before it; summed: changes of the base are added",
     )  # fmt: skip
-    group.add_argument("--lora-no-duration", action="store_true", help="leave the duration embedder as it is")
+    group.add_argument("--lora-no-duration", action="store_true", help="do not apply adapters to the duration embedder")
     group.add_argument(
-        "--lora-partial", action="store_true", help="use the layers that fit and leave out the others, with a note"
+        "--lora-partial", action="store_true", help="apply the layers that fit and skip the others with a warning"
     )
     if refits:
         group.add_argument(
@@ -38,19 +38,19 @@ def add_lora_flags(parser: argparse.ArgumentParser, required: bool = False, refi
         )
     group.add_argument(
         "--lora-bases", type=Path, metavar="model.safetensors",
-        help="native checkpoint for the SVD of -xs adapters (default: the weights at hand)",
+        help="native checkpoint for the SVD of -xs adapters (default: the loaded weights)",
     )  # fmt: skip
 
 
 def lora_specs(args: argparse.Namespace) -> list[LoraSpec]:
-    """Return the adapters that a command line asks for, in order. Raises ToolError."""
+    """Return the adapter specs of the flags, in order. Raises ToolError."""
     from sa3_trt_core.lora.lora_set import parse_spec
 
     return [parse_spec(text) for text in args.lora or []]
 
 
 def lora_options(args: argparse.Namespace) -> LoraOptions:
-    """Return the rules that a command line asks for."""
+    """Return the LoraOptions of the flags."""
     from sa3_trt_core.lora.lora_set import LoraOptions
 
     return LoraOptions(args.lora_rule, args.lora_stacking, not args.lora_no_duration, args.lora_partial)

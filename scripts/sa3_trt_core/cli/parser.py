@@ -1,4 +1,4 @@
-"""The flags of the command `sa3_trt`."""
+"""Argument parser of the command `sa3_trt`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sa3_trt_core.request import FULL_APG, MAX_CFG, MAX_PADDING, MAX_SEED, MAX_S
 from sa3_trt_core.version import __version__
 
 MAX_COUNT = 10_000
-MAX_SECONDS = math.floor(shapes.MAX_SECONDS * 100) / 100  # as it is printed
+MAX_SECONDS = math.floor(shapes.MAX_SECONDS * 100) / 100  # rounded down to two decimals, as printed
 
-LOCAL_RAY = "local"  # of --ray without an address
+LOCAL_RAY = "local"  # value of --ray without an address
 
 
 def make_parser() -> argparse.ArgumentParser:

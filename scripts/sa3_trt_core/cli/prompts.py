@@ -1,4 +1,4 @@
-"""Many prompts: files of them, what each row says for itself, and the names of the sounds."""
+"""Read prompt files with per-row settings, and name the output files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STANDARD_INPUT = "-"
 MAX_DIGITS = 400
 MAX_SLUG_LENGTH = 48
 DIGEST_LETTERS = 8
-_SPACE = "\ufeff \t\r\v\f"  # str.strip() would take U+0085 and its like off the ends of a prompt
+_SPACE = "\ufeff \t\r\v\f"  # unlike str.strip(), keeps U+0085 and similar at the ends of a prompt
 _KINDS: dict[str, tuple[type, ...]] = {
     "prompt": (str,), "seed": (int,), "seconds": (int, float), "negative_prompt": (str,)
 }  # fmt: skip
@@ -31,7 +31,7 @@ _RANGES = {"seed": (0, MAX_SEED), "seconds": (shapes.MIN_SECONDS, shapes.MAX_SEC
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt and what it says for itself; None leaves it to the command line."""
+    """A prompt and its own settings; None means the setting of the command line."""
 
     prompt: str
     seed: int | None = None
@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
                 require_text(said, f"{name} line {number}")
         rows.append(row)
     if not rows:
-        raise ToolError(f"{name} has no prompt in it", "write one prompt a line")
+        raise ToolError(f"{name} contains no prompt", "write one prompt a line")
     return rows
 
 
@@ -90,12 +90,12 @@ def _object(name: str, number: int, line: str) -> PromptRow:
 
 
 def _whole_number(digits: str) -> int:
-    """Return an integer of JSON; of one that has more digits than any range, the first of them: Python reads 4300."""
+    """Parse an integer of JSON, truncated to more digits than any range has: int() refuses more than 4300."""
     return int(digits[:MAX_DIGITS])
 
 
 def _standard_input() -> bytes:
-    """Return standard input as bytes, none where it is closed. Raises ToolError."""
+    """Return standard input as bytes; empty if it is closed. Raises ToolError."""
     buffer = getattr(sys.stdin, "buffer", None)
     try:
         return b"" if buffer is None else bytes(buffer.read(MAX_FILE + 1))
@@ -106,7 +106,7 @@ def _standard_input() -> bytes:
 def slug(prompt: str) -> str:
     """Return the prompt as a file name: ASCII letters, digits and dashes.
 
-    What is lost at the end or for want of ASCII letters is replaced by a digest, so that such prompts keep apart.
+    A digest replaces truncated or non-ASCII text, so that different prompts have different names.
     """
     plain = unicodedata.normalize("NFKD", prompt.lower())
     letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
@@ -120,7 +120,7 @@ def slug(prompt: str) -> str:
 
 
 def out_paths(prompts: Sequence[tuple[str, int]], folder: Path, suffix: str) -> list[Path]:
-    """Return the output paths of (prompt, seed) rows: <prompt>_<seed>, with the row's number first in several rows."""
+    """Return the output paths of (prompt, seed) rows: <prompt>_<seed>, numbered if there are several."""
     digits = max(3, len(str(len(prompts))))
     numbers = [f"{number:0{digits}d}_" if len(prompts) > 1 else "" for number in range(1, len(prompts) + 1)]
     return [

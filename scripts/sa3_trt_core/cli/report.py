@@ -1,4 +1,4 @@
-"""Output of the command: the plan, the table of stages, and either of them as one JSON document."""
+"""Print the plan, or the results by stage, as a table or as one JSON document."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sa3_trt_core.hub import resolve
 from sa3_trt_core.model_loader import Plan
 from sa3_trt_core.request import Request
 
-_ENGINE_OF = {"dit": "sample", "decoder": "decode"}  # the stage of the table that an engine's work is timed as
+_ENGINE_OF = {"dit": "sample", "decoder": "decode"}  # engine -> stage of the table in which it is timed
 STAGES = ("load", "text", "encode", "sample", "decode", "write")
 
 
 @dataclass
 class Totals:
-    """Seconds of each stage over all rows, the most GPU memory in use after it, and the highest sample of each row.
+    """Seconds of each stage over all rows, peak GPU memory after it, and peak sample of each row.
 
-    `elapsed` is the time from the first stage to the last file: what is decoded while others are sampled counts once.
+    `elapsed` is the wall time from the first stage to the last file; overlapping stages count once.
     Loading is excluded, except with several devices, whose processes load on their own. `kept` are the rows whose files
     existed before.
     """
@@ -35,7 +35,7 @@ class Totals:
 
     @property
     def rate(self) -> float:
-        """Generations a second."""
+        """Generations per second."""
         return len(self.peaks) / self.elapsed if self.elapsed else 0.0
 
     def add(self, timings: Mapping[str, float], memory: Mapping[str, int] | None = None) -> None:
@@ -46,7 +46,7 @@ class Totals:
 
 
 def show_plan(plan: Plan, requests: Sequence[Request], outs: Sequence[Path], as_json: bool) -> None:
-    """Print what a run would use; opens, loads and downloads nothing."""
+    """Print the plan and output files of a run. Opens, loads and downloads nothing."""
     stages, place = [], plan.source
     for stage in plan.stages:
         target = plan.targets[stage]
@@ -69,7 +69,7 @@ def show_plan(plan: Plan, requests: Sequence[Request], outs: Sequence[Path], as_
 def show_result(
     plan: Plan, requests: Sequence[Request], outs: Sequence[Path], totals: Totals, latents: Path | None, as_json: bool
 ) -> None:
-    """Print what was made, and what it took."""
+    """Print the written files with time and memory by stage."""
     order = [stage for stage in STAGES if stage in totals.timings]
     if as_json:
         rows = [

@@ -1,4 +1,4 @@
-"""Selection of a job's sounds that exist already: files of the same name whose metadata state the same settings."""
+"""Find the sounds of a job that exist already: files of the same name and with the same settings in their metadata."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sa3_trt_core.cli import again, report
 from sa3_trt_core.cli.job import Job
 from sa3_trt_core.errors import ToolError
 
-OF_THE_MACHINE = ("engines", "version")  # they do not say what was asked for
+OF_THE_MACHINE = ("engines", "version")  # metadata keys that are not settings of the request
 
 
 def keep_finished(job: Job, totals: report.Totals) -> None:
-    """Note the rows of a job whose sounds are there, and remove what killed runs left beside them.
+    """Record the rows whose sounds exist, and remove temporary files of killed runs.
 
-    A file is written in one piece, so one that is there is whole; it is made again if it says another setting.
+    Writes are atomic, so an existing file is complete. A file with other settings is generated again.
     """
     for index, out in enumerate(job.outs):
         files.remove_leftovers(out)
@@ -28,7 +28,7 @@ def keep_finished(job: Job, totals: report.Totals) -> None:
 
 
 def _says(path: Path, asked: Mapping[str, Any]) -> bool:
-    """Return True if a sound was made with the settings of `asked`; a text that a WAV file cut counts by its head."""
+    """Return True if a sound's settings equal `asked`; a text truncated by WAV is compared by its prefix."""
     try:
         stored = audio_io.read_metadata(path)
     except ToolError:

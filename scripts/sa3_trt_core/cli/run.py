@@ -1,4 +1,4 @@
-"""Generate the sounds of a job and write each as it is finished."""
+"""Generate the sounds of a job and write each file as it finishes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def produce(job: Job) -> report.Totals:
-    """Load the engines, generate, and write every sound as it is finished. Raises ToolError."""
+    """Load the engines, generate, and write every sound as it finishes. Raises ToolError."""
     args, totals = job.options, report.Totals()
     engines = 0 if args.free_models else len(job.plan.stages)
     with console.Progress("load", engines, "engines", quiet=args.quiet or not engines) as progress:
@@ -34,7 +34,7 @@ def produce(job: Job) -> report.Totals:
 
 
 def produce_missing(job: Job) -> report.Totals:
-    """Generate and write the sounds of a job that are not there yet. Raises ToolError."""
+    """Generate and write the sounds of a job whose files do not exist yet. Raises ToolError."""
     totals = report.Totals()
     resume.keep_finished(job, totals)
     rows = [index for index in range(len(job.requests)) if index not in totals.kept]
@@ -46,10 +46,10 @@ def produce_missing(job: Job) -> report.Totals:
 
 
 def open_generator(job: Job, totals: report.Totals, on_progress: Progress) -> Generator:
-    """The generator that a job asks for. Raises ToolError, also where its decoder leaves --peak nothing to do."""
+    """Open the generator of a job. Raises ToolError, also for --peak limit with a decoder that clips."""
     started, args = time.perf_counter(), job.options
     gpu.open_context()
-    importlib.import_module("torch")  # seconds of it, which would pass for text encoding otherwise
+    importlib.import_module("torch")  # takes seconds, which would otherwise count as text encoding
     generator = _generator(job, on_progress)
     totals.add({"load": time.perf_counter() - started})
     for line in () if args.quiet else job.plan.loras.described():
@@ -57,7 +57,7 @@ def open_generator(job: Job, totals: report.Totals, on_progress: Progress) -> Ge
     try:
         if args.peak == "limit" and generator.clips:
             raise ToolError(
-                "the decoder cuts its samples to full scale itself: --peak limit has nothing left to turn down",
+                "--peak limit has no effect: the decoder clips its samples to full scale itself",
                 "choose --peak normalize or clip, or give a decoder with an output named audio",
             )
     except BaseException:
@@ -67,7 +67,7 @@ def open_generator(job: Job, totals: report.Totals, on_progress: Progress) -> Ge
 
 
 def write_sounds(generator: Generator, job: Job, totals: report.Totals, on_progress: Progress) -> None:
-    """Generate the sounds of a job and write each; what it took is added to `totals`. Raises ToolError."""
+    """Generate and write the sounds of a job, adding time and memory to `totals`. Raises ToolError."""
     ids = {stage: generator.engines.identity(stage) for stage in job.plan.stages}
     started = time.perf_counter()
     for index, result in _results(generator, job, on_progress):
@@ -91,7 +91,7 @@ def _results(generator: Generator, job: Job, on_progress: Progress) -> Iterator[
 
 
 def write_sound(job: Job, index: int, result: Result, ids: Mapping[str, str | None], totals: report.Totals) -> None:
-    """Write one sound of a job; what it took is added to `totals`. Raises ToolError."""
+    """Write one sound of a job, adding its time to `totals`. Raises ToolError."""
     args, request, started = job.options, job.requests[index], time.perf_counter()
     about = again.metadata(request, vars(job.flags), ids)
     audio_io.write_audio(job.outs[index], audio_io.tame(result.samples, args.peak), args.bits, about)

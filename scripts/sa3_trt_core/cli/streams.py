@@ -1,4 +1,4 @@
-"""Standard streams that cannot stop a run: closed ones, pipes without a reader, characters outside their encoding."""
+"""Make standard streams safe: closed ones, broken pipes, and characters outside their encoding do not stop a run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Output(io.FileIO):
-    """The descriptor of an output stream; output that cannot be read any more is dropped without an error.
+    """Raw output stream on a descriptor; output to a broken pipe is dropped without an error.
 
-    `full` is the error of a file that takes no more, kept for the end of the run: the sounds are worth more than the
+    `full` is the disk-full error of a file, reported at the end of the run: the sounds are worth more than the
     table about them.
     """
 
     full: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of `data`; a pipe that is set to not block is waited for."""
+        """Write all of `data`; wait for a non-blocking pipe."""
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
@@ -44,7 +44,7 @@ class _Output(io.FileIO):
 
 
 def make_usable() -> None:
-    """Give this process three standard streams that can be written to, whatever it was started with.
+    """Replace closed or unsafe standard streams of this process.
 
     A closed descriptor is opened on the null device first: the next file that is opened would get its number, and what
     a library prints would be written into that file. Streams that were replaced by other objects are left alone.
@@ -53,7 +53,7 @@ def make_usable() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # os.open returns the lowest free descriptor: this one
     if sys.stdin is None:
         raw = io.BufferedReader(io.FileIO(STDIN, closefd=False))
         sys.stdin = io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape")
@@ -65,19 +65,19 @@ def make_usable() -> None:
 
 
 def are_ours() -> bool:
-    """Return True where standard error is the one of `make_usable`, so in the process of a command and in no test."""
+    """Return True if standard error comes from `make_usable`: in a command's process, not in a test."""
     return isinstance(getattr(getattr(sys.stderr, "buffer", None), "raw", None), _Output)
 
 
 def lost_output() -> OSError | None:
-    """Flush standard output; return the error of a file that takes no more, None where there was none."""
+    """Flush standard output; return the disk-full error, None without one."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.full if isinstance(raw, _Output) else None
 
 
 def _tolerant(stream: IO[str] | None, original: IO[str] | None, number: int) -> Any:
-    """Return `stream` rebuilt on an _Output, or `stream` itself where it is not the interpreter's own."""
+    """Return `stream` rebuilt on an _Output, or `stream` itself if it is not the interpreter's own."""
     if stream is not None and (stream is not original or not isinstance(stream, io.TextIOWrapper)):
         return stream
     if stream is not None:

@@ -10,7 +10,7 @@ of K products in fp16's range. The result of the layer is
 
 The scales are applied after the sum, because a code times a scale is no longer an E4M3 number. `sums` returns the
 stored values without ratio and bias: the next kernel (triton_ops) applies both while it has the value in a register.
-`finished` and `result` apply them here. In 16 bits there is no ratio, and the stored values lack only the bias.
+`finished` and `result` apply them here. In 16 bits the stored values lack only the bias.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def quantize_rows(value: Tensor) -> tuple[Tensor, Tensor]:
 def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None = None) -> Tensor:
     """The stored sums (..., N) of a quantized (..., K): the result without ratio and bias. fp16, or fp32 if `wide`.
 
-    `out` (M, N) fp16 receives them where given. On a CPU the products are made in fp32: its 16-bit ones are slow.
+    `out` (M, N) fp16 receives them (default: a new tensor). On a CPU products are computed in fp32: fp16 ones are slow.
     """
     for watcher in product.watchers:
         watcher(value)
