@@ -79,25 +79,28 @@ class Ours:
         """`tune`: measure the kernels' tile sizes on this GPU instead of using those of an H100."""
         self.device = subject.device
         packed, decoder = subject.packed_dit(precision), subject.packed_decoder(decoder_precision)
-        tables = packed.tensor("cosine"), packed.tensor("sine")
+        tables, text = (packed.tensor("cosine"), packed.tensor("sine")), subject.packed_text()
         if self.device.type == "cuda":
             from sa3_trt_core.torch_models.dit import autotune as dit_tiles
             from sa3_trt_core.torch_models.dit.triton_ops import FusedOps
             from sa3_trt_core.torch_models.same import autotune as same_tiles
             from sa3_trt_core.torch_models.same.triton_ops import TritonOps
+            from sa3_trt_core.torch_models.t5gemma.triton_ops import TritonOps as TextTritonOps
 
             self._runner = Runner(
                 Dit(packed, FusedOps(*tables, dit_tiles.tuned(packed.sizes, self.device))), self.device
             )
             self.tiles = same_tiles.tuned(decoder) if tune else None
             self.decoder = DecoderRunner(decoder, TritonOps(decoder.rates, self.tiles), self.device)
+            self._text = Encoder(text, TextTritonOps(text), self.device)
         else:
             from sa3_trt_core.torch_models.dit.reference_ops import PlainOps
             from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
+            from sa3_trt_core.torch_models.t5gemma.reference_ops import ReferenceOps as TextReferenceOps
 
             self._runner = Runner(Dit(packed, PlainOps(*tables)), self.device)
             self.decoder = DecoderRunner(decoder, ReferenceOps(decoder.rates), self.device)
-        self._text = Encoder(subject.packed_text(), self.device)
+            self._text = Encoder(text, TextReferenceOps(text), self.device)
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Return the velocity of a batch, as an engine does."""

@@ -18,12 +18,11 @@ from sa3_trt_core import shapes
 from sa3_trt_core.engines.base import require_output
 from sa3_trt_core.engines.onnxruntime import OnnxRuntimeEngine
 from sa3_trt_core.engines.packed import CACHE_VARIABLE, kernels_folder
-from sa3_trt_core.engines.torch_stages import open_decoder, open_same
+from sa3_trt_core.engines.torch_stages import open_decoder, open_same, open_text
 from sa3_trt_core.errors import GateError
 from sa3_trt_core.targets import Target
 from sa3_trt_core.torch_models.same import weights as same
 from sa3_trt_core.torch_models.t5gemma import weights as text
-from sa3_trt_core.torch_models.t5gemma.model import Encoder
 
 SAME_FORMAT, TEXT_FORMAT = same.FORMAT, text.FORMAT
 CHECKED_FRAMES = 40
@@ -37,9 +36,10 @@ def make_text(onnx: Path, target: Target, out: Path) -> dict[str, float]:
     """Write the packed text encoder of a graph to `out`; return the results of its gates. Raises GateError."""
     from safetensors.torch import save_file
 
+    os.environ.setdefault(CACHE_VARIABLE, str(kernels_folder(out)))
     sizes, tensors = pack_t5gemma.pack(plain_graph(onnx))
     save_file(tensors, str(out), metadata=text.header(sizes))
-    encoder = _open_text(out)
+    encoder = open_text(out, _device())
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     with OnnxRuntimeEngine(onnx, low_memory=True) as reference, torch.inference_mode():
@@ -105,7 +105,7 @@ def warm_text(out: Path) -> None:
     """Run the text encoder once."""
     ids = torch.zeros((1, shapes.TEXT_TOKENS), dtype=torch.int64)
     with torch.inference_mode():
-        _open_text(out).hidden_states(ids, torch.ones_like(ids))
+        open_text(out, _device()).hidden_states(ids, torch.ones_like(ids))
 
 
 def warm_decoder(out: Path) -> None:
@@ -149,10 +149,6 @@ def _decibels(samples: Tensor, reference: Tensor) -> float:
     """Return the signal-to-noise ratio of `samples` against `reference`, in dB."""
     signal, error = reference.double().square().sum(), (samples.double() - reference.double()).square().sum()
     return float(10.0 * torch.log10(signal / error.clamp(min=1e-30)))
-
-
-def _open_text(path: Path) -> Encoder:
-    return Encoder(text.Packed.load(path, _device()), _device())
 
 
 def _device() -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from sa3_trt_core.torch_models.same.model import Same, SameOps
     from sa3_trt_core.torch_models.same.runner import DecoderRunner
     from sa3_trt_core.torch_models.same.weights import Packed
-    from sa3_trt_core.torch_models.t5gemma.model import Encoder
+    from sa3_trt_core.torch_models.t5gemma.model import Encoder, TextOps
+    from sa3_trt_core.torch_models.t5gemma.weights import Packed as PackedText
 
 Model = TypeVar("Model")
 
@@ -26,11 +28,8 @@ class TorchTextEncoder(PackedEngine):
     kind = "t5gemma"
 
     def __init__(self, path: Path, rebuild: str) -> None:
-        from sa3_trt_core.torch_models.t5gemma.model import Encoder
-        from sa3_trt_core.torch_models.t5gemma.weights import Packed
-
         super().__init__(path, rebuild)
-        self._encoder: Encoder | None = Encoder(Packed.load(path, self._place), self._place)
+        self._encoder: Encoder | None = open_text(path, self._place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """{"hidden_states": (B, 256, 768) fp32} for input_ids and attention_mask (B, 256), on their device."""
@@ -93,6 +92,26 @@ class TorchEncoder(PackedEngine):
 
     def close(self) -> None:
         self._model = None
+
+
+def open_text(path: Path, device: torch.device) -> Encoder:
+    """Return a packed text encoder ready to run. Raises ToolError."""
+    from sa3_trt_core.torch_models.t5gemma.model import Encoder
+    from sa3_trt_core.torch_models.t5gemma.weights import Packed
+
+    packed = Packed.load(path, device)
+    return Encoder(packed, text_operations(packed, device), device)
+
+
+def text_operations(packed: PackedText, device: torch.device) -> TextOps:
+    """Return the operations between the linear layers of a text encoder; plain ones on a GPU without Triton."""
+    if device.type == "cpu" or find_spec("triton") is None:
+        from sa3_trt_core.torch_models.t5gemma.reference_ops import ReferenceOps
+
+        return ReferenceOps(packed)
+    from sa3_trt_core.torch_models.t5gemma.triton_ops import TritonOps
+
+    return TritonOps(packed)
 
 
 def open_decoder(path: Path, device: torch.device) -> DecoderRunner:

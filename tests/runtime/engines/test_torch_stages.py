@@ -34,6 +34,7 @@ from sa3_trt_core.torch_models.same.model import Same
 from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
 from sa3_trt_core.torch_models.same.weights import HEAD_CHANNELS, Packed, paired, quantized
 from sa3_trt_core.torch_models.t5gemma import weights as text_weights
+from sa3_trt_core.torch_models.t5gemma.reference_ops import product_input
 
 NAMES = ("t5gemma", "same-l-encoder", "same-l-decoder")
 FRAMES = 37
@@ -124,6 +125,13 @@ def test_the_text_encoder_gives_the_graphs_features(tiny_onnx: Path, models: Pat
     ):
         expected, features = (model.run(inputs)["hidden_states"] for model in (reference, engine))
     assert float((features - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_a_value_is_the_sum_of_two_halves_in_bf16() -> None:
+    value = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    halves, (whole,) = product_input(value, True), product_input(value, False)
+    assert halves.dtype == torch.bfloat16 and torch.equal(whole, value)
+    assert float(((halves.double().sum(0) - value.double()) / value.double()).abs().max()) < 2.0**-17
 
 
 def test_a_table_of_angles_that_the_exporter_left_unfolded_is_read_too(tiny_onnx: Path, models: Path) -> None:

@@ -1,8 +1,14 @@
-"""The forward of a packed T5Gemma encoder in fp32: on a GPU one CUDA graph for each number of rows."""
+"""The forward of a packed T5Gemma encoder in fp32: on a GPU one CUDA graph for each number of rows.
+
+A product's input is (S, M, K): S = 1 for fp32, or S = 2 for a value's two bf16 halves (`reference_ops.product_input`),
+which are multiplied together where the weight is exactly bf16. Its result is (S, M, N) fp32, and the operation that
+reads it adds the halves.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +20,23 @@ from sa3_trt_core.torch_models.t5gemma.weights import Packed
 KEPT_GRAPHS = 4
 
 
-class Encoder:
-    """One packed encoder on one device."""
+class TextOps(Protocol):
+    """Operations between the linear layers: reference_ops.ReferenceOps, or triton_ops.TritonOps.
 
-    def __init__(self, packed: Packed, device: torch.device) -> None:
-        self._packed, self._device, self.sizes = packed, device, packed.sizes
+    `stored` is a product's result (S, M, N); `split` selects two bf16 halves as the next product's input.
+    """
+
+    def enter(self, embedded: Tensor, following: Tensor, split: bool) -> tuple[Tensor, Tensor]: ...
+    def add_norm(self, hidden: Tensor, stored: Tensor, post: Tensor, following: Tensor, split: bool) -> Tensor: ...
+    def attention(self, stored: Tensor, mask: Tensor, split: bool) -> Tensor: ...
+    def gate(self, stored: Tensor, split: bool) -> Tensor: ...
+
+
+class Encoder:
+    """One packed encoder on one device; `ops` does what stands between the products."""
+
+    def __init__(self, packed: Packed, ops: TextOps, device: torch.device) -> None:
+        self._packed, self._ops, self._device, self.sizes = packed, ops, device, packed.sizes
         self._graphs: OrderedDict[int, Captured] = OrderedDict()
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -26,7 +44,7 @@ class Encoder:
 
         `ids` and `mask` (B, T) int64 on the CPU; only the embedding's rows of these ids are read.
         """
-        inputs = {"embedded": self._packed.rows(ids), "mask": mask.to(torch.float32)}
+        inputs = {"embedded": self._packed.rows(ids), "mask": mask.to(torch.float32).contiguous()}
         if self._device.type != "cuda":
             return self._forward(**inputs)
         rows = ids.shape[0]
@@ -41,53 +59,43 @@ class Encoder:
         self._graphs.clear()
 
     def _forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
-        """embedded (B, T, width), mask (B, T) of 0/1: what a key of mask 0 adds to a score leaves it no weight."""
-        hidden = embedded * self.sizes.embedding_scale
-        blocked = ((1.0 - mask) * torch.finfo(torch.float32).min)[:, None, None, :]
-        for index in range(self.sizes.depth):
-            base = f"layers.{index}"
-            attended = self._attention(base, self._norm(hidden, f"{base}.attention_in.norm"), blocked)
-            hidden = hidden + self._norm(attended, f"{base}.attention_out.norm")
-            inner = self._product(self._norm(hidden, f"{base}.ff_in.norm"), f"{base}.gate_up")
-            gate, value = inner.chunk(2, dim=-1)
-            inner = self._product(functional.gelu(gate, approximate="tanh") * value, f"{base}.down")
-            hidden = hidden + self._norm(inner, f"{base}.ff_out.norm")
-        return self._norm(hidden, "norm")
+        """embedded (B, T, width), mask (B, T) of 0/1."""
+        ops, depth = self._ops, self.sizes.depth
+        hidden, normed = ops.enter(
+            embedded.flatten(0, 1), self._norm("layers.0.attention_in"), self._split("layers.0.qkv")
+        )
+        for index in range(depth):
+            base, last = f"layers.{index}", index + 1 == depth
+            attended = ops.attention(self._product(normed, f"{base}.qkv"), mask, self._split(f"{base}.out"))
+            normed = ops.add_norm(
+                hidden, self._product(attended, f"{base}.out"), self._norm(f"{base}.attention_out"),
+                self._norm(f"{base}.ff_in"), self._split(f"{base}.gate_up"),
+            )  # fmt: skip
+            inner = ops.gate(self._product(normed, f"{base}.gate_up"), self._split(f"{base}.down"))
+            following = self._packed.tensor("norm") if last else self._norm(f"layers.{index + 1}.attention_in")
+            normed = ops.add_norm(
+                hidden, self._product(inner, f"{base}.down"), self._norm(f"{base}.ff_out"), following,
+                not last and self._split(f"layers.{index + 1}.qkv"),
+            )  # fmt: skip
+        return normed[0].unflatten(0, mask.shape)
 
-    def _attention(self, base: str, normed: Tensor, blocked: Tensor) -> Tensor:
-        sizes = self.sizes
-        counts = (sizes.heads, sizes.key_heads, sizes.key_heads)
-        heads = self._product(normed, f"{base}.qkv").unflatten(-1, (-1, sizes.head_channels)).transpose(1, 2)
-        q, k, v = heads.split(counts, dim=1)
-        q, k = self._rotated(q), self._rotated(k)
-        if sizes.heads != sizes.key_heads:
-            k, v = (part.repeat_interleave(sizes.heads // sizes.key_heads, dim=1) for part in (k, v))
-        scores = torch.tanh(q @ k.transpose(-1, -2) * sizes.score_scale) * sizes.score_cap
-        weights = torch.softmax(scores + blocked, dim=-1)
-        return self._product((weights @ v).transpose(1, 2).flatten(2), f"{base}.out")
+    def _norm(self, name: str) -> Tensor:
+        return self._packed.tensor(f"{name}.norm")
 
-    def _rotated(self, heads: Tensor) -> Tensor:
-        first, second = heads.chunk(2, dim=-1)
-        cosine, sine = self._packed.tensor("cosine"), self._packed.tensor("sine")
-        return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+    def _weight(self, name: str) -> Tensor:
+        return self._packed.tensor(f"{name}.weight")
 
-    def _norm(self, hidden: Tensor, name: str) -> Tensor:
-        return functional.rms_norm(hidden, hidden.shape[-1:], self._packed.tensor(name), self.sizes.epsilon)
+    def _split(self, name: str) -> bool:
+        """Return whether the input of a product is split: its weight is stored in bf16."""
+        return self._weight(name).dtype == torch.bfloat16
 
     def _product(self, value: Tensor, name: str) -> Tensor:
-        weight = self._packed.tensor(f"{name}.weight")
-        if weight.dtype == torch.float32:
+        """The result (S, M, N) fp32 of an input (S, M, K) as `_split` states.
+
+        A weight of bf16 is exact. Two products in bf16, added in fp32, take a tenth of the time of one in fp32.
+        """
+        weight = self._weight(name)
+        if not self._split(name):
             return functional.linear(value, weight)
-        return _by_halves(value.flatten(0, -2), weight).unflatten(0, value.shape[:-1])
-
-
-def _by_halves(value: Tensor, weight: Tensor) -> Tensor:
-    """value (M, K) fp32 times weight^T (N, K) bf16 on a GPU, to 1e-5 relative, in fp32.
-
-    A weight of bf16 is exact. The value is the sum of two numbers of bf16 but for 2^-17 of it, and their products are
-    added in fp32: a tenth of the time of products in fp32.
-    """
-    high = value.to(torch.bfloat16)
-    low = (value - high).to(torch.bfloat16)
-    both = torch.mm(torch.cat([high, low]), weight.t(), out_dtype=torch.float32)
-    return both[: value.shape[0]] + both[value.shape[0] :]
+        both = torch.mm(value.flatten(0, 1), weight.t(), out_dtype=torch.float32)
+        return both.unflatten(0, value.shape[:2])
