@@ -168,6 +168,8 @@ class LiveRing(Closeable):
             self._changed.notify_all()
         if error is not None:
             settle(ticket.future, error)
+        if row is not None:
+            row.path.draw_ahead()  # a draw takes less time than a step: the sampler does not wait
         return True
 
     def _step(self) -> bool:

@@ -182,8 +182,7 @@ class Stages(Closeable):
             drawn = [row.seed], LATENT_CHANNELS, row.frames, row.valid_frames
             levels, noise = sigmas_of(row), row_noise(*drawn)
             if device != "cpu":  # upload every input of the steps now: no step then waits for a copy
-                noise = ahead = UploadedNoise(*drawn, device)
-                ahead.draw_ahead(len(levels))
+                noise = UploadedNoise(*drawn, device)
                 cond, (start, kept) = cond.on(device), _on(device, start, kept)
                 guidance = None if guidance is None else replace(guidance, null=guidance.null.on(device))
             return RingRow(Trajectory(noise, levels, start, kept), cond, guidance, job.meter)

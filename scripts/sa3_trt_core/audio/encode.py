@@ -21,15 +21,19 @@ def audio_bytes(kind: str, samples: Tensor, metadata: Mapping[str, Any]) -> byte
 
     `kind` is one of MEDIA_TYPES.
     """
+    if kind == "wav" and not samples.is_floating_point():  # one copy, where libsndfile's takes 7 ms for 30 s
+        return wav_header(len(samples), metadata) + pcm_bytes(samples)
     out = io.BytesIO()
     audio_io.write_sound(out, f".{kind}", samples, audio_io.DEFAULT_BITS, metadata)
     return out.getvalue()
 
 
 def pcm_bytes(samples: Tensor) -> bytes:
-    """Return 16-bit little-endian interleaved samples from fp32 samples (N, 2) within full scale."""
+    """Return 16-bit little-endian interleaved samples from samples (N, 2), int16 or fp32 within full scale."""
     import numpy as np
 
+    if not samples.is_floating_point():
+        return np.asarray(samples).astype("<i2", copy=False).tobytes()
     values: np.ndarray = np.asarray(samples, np.float32)
     return np.round(values * np.float32(FULL_SCALE)).astype("<i2").tobytes()
 

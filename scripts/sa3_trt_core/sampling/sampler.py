@@ -97,11 +97,14 @@ class Trajectory:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that the coming steps read, but for noise that is not drawn yet."""
+        """Yield every tensor that the coming steps read, but for their noise."""
         yield self.x
         yield from self._kept or ()
+
+    def draw_ahead(self) -> None:
+        """Draw and upload the noise of the coming steps now, where it goes to a GPU; another thread may advance."""
         if isinstance(self._noise, UploadedNoise):
-            yield from self._noise.ahead
+            self._noise.draw_ahead(len(self._sigmas))
 
 
 def advance_together(paths: Sequence[Trajectory], velocities: Tensor) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MAX_AHEAD = 16  # draws that `draw_ahead` keeps on the GPU: 4 MB each at the longest length
@@ -26,28 +29,67 @@ class UploadedNoise(Iterator["Tensor"]):
 
         self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         self._channels, self._frames, self._valid, self._device = channels, frames, valid, device
-        self._ahead: deque[Tensor] = deque()
+        self._ahead: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self._draws = 0
+        self._drawing = False  # one thread at a time: the generators' order is the order of the tensors
+        self._changed = threading.Condition()
 
     def draw_ahead(self, draws: int) -> None:
-        """Draw and upload the next `draws` tensors now, at most MAX_AHEAD, in one copy."""
-        self._ahead.extend(self._drawn(min(draws, MAX_AHEAD - len(self._ahead))))
+        """Draw and upload until `draws` tensors have been drawn in all, keeping at most MAX_AHEAD.
 
-    @property
-    def ahead(self) -> tuple[Tensor, ...]:
-        """The tensors that are drawn and not used yet."""
-        return tuple(self._ahead)
+        Another thread may take each as soon as it is drawn.
+        """
+        while self._begin(lambda: self._draws < draws and len(self._ahead) < MAX_AHEAD):
+            with self._ending():
+                self._ahead.append((self._drawn(), self._uploaded()))
 
     def __next__(self) -> Tensor:
-        """Return the next tensor."""
-        return self._ahead.popleft() if self._ahead else self._drawn(1)[0]
+        """Return the next tensor; the current stream waits for its upload where another stream queued that."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ahead or not self._drawing)
+            item = self._ahead.popleft() if self._ahead else None
+            self._drawing |= item is None
+        if item is None:
+            with self._ending():
+                return self._drawn()
+        noise, uploaded = item
+        if uploaded is not None:
+            import torch
 
-    def _drawn(self, draws: int) -> list[Tensor]:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(uploaded)
+            noise.record_stream(stream)  # else its memory is given out again in the stream of the upload
+        return noise
+
+    def _begin(self, wanted: Callable[[], bool]) -> bool:
+        """Wait until nobody draws; return False if no draw is wanted then, else let the caller draw."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._drawing)
+            self._drawing = wanted()
+            return self._drawing
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Draw in this block, and let others draw or take what was drawn after it."""
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._draws += 1
+                self._drawing = False
+                self._changed.notify_all()
+
+    def _uploaded(self) -> torch.cuda.Event | None:
+        """Return an event that is reached when the uploads queued so far are done; None on a CPU."""
+        import torch
+
+        return torch.cuda.current_stream().record_event() if self._device == "cuda" else None
+
+    def _drawn(self) -> Tensor:
         import torch
 
         shape = (1, self._channels, self._frames)
-        pinned = self._device == "cuda"
-        drawn = torch.empty((max(draws, 0), len(self._generators), *shape[1:]), pin_memory=pinned)
-        for draw in drawn:
-            for row, generator in enumerate(self._generators):
-                torch.randn(shape, generator=generator, out=draw[row : row + 1])
-        return list(drawn.to(self._device, non_blocking=True)[..., : self._valid].contiguous())
+        drawn = torch.empty((len(self._generators), *shape[1:]), pin_memory=self._device == "cuda")
+        for row, generator in enumerate(self._generators):
+            torch.randn(shape, generator=generator, out=drawn[row : row + 1])
+        return drawn.to(self._device, non_blocking=True)[..., : self._valid].contiguous()
