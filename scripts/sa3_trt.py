@@ -15,13 +15,15 @@ from sa3_trt_core.cli.arguments import end_process, run_command
 from sa3_trt_core.cli.devices import choose_devices
 from sa3_trt_core.cli.job import Job, make_job
 from sa3_trt_core.cli.parser import make_parser
-from sa3_trt_core.cli.run import produce, produce_missing
+from sa3_trt_core.cli.run import import_torch_early, produce, produce_missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, generate, write, report. Raises ToolError."""
     args = parse_flags(argv)
     several = choose_devices(args.device, args.devices)
+    if not args.dry_run:
+        import_torch_early()
     job = make_job(args)
     sounds = [(r.sound, r.init_start) for r in job.requests]
     for path, start in dict.fromkeys((path, start) for path, start in sounds if isinstance(path, Path)):
