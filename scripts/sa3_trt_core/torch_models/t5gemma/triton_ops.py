@@ -50,10 +50,11 @@ class TritonOps:
         block = max(LEAST_DOT, triton.next_power_of_2(channels))
         qkv = self._rotated(stored, tokens, block)
         result = _product_input((rows * tokens, sizes.heads * channels), split, stored.device)
-        keys = min(tile.keys, max(LEAST_DOT, tile.keys * 64 // block))  # as many bytes for wide heads
-        kernels.attention[(triton.cdiv(tokens, tile.queries), sizes.heads, rows)](
+        # Heads of more than 64 channels take smaller tiles: of 256, 32 queries need more shared memory than sm_86 has.
+        queries, keys = (min(side, max(LEAST_DOT, side * 64 // block)) for side in (tile.queries, tile.keys))
+        kernels.attention[(triton.cdiv(tokens, queries), sizes.heads, rows)](
             qkv, mask, result, sizes.score_scale, sizes.score_cap, tokens=tokens, heads=sizes.heads,
-            key_heads=sizes.key_heads, channels=channels, block=block, rows=tile.queries, columns=keys,
+            key_heads=sizes.key_heads, channels=channels, block=block, rows=queries, columns=keys,
             precision=self._precision, split=split, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return result
