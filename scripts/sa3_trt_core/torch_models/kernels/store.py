@@ -1,8 +1,11 @@
-"""Functions that several Triton kernels share: storing with quantization, fast elementary functions, rotation.
+"""Functions that several Triton kernels share: storing with quantisation, fast elementary functions, rotation.
 
-`store` ends every kernel that feeds a linear layer: it multiplies by the inverse of the layer's activation scale,
-saturates at 448 and rounds to E4M3, or rounds to fp16. The scale is a launch argument, so calibration never recompiles.
-`approximate` selects one instruction of the GPU for tanh, sine and 2^x (errors stated with each), else fp32 formulas.
+`store` is the last step of a kernel that feeds a linear layer. For FP8 it writes the layer's input as E4M3 codes: the
+value divided by the layer's activation scale, clipped to +-448 (the largest E4M3 value) and rounded. The linear layer
+multiplies codes by codes, and the kernel after it multiplies the sums by the scales again (`load_halves`; the method is
+in kernels/linear.py). For 16 bits it writes fp16. The scale is a launch argument, so that another calibration needs no
+compilation. `approximate` selects one instruction of the GPU for tanh, sine and 2^x (errors stated with each), else
+fp32 formulas.
 """
 
 from __future__ import annotations

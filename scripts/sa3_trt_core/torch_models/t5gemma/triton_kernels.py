@@ -1,14 +1,16 @@
 """Triton kernels of a T5Gemma layer: the operations between two linear layers, each fused into one or two passes.
 
-The text encoder keeps fp32 throughout, but its linear layers run on bf16 tensor cores. A weight of the checkpoint is
-exactly bf16; an activation x is split into high = bf16(x) and low = bf16(x - high), whose sum is x but for 2^-17 of it.
-cuBLAS multiplies the rows of both halves with the weight in one product and adds in fp32. So every kernel here begins
-by adding the two halves of a product's result, does its own work (norm, residual, rotation, softmax, GELU) in fp32, and
-ends by writing the next product's input as two halves: no fp32 activation goes through memory only to be split.
+The text encoder computes in fp32, but its linear layers run on bf16 tensor cores. A weight of the checkpoint is exactly
+bf16. An activation x is split into high = bf16(x) and low = bf16(x - high), whose sum is x up to a relative error of
+2^-17. cuBLAS multiplies the rows of both halves by the weight in one product and adds in fp32. Every kernel therefore
+first adds the two halves of a product's result, then does its own operation (norm, residual, rotation, softmax, GELU)
+in fp32, and writes the next product's input as two halves. No fp32 activation is written and read again only to be
+split.
 
-Attention has fp32 on both sides of its two products. There tf32x3 splits both into two TF32 numbers (11 bits each) and
-adds three products of them, which leaves 2^-22; `ieee` uses fp32 multiplications. tanh and GELU are the exact forms of
-`kernels.store`: a score is 50 tanh(x) and its softmax would turn an error of tanh into one 50 times as large.
+Attention has fp32 operands on both sides of its two products. There tf32x3 splits each operand into two TF32 numbers
+(11 bits each) and adds three of their products, with a relative error of 2^-22; `ieee` uses fp32 multiplications. tanh
+and GELU are the exact forms of `kernels.store`: a score is 50 tanh(x), so an error of tanh reaches the softmax 50 times
+as large.
 """
 
 from __future__ import annotations
