@@ -1,1 +1,1 @@
-"""The service: HTTP requests into a ring that runs, sounds out. Needs the extra `serve`; the command `sa3_serve`."""
+"""HTTP service over a live ring (continuous batching): the command `sa3_serve`. Needs the extra `serve`."""

@@ -1,4 +1,4 @@
-"""From a request to its answer: submission to the ring, the wait for the sound, and its bytes."""
+"""Answer requests for a sound: submit to the ring, wait for the result, encode it."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.pipeline import Result
 
-CLIENT_LEFT = 499  # nobody reads it; the metrics count it
+CLIENT_LEFT = 499  # never sent; counted by the metrics
 
 
 class NotReadyError(ToolError):
-    """A request before the first sound, or after a failure of the engines."""
+    """Raised for a request before the first sound, or after a failure of the engines."""
 
 
 class EngineError(ToolError):
-    """A failure of generation that the request did not cause."""
+    """Raised when generation fails for a reason outside the request."""
 
 
 async def generate(service: Service, http: HttpRequest, stream: bool) -> Response:
-    """Return the answer to a request for a sound. Raises ToolError."""
+    """Return the response to a request for a sound. Raises ToolError."""
     if service.draining:
         raise ClosedError
     if service.status != "ready":
         raise NotReadyError(f"the server is {service.status}", "ask /healthz, and try again when it is ready")
-    # What a request brings is removed when its answer is ready, or when it was refused.
+    # Uploaded files are removed when the response is ready or the request is refused.
     with contextlib.ExitStack() as cleanup:
         asked, request = await read_request(http, service.settings, cleanup)
         service.require_loras(asked.loras_digest)
@@ -55,7 +55,7 @@ async def generate(service: Service, http: HttpRequest, stream: bool) -> Respons
         if not stream:
             return await _whole(service, http, asked, request)
         if asked.format != "wav":
-            raise ToolError(f"a stream is no {asked.format}", "leave format away, or ?stream=1")
+            raise ToolError(f"?stream=1 does not support the format {asked.format}", "omit format, or ?stream=1")
         return await _streamed(service, http, request, cleanup)
 
 
@@ -79,7 +79,7 @@ async def _streamed(service: Service, http: HttpRequest, request: Request, clean
     windows: asyncio.Queue[Tensor | None] = asyncio.Queue()
 
     def put(item: Tensor | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who listens
+        with contextlib.suppress(RuntimeError):  # the event loop has ended: no consumer is left
             loop.call_soon_threadsafe(windows.put_nowait, item)
 
     future = service.ring.submit(request, put, service.settings.window)
@@ -107,7 +107,7 @@ async def _streamed(service: Service, http: HttpRequest, request: Request, clean
                 while window is not None:
                     yield encode.pcm_bytes(audio_io.tame(window, "clip"))
                     window = await windows.get()
-                _raise_if_failed(future)  # after the head has gone only a broken connection shows the failure
+                _raise_if_failed(future)  # after the headers are sent, only a broken connection can signal the failure
                 service.metrics.count_sound(future.result(), request.seconds, time.perf_counter() - started)
             finally:
                 future.cancel()
@@ -125,7 +125,7 @@ def _silence(samples: int) -> Tensor:
 
 
 async def _unless_gone(http: HttpRequest, future: Future[Result]) -> Result | None:
-    """Return the sound, or None when the client has disconnected; it is then cancelled. Raises ToolError."""
+    """Return the result; if the client disconnects, cancel the request and return None. Raises ToolError."""
     sound = asyncio.ensure_future(asyncio.wrap_future(future))
     gone = asyncio.ensure_future(_disconnected(http))
     try:
@@ -142,13 +142,13 @@ async def _unless_gone(http: HttpRequest, future: Future[Result]) -> Result | No
 
 
 async def _disconnected(http: HttpRequest) -> None:
-    """Return when the client has disconnected."""
+    """Wait until the client disconnects."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 def _raise_if_failed(future: Future[Result]) -> None:
-    """Raise EngineError for the failure of a generation."""
+    """Raise the error of a failed generation: EngineError unless the request caused it."""
     error = future.exception() if not future.cancelled() else ClosedError()
     if error is None or isinstance(error, ClosedError):
         if error is not None:

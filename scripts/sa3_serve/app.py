@@ -60,8 +60,8 @@ def create_app(service: Service) -> Guard:
 def _add_generate(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/audio/generate",
-        summary="Make a sound",
-        description="The answer is the sound; its comment and the header X-Sound state its settings.",
+        summary="Generate a sound",
+        description="The response is the sound; its comment and the header X-Sound contain its settings.",
         openapi_extra={"requestBody": ASKED},
         response_class=Response,
         responses={
@@ -79,11 +79,11 @@ def _add_generate(app: FastAPI, service: Service) -> None:
 
 
 def _add_views(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", summary="What is served")
+    @app.get("/v1/models", summary="List the served model")
     async def models() -> dict[str, Any]:
         return {"models": [service.describe()]}
 
-    @app.get("/healthz", summary="Ready when a first sound has been made")
+    @app.get("/healthz", summary="Ready once the first sound has been generated")
     async def health() -> JSONResponse:
         status = service.status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)

@@ -1,4 +1,4 @@
-"""The command `sa3_serve`: flags, the model, the server."""
+"""The command `sa3_serve`: parse the flags, open the model and run the server."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ NEEDED = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prom
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = Parser(prog="sa3_serve", description="Stable Audio 3 over HTTP: requests enter a ring that runs.")
+    parser = Parser(prog="sa3_serve", description="Serve Stable Audio 3 over HTTP with continuous batching.")
     model = parser.add_argument_group("model")
     model.add_argument("--dit", choices=targets.DITS, default=targets.DITS[0], help="default: %(default)s")
     model.add_argument(
         "--precision", choices=targets.PRECISIONS, default=targets.PRECISIONS[0], help="default: %(default)s"
     )
     model.add_argument("--backend", choices=engines.CHOICES, default=engines.AUTO, help=engines.AUTO_HELP)
-    model.add_argument("--device", metavar="N", help="the GPU to use, as nvidia-smi -L counts, or cpu (default: 0)")
+    model.add_argument("--device", metavar="N", help="GPU index as in nvidia-smi -L, or cpu (default: 0)")
     add_folder_flags(model)
-    model.add_argument("--offline", action="store_true", help="take the hub's files from its cache only")
+    model.add_argument("--offline", action="store_true", help="use only files of the hub's local cache")
     model.add_argument(
-        "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N", help="as of sa3_trt"
+        "--chunk-frames", type=integer_type(0, shapes.MAX_FRAMES, "latent frames"), metavar="N", help="as in sa3_trt"
     )
     model.add_argument("--text-only", action="store_true",
                        help="do not load the audio encoder, and refuse requests with init_audio")  # fmt: skip
@@ -55,32 +55,34 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     usual, group = ServiceSettings(), parser.add_argument_group("limits")
     max_seconds = math.floor(usual.max_seconds * 100) / 100
     group.add_argument("--depth", type=integer_type(1, 64, "places"), default=usual.depth, metavar="D",
-                       help="places in the ring (default: %(default)s)")  # fmt: skip
+                       help="sounds in flight at a time (default: %(default)s)")  # fmt: skip
     group.add_argument("--queue", type=integer_type(1, 100_000, "requests"), default=usual.max_waiting, metavar="N",
-                       help="requests that may wait; more get 429 (default: %(default)s)")  # fmt: skip
+                       help="length of the queue; further requests get 429 (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-seconds", type=number_type(shapes.MIN_SECONDS, max_seconds, "seconds"),
-                       default=max_seconds, metavar="S", help="longest sound (default: %(default)s)")  # fmt: skip
+                       default=max_seconds, metavar="S", help="length limit of a sound (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-steps", type=integer_type(1, 1000, "steps"), default=usual.max_steps, metavar="N",
-                       help="most steps of a sound (default: %(default)s)")  # fmt: skip
+                       help="limit of sampler steps (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-body", type=integer_type(1, 1 << 40, "bytes"), default=usual.max_body, metavar="BYTES",
-                       help="largest request (default: %(default)s)")  # fmt: skip
+                       help="size limit of a request body in bytes (default: %(default)s)")  # fmt: skip
     group.add_argument("--body-seconds", type=number_type(0.1, 3600, "seconds"), default=usual.body_seconds,
-                       metavar="S", help="time for a request to arrive (default: %(default)s)")  # fmt: skip
+                       metavar="S", help="time limit for receiving a request body (default: %(default)s)")  # fmt: skip
     group.add_argument("--drain-seconds", type=number_type(1, 3600, "seconds"), default=usual.drain_seconds,
-                       metavar="S", help="time to finish after SIGTERM (default: %(default)s)")  # fmt: skip
+                       metavar="S", help="time to finish requests after SIGTERM (default: %(default)s)")  # fmt: skip
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", metavar="A", help="address to listen on (default: %(default)s)")
     group.add_argument("--port", type=integer_type(0, 65535), default=8000, metavar="P", help="default: %(default)s")
-    group.add_argument("--token-file", type=Path, metavar="F", help="ask for the bearer token in this file")
+    group.add_argument("--token-file", type=Path, metavar="F", help="require the bearer token in this file")
     group.add_argument("--log-prompts", action="store_true", help="write prompts and seeds to stderr")
-    group.add_argument("--access-log", action="store_true", help="write a line a request to stderr, without its body")
+    group.add_argument(
+        "--access-log", action="store_true", help="write one line per request to stderr, without its body"
+    )
 
 
 def settings_of(args: argparse.Namespace) -> ServiceSettings:
-    """Return the limits of the flags. Raises ToolError."""
+    """Return the settings of the flags. Raises ToolError."""
     return ServiceSettings(
         depth=args.depth, max_waiting=args.queue, max_seconds=args.max_seconds, max_steps=args.max_steps,
         max_body=args.max_body, body_seconds=args.body_seconds, drain_seconds=args.drain_seconds,
@@ -108,7 +110,7 @@ def require_packages() -> None:
 
 
 def open_service(args: argparse.Namespace, settings: ServiceSettings) -> Service:
-    """Open the flags' model in a running ring. Raises ToolError."""
+    """Open the model of the flags and start its ring. Raises ToolError."""
     from sa3_serve.service import Service
     from sa3_trt_core.lora.lora_set import read_loras
     from sa3_trt_core.model_loader import make_plan, plan_with
@@ -141,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with service:
         server = make_server(service, create_app(service), args.host, args.port, args.access_log)
         listener = _bound(args)
-        listener.listen()  # who reads the line below may connect at once
+        listener.listen()  # clients may connect as soon as the line below is printed
         port = listener.getsockname()[1]
         shown = f"[{args.host}]" if ":" in args.host else args.host
         print(f"listening on http://{shown}:{port}", file=sys.stderr, flush=True)
@@ -152,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def ray_app(args: dict[str, str]) -> Any:
     """Return the service as a Ray Serve application: `serve run sa3_serve.command:ray_app onnx_root=DIR precision=fp8`.
 
-    Every replica has a model and a ring of its own, on one GPU unless device=cpu. Arguments are the flags.
+    Every replica has its own model and ring, on one GPU unless device=cpu. Arguments are the flags.
     """
     if importlib.util.find_spec("ray") is None:
         raise ToolError("a Ray Serve application needs Ray", "pip install 'sa3-trt[serve,ray-serve]'")
@@ -160,7 +162,7 @@ def ray_app(args: dict[str, str]) -> Any:
 
     words = [f"--{name.replace('_', '-')}={value}" for name, value in args.items()]
     flags = make_parser().parse_args(words)
-    # The proxy of Ray Serve is what clients reach, by whatever name.
+    # Clients reach the proxy of Ray Serve, under any host name.
     settings = replace(settings_of(flags), local=False)
 
     def build() -> Any:
@@ -170,7 +172,7 @@ def ray_app(args: dict[str, str]) -> Any:
         return create_app(open_service(flags, settings))
 
     options = {"num_cpus": 1, "num_gpus": 0 if flags.device == "cpu" else 1}
-    max_ongoing = settings.depth + settings.max_waiting + 16  # beyond the queue our own 429 answers
+    max_ongoing = settings.depth + settings.max_waiting + 16  # above the queue limit this server itself answers 429
     deployment = serve.deployment(serve.ingress(build)(), ray_actor_options=options, max_ongoing_requests=max_ongoing)
     return deployment.bind()
 

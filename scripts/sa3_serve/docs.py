@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page that needs no script and no network."""
+"""Render the OpenAPI document as a static page without scripts or network requests."""
 
 from __future__ import annotations
 

@@ -15,14 +15,17 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/page.js", "/page.css"})  # they tell nothing and do nothing
+OPEN_PATHS = frozenset({"/", "/healthz", "/page.js", "/page.css"})  # no data, no side effects
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-DRAIN_SECONDS, DRAIN_BYTES = 1.0, 1 << 20  # of the rest of a body, read so that its sender sees the answer
+DRAIN_SECONDS, DRAIN_BYTES = (
+    1.0,
+    1 << 20,
+)  # limits of reading the rest of a body, so that the client receives the response
 MAX_JSON = 256 << 10  # bytes of a JSON body
 
 
 class RefusedError(ToolError):
-    """A request that is answered with a status and two lines; the connection is closed after it."""
+    """Raised to answer with a status and two lines of text, and close the connection."""
 
     def __init__(self, status: int, message: str, hint: str) -> None:
         super().__init__(message, hint)
@@ -30,7 +33,7 @@ class RefusedError(ToolError):
 
 
 class Guard:
-    """An ASGI application in front of another: token, host, origin, size of the body and time that it takes."""
+    """ASGI middleware that checks token, host, origin, body size and transfer time."""
 
     def __init__(self, app: App, settings: ServiceSettings) -> None:
         self._app, self._settings = app, settings
@@ -40,7 +43,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        body = _Body(receive, self._most(headers), self._settings.body_seconds, _has_body(headers))
+        body = _Body(receive, self._max_size(headers), self._settings.body_seconds, _has_body(headers))
         started = False
 
         async def closing(message: Message) -> None:
@@ -48,7 +51,7 @@ class Guard:
             started = True
             if message["type"] == "http.response.start":
                 await body.drain()
-                if body.more:  # more than that is left: the server would read it all, however much it is
+                if body.more:  # close the connection: the server would otherwise read all of the rest
                     message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
             await send(message)
 
@@ -61,10 +64,10 @@ class Guard:
             await _answer(closing, refused)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Check the head, before any byte of the body is read. Raises RefusedError."""
+        """Check path and headers before the body is read. Raises RefusedError."""
         host = headers.get(b"host", b"").decode("latin-1")
         if self._settings.local and _name(host) not in LOCAL_NAMES:
-            # Another site's name that resolves to this machine would let its pages read what is answered here.
+            # DNS rebinding: pages of another site could read responses by a name that resolves to this machine.
             raise RefusedError(421, "this server answers for localhost only", "ask http://127.0.0.1:PORT")
         origin = headers.get(b"origin")
         if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
@@ -72,19 +75,19 @@ class Guard:
         if path not in OPEN_PATHS and not self._settings.admits(headers.get(b"authorization")):
             raise RefusedError(401, "the bearer token is missing or wrong", "send Authorization: Bearer TOKEN")
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and len(length) < 20 and int(length) > self._most(headers):
-            raise _too_large(self._most(headers))
+        if length.isdigit() and len(length) < 20 and int(length) > self._max_size(headers):
+            raise _too_large(self._max_size(headers))
 
-    def _most(self, headers: dict[bytes, bytes]) -> int:
+    def _max_size(self, headers: dict[bytes, bytes]) -> int:
         form = headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
         return self._settings.max_body if form else min(MAX_JSON, self._settings.max_body)
 
 
 class _Body:
-    """The body of a request as it comes: it may not grow beyond `most` bytes nor take longer than `seconds`."""
+    """Stream of a request body, limited to `max_bytes` bytes and `seconds` seconds."""
 
-    def __init__(self, receive: Receive, most: int, seconds: float, more: bool) -> None:
-        self._receive, self._max_bytes, self._taken = receive, most, 0
+    def __init__(self, receive: Receive, max_bytes: int, seconds: float, more: bool) -> None:
+        self._receive, self._max_bytes, self._taken = receive, max_bytes, 0
         self._deadline = asyncio.get_running_loop().time() + seconds
         self.more = more
 
@@ -104,7 +107,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Read the rest of a small body: closing over unread bytes resets the connection and loses the answer."""
+        """Read the rest of a small body: closing with unread bytes resets the connection and loses the response."""
         try:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while self.more and self._taken < DRAIN_BYTES:
@@ -119,8 +122,8 @@ def _has_body(headers: dict[bytes, bytes]) -> bool:
     return b"transfer-encoding" in headers or headers.get(b"content-length", b"0").strip(b"0 ") != b""
 
 
-def _too_large(most: int) -> RefusedError:
-    return RefusedError(413, f"the request is larger than {most} bytes", "send less; a part of a sound is enough")
+def _too_large(max_bytes: int) -> RefusedError:
+    return RefusedError(413, f"the request is larger than {max_bytes} bytes", "send less; a part of a sound is enough")
 
 
 def _name(host: str) -> str:

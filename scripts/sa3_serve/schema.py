@@ -1,4 +1,4 @@
-"""Schema of a request for a sound, as JSON or as fields of a form, and its conversion to a Request."""
+"""Schema of a request for a sound (JSON or form fields), and its conversion to a Request."""
 
 from __future__ import annotations
 
@@ -24,24 +24,28 @@ Range = tuple[Annotated[float, Field(ge=0, **_Finite)], Annotated[float, Field(g
 
 
 class SoundRequest(BaseModel):
-    """One sound. As a form, `init_audio` is a sound file and `inpaint` is A,B in seconds, as often as needed."""
+    """One sound. In a form, `init_audio` is a sound file, and `inpaint` is A,B in seconds and may repeat."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="What to generate; may be empty")
+    prompt: str = Field(max_length=MAX_PROMPT_LENGTH, description="Text to generate from; may be empty")
     seconds: float = Field(30.0, ge=shapes.MIN_SECONDS, le=shapes.MAX_SECONDS, description="Length")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="One seed is one sound; drawn if it is left away")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Seed of all noise; random by default")
     steps: int = Field(8, ge=1, le=MAX_STEPS, description="Steps of the sampler")
     cfg: float = Field(1.0, ge=0, le=MAX_CFG, description="Classifier-free guidance scale; 1 disables it")
-    apg: float | None = Field(None, ge=0, le=FULL_APG, description="0 plain guidance, 1 projected")
-    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="What to lead away from")
-    format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Of the answer")
-    init_start: float = Field(0.0, ge=0, le=LATEST_START, description="Second of init_audio to begin at")
-    init_noise_level: float | None = Field(None, ge=MIN_NOISE, le=1, description="Audio to audio: how free of it")
-    inpaint: list[Range] = Field([], max_length=MAX_RANGES, description="Seconds of init_audio to make anew")
+    apg: float | None = Field(
+        None, ge=0, le=FULL_APG, description="Strength of the guidance's projection: 0 is plain guidance"
+    )
+    negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="Text to guide away from")
+    format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Format of the response")
+    init_start: float = Field(0.0, ge=0, le=LATEST_START, description="Seconds into init_audio where reading starts")
+    init_noise_level: float | None = Field(
+        None, ge=MIN_NOISE, le=1, description="Initial sigma of audio to audio: 1 ignores init_audio"
+    )
+    inpaint: list[Range] = Field([], max_length=MAX_RANGES, description="Ranges of init_audio in seconds to regenerate")
 
     loras_digest: str | None = Field(
-        None, max_length=64, description="Required adapters, named as in /v1/models; other sets are refused"
+        None, max_length=64, description="Digest of the required adapters, as in /v1/models"
     )
 
     def request(self, settings: ServiceSettings, init_audio: Path | None) -> Request:
@@ -86,5 +90,5 @@ def _refusal(error: ValidationError) -> ToolError:
 
 
 def _shown(name: str) -> str:
-    """Return a client's name, escaped and shortened for one line."""
+    """Return a field name of a client, escaped and shortened for one line."""
     return ascii(name)[1:-1][:60]

@@ -1,4 +1,4 @@
-"""uvicorn with a time limit for request heads, and exit code 0 at a graceful end."""
+"""uvicorn server with a time limit for request headers, and exit code 0 after a graceful shutdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD_SECONDS = 10.0  # for the first line and the headers
 
 
 class PatientlessProtocol(H11Protocol):
-    """HTTP/1.1 protocol that closes a connection whose head is late: uvicorn has no such limit."""
+    """HTTP/1.1 protocol that closes a connection with incomplete headers after HEAD_SECONDS; uvicorn has no limit."""
 
     _head_timer: asyncio.TimerHandle | None = None
 
@@ -36,7 +36,7 @@ class PatientlessProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Run a timer while a head is incomplete: before the first request, or after an answered one."""
+        """Run a timer while headers are incomplete: before the first request, or after an answered one."""
         if self.conn.their_state is not h11.IDLE:
             self._stop()
         elif self._head_timer is None:
@@ -80,7 +80,7 @@ class Server(uvicorn.Server):
 
 
 def make_server(service: Service, app: Any, host: str, port: int, access_log: bool) -> Server:
-    """Return a server that is not started."""
+    """Return the server, not started."""
     config = uvicorn.Config(
         app, host=host, port=port, http=PatientlessProtocol, ws="none", lifespan="on", log_level="warning",
         access_log=access_log, server_header=False, timeout_keep_alive=15, backlog=512,

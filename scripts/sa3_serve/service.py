@@ -1,4 +1,4 @@
-"""State behind the routes: the ring, the server's status, and its first sound."""
+"""State of the server: ring, status and first sound."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST_SOUND = Request("", seconds=1.0, steps=1)
 
 
 class Service(Closeable):
-    """One generator in a live ring. Closing it ends the ring and closes the generator."""
+    """One generator in a live ring. `close` stops the ring and closes the generator."""
 
     def __init__(self, generator: Generator, settings: ServiceSettings, model: str) -> None:
         self.generator, self.settings, self.model = generator, settings, model
@@ -32,7 +32,7 @@ class Service(Closeable):
         self.ring = LiveRing(generator, settings.depth, settings.max_waiting)
         self.metrics = Metrics(self.ring)
         self.draining = False
-        self._usual = vars(make_parser().parse_args(["--prompt", ""]))  # building a parser takes 5 ms
+        self._usual = vars(make_parser().parse_args(["--prompt", ""]))  # cached: building a parser takes 5 ms
         self._first: Future[Result] | None = None
         self._lock = threading.Lock()
 
@@ -80,22 +80,22 @@ class Service(Closeable):
         }
 
     def require_loras(self, digest: str | None) -> None:
-        """Raise ToolError for other adapters than the model's: one set serves every request."""
+        """Raise ToolError unless `digest` is None or that of the loaded adapters."""
         own = self.generator.loras
         if digest is not None and digest != own.digest:
             named = "; ".join(own.described()) or "none"
             raise ToolError(
                 f"this server's adapters are {own.digest} ({named}), not {ascii(digest)[1:-1][:20]}",
-                "ask a server that was started with those adapters, or leave loras_digest away",
+                "use a server with those adapters, or omit loras_digest",
             )
 
     def metadata(self, request: Request, window: int | None = None) -> dict[str, Any]:
-        """Return a sound's comment as sa3_trt writes it, without the uploaded file; `window` is that of a stream."""
+        """Return the metadata of a sound as sa3_trt writes it, without the uploaded file; `window` is a stream's."""
         used = {stage: one for stage, one in self.identities.items() if stage != "encode" or request.init_audio}
         chunk = window or self.generator.engines.plan.chunk_frames
         run = {**self._usual, "dit": self.model, "precision": self.precision, "chunk_frames": chunk}
         about = again.metadata(request, run, used)
         about.pop("init_audio", None)
-        if self.generator.loras:  # their digest, and not where they lie on this machine
+        if self.generator.loras:  # the digest only: clients must not see paths of this machine
             about["loras_digest"] = self.generator.loras.digest
         return about

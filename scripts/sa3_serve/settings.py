@@ -12,18 +12,18 @@ from sa3_trt_core import shapes
 from sa3_trt_core.errors import ToolError
 
 MIN_TOKEN_LENGTH, MAX_TOKEN_LENGTH = 16, 1024  # characters
-_TOKEN = re.compile(r"[\x21-\x7e]+")  # what an Authorization header carries as it is
+_TOKEN = re.compile(r"[\x21-\x7e]+")  # characters that need no escape in an Authorization header
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
     """Limits of a server.
 
-    `depth` places in the ring; `max_waiting` requests in the queue before 429; `max_seconds` and `max_steps` of a
-    sound; `max_body` bytes of a request, which has `body_seconds` to arrive; `drain_seconds` to finish what was taken
-    when the process is to end; `window` latent frames are decoded at a time for ?stream=1; `token_digest` is the
-    SHA-256 of the bearer token, None for none; `local` refuses requests that name another host than this one;
-    `text_only` refuses requests with a sound, for a server that has no audio encoder.
+    `depth`: slots of the ring. `max_waiting`: length of the queue, beyond which requests get 429. `max_seconds`,
+    `max_steps`: limits of a sound. `max_body`: bytes of a request body, received within `body_seconds`.
+    `drain_seconds`: time to finish accepted requests at shutdown. `window`: latent frames per chunk of ?stream=1.
+    `token_digest`: SHA-256 of the bearer token (None: no token). `local`: refuse requests for other host names.
+    `text_only`: refuse requests with a sound, for a server without audio encoder.
     """
 
     depth: int = 4
@@ -40,7 +40,7 @@ class ServiceSettings:
     text_only: bool = False
 
     def admits(self, authorization: bytes | None) -> bool:
-        """Return True when an Authorization header has the token. The comparison takes constant time."""
+        """Return True if an Authorization header has the token; compared in constant time."""
         if self.token_digest is None:
             return True
         scheme, _, token = (authorization or b"").partition(b" ")

@@ -1,4 +1,4 @@
-"""Bodies of requests: JSON, or a form with a sound that is checked before it is queued."""
+"""Parse request bodies: JSON, or a form whose sound is checked before the request is queued."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SOUND = "init_audio"
 async def read_request(
     http: HttpRequest, settings: ServiceSettings, cleanup: contextlib.ExitStack
 ) -> tuple[SoundRequest, Request]:
-    """Request of a body. An uploaded sound is in a temporary file until `cleanup` closes.
+    """Parse a request body. An uploaded sound is in a temporary file until `cleanup` closes.
 
-    Raises ToolError, RefusedError with a status of its own.
+    Raises ToolError, or RefusedError with its own status.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
@@ -47,9 +47,7 @@ async def read_request(
         fields, upload = _sorted(form.multi_items())
         asked = parse_form(fields)
         if upload is not None and settings.text_only:
-            raise ToolError(
-                f"this server takes no {SOUND}", "ask for a sound from text, or start it without --text-only"
-            )
+            raise ToolError(f"this server does not accept {SOUND}", "omit it, or start the server without --text-only")
         path = None if upload is None else await run_in_threadpool(_kept, upload, cleanup)
         request = asked.request(settings, path)
         if path is not None:
@@ -76,7 +74,7 @@ def _sorted(items: list[tuple[str, Any]]) -> tuple[dict[str, list[str]], UploadF
 
 
 def _kept(upload: UploadFile, cleanup: contextlib.ExitStack) -> Path:
-    """Write the upload to a file that only this process may read; return its path."""
+    """Write the upload to a temporary file readable only by this user; return its path."""
     file = tempfile.NamedTemporaryFile(prefix="sa3-", suffix=".upload")  # noqa: SIM115  # `cleanup` is its context
     cleanup.enter_context(file)
     shutil.copyfileobj(upload.file, file)
@@ -85,14 +83,14 @@ def _kept(upload: UploadFile, cleanup: contextlib.ExitStack) -> Path:
 
 
 def _require_readable(request: Request, path: Path) -> None:
-    """Decode the part of a sound that will be used, to report its defects before it is queued."""
+    """Decode the used part of a sound, so that defects are reported before the request is queued."""
     with _in_fields(path):
         reader.read_audio(path, request.init_start, request.frames * SAMPLES_PER_FRAME)
 
 
 @contextlib.contextmanager
 def _in_fields(path: Path) -> Iterator[None]:
-    """Raise errors without paths of this machine."""
+    """Context manager that removes paths of this machine from ToolErrors."""
     try:
         yield
     except ToolError as error:

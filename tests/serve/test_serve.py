@@ -283,7 +283,11 @@ def test_a_server_for_text_alone_needs_no_audio_encoder_and_refuses_sounds(
         )
         files = {"init_audio": ("a.wav", sound.read_bytes())}
         answer = server.client.post("/v1/audio/generate", data={"prompt": "a", "seconds": "1"}, files=files)
-        assert answer.status_code == 422 and "takes no init_audio" in answer.text and len(answer.text.splitlines()) == 2
+        assert (
+            answer.status_code == 422
+            and "does not accept init_audio" in answer.text
+            and len(answer.text.splitlines()) == 2
+        )
 
 
 def test_the_benchmark_compares_the_service_with_its_ring(tiny_onnx: Path, capsys: pytest.CaptureFixture[str]) -> None:
