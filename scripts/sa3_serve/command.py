@@ -57,9 +57,9 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--depth", type=integer_type(1, 64, "places"), default=usual.depth, metavar="D",
                        help="sounds in flight at a time (default: %(default)s)")  # fmt: skip
     group.add_argument("--queue", type=integer_type(1, 100_000, "requests"), default=usual.max_waiting, metavar="N",
-                       help="length of the queue; further requests get 429 (default: %(default)s)")  # fmt: skip
+                       help="queue length; further requests get 429 (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-seconds", type=number_type(shapes.MIN_SECONDS, max_seconds, "seconds"),
-                       default=max_seconds, metavar="S", help="length limit of a sound (default: %(default)s)")  # fmt: skip
+                       default=max_seconds, metavar="S", help="limit of a sound (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-steps", type=integer_type(1, 1000, "steps"), default=usual.max_steps, metavar="N",
                        help="limit of sampler steps (default: %(default)s)")  # fmt: skip
     group.add_argument("--max-body", type=integer_type(1, 1 << 40, "bytes"), default=usual.max_body, metavar="BYTES",

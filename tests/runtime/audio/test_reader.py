@@ -157,13 +157,13 @@ def test_what_is_no_sound_file_is_refused_by_name(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "one-hertz.wav", np.zeros(100), 1)
     soundfile.write(tmp_path / "none.wav", np.zeros((0, 2)), RATE)
     expected = {
-        "empty.wav": "0 bytes", "text.wav": "cannot read", "pipe.wav": "no regular file", ".": "is a folder",
+        "empty.wav": "0 bytes", "text.wav": "cannot read", "pipe.wav": "not a regular file", ".": "is a folder",
         "eight.wav": "8 channels", "one-hertz.wav": "1 Hz", "none.wav": "0 samples", "absent.wav": "does not exist",
     }  # fmt: skip
     for name, words in expected.items():
         with pytest.raises(ToolError, match=words):
             reader.check_input(tmp_path / name)
-    with pytest.raises(ToolError, match="no regular file"):
+    with pytest.raises(ToolError, match="not a regular file"):
         reader.check_input(Path("/dev/null"))
 
 
