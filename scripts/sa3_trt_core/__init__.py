@@ -6,8 +6,8 @@
         result = generator.generate(Request("slow piano, 70 BPM", seconds=54, seed=1))
         result.save("piano.wav")
 
-`result.audio` is fp32 (samples, 2) at `result.sample_rate`, `result.waveform` the same as (2, samples). A mistake that
-its user can mend is a ToolError. Importing this package alone loads nothing else.
+`result.audio` is fp32 (samples, 2) at `result.sample_rate`, `result.waveform` the same as (2, samples). User errors
+raise ToolError. Importing this package loads no other module.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Return the names of the Python door, each loaded on its first use."""
+    """Return a name of the public API, imported on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

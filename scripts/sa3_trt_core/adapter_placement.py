@@ -16,10 +16,10 @@ from sa3_trt_core.paths import ModelSource
 def target_with(
     target: targets.Target, backend: str, loras: LoraSet, source: ModelSource, refit: bool = False
 ) -> targets.Target:
-    """Return the target whose file holds a DiT with a set of adapters; where the backend merges at load, the base's.
+    """Return the target to open for a DiT with adapters: the merged one, or the base if the backend merges at load.
 
-    With `refit` it is the base's too, whose weights are then replaced by the merged graph's (`merged_graph`). Raises
-    ToolError with the commands that make what is missing.
+    With `refit` it is the base, whose weights are then replaced by those of `merged_graph`. Raises ToolError with the
+    commands that build missing files.
     """
     base = base_target(target)
     record = engines.BACKENDS[backend]
@@ -42,7 +42,7 @@ def target_with(
 
 
 def merged_graph(base: targets.Target, loras: LoraSet, source: ModelSource) -> Path | None:
-    """Return the graph of a target with a set of adapters in it, where it lies under the ONNX root."""
+    """Return the merged graph of a target and a set of adapters under the ONNX root; None without one."""
     return None if source.onnx_root is None else resolve.local_onnx(source.onnx_root, _merged(base, loras))
 
 
@@ -55,7 +55,7 @@ def _require_refit(base: targets.Target, backend: str, loras: LoraSet, source: M
     if not record.refits:
         others = " or ".join(f"`backend={other.name}`" for other in engines.BUILT.values() if other.refits)
         what = "merges adapters into its loaded weights" if record.merges_adapters else "has no engine to refit"
-        raise ToolError(f"`refit` is not for the {backend} backend, which {what}", f"leave it away, or use {others}")
+        raise ToolError(f"`refit` is not supported by the {backend} backend, which {what}", f"omit it, or use {others}")
     if not loras:
         return
     if merged_graph(base, loras, source) is None:
@@ -84,7 +84,7 @@ def merge_source(target: targets.Target, backend: str, models_dir: Path) -> tupl
 
 
 def commands(base: targets.Target, backend: str, loras: LoraSet, source: ModelSource) -> list[str]:
-    """Return the commands that make the graph of a set of adapters and, where it needs one, its engine."""
+    """Return the commands that build the merged graph of a set of adapters and, if needed, its engine."""
     root = source.onnx_root or Path("ROOT")
     half = targets.dit_target(base.dit, "fp16mixed") if base.precision == "fp8" and base.dit else base
     words = ["python", "build/merge_lora.py", "--input", str(_graph(root, half))]

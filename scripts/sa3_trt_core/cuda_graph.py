@@ -1,4 +1,4 @@
-"""A function of tensors as one CUDA graph."""
+"""Capture a function of tensors as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 Output = TypeVar("Output")
 
-WARM_RUNS = 2  # a capture must meet kernels that are compiled and libraries that have chosen
+WARM_RUNS = 2  # runs before a capture, which compile kernels and let libraries select algorithms
 _CAPTURING = threading.Lock()
 _STREAMS: dict[int, torch.cuda.Stream] = {}
 
@@ -19,10 +19,10 @@ _STREAMS: dict[int, torch.cuda.Stream] = {}
 def capture(
     function: Callable[[], Output], stream: torch.cuda.Stream | None = None, warm_runs: int = WARM_RUNS
 ) -> tuple[torch.cuda.CUDAGraph, Output]:
-    """Return a CUDA graph of a function without arguments, and what the function gave: tensors that a replay fills.
+    """Return a CUDA graph of a function without arguments, and its output tensors, which each replay overwrites.
 
-    `stream` is where the function puts its work, where that is not the current one. Raises RuntimeError for work that
-    cannot be captured.
+    `stream` is the stream of the function's work (default: the current one). Raises RuntimeError for work that cannot
+    be captured.
     """
     import torch
 
@@ -34,14 +34,14 @@ def capture(
                 function()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls belong to the capture: a ring decodes in another one.
+        # Capture only this thread's calls: a ring decodes in another thread.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             outputs = function()
     return graph, outputs
 
 
 def _side_stream(device: int) -> torch.cuda.Stream:
-    """The one stream of a device that captures use: cuBLAS keeps a workspace of 32 MB for each stream it has met."""
+    """Return the capture stream of a device, shared because cuBLAS keeps a workspace of 32 MB per stream."""
     import torch
 
     if device not in _STREAMS:

@@ -72,7 +72,7 @@ def card_name() -> str | None:
 
 @functools.cache
 def driver_version() -> str:
-    """Return the release of the NVIDIA kernel driver ("580.159.04"), "unknown" where it does not say."""
+    """Return the release of the NVIDIA kernel driver ("580.159.04"), or "unknown"."""
     try:
         text = DRIVER_FILE.read_text("utf-8", "replace")
     except OSError:
@@ -82,7 +82,7 @@ def driver_version() -> str:
 
 
 def memory_in_use() -> int | None:
-    """Bytes of the first visible GPU that are taken, by anybody: engines own memory that PyTorch does not see.
+    """Return the bytes in use on the first visible GPU by all processes: PyTorch does not count engines' memory.
 
     None without a GPU that PyTorch can use.
     """
@@ -95,7 +95,7 @@ def memory_in_use() -> int | None:
 
 
 def tensorrt_module(backend: str) -> ModuleType | None:
-    """The module of a TensorRT backend, or None. Type stubs alone import as an empty package, so ask for Builder."""
+    """Return the module of a TensorRT backend, or None; type stubs alone are a package without Builder."""
     try:
         module = importlib.import_module(backend)
     except (ImportError, OSError):
@@ -105,7 +105,7 @@ def tensorrt_module(backend: str) -> ModuleType | None:
 
 @functools.cache
 def tensorrt_logger(module: Any) -> Any:
-    """Return a logger that keeps the last error for the message and prints nothing: the user gets two lines, not a log.
+    """Return a logger that stores the last error for the error message, and prints nothing.
 
     One per process: TensorRT keeps using the first logger it received, and prints to the console once that is freed.
     """

@@ -1,4 +1,4 @@
-"""Plan of a model's engines, paths of their files, and the open engines: each is opened once, on its first use."""
+"""Plan the engines of a model, locate their files, and open each engine once, on first use."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ NULL_ROW_GATES = ("null_row", "null row")  # gate of a DiT's manifest; the secon
 
 @dataclass(frozen=True)
 class Plan:
-    """Decisions made before a file is opened: target, backend and file locations of each stage.
+    """Target, backend and file locations of each stage, decided before a file is opened.
 
-    `stages` are those opened at once, in the order they run; the audio encoder is opened when it is first needed
-    unless it stands among them. `chunk_frames` is the window of the autoencoder: 0 for one piece, None for what the
-    length asks for.
+    `stages` are loaded up front, in the order they run; the audio encoder is opened on first use unless it is one of
+    them. `chunk_frames` is the window of the autoencoder in latent frames: 0 for one piece, None to choose by length.
     """
 
     targets: Mapping[str, targets.Target]
@@ -50,7 +49,7 @@ class Plan:
 
     @property
     def decoder_reach(self) -> int | None:
-        """Latent frames to either side that the decoder's samples depend on; None where that is not known."""
+        """Receptive field of the decoder in latent frames to either side; None if unknown."""
         name = self.targets["dit"].dit
         return None if name is None else targets.find_dit(name).reach
 
@@ -63,11 +62,12 @@ def make_plan(
     audio_input: bool = False,
     chunk_frames: int | None = None,
 ) -> Plan:
-    """Decide everything that needs no file to be opened. Raises ToolError."""
+    """Choose target and backend of each stage, without opening a file. Raises ToolError."""
     if targets.find_dit(dit).reach is None:
         if chunk_frames:
             raise InvalidRequest(
-                f"how far the autoencoder of {dit} looks is not known", "leave `chunk_frames` away, or 0"
+                f"`chunk_frames` is not supported by {dit}: the receptive field of its autoencoder is unknown",
+                "omit it, or use 0",
             )
         chunk_frames = 0
     require_chunk(chunk_frames or 0)
@@ -89,9 +89,9 @@ def make_plan(
 
 
 def plan_with(plan: Plan, loras: LoraSet, lora_bases: Path | None = None, refit: bool = False) -> Plan:
-    """Return the plan of a model with a set of adapters; an empty set gives the model without any.
+    """Return the plan with a set of adapters; an empty set removes them.
 
-    Raises ToolError with the commands that make a merged graph or engine that is missing.
+    Raises ToolError with the commands that build a missing merged graph or engine.
     """
     target = adapter_placement.target_with(plan.targets["dit"], plan.backends["dit"], loras, plan.source, refit)
     chosen = {**plan.targets, "dit": target}
@@ -110,25 +110,23 @@ def build_command(plan: Plan, arch: str) -> str | None:
 
 
 class EngineSet(Closeable):
-    """The tokenizer and the engines of a plan; after closing, asking for an engine raises RuntimeError."""
+    """Tokenizer and engines of a plan. After `close`, `engine` raises RuntimeError."""
 
     def __init__(self, plan: Plan) -> None:
-        """Find every file of the plan's stages, so that a missing one is reported before minutes of loading.
+        """Locate every file of the plan's stages, so that a missing one is reported before minutes of loading.
 
         Raises ToolError.
         """
         self.plan = plan
         self._sources: dict[str, Path] = {}
         self._open: dict[str, GraphEngine] = {}
-        self.devices: dict[str, str] = {}  # of each stage that has been opened: cuda or cpu
+        self.devices: dict[str, str] = {}  # stage -> cuda or cpu, for opened stages
         self._closed = False
         arch = gpu.current_arch()
         command = build_command(plan, arch) if arch is not None else None
         if command is not None:
-            raise ToolError(
-                f"{plan.source.models_dir} has not all engines that are asked for", f"build them: {command}"
-            )
-        # An opt-in file may not be published: reported first. The small tokenizer, behind a licence, comes next.
+            raise ToolError(f"{plan.source.models_dir} lacks some of the required engines", f"build them: {command}")
+        # Opt-in files first, as they may not be published; then the tokenizer, which is small and behind a licence.
         opt_in = [stage for stage in plan.stages if plan.targets[stage].opt_in]
         for stage in opt_in:
             self._source(stage)
@@ -138,11 +136,10 @@ class EngineSet(Closeable):
         self.tokenizer = Tokenizer(tokenizer)
 
     def load(self, on_engine: Callable[[str, int, int], None] | None = None) -> None:
-        """Open the engines of the plan's stages, all at once. Raises ToolError.
+        """Open the engines of the plan's stages in parallel threads. Raises ToolError.
 
-        `on_engine(engine, index from 1, total)` is called after each.
-
-        Reading and deserialising release Python's lock. What is open when another one fails is closed with the rest.
+        `on_engine(engine, index from 1, total)` is called after each. Reading and deserialising release the GIL. If one
+        fails, `close` closes the others.
         """
         missing = [stage for stage in self.plan.stages if stage not in self._open]
         failed: dict[str, Exception] = {}
@@ -154,7 +151,7 @@ class EngineSet(Closeable):
                 try:
                     engine = self._open[stage] = done.result()
                     places[stage] = engine.device, engine.cpu_reason
-                except Exception as error:  # raised below, when no other is on its way any more
+                except Exception as error:  # raised below, once all threads have ended
                     failed[stage] = error
                     continue
                 if on_engine is not None:
@@ -166,7 +163,7 @@ class EngineSet(Closeable):
         self._note_places({stage: places[stage] for stage in missing})
 
     def engine(self, stage: str) -> GraphEngine:
-        """The open engine of a stage: text, encode, dit or decoder. Raises ToolError when it cannot be opened."""
+        """Return the engine of a stage (text, encode, dit or decoder), opening it if needed. Raises ToolError."""
         if self._closed:
             raise RuntimeError("these engines are closed")
         if stage not in self._open:
@@ -175,11 +172,11 @@ class EngineSet(Closeable):
         return self._open[stage]
 
     def identity(self, stage: str) -> str | None:
-        """Return the manifest id of what a stage runs; None where no manifest lies beside it (files of the hub)."""
+        """Return the manifest id of a stage's file; None for a file without manifest, as on the hub."""
         return manifest.identity(self._source(stage))
 
     def has_null_rule(self) -> bool:
-        """Return True if the DiT's manifest says that it zeroes all cross tokens of guidance's null row."""
+        """Return True if, by its manifest, the DiT zeroes all cross tokens of the unconditional row."""
         record = manifest.read_manifest(self._source("dit"))
         return record is not None and any(record.gates.get(name) is True for name in NULL_ROW_GATES)
 
@@ -194,7 +191,7 @@ class EngineSet(Closeable):
             self._open.pop(stage).close()
 
     def close(self) -> None:
-        """Close every engine, whatever the others do."""
+        """Close every engine, even if one of them raises."""
         self._closed = True
         with ExitStack() as stack:
             for engine in self._open.values():
@@ -202,25 +199,25 @@ class EngineSet(Closeable):
             self._open.clear()
 
     def set_loras(self, loras: LoraSet, lora_bases: Path | None = None) -> None:
-        """Give the DiT another set of adapters: in place where its backend can, else its engine is opened again.
+        """Replace the adapters of the DiT: in place if its backend merges adapters, else by opening another engine.
 
-        Raises ToolError, with everything as it was.
+        Raises ToolError without changing anything.
         """
         plan = plan_with(self.plan, loras, lora_bases, self.plan.refit)
         if "dit" in self._open and engines.BACKENDS[plan.backends["dit"]].merges_adapters:
             _merge(plan, self._open["dit"])
         if plan.refit and loras.digest != self.plan.loras.digest:
-            self.release("dit")  # the file has the base's weights, whatever the last refit left
+            self.release("dit")  # reopened with the base weights, without those of the last refit
         if plan.targets["dit"] != self.plan.targets["dit"]:
             self.release("dit")
             self._sources.pop("dit", None)
         self.plan = plan
 
     def note_ranges(self) -> None:
-        """Warn of layers whose activations left FP8's calibrated range in the first generation with new adapters."""
+        """Warn about layers whose activations left FP8's calibrated range in the first run with new adapters."""
         layers: list[str] = getattr(self._open.get("dit"), "saturated", list)() if self.plan.loras else []
         if layers:
-            text = "the adapters drive activations beyond FP8's calibrated range, where they are cut: "
+            text = "with these adapters, activations exceed FP8's calibrated range and saturate in: "
             warnings.warn(text + ", ".join(layers), ToolWarning, stacklevel=3)
 
     def _opened(self, stage: str) -> GraphEngine:
@@ -236,7 +233,7 @@ class EngineSet(Closeable):
         return engine
 
     def _note_places(self, places: Mapping[str, tuple[str, str]]) -> None:
-        """Keep the device of stages that were opened; warn once of those that run on the CPU beside a GPU, and why."""
+        """Record the device of opened stages; warn once about those on the CPU beside a GPU, with the reason."""
         reasons: dict[str, list[str]] = {}
         for stage, (device, reason) in places.items():
             if reason and self.devices.get(stage) != device:

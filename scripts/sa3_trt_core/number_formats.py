@@ -1,4 +1,4 @@
-"""Limits of the number formats that graphs, packed weights and kernels share, and numbers as JSON has them."""
+"""Limits of number formats shared by graphs, packed weights and kernels, and conversion of numbers to JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FP16_MAX = 65504.0
 
 
 def finite(value: Any) -> Any:
-    """Return a document of dicts and lists with None for numbers that are not finite, which JSON does not have."""
+    """Replace non-finite numbers in a document of dicts and lists by None, as JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

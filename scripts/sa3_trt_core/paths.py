@@ -16,7 +16,7 @@ MODELS_VARIABLE = "SA3_MODELS_DIR"
 
 
 def default_models_dir() -> Path:
-    """$SA3_MODELS_DIR, else models/ of the checkout that this file is in, else models/ of the working directory."""
+    """Return $SA3_MODELS_DIR, else models/ of this checkout, else models/ of the working directory."""
     chosen = os.environ.get(MODELS_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -25,7 +25,7 @@ def default_models_dir() -> Path:
 
 
 def onnx_root_from(value: str | Path | None) -> Path | None:
-    """The ONNX folder: the flag, else $SA3_ONNX_DIR, else None for the hub. Raises ToolError if it is not a folder."""
+    """Return the ONNX folder: `value`, else $SA3_ONNX_DIR, else None for the hub. Raises ToolError for another path."""
     chosen = value or os.environ.get(ONNX_ROOT_VARIABLE)
     if not chosen:
         return None
@@ -56,13 +56,13 @@ class ModelSource:
         revision: str | None = None,
         offline: bool = False,
     ) -> Self:
-        """The source of what a user gives; folders that are left out come from the environment. Raises ToolError."""
+        """Return the source of a user's arguments; omitted folders come from the environment. Raises ToolError."""
         folder = default_models_dir() if models_dir is None else Path(models_dir)
         return cls(onnx_root_from(onnx_root), folder, revision, offline)
 
 
 def parse_arches(text: str) -> list[str]:
-    """ "sm_89,sm_120" as a list, each once. Raises ToolError for a name that is not an architecture."""
+    """Parse "sm_89,sm_120" into distinct names. Raises ToolError for one that is not an architecture."""
     arches = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     unknown = [arch for arch in arches if arch not in (*ARCHES, NO_GPU)]
     if unknown or not arches:

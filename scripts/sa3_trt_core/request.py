@@ -1,4 +1,4 @@
-"""Requests: one sound, its mode and its settings, checked before anything is loaded."""
+"""Request of one sound, validated before anything is loaded, and its grouping into batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_STEPS = 1000
-SCHEDULE_ORDERS = ("warp-then-scale", "scale-then-warp")  # of noise levels below 1: sampling/schedule.py
+SCHEDULE_ORDERS = ("warp-then-scale", "scale-then-warp")  # for sigma_max below 1: sampling/schedule.py
 MAX_SEED = 2**63 - 1
 MAX_CFG = 100.0
 MIN_NOISE = 0.01  # the published runtime's limit too: the model is not defined at sigma 0
@@ -33,23 +33,23 @@ class Request:
         prompt: what to generate; may be empty.
         seconds: length in seconds, 0.5 to about 380 (default 30).
         steps: sampler steps, 1 to 1000 (default 8); diffusers' num_inference_steps.
-        seed: of all noise, 0 to 2**63 - 1 (default 0); one seed is one sound, on every machine and at every batch size.
-        negative_prompt: text to lead away from instead of the null row; needs `cfg` other than 1 (default None).
-        cfg: scale of classifier-free guidance, 0 to 100 (default 1: none, one row a forward instead of two);
+        seed: of all noise, 0 to 2**63 - 1 (default 0); the sound does not depend on the machine or the batch size.
+        negative_prompt: text to guide away from (default None: unconditional); needs `cfg` other than 1.
+        cfg: scale of classifier-free guidance, 0 to 100 (default 1: no guidance); others than 1 double the batch;
             diffusers' guidance_scale.
-        apg: share of the guidance along the sound itself that is taken away, 0 to 1 (default None: all of it, the
-            model's own default); needs `cfg` other than 1.
+        apg: strength of adaptive projected guidance: share of the guidance parallel to the denoised latent that is
+            removed, 0 to 1 (default None: 1, the model's own default); needs `cfg` other than 1.
         init_audio: sound to start from (default None): the path of a sound file, or (tensor, sample_rate) with floating
             samples (2, N), (1, N) or (N,) within full scale, and Hz.
-        init_start: where to begin in `init_audio`, in seconds (default 0).
-        init_noise_level: first noise level of audio to audio, 0.01 to 1: the more, the freer (default None: 1).
-        inpaint: ranges (start, end) in seconds that are made anew; outside of them `init_audio` is kept (default none).
-        paste_kept: put the kept latent back after every step, as the published runtime does and the model's own code
-            does not (default False).
+        init_start: seconds into `init_audio` where reading starts (default 0).
+        init_noise_level: initial sigma of audio to audio, 0.01 (close to `init_audio`) to 1 (default None: 1).
+        inpaint: ranges (start, end) in seconds to regenerate; the rest of `init_audio` is kept (default none).
+        paste_kept: restore the kept latent after every step, as the published runtime does, unlike the model's own code
+            (default False).
         legacy_schedule: noise levels and length rule of the published TensorRT runtime, which has no padding (default
             False).
-        duration_padding: seconds that are generated after the end and thrown away, 0 to 60 (default 6).
-        schedule_order: order of warp and scale where `init_noise_level` is below 1: "warp-then-scale" (default) or
+        duration_padding: seconds generated after the end and cut off, 0 to 60 (default 6).
+        schedule_order: order of warp and scale for `init_noise_level` below 1: "warp-then-scale" (default) or
             "scale-then-warp".
 
     Raises:
@@ -114,31 +114,31 @@ class Request:
 
     @property
     def frames(self) -> int:
-        """Latent frames whose noise is drawn."""
+        """Number of latent frames of noise."""
         if self.legacy_schedule:
             return shapes.legacy_latent_frames(self.seconds)
         return shapes.latent_frames(self.seconds, self.duration_padding)
 
     @property
     def valid_frames(self) -> int:
-        """Latent frames that the DiT runs on and the decoder decodes: the first of `frames`."""
+        """Number of latent frames of DiT and decoder: the first ones of `frames`."""
         if self.legacy_schedule:
             return self.frames
         return shapes.valid_frames(self.seconds, self.frames, self.duration_padding)
 
     @property
     def sigma_max(self) -> float:
-        """The first noise level."""
+        """The initial sigma."""
         return 1.0 if self.init_noise_level is None else self.init_noise_level
 
     @property
     def forward_rows(self) -> int:
-        """Rows of the DiT's batch that this request takes: itself, and its null row if it is guided."""
+        """Number of rows in the DiT's batch: 2 with guidance (conditional and unconditional), else 1."""
         return 1 if self.cfg == 1.0 else 2
 
     @property
     def batch_key(self) -> tuple[object, ...]:
-        """Requests with the same key can be rows of one batch: equal length, noise levels and guidance."""
+        """Key of requests that can share a batch: equal length, noise levels and guidance."""
         return (
             self.frames, self.valid_frames, self.steps, self.cfg, self.apg, self.init_noise_level, self.paste_kept,
             self.legacy_schedule, self.schedule_order,
@@ -154,8 +154,8 @@ class Request:
             return
         if level is None and not self.inpaint:
             raise InvalidRequest(
-                "`init_audio` alone says nothing of what to do with it",
-                "add `init_noise_level` (0.01 to 1: the more, the freer) or `inpaint` (ranges in seconds)",
+                "`init_audio` needs `init_noise_level` or `inpaint`",
+                "add `init_noise_level` (0.01 to 1) or `inpaint` (ranges in seconds)",
             )
         if level is not None:
             _require_range("init_noise_level", level, MIN_NOISE, 1.0)
@@ -171,15 +171,15 @@ class Request:
             )
         if shapes.frames_before(start) == shapes.frames_before(end):  # sampling/inpainting.py
             raise InvalidRequest(
-                f"the in-painting range {start:g},{end:g} holds the beginning of no latent frame",
+                f"the in-painting range {start:g},{end:g} is too short: no latent frame begins in it",
                 f"a frame is {shapes.SAMPLES_PER_FRAME / shapes.SAMPLE_RATE:.3f} s",
             )
 
 
 def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
-    """Yield the requests' indices in batches of at most `batch`, in order of each batch's first; equal keys only.
+    """Yield the indices of requests in batches of equal `batch_key` and at most `batch` rows, ordered by first index.
 
-    Raises ToolError when a batch would not fit the engines.
+    Raises InvalidRequest if a batch does not fit the engines.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, request in enumerate(requests):
@@ -196,10 +196,10 @@ def batches(requests: Sequence[Request], batch: int) -> Iterator[list[int]]:
 
 
 def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None = None) -> list[list[int]]:
-    """Return the requests' indices by valid latent frames, in order of each length's first: one forward has one length.
+    """Return the indices of requests grouped by valid latent frames, ordered by first index.
 
-    `max_batch` is what the DiT's engine takes in one forward, where it is known. Raises ToolError when `depth` of them
-    would not fit.
+    `max_batch` is the largest batch of the DiT's engine (None: unknown). Raises InvalidRequest if `depth` requests do
+    not fit.
     """
     guided = any(request.forward_rows > 1 for request in requests)
     rows, limit = depth * (2 if guided else 1), min(shapes.MAX_BATCH, max_batch or shapes.MAX_BATCH)
@@ -207,9 +207,7 @@ def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None =
         pairs = " of guided requests, two rows each," if guided else ""
         max_depth = limit // 2 if guided else limit
         mend = (
-            f"choose `depth=1` to {max_depth}"
-            if max_depth
-            else "leave `depth` away, or give a DiT with a free batch axis"
+            f"choose `depth=1` to {max_depth}" if max_depth else "omit `depth`, or use a DiT with a dynamic batch axis"
         )
         raise InvalidRequest(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
     groups: dict[int, list[int]] = {}
@@ -227,7 +225,7 @@ def count_stages(requests: Sequence[Request], batch: int) -> int:
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise InvalidRequest unless a number lies within its range; a whole number of any size is compared as it is."""
+    """Raise InvalidRequest unless a number is in its range; integers of any size are compared exactly."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise InvalidRequest(f"`{name}` is {shown(value)}, not a number", f"choose a number from {low:g} to {high:g}")
     if value != value or not low <= value <= high:  # noqa: PLR0124  # NaN alone differs from itself
@@ -247,9 +245,9 @@ def _sound(value: object) -> Path | Waveform | None:
 
 
 def require_text(text: str, where: str) -> None:
-    """Raise InvalidRequest for text that is no Unicode: bytes of another encoding, or half of a surrogate pair.
+    """Raise InvalidRequest for text that cannot be encoded in UTF-8: bytes of another encoding, or a lone surrogate.
 
-    A tokenizer, a sound's metadata and a terminal all need to encode it.
+    Tokenizer, metadata and terminal all have to encode it.
     """
     if not isinstance(text, str):
         raise InvalidRequest(f"{where} is {shown(text)}, not text", "give a string")
@@ -257,13 +255,13 @@ def require_text(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         near = ascii(text[max(0, error.start - 20) : error.end + 20])
-        raise InvalidRequest(f"{where} holds a character that is no Unicode: {near}", "write it in UTF-8") from None
+        raise InvalidRequest(f"{where} holds a character that is not Unicode: {near}", "write it in UTF-8") from None
 
 
 def shown(value: object) -> str:
-    """Return a value as an error message shows it, cut where it is long."""
+    """Format a value for an error message, truncated if long."""
     try:
         text = f"{value:g}" if isinstance(value, float) else repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
+    except ValueError:  # str() refuses integers of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= MAX_SHOWN_LENGTH else f"{text[:MAX_SHOWN_LENGTH]}..."

@@ -1,4 +1,4 @@
-"""The numbers of the contract: what every graph takes and gives, and how seconds become latent frames."""
+"""Contracts of the graphs (inputs, outputs, optimisation profiles), and conversion of seconds to latent frames."""
 
 from __future__ import annotations
 
@@ -111,14 +111,14 @@ CONTRACTS: Mapping[str, GraphContract] = {
 
 
 def output_samples(seconds: float) -> int:
-    """Return the samples a channel of the finished audio: int(seconds * 44100)."""
+    """Return the samples per channel of the finished audio: int(seconds * 44100)."""
     return int(seconds * SAMPLE_RATE)
 
 
 def latent_frames(seconds: float, padding: float = PADDING_SECONDS, cap: int = MAX_FRAMES) -> int:
-    """Return the latent frames whose noise is drawn for a length: `padding` seconds included, made even, capped.
+    """Return the latent frames of noise for a length, with `padding` seconds, rounded up to even, and capped.
 
-    The cap is the checkpoint's sample_size; the last 6 s below it have less padding. Source: the model's own
+    The cap is the checkpoint's sample_size; lengths within 6 s of it have less padding. Source: the model's own
     generation.
     """
     frames = frames_before(seconds + padding)
@@ -134,9 +134,9 @@ def legacy_latent_frames(seconds: float) -> int:
 
 
 def valid_frames(seconds: float, frames: int, padding: float = PADDING_SECONDS) -> int:
-    """Return how many of `frames` latent frames the DiT runs on: the length itself and whole frames of `padding`.
+    """Return the valid ones of `frames` latent frames: the length itself and whole frames of `padding`.
 
-    The frames after them take no part in the model's own attention. Source: the model's own generation.
+    The model's own attention masks the frames after them. Source: the model's own generation.
     """
     return min(frames_before(seconds) + int(padding * SAMPLE_RATE / SAMPLES_PER_FRAME), frames)
 

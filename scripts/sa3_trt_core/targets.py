@@ -1,4 +1,4 @@
-"""THE table of engines: names, groups, menus, downloads and paths are derived from it, and nowhere else written."""
+"""The table of engines, from which names, groups, menus, downloads and paths are derived."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Literal
 from sa3_trt_core.errors import ToolError
 
 HUB_REPOSITORY = "stabilityai/stable-audio-3-optimized"
-HUB_REVISION = (
-    "main"  # of a target with no pin of its own; a commit here or there makes every machine take the same bytes
-)
+HUB_REVISION = "main"  # revision of targets without their own; a commit pins the bytes for every machine
 HUB_FOLDER = "onnx"  # every ONNX path below is under this folder of the hub repository
 PREBUILT_FOLDER = "tensorRT"  # <arch>/<folder>/<stem>.trt below it
-PREBUILT_TENSORRT = "10.15.1.29"  # what the hub's engines were built with; they run with no other
+PREBUILT_TENSORRT = "10.15.1.29"  # the version of the hub's engines, which run with no other
 CHECKPOINT_REPOSITORY = "stabilityai/stable-audio-3-medium"
 CHECKPOINT_TOKENIZER_FOLDER = "t5gemma-b-b-ul2"
 TOKENIZER_FILES = ("t5gemma/tokenizer.json", "t5gemma/tokenizer_config.json")  # under an ONNX root
@@ -34,8 +32,8 @@ _FP32 = ("all-fp32", "all-both")
 class DitModel:
     """One DiT: its folder under an ONNX root and under models/<arch>/, and the autoencoder that goes with it.
 
-    `reach` is how many latent frames to either side that autoencoder looks (build/FACTS.md, Autoencoder), None where
-    it is not known.
+    `reach` is the receptive field of that autoencoder in latent frames to either side (build/FACTS.md, Autoencoder),
+    None if unknown.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Target:
     """One engine that can be built and run.
 
     `kind` is its contract (shapes.CONTRACTS). `onnx` are paths under an ONNX root, our own name first, then the names
-    that the hub has used. `engine` is folder/stem under models/<arch>/. `opt_in`: built only by its own name.
+    that the hub has used. `engine` is folder/stem under models/<arch>/. `opt_in`: excluded from "build all".
     `revision` is the hub's commit or branch that the ONNX is taken from. `publishable`: build/publish.py uploads it.
     """
 
@@ -153,7 +151,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 def find_dit(name: str) -> DitModel:
-    """Return the DiT of that name. Raises ToolError with the nearest name and all good ones."""
+    """Return the DiT of that name. Raises ToolError with the nearest name and all valid ones."""
     if name not in MODELS:
         raise _unknown(name, DITS, "DiT")
     return MODELS[name]
@@ -164,7 +162,7 @@ _LORA_NAME = re.compile(r"(?P<base>.+)\.lora-(?P<digest>[0-9a-f]{12})")
 
 
 def with_digest(file: str, digest: str) -> str:
-    """Return the file name of a graph with adapters of that digest in it: dit_fp8.lora-0123456789ab.onnx."""
+    """Return the file name of a graph merged with the adapters of a digest: dit_fp8.lora-0123456789ab.onnx."""
     stem, dot, suffix = file.rpartition(".")
     return f"{stem}{LORA_MARK}{digest}{dot}{suffix}" if dot else f"{file}{LORA_MARK}{digest}"
 
@@ -184,12 +182,12 @@ def with_loras(target: Target, digest: str) -> Target:
 
 
 def find_target(name: str) -> Target:
-    """The target of that name, also with the digest of adapters. Raises ToolError with the nearest and all names."""
+    """Return the target of a name, with or without an adapter digest. Raises ToolError with known names."""
     adapted = _LORA_NAME.fullmatch(name)
     if adapted is not None:
         base = find_target(adapted["base"])
         if base.kind != "dit":
-            raise ToolError(f"{base.name} takes no adapters", "adapters change the DiT: sa3-m, sa3-m-fp8")
+            raise ToolError(f"{base.name} does not support adapters", "adapters change the DiT: sa3-m, sa3-m-fp8")
         return with_loras(base, adapted["digest"])
     for target in TARGETS:
         if target.name == name:
@@ -214,7 +212,7 @@ def expand(names: Sequence[str]) -> list[Target]:
 
 
 def missing_candidates() -> list[Target]:
-    """Return the targets that "build all missing" looks at: every one that is not opt-in."""
+    """Return the targets of "build all missing": all but the opt-in ones."""
     return [target for target in TARGETS if not target.opt_in]
 
 
@@ -234,20 +232,20 @@ def dit_target(dit: str, precision: str) -> Target:
 
 
 def publishable_at(onnx: Path) -> Target:
-    """The publishable target that lies at `onnx` under an ONNX root; the first one for a file in another folder."""
+    """Return the publishable target at `onnx` under an ONNX root; the first one for a file in another folder."""
     having = [target for target in TARGETS if target.publishable]
     place = "/".join(onnx.absolute().parts[-2:])
     return next((target for target in having if target.onnx[0] == place), having[0])
 
 
 def decoder_for(dit: str, precision: str) -> Target:
-    """Return the decoder that goes with a DiT; fp32 only with fp32."""
+    """Return the decoder of a DiT; in fp32 only for an fp32 DiT."""
     base = f"{find_dit(dit).autoencoder}-decoder"
     return find_target(f"{base}-fp32" if precision == "fp32" else base)
 
 
 def encoder_for(dit: str) -> Target:
-    """Return the audio encoder that goes with a DiT, at every precision: it runs once a request."""
+    """Return the audio encoder of a DiT, the same at every precision: it runs once per request."""
     return find_target(f"{find_dit(dit).autoencoder}-encoder")
 
 

@@ -1,4 +1,4 @@
-"""From prompts to text features: the tokenizer that transformers would give, without transformers."""
+"""Encode prompts to text features; the tokenizer equals that of transformers, without that package."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
 
 MAX_CONFIG = 4 << 20  # bytes
-QUOTED = 30  # letters of a prompt on each side of where it is cut
+QUOTED = 30  # letters of a prompt quoted on each side of the cut
 _MEND = "get the folder's tokenizer files again"
 _GEMMA_PAD = "<pad>"
 
 
 class Tokenizer:
-    """Prompts to ids, as AutoTokenizer(padding="max_length", truncation=True, max_length=256) of the same folder.
+    """Tokenizer, equal to AutoTokenizer(padding="max_length", truncation=True, max_length=256) of the same folder.
 
-    BOS and EOS are what tokenizer.json's post-processor adds; add_bos_token of the config plays no part. Sides are
-    those of tokenizer_config.json, else of tokenizer.json, else of the tokenizer class (Gemma pads left).
+    BOS and EOS are those of tokenizer.json's post-processor; add_bos_token of the config is ignored. Sides are those of
+    tokenizer_config.json, else of tokenizer.json, else of the tokenizer class (Gemma pads left).
     """
 
     def __init__(self, tokenizer_json: Path, length: int = TEXT_TOKENS) -> None:
@@ -54,7 +54,7 @@ class Tokenizer:
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return (input_ids, attention_mask), both int64 (B, 256). An empty prompt is allowed.
 
-        A prompt of more tokens is cut, with a ToolWarning that quotes where.
+        A longer prompt is truncated, with a ToolWarning that quotes the position.
         """
         import torch
 
@@ -67,14 +67,14 @@ class Tokenizer:
 
 
 def _warn_if_cut(prompt: str, row: Any) -> None:
-    """Issue a ToolWarning for a prompt that the tokenizer has cut; `row` is its encoding."""
+    """Issue a ToolWarning for a truncated prompt; `row` is its encoding."""
     if not row.overflowing:
         return
     # Special tokens and padding have empty offsets.
     spans = [span for span, real in zip(row.offsets, row.attention_mask, strict=True) if real and span[0] < span[1]]
     first, last = (min(start for start, _ in spans), max(end for _, end in spans)) if spans else (0, 0)
     if not prompt[:first].strip() and not prompt[last:].strip():
-        return  # no letter of it is lost
+        return  # only special tokens or blanks were cut
     if prompt[last:].strip():
         where = f"nothing is read after {prompt[max(0, last - QUOTED) : last]!r}, so not {prompt[last:][:QUOTED]!r}"
     else:
@@ -84,7 +84,7 @@ def _warn_if_cut(prompt: str, row: Any) -> None:
 
 
 def encode_text(engine: GraphEngine, tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """(t5_hidden (B, 256, 768), t5_mask (B, 256)), both fp32, ready for the DiT."""
+    """Return (t5_hidden (B, 256, 768), t5_mask (B, 256)), both fp32, for the DiT."""
     ids, mask = tokenizer.encode(prompts)
     hidden = require_output(engine.run({"input_ids": ids, "attention_mask": mask}), "hidden_states")
     return hidden.float(), mask.float()
@@ -107,7 +107,7 @@ def _is_gemma(config: dict[str, Any]) -> bool:
 
 
 def _pad_token(config: dict[str, Any]) -> str | None:
-    """The pad token: text, or an object with its text in "content", as older files have it; Gemma has a default."""
+    """Return the pad token: a string, or in older files an object with "content"; Gemma has a default."""
     value = config.get("pad_token")
     if isinstance(value, dict):
         value = value.get("content")

@@ -36,7 +36,7 @@ BAD = [
     ([*INIT, "--inpaint-range", "2,1"], "2,1"),
     ([*INIT, "--inpaint-range", "1,nan"], "1,nan"),
     ([*INIT, "--inpaint-range", "1,2", "--inpaint-range", "4,31"], "4,31"),
-    ([*INIT, "--inpaint-range", "1,1.001"], "beginning of no latent frame"),
+    ([*INIT, "--inpaint-range", "1,1.001"], "no latent frame begins in it"),
     ([*INIT, "--init-noise-level", "0.5", "--init-start", "9"], "ends at 1.00 s"),
     ([*SAY, "--init-audio", "absent.wav", "--init-noise-level", "0.5"], "absent.wav"),
     ([*SAY, "--init-audio", "noise.wav", "--init-noise-level", "0.5"], "noise.wav"),

@@ -123,7 +123,7 @@ def test_an_engine_that_was_not_built_for_it_is_refused(root: Path, adapter: Pat
 def test_other_backends_refuse_to_refit(backend: str, root: Path, adapter: Path, tmp_path: Path) -> None:
     line = ["--prompt", "x", "--precision", "fp8", "--lora", adapter, "--refit", "--out", tmp_path / "x.wav",
             "--onnx-root", root / "onnx", "--models-dir", tmp_path / "none"]  # fmt: skip
-    assert_user_error(run(sa3_trt.main, [*line, "--backend", backend]), "--refit is not for the")
+    assert_user_error(run(sa3_trt.main, [*line, "--backend", backend]), "--refit is not supported by the")
     assert listing(tmp_path) == {}
 
 
