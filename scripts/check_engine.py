@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         checked.append({
             "target": target.name, "backend": backend, "rows": len(outcomes),
-            "worst": max((outcome.apart for outcome in outcomes), default=None),
+            "worst": max((outcome.error_over_limit for outcome in outcomes), default=None),
             "outcomes": [vars(outcome) for outcome in outcomes],
             "place": vars(self_check.CheckEnvironment.of(engines.BACKENDS[backend])),
         })  # fmt: skip

@@ -1,4 +1,4 @@
-"""The backends, best first, and the choice among them. A new backend is its own file and its line in _BEST_FIRST."""
+"""Registry of backends, best first, and selection of one per target. Register a new backend in _BEST_FIRST."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def default_build() -> Backend:
 
 
 def pick_backend(name: str, target: Target, models_dir: Path) -> str:
-    """The backend to use for a target: `name` itself, or for "auto" the best whose engine is built and can run here.
+    """Return the backend of a target: `name`, or for "auto" the best one with an engine that this machine can run.
 
-    What a backend leaves to another (Backend.leaves) DIRECT runs. Raises ToolError for an unknown backend, a precision
-    that it does not run, or a package that is missing.
+    DIRECT runs the targets that a backend does not cover (Backend.leaves). Raises ToolError for an unknown backend, an
+    unsupported precision, or a missing package.
     """
     if name == AUTO:
         return next(backend.name for backend in BACKENDS.values() if backend.is_ready(target, models_dir))
@@ -86,16 +86,16 @@ def source_path(target: Target, backend: str, source: ModelSource) -> Path:
 def open_engine(target: Target, backend: str, source: ModelSource, path: Path | None = None) -> GraphEngine:
     """Load a target with a backend from `pick_backend`. `path` is its file (default: that of `source_path`).
 
-    An engine that this machine has not run before is run on the check rows of its graph. Raises ToolError; GateError
-    when it gives other answers than the graph.
+    On its first use on this machine an engine is run on the check rows of its graph. Raises ToolError; GateError if its
+    outputs differ from the graph's.
     """
     return _checked(target, backend, source, path or source_path(target, backend, source))[0]
 
 
 def check_engine(target: Target, backend: str, source: ModelSource) -> list[self_check.CheckOutcome]:
-    """Run a target's engine on its check rows, whatever it answered before; empty where its graph brings none.
+    """Run a target's engine on its check rows, ignoring earlier results; empty for a graph without check rows.
 
-    Raises ToolError; GateError when it is wrong.
+    Raises ToolError; GateError if a row fails.
     """
     engine, outcomes = _checked(target, backend, source, source_path(target, backend, source), again=True)
     engine.close()
@@ -105,8 +105,8 @@ def check_engine(target: Target, backend: str, source: ModelSource) -> list[self
 def _checked(
     target: Target, backend: str, source: ModelSource, path: Path, again: bool = False
 ) -> tuple[GraphEngine, list[self_check.CheckOutcome]]:
-    """Return an open engine and the outcomes of its check rows; it is closed when it is wrong."""
-    from sa3_trt_core.engines import self_check  # numpy comes with it, which --help and --list go without
+    """Return an open engine and the outcomes of its check rows; close it if a row fails."""
+    from sa3_trt_core.engines import self_check  # imports numpy, which --help and --list do not need
 
     record, root = BACKENDS[backend], source.onnx_root
     known = [root / name for name in target.onnx] if root is not None else []

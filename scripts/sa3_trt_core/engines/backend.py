@@ -20,24 +20,24 @@ EVERYTHING: Mapping[str, tuple[str, ...]] = dict.fromkeys(CONTRACTS, PRECISIONS)
 
 
 class Open(Protocol):
-    """Loads the file of a target; `rebuild` is the command for messages, `onnx` the graph in use where it is known."""
+    """Function that loads a target's file; `rebuild` is a command for messages, `onnx` the graph in use, if known."""
 
     def __call__(self, path: Path, target: Target, rebuild: str, onnx: Path | None) -> GraphEngine: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run the graphs. Everything that lists, picks, builds or names backends reads this record.
+    """Properties of one backend, read by everything that lists, selects, builds or names backends.
 
-    `name` is the value of --backend, `package` the module that must be importable, `label` the product's name.
-    `suffix` is that of its engine files; None where it runs the ONNX itself and nothing is built.
-    `runs` are the precisions by kind of graph (shapes.CONTRACTS); the rest is left to the backend that needs no engine,
-    and so are graphs of the kinds in `optional` while no engine of them is built.
-    `arches` are those that engines can be built for; `on_cpu` that they also run without a GPU;
-    `on_gpu` tells whether it runs on this machine's GPU when it is asked now;
-    `builds_elsewhere` that the builder needs no GPU of the architecture that it builds for;
-    `merges_adapters` that LoRA adapters go into its loaded weights, where the others run a graph or an engine with the
-    adapters in it; `refits` that weights can be replaced in an engine that was built for it.
+    `name`: value of --backend. `package`: module that must be importable. `label`: product name.
+    `suffix`: extension of its engine files; None if it runs the ONNX itself, without a build.
+    `runs`: precisions by kind of graph (shapes.CONTRACTS). DIRECT runs other graphs, and those of the kinds in
+    `optional` without a built engine.
+    `arches`: architectures that engines can be built for. `on_cpu`: engines also run without a GPU.
+    `on_gpu`: returns True if the backend runs on this machine's GPU.
+    `builds_elsewhere`: the builder needs no GPU of the target architecture.
+    `merges_adapters`: LoRA adapters are merged into loaded weights; other backends run a merged graph or engine.
+    `refits`: weights can be replaced in an engine built as refittable.
     """
 
     name: str
@@ -56,43 +56,43 @@ class Backend:
     on_gpu: Callable[[], bool] = gpu.has_nvidia_gpu
 
     def available(self) -> bool:
-        """Return True if the package is installed; a GPU is another question."""
+        """Return True if the package is installed, with or without a GPU."""
         return self.find_package(self.package) is not None
 
     def version(self) -> str | None:
-        """The installed version that engines depend on; None where it is not installed or they depend on none."""
+        """Return the installed version of the package; None if it is missing or has no version."""
         version = getattr(self.find_package(self.package), "__version__", None)
         return None if version is None else str(version)
 
     def supports(self, target: Target) -> bool:
-        """Return True if it runs this graph at this precision."""
+        """Return True if the backend runs a target's graph at its precision."""
         return target.precision in self.runs.get(target.kind, ())
 
     def arch_here(self) -> str | None:
-        """Return the architecture of this machine that its engines are for; None where they cannot run."""
+        """Return the architecture of engines for this machine; None if engines cannot run here."""
         return gpu.current_arch() or (paths.NO_GPU if self.on_cpu else None)
 
     def engine_path(self, models_dir: Path, arch: str, target: Target) -> Path:
-        """models/<arch>/<folder>/<stem><suffix>, where an engine is built and looked for."""
+        """Return models/<arch>/<folder>/<stem><suffix>, the path of an engine."""
         if self.suffix is None:
             raise ValueError(f"{self.name} has no engines")
         return models_dir / arch / f"{target.engine}{self.suffix}"
 
     def leaves(self, target: Target, models_dir: Path) -> bool:
-        """Return True if a target is left to the backend that needs no engine, where this one is asked for."""
+        """Return True if DIRECT runs this target instead of the selected backend."""
         arch = self.arch_here()
         built = arch is not None and self.engine_path(models_dir, arch, target).is_file()
         return target.kind not in self.runs or (target.kind in self.optional and not built)
 
     def is_ready(self, target: Target, models_dir: Path) -> bool:
-        """Return True if it can run a target on this machine now: nothing is to be built, or the engine is there."""
+        """Return True if the backend can run a target on this machine without a build."""
         if self.suffix is None or not self.supports(target):
             return self.suffix is None
         arch = gpu.current_arch()
         return arch is not None and self.engine_path(models_dir, arch, target).is_file() and self.available()
 
     def require_engine(self, target: Target) -> None:
-        """Raise ToolError for a target that this backend has no engine of."""
+        """Raise ToolError for a target that the backend does not support."""
         if not self.supports(target):
             known = ", ".join(f"{kind} in {' or '.join(precisions)}" for kind, precisions in self.runs.items())
             raise ToolError(
@@ -101,7 +101,7 @@ class Backend:
             )
 
     def require_precision(self, target: Target) -> None:
-        """Raise ToolError for a graph that it runs at other precisions than the target's."""
+        """Raise ToolError if the backend does not run the target's graph at its precision."""
         known = self.runs[target.kind]
         if target.precision not in known:
             names = " and ".join(known)
@@ -116,6 +116,6 @@ class Backend:
             raise ToolError(message, "pip install it, or choose `backend=auto`")
 
     def rebuild_command(self, names: str, arch: str | None = None) -> str:
-        """The command that builds the engines of targets, named with spaces between, for this machine or `arch`."""
+        """Return the command that builds the engines of space-separated `names` for `arch` (default: this machine)."""
         chosen = arch or self.arch_here() or "ARCH"
         return f"python build/build_from_onnx.py {names} --backend {self.name} --arch {chosen}"

@@ -1,4 +1,4 @@
-"""Protocols of engines: one for any graph, one for the DiT's velocity, and the adapter between them."""
+"""Engine protocols: GraphEngine (named tensors), VelocityEngine (DiT), and the adapter DiTVelocity."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 class GraphEngine(Protocol):
     """A loaded graph: named tensors in, named tensors out, on the device of the first input.
 
-    `max_batch` is the largest batch of one run, None where the graph sets no limit. `device` is "cuda" or "cpu",
-    `cpu_reason` why it is the CPU on a machine with a GPU ("" otherwise). `takes_rows` is True for an encoder or
+    `max_batch` is the largest batch of one run (None: unlimited). `device` is "cuda" or "cpu",
+    `cpu_reason` the reason for the CPU on a machine with a GPU ("" otherwise). `takes_rows` is True for an encoder or
     decoder that takes any number of rows at once and bounds its own memory, so that the caller
     need not cut its input into windows.
     """
@@ -45,7 +45,7 @@ class VelocityEngine(Protocol):
     """One DiT: velocity of a batch of latents, each row at its own noise level."""
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,), both fp32."""
+        """Return the velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,), both fp32."""
         ...
 
     def close(self) -> None: ...
@@ -53,18 +53,18 @@ class VelocityEngine(Protocol):
 
 @runtime_checkable
 class RowsEngine(Protocol):
-    """A DiT that keeps the conditioning of each row between calls and knows it again by identity."""
+    """A DiT that caches the conditioning of each row between calls, by object identity."""
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
-        """Velocity (R, 256, L) on the engine's device, valid until the next call."""
+        """Return the velocity (R, 256, L) on the engine's device, valid until the next call."""
         ...
 
 
 class Closeable:
-    """The context-manager half of an engine: leaving the block closes it."""
+    """Base class with `close` as a context manager."""
 
     def close(self) -> None:
-        """Free what the engine holds; closing twice is fine."""
+        """Free all resources; may be called repeatedly."""
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +76,7 @@ class Closeable:
 
 
 class DeviceEngine(Closeable):
-    """Base of the graph engines: on a GPU unless the engine sets `device`, tensors by way of the CPU."""
+    """Base class of graph engines; by default on a GPU, with inputs and outputs on the CPU."""
 
     device: str = "cuda"
     cpu_reason: str = ""
@@ -85,16 +85,16 @@ class DeviceEngine(Closeable):
 
     @property
     def tensor_device(self) -> str:
-        """The device on which the engine takes and returns tensors without a copy: "cuda" or "cpu"."""
+        """Device of inputs and outputs without a copy: "cuda" or "cpu"."""
         return self.device if self.keeps_device else "cpu"
 
     def rows_at_once(self, frames: int) -> int:
-        """Return how many rows of so many latent frames a decoder decodes without cutting them up, at least 1."""
+        """Return how many rows of `frames` latent frames a decoder decodes without tiling, at least 1."""
         return 1
 
 
 class DiTVelocity(Closeable):
-    """A VelocityEngine on top of any engine that runs the six-input DiT graph; closing it closes the graph."""
+    """VelocityEngine on any GraphEngine of the six-input DiT graph. `close` closes the graph."""
 
     def __init__(self, graph: GraphEngine) -> None:
         self._graph = graph
@@ -102,7 +102,7 @@ class DiTVelocity(Closeable):
         self.device = graph.tensor_device
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""
+        """Return the velocity (B, 256, L) fp32 for x (B, 256, L) and t (B,)."""
         inputs = {
             "x": x,
             "t": t,
@@ -138,7 +138,7 @@ def rows_velocity(engine: VelocityEngine, x: Tensor, t: Tensor, rows: Sequence[C
 
 
 def require_output(outputs: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return one output by name. Raises ToolError: a graph without it is not of the target's kind."""
+    """Return an output by name. Raises ToolError if the graph does not have it."""
     if name not in outputs:
         raise ToolError(f"the graph gives {', '.join(outputs)}, not {name}", "use the ONNX or engine of that target")
     return outputs[name]
@@ -147,7 +147,7 @@ def require_output(outputs: Mapping[str, Tensor], name: str) -> Tensor:
 def run_rows(
     run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]], inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Run a graph that is fixed at one row over the rows of a batch, and put its outputs together again."""
+    """Run a graph of fixed batch 1 on each row of a batch and concatenate the outputs."""
     import torch
 
     rows = next(iter(inputs.values())).shape[0]

@@ -1,4 +1,4 @@
-"""Any of our graphs through ONNX Runtime: the default where there is no TensorRT, and the reference for parity."""
+"""ONNX Runtime backend: runs every graph, the default without built engines and the reference for parity."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NUMPY_TYPES = {
     "tensor(int32)": "int32",
 }
 SIDECAR_FOLDER = "session.model_external_initializers_file_folder_path"  # session option of a graph passed as bytes
-SMALL_OUTSIDE = "external tensors"  # in the error of a graph whose shapes and axes are in its sidecar
+SMALL_OUTSIDE = "external tensors"  # in the error for shapes or axes stored in a sidecar
 NO_PACKED_WEIGHTS = "session.disable_prepacking"
-PLUG_IN = "diff_attn_swa"  # of the published SAME decoder and encoder
+PLUG_IN = "diff_attn_swa"  # custom op of the published SAME decoder and encoder
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
-FATAL_ONLY = 4  # its errors reach the user as ours, once
+FATAL_ONLY = 4  # log level: errors are reported once, as ToolError
 MAX_REASON_LENGTH = 240
 
 
@@ -37,15 +37,15 @@ class _Input(NamedTuple):
 
 
 class OnnxRuntimeEngine(DeviceEngine):
-    """One ONNX file in a session, on the GPU if ONNX Runtime and the machine have one, else on the CPU."""
+    """Session of one ONNX file, on the GPU if ONNX Runtime and the machine support it, else on the CPU."""
 
     def __init__(self, path: Path, variant: bytes | None = None, low_memory: bool = False) -> None:
-        """`variant` is run in place of the file's own graph, with the sidecars of the file.
+        """Load `path`; `variant` replaces the graph of the file, with the same sidecars.
 
-        `low_memory` leaves the weights in their mapped file: ONNX Runtime would else pack a copy of every fp32 weight
-        and fold an fp32 copy of every fp16 one, 6 GB at full size; a step is a little slower for it.
+        `low_memory` keeps the weights memory-mapped: by default ONNX Runtime packs a copy of every fp32 weight and
+        folds an fp32 copy of every fp16 one, 6 GB at full size. Steps are slightly slower.
 
-        Raises ToolError if the file is no ONNX graph that ONNX Runtime can run, or a sidecar is missing.
+        Raises ToolError if ONNX Runtime cannot run the file, or a sidecar is missing.
         """
         import onnxruntime
 
@@ -53,13 +53,13 @@ class OnnxRuntimeEngine(DeviceEngine):
             if not (path.parent / name).is_file():
                 raise ToolError(f"{path} needs {name} beside it, which is missing", "get or make both files again")
         options = onnxruntime.SessionOptions()
-        # FP8 Q/DQ pairs run on the CPU only at this level: the higher ones fuse them into products that do not exist.
+        # FP8 Q/DQ pairs run on the CPU only at this level: higher ones fuse them into kernels that do not exist.
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         if low_memory:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.add_session_config_entry(NO_PACKED_WEIGHTS, "1")
             options.enable_mem_pattern = options.enable_cpu_mem_arena = False
-            # The default order casts the weights of a graph with many outputs long before they are used: 2 GB more.
+            # The default execution order casts weights of graphs with many outputs long before use: 2 GB more.
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.log_severity_level = FATAL_ONLY
         if variant is not None:
@@ -71,12 +71,12 @@ class OnnxRuntimeEngine(DeviceEngine):
             self._session: Any = _session(path, variant, options, providers)
         except ToolError:
             raise
-        except Exception as error:  # its exceptions share no base class of their own
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise memory_error(error, f"{path} was loaded") or _refusal(path, str(error)) from None
         self.device = "cuda" if CUDA_PROVIDER in self._session.get_providers() else "cpu"
         self.cpu_reason = _cpu_reason(providers) if has_gpu and self.device == "cpu" else ""
         self._path = path
-        # Copied out: what a session gives keeps the session and its mapped weights alive, closed or not.
+        # Copied: an output of a session keeps the session and its mapped weights alive.
         self._inputs = {value.name: _Input(value.type, tuple(value.shape)) for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self.input_names = tuple(self._inputs)
@@ -85,7 +85,7 @@ class OnnxRuntimeEngine(DeviceEngine):
         self.max_batch: int | None = first[0] if first and isinstance(first[0], int) else None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs for named inputs. A graph fixed at one row (as the published ones are) runs row by row."""
+        """Return the outputs for named inputs. A graph of fixed batch 1, as the published ones, runs row by row."""
         missing = sorted(self._inputs.keys() - inputs.keys())
         unknown = sorted(inputs.keys() - self._inputs.keys())
         if missing or unknown:
@@ -108,7 +108,7 @@ class OnnxRuntimeEngine(DeviceEngine):
         for name, value in inputs.items():
             spec = self._inputs[name]
             array = value.detach().cpu().contiguous().numpy().astype(_NUMPY_TYPES[spec.type], copy=False)
-            # A scalar may be declared as [] or [1]; both take one number.
+            # A scalar may be declared as [] or [1].
             feeds[name] = array.reshape((1,) * len(spec.shape)) if array.ndim == 0 else array
         place = next(iter(inputs.values())).device
         try:
@@ -122,7 +122,7 @@ class OnnxRuntimeEngine(DeviceEngine):
 
 
 def _session(path: Path, variant: bytes | None, options: Any, providers: list[str]) -> Any:
-    """Return the session of a file or of its variant; shapes and axes in a sidecar are put into a copy in memory."""
+    """Return the session of a file or variant; shapes and axes from a sidecar are inlined in a copy in memory."""
     import onnxruntime
 
     try:
@@ -135,7 +135,7 @@ def _session(path: Path, variant: bytes | None, options: Any, providers: list[st
 
 
 def open_graph(path: Path, target: Target, rebuild: str, onnx: Path | None) -> OnnxRuntimeEngine:
-    """Load the ONNX itself: nothing is built, so nothing can be out of date."""
+    """Load the ONNX file; there is no built engine that could be outdated."""
     return OnnxRuntimeEngine(path)
 
 
@@ -150,7 +150,7 @@ BACKEND = Backend("onnxruntime", "ONNX Runtime", "onnxruntime", open_graph, on_c
 
 
 def _cpu_reason(providers: list[str]) -> str:
-    """Return why a session runs on the CPU of a machine that has a GPU."""
+    """Return the reason why a session runs on the CPU of a machine with a GPU."""
     if CUDA_PROVIDER in providers:
         return "ONNX Runtime's CUDA libraries do not load (its CUDA and cuDNN must be those that it was built for)"
     return "this ONNX Runtime has no CUDA (pip uninstall onnxruntime, then pip install onnxruntime-gpu)"
@@ -172,5 +172,5 @@ def _refusal(path: Path, text: str) -> ToolError:
 
 
 def _end_of(text: str) -> str:
-    """Return the end of a message: it begins with C++ signatures, and what is wrong stands last."""
+    """Return the end of a message: ONNX Runtime puts C++ signatures first and the cause last."""
     return text if len(text) <= MAX_REASON_LENGTH else f"... {text[-MAX_REASON_LENGTH:]}"

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from sa3_trt_core.engines.base import GraphEngine
 
 Run = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
-LIMIT = 2.0  # of the graph's own response to noise; other kernels give 1.0 to 1.1 (build/NOTES.md)
-MIN_SHARE = 0.01  # of the graph's answer to two values that fp16 holds to be one
-DIT_FLOORS = {"fp8": 1e-3, "fp16mixed": 2e-2, "fp32": 2e-2}  # relative L2 that a DiT may be off by in any case
-# Sine gates amplify the rounding of any other order of the same sums, and noise is not what they were trained on.
+LIMIT = 2.0  # times the graph's own response to noise; other kernels measure 1.0 to 1.1 (build/NOTES.md)
+MIN_SHARE = 0.01  # least share of the graph's response to two values that collide in fp16
+DIT_FLOORS = {"fp8": 1e-3, "fp16mixed": 2e-2, "fp32": 2e-2}  # allowed relative L2 of a DiT, whatever its response
+# Sine gates amplify rounding differences of another summation order, and noise is out of their training distribution.
 OTHER_FLOORS = {"t5gemma": 2e-2, "same-decoder": 1e-1, "same-encoder": 1e-1}
 ANSWERS_SUFFIX = ".checked.json"
 ANSWERS_FORMAT, MAX_ANSWERS, MAX_BYTES = 1, 16, 1 << 20
@@ -39,7 +39,7 @@ REPORT = "python scripts/gpu_report.py"
 
 @dataclass(frozen=True)
 class CheckEnvironment:
-    """Validity of a check: card, driver and the version of the library that runs the engine."""
+    """Environment in which a check is valid: card, driver and version of the library that runs the engine."""
 
     card: str
     driver: str
@@ -47,7 +47,7 @@ class CheckEnvironment:
 
     @classmethod
     def of(cls, backend: Backend) -> CheckEnvironment:
-        """This machine, for a backend: the card that it runs on, or the kind of CPU."""
+        """Return this machine's environment for a backend: its card, or the CPU architecture."""
         module, on_gpu = importlib.import_module(backend.package), backend.on_gpu()
         card = f"{gpu.card_name()} ({gpu.current_arch()})" if on_gpu else f"CPU ({platform.machine()})"
         library = f"{backend.package} {getattr(module, '__version__', 'unknown')}"
@@ -56,18 +56,18 @@ class CheckEnvironment:
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """One row: its name, how far the engine is from the graph as a multiple of what is allowed, and why if it fails."""
+    """Outcome of one row: its name, its error as a multiple of the limit, and the failure message or None."""
 
     row: str
-    apart: float
+    error_over_limit: float
     failure: str | None
 
 
 def make_checks(kind: str, precision: str, run: Run, graph: Iterable[str]) -> CheckSet:
-    """Return the check rows of a graph, by running it (ONNX Runtime) on every row.
+    """Return the check rows of a graph, computed by running it (ONNX Runtime) on every row.
 
-    Each row of an FP8 graph is run with noise on its inputs too: there the least difference decides which way an
-    activation rounds. `graph` are the digests of its files. Raises GateError when an output is not finite.
+    An FP8 graph is also run with noise on the inputs: a tiny difference there changes how activations round. `graph`
+    are the digests of its files. Raises GateError for a non-finite output.
     """
     floor = DIT_FLOORS[precision] if kind == "dit" else OTHER_FLOORS[kind]
     rows, expected, response = check_rows.planned_rows(kind), [], []
@@ -84,7 +84,7 @@ def make_checks(kind: str, precision: str, run: Run, graph: Iterable[str]) -> Ch
 
 
 def outcomes(checks: CheckSet, run: Run) -> list[CheckOutcome]:
-    """Return every row of an engine against the stored answers of its graph."""
+    """Compare an engine with the stored outputs of its graph on every row."""
     return [_outcome(checks, index, run) for index in range(len(checks.rows))]
 
 
@@ -101,16 +101,16 @@ def _outcome(checks: CheckSet, index: int, run: Run) -> CheckOutcome:
         return CheckOutcome(row.name, math.inf, f"{row.name}: values that are not finite")
     allowed = max(LIMIT * checks.response[index], checks.floor * _norm(expected))
     distance = _norm(answer - expected)
-    apart = distance / allowed if allowed else (0.0 if not distance else math.inf)
+    error_over_limit = distance / allowed if allowed else (0.0 if not distance else math.inf)
     share = _share(row, expected, answer)
     failure = None
-    if not apart <= 1.0:
+    if not error_over_limit <= 1.0:
         off = distance / max(_norm(expected), 1e-30)
-        failure = f"{row.name}: relative L2 {off:.3g} from the graph, {apart:.2f} times the limit"
+        failure = f"{row.name}: relative L2 {off:.3g} from the graph, {error_over_limit:.2f} times the limit"
     elif share is not None and share < MIN_SHARE:
         what = check_rows.PURPOSES[row.purpose]
         failure = f"{row.name}: two {what} that differ in fp32 give {share:.2g} of the graph's difference, limit 0.01"
-    return CheckOutcome(row.name, apart, failure)
+    return CheckOutcome(row.name, error_over_limit, failure)
 
 
 def _share(row: CheckRow, expected: np.ndarray, answer: np.ndarray) -> float | None:
@@ -129,11 +129,11 @@ def require_correct(
     graph: Path | None = None,
     again: bool = False,
 ) -> list[CheckOutcome]:
-    """Check an engine unless this card, driver and library have answered for these bytes before.
+    """Check an engine unless it passed before in the same environment with the same bytes.
 
-    `path` is the file of the engine, `graph` the ONNX that it is of, where one is known: its rows come first. The bytes
-    are compared with their digests, then the rows are run; `again` does so in any case. Returns the outcomes, empty
-    where nothing was run. Raises GateError when the engine is wrong; ToolError when the rows cannot be read.
+    `path` is the engine's file, `graph` its ONNX (None: unknown), whose check rows take precedence. The bytes are
+    compared with their digests, then the rows are run; `again` ignores earlier results. Returns the outcomes, empty if
+    nothing was run. Raises GateError for a wrong engine, ToolError for unreadable rows.
     """
     rows = next((check_path(at) for at in (graph, path) if at is not None and check_path(at).is_file()), None)
     key = {**vars(environment), "engine": _stamp(path), "rows": None if rows is None else _stamp(rows)}
@@ -144,7 +144,7 @@ def require_correct(
     if changed is not None:
         raise GateError(f"{path} is not what was checked when it was made: {changed}", f"make it again: {rebuild}")
     if checks is None:
-        _keep(path, key, 0.0)  # else every start would read every byte again
+        _keep(path, key, 0.0)  # otherwise every start would hash every byte again
         return []
     results = outcomes(checks, engine.run)
     failures = _failures(results)
@@ -155,12 +155,12 @@ def require_correct(
             f"make it again: {rebuild}; if it fails again, report it with the folder that {REPORT} writes",
             "\n".join(failures[1:]) or None,
         )
-    _keep(path, key, max(one.apart for one in results))
+    _keep(path, key, max(one.error_over_limit for one in results))
     return results
 
 
 def require_refitted(engine: GraphEngine, graph: Path, label: str) -> None:
-    """Run a refitted engine on the check rows of the graph of its weights. Raises GateError when it is wrong."""
+    """Run a refitted engine on the check rows of the merged graph. Raises GateError if a row fails."""
     if not check_path(graph).is_file():
         return
     failures = _failures(outcomes(check_rows.read(check_path(graph)), engine.run))
@@ -174,8 +174,8 @@ def require_refitted(engine: GraphEngine, graph: Path, label: str) -> None:
 def changed_bytes(path: Path, checks: CheckSet | None) -> str | None:
     """Return why the bytes of an engine or a graph differ from its manifest or its check rows, or None.
 
-    Every byte is read. An engine is of the graph of the rows when its manifest names that graph's digests among its
-    inputs; a graph is when it has them itself.
+    Every byte is hashed. The digests of the rows' graph must be those of a graph file, or be among the inputs in an
+    engine's manifest.
     """
     record = manifest.read_manifest(path)
     changed = manifest.verify_manifest(path, deep=True) if record is not None else None
@@ -191,7 +191,7 @@ def changed_bytes(path: Path, checks: CheckSet | None) -> str | None:
 
 
 def _stamp(path: Path) -> list[Any]:
-    """Name, size, time of change and sampled digest of the files of an artefact: other bytes are checked again."""
+    """Return name, size, mtime and sampled digest of an artefact's files, which identify its bytes."""
     record = manifest.read_manifest(path) if manifest.manifest_path(path).is_file() else None
     sidecars = external_data_names(path) if path.suffix == ".onnx" else []
     names = sorted({path.name, *sidecars, *(record.files if record is not None else ())})
@@ -203,7 +203,7 @@ def _stamp(path: Path) -> list[Any]:
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    """Return the checks that were kept beside an engine; an empty list where they cannot be read."""
+    """Return the stored checks beside an engine; an empty list if they cannot be read."""
     kept = path.with_name(path.name + ANSWERS_SUFFIX)
     try:
         document = json.loads(kept.read_bytes()) if kept.stat().st_size <= MAX_BYTES else None
@@ -214,7 +214,7 @@ def _answers(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep(path: Path, key: Mapping[str, Any], worst: float) -> None:
-    """Note that an engine is right; a folder that takes no files costs another run of the rows, no more."""
+    """Store that an engine passed; in a read-only folder it is checked again next time."""
     entry = {"key": dict(key), "worst": worst, "created": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")}
     document = {"format": ANSWERS_FORMAT, "answers": [*_answers(path)[1 - MAX_ANSWERS :], entry]}
     try:

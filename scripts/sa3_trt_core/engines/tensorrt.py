@@ -1,4 +1,4 @@
-"""Compiled engines through TensorRT 10.15 to 11.x or TensorRT-RTX 1.x: the same API from two packages."""
+"""TensorRT (10.15 to 11.x) and TensorRT-RTX (1.x) backends: two packages with the same API."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REBUILD = "python build/build_from_onnx.py NAME --backend {backend} --arch {arch}"
-MAX_BOUND = 8  # sets of shapes that are kept ready: a ring runs 1 to 8 rows; the one used longest ago goes first
+MAX_BOUND = 8  # contexts kept, one per set of shapes (a ring runs 1 to 8 rows); LRU eviction
 
 
 class TensorRtEngine(DeviceEngine):
-    """One deserialised engine, ready at the shapes it was last used with; not for use from several threads."""
+    """One deserialised engine, with a cached context for each of the last sets of shapes. Not thread-safe."""
 
     def __init__(
         self, path: Path, backend: str, rebuild: str = "", onnx: Path | None = None, capture: bool = False
     ) -> None:
         """Load an engine that this project built for this machine; its manifest is verified first (`require_ours`).
 
-        `rebuild` is the command that a message gives; `onnx` the graph that the user works with, where one is known;
-        `capture` allows a CUDA graph where the same shapes come again, as a DiT's do. Raises ToolError.
+        `rebuild` is the command in messages; `onnx` the graph in use (None: unknown); `capture` allows CUDA graphs for
+        repeated shapes, as of a DiT. Raises ToolError.
         """
         arch = gpu.current_arch()
         self._rebuild = rebuild or REBUILD.format(backend=backend, arch=arch or "ARCH")
@@ -62,7 +62,7 @@ class TensorRtEngine(DeviceEngine):
         self._stream: torch.cuda.Stream | None = None
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs for named inputs, on the device of the first; an engine fixed at one row runs row by row."""
+        """Return the outputs for named inputs, on the first one's device; an engine of batch 1 runs row by row."""
         if set(inputs) != set(self.input_names):
             raise ToolError(
                 f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}",
@@ -74,14 +74,14 @@ class TensorRtEngine(DeviceEngine):
         return self._run_once(inputs)
 
     def refit(self, graph: Path) -> None:
-        """Replace the weights by those of a merged graph. Raises ToolError; the engine is of no use then."""
+        """Replace the weights by those of a merged graph. After a ToolError the engine is unusable."""
         assert self._loaded is not None
         tensorrt_refit.require_refittable(self._path, self._rebuild, graph)
-        self._bound.clear()  # with their CUDA graphs
+        self._bound.clear()  # contexts and their CUDA graphs
         tensorrt_refit.refit(self._trt, self._loaded.engine, graph, str(self._path))
 
     def close(self) -> None:
-        self._bound.clear()  # before the engine, which frees itself after its contexts or not at all
+        self._bound.clear()  # contexts first: TensorRT frees an engine only after its contexts
         self._scratch = None
         self._loaded = None
 
@@ -99,7 +99,7 @@ class TensorRtEngine(DeviceEngine):
             ) from None
 
     def _bound_to(self, inputs: Mapping[str, Tensor]) -> BoundContext:
-        """Return the context of these shapes, made if need be."""
+        """Return the context of these shapes, created on first use."""
         import torch
 
         assert self._loaded is not None
@@ -111,7 +111,7 @@ class TensorRtEngine(DeviceEngine):
             self._stream = torch.cuda.Stream()
         made = BoundContext(self._trt, self._loaded.engine, inputs, self._stream, str(self._path))
         if self._scratch is None or self._scratch.numel() < made.scratch_bytes:
-            # The others, and their graphs, hold the address of the old one.
+            # Other contexts and their CUDA graphs refer to the address of the old scratch memory.
             self._bound.clear()
             self._scratch = None
             self._scratch = torch.empty(max(made.scratch_bytes, 1), dtype=torch.uint8, device="cuda")
@@ -122,16 +122,16 @@ class TensorRtEngine(DeviceEngine):
         return made
 
     def _fitted(self, name: str, value: Tensor) -> Tensor:
-        """Return an input in the engine's type and number of axes, inside its limits."""
+        """Return an input with the engine's dtype and rank, checked against its profile."""
         assert self._loaded is not None
         declared = extents(self._loaded.engine.get_tensor_shape(name))
         if value.dim() == 0 and declared:
-            value = value.reshape((1,) * len(declared))  # a scalar may be declared as [] or [1]; both take one number
+            value = value.reshape((1,) * len(declared))  # a scalar may be declared as [] or [1]
         require_inside(self._path, name, tuple(value.shape), self._limits(name), self._rebuild)
         return value.to(torch_type(self._trt, self._loaded.engine, name))
 
     def _limits(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Least and largest shape of an input."""
+        """Return the min and max shape of an input."""
         assert self._loaded is not None
         shape = extents(self._loaded.engine.get_tensor_shape(name))
         if -1 not in shape:
@@ -148,7 +148,7 @@ def _require_cuda_torch() -> None:
 
 
 def open_tensorrt(backend: str, path: Path, target: Target, rebuild: str, onnx: Path | None) -> TensorRtEngine:
-    """Load an engine of either package; a DiT's shapes come again, so its runs are captured."""
+    """Load an engine of either package; a DiT repeats shapes, so CUDA graphs are allowed."""
     return TensorRtEngine(path, backend, rebuild, onnx, capture=target.kind == "dit")
 
 

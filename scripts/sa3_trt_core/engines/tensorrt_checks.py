@@ -9,14 +9,14 @@ from sa3_trt_core import shapes
 from sa3_trt_core.artifacts import manifest
 from sa3_trt_core.errors import ToolError
 
-# From the first release that was compiled for, up to and without the first that may have another API.
+# From the first supported release, to below the first with a possibly different API.
 SUPPORTED = {"tensorrt": ((10, 15), (12, 0)), "tensorrt_rtx": ((1, 0), (2, 0))}
 _SPECS = {spec.name: spec for contract in shapes.CONTRACTS.values() for spec in contract.inputs}
 Extents = tuple[int, ...]
 
 
 def require_version(backend: str, version: str) -> None:
-    """Refuse a release of TensorRT whose API this project does not know. Raises ToolError."""
+    """Raise ToolError for an unsupported release of TensorRT."""
     least, end = SUPPORTED[backend]
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if not least <= numbers < end:
@@ -27,11 +27,10 @@ def require_version(backend: str, version: str) -> None:
 def require_ours(
     path: Path, backend: str, version: str, arch: str, rebuild: str, onnx: Path | None = None
 ) -> manifest.Manifest:
-    """Return the manifest of an engine that this project finished for this release and GPU.
+    """Return the manifest of an engine of this project for this release and GPU.
 
-    `onnx` is the graph that the user works with now, where one is known: an engine of another one is refused. The two
-    digests come from the manifests, so that gigabytes are not read again. `rebuild` is the command that mends it.
-    Raises ToolError.
+    `onnx` is the graph in use (None: unknown); an engine of another graph is refused. Digests are read from the
+    manifests, which avoids hashing gigabytes. `rebuild` is the command in messages. Raises ToolError.
     """
     again = f"build it again: {rebuild}"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""One TensorRT execution context at one set of input shapes, with buffers of its own and, when clean, a CUDA graph."""
+"""TensorRT execution context at fixed input shapes, with its own buffers and, if bit-exact, a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RUNS_BEFORE_CAPTURE = 2  # the first may still set things up
+RUNS_BEFORE_CAPTURE = 2  # the first run may still initialize
 
 
 class Loaded(NamedTuple):
-    """A deserialised engine. The runtime must outlive it: TensorRT frees them in that order or not at all."""
+    """A deserialised engine and its runtime, which must be freed after it."""
 
     runtime: trt.Runtime
     engine: trt.ICudaEngine
@@ -39,24 +39,24 @@ def deserialize(module: Any, data: Any, refused: str, hint: str) -> Loaded:
 
 
 class BoundContext:
-    """Runs one engine at fixed shapes. Its inputs and outputs are its own, so that their addresses never change.
+    """One engine at fixed shapes. It owns its input and output buffers, whose addresses never change.
 
-    Scratch memory is lent to it: contexts of one engine run one after the other and share it.
+    Scratch memory belongs to the engine: its contexts run one at a time and share it.
     """
 
     def __init__(
         self, module: Any, engine: trt.ICudaEngine, inputs: Mapping[str, Tensor], stream: torch.cuda.Stream, label: str
     ) -> None:
-        """`inputs` have the engine's types and the shapes to bind; `label` names the engine in messages.
+        """Bind the shapes of `inputs`, which have the engine's dtypes; `label` names the engine in messages.
 
-        Raises ToolError when the GPU has no memory for it, RuntimeError for what TensorRT should have taken.
+        Raises ToolError if GPU memory is exhausted, RuntimeError if TensorRT rejects a shape.
         """
         context = engine.create_execution_context(module.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise ToolError(f"no GPU memory for {label}", "free GPU memory, or ask for fewer `seconds`")
         self._context: trt.IExecutionContext = context
         self._stream, self._label = stream, label
-        # Made anew, not like the inputs: those may lie in memory in another order than TensorRT reads.
+        # Contiguous new buffers: the inputs may have other strides than TensorRT reads.
         self._inputs = {name: _buffer(tuple(value.shape), value.dtype) for name, value in inputs.items()}
         for name, buffer in self._inputs.items():
             if not context.set_input_shape(name, tuple(buffer.shape)):
@@ -77,7 +77,7 @@ class BoundContext:
         self._runs = 0
 
     def lend(self, scratch: Tensor) -> None:
-        """Give it the scratch memory (bytes on the GPU) that it works in; it must stay until the context is gone."""
+        """Set the scratch memory (bytes on the GPU), which must outlive the context."""
         self._context.set_device_memory(scratch.data_ptr(), scratch.numel())
 
     @property
@@ -86,7 +86,7 @@ class BoundContext:
         return self._graph is not None
 
     def run(self, inputs: Mapping[str, Tensor], capture: bool) -> dict[str, Tensor]:
-        """Outputs for inputs of the bound shapes, on the device of the first input. `capture` allows a CUDA graph."""
+        """Return the outputs for inputs of the bound shapes, on the first one's device. `capture` allows a CUDA graph."""
         import torch
 
         device = next(iter(inputs.values())).device
@@ -119,12 +119,12 @@ class BoundContext:
                 graph.replay()
             self._stream.synchronize()
         except (RuntimeError, ToolError):
-            return  # it goes on as it did, without a graph
+            return  # continue without a CUDA graph
         if all(torch.equal(buffer, wanted[name]) for name, buffer in self._outputs.items()):
             self._graph = graph
 
     def enqueue(self) -> None:
-        """Start one run on the context's stream, on what lies in its inputs. Raises ToolError."""
+        """Enqueue one run with the current input buffers on the context's stream. Raises ToolError."""
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise ToolError(f"{self._label}: the GPU could not run it", "free GPU memory, or ask for fewer `seconds`")
 
@@ -134,7 +134,7 @@ class BoundContext:
 
 
 def _buffer(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory on the GPU that may be written in any mode: one made in inference mode may not be outside of it."""
+    """Allocate GPU memory outside inference mode, so that it can be written in any mode."""
     import torch
 
     with torch.inference_mode(False):

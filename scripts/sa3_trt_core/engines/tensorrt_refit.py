@@ -12,14 +12,14 @@ from sa3_trt_core.errors import ToolError
 if TYPE_CHECKING:
     import tensorrt as trt
 
-SETTING = "refittable"  # of an engine's manifest, written by the builder
+SETTING = "refittable"  # key in the manifest settings of an engine
 
 
 def require_refittable(path: Path, rebuild: str, graph: Path | None = None) -> None:
-    """Raise ToolError unless the manifest of an engine says that it can be refitted, with weights of `graph`.
+    """Raise ToolError unless an engine can be refitted, by its manifest, with the weights of `graph`.
 
-    `graph` is a merged one: its manifest names the digests of its base, which must be those that the engine is of.
-    `rebuild` is the command that builds the engine.
+    `graph` is a merged graph; the digests of its base in its manifest must be those of the engine's graph. `rebuild` is
+    the command that builds the engine.
     """
     record = manifest.read_manifest(path)
     if record is None or record.settings.get(SETTING) is not True:
@@ -41,7 +41,7 @@ def require_refittable(path: Path, rebuild: str, graph: Path | None = None) -> N
 def refit(module: Any, engine: trt.ICudaEngine, graph: Path, label: str) -> None:
     """Refit a deserialised engine from a graph file: every weight that was marked when it was built.
 
-    No context may run meanwhile. Raises ToolError with TensorRT's reason; the engine is of no use then.
+    No context may run meanwhile. After a ToolError (with TensorRT's reason) the engine is unusable.
     """
     again = "build the engine again with --refittable, or without it and merge into a graph of its own"
     if not engine.refittable:

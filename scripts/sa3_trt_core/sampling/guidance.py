@@ -1,4 +1,4 @@
-"""Classifier-free guidance: the null row beside the text row, in one forward of 2B rows."""
+"""Classifier-free guidance: conditional and unconditional rows in one forward of 2B rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Guidance:
     """Classifier-free guidance settings: `null`, the unconditional or negative inputs; scale `cfg`; APG strength `apg`.
 
-    `apg` in 0..1 is how much of the guidance along the denoised latent is taken away.
+    `apg` in 0..1 is the share of the guidance parallel to the denoised latent that is removed.
     """
 
     null: Conditioning
@@ -27,26 +27,26 @@ class Guidance:
     apg: float
 
     def velocity(self, x: Tensor, t: Tensor, with_text: Tensor, without: Tensor) -> Tensor:
-        """The guided velocity (B, C, L) at x (B, C, L) and t (B,), from those of the text rows and of the null rows."""
+        """Return the guided velocity (B, C, L) at x (B, C, L) and t (B,) from conditional and unconditional ones."""
         if self.apg:
-            # D_text - D_null is -sigma (v_text - v_null): what is parallel of the one is parallel of the other.
+            # D_text - D_null = -sigma (v_text - v_null): both have the same parallel component.
             clean = denoised(x, with_text, t[:, None, None].to(x.device))
             without = without + self.apg * parallel_part(with_text - without, clean)
         return guided(with_text, without, self.cfg)
 
 
 class GuidedVelocity(Closeable):
-    """A VelocityEngine that guides another: velocity for B rows from one forward of 2B, the text rows first.
+    """VelocityEngine that applies guidance to another: B rows from one forward of 2B, conditional rows first.
 
     Does not close the other engine.
     """
 
     def __init__(self, engine: VelocityEngine, guidance: Guidance) -> None:
         self._engine, self._guidance = engine, guidance
-        self._both: tuple[Conditioning, Conditioning] | None = None  # of the last call: its text rows, and all rows
+        self._both: tuple[Conditioning, Conditioning] | None = None  # last call: conditional rows, and all rows
 
     def velocity(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Guided velocity (B, 256, L) for x (B, 256, L) and t (B,)."""
+        """Return the guided velocity (B, 256, L) for x (B, 256, L) and t (B,)."""
         import torch
 
         if self._both is None or self._both[0] is not cond:
@@ -56,7 +56,7 @@ class GuidedVelocity(Closeable):
 
 
 def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
-    """Return the guided velocity (B, C, L): without + cfg (with_text - without); cfg 1 gives with_text to the bit.
+    """Return the guided velocity (B, C, L): without + cfg (with_text - without); cfg 1 returns with_text bit for bit.
 
     Source: classifier-free guidance (Ho, Salimans 2022).
     """
@@ -64,9 +64,9 @@ def guided(with_text: Tensor, without: Tensor, cfg: float) -> Tensor:
 
 
 def parallel_part(difference: Tensor, direction: Tensor) -> Tensor:
-    """The part of `difference` (B, C, L) that lies along `direction`, the norm over channels and time of each row.
+    """Return the projection of `difference` (B, C, L) on `direction`, over channels and time of each row.
 
-    In fp64, as the model's own: a sum over a million products. Source: build/FACTS.md, Generation.
+    In fp64, as the model's own: it sums a million products. Source: build/FACTS.md, Generation.
     """
     import torch
 
@@ -79,8 +79,8 @@ def parallel_part(difference: Tensor, direction: Tensor) -> Tensor:
 def negative_conditioning(cond: Conditioning, hidden: Tensor, mask: Tensor) -> Conditioning:
     """Return the conditioning of negative-prompt rows: the text's features (B, 256, 768), zero where its mask is zero.
 
-    The mask (B, 256) itself becomes one, so that no padding embedding takes those places, and the duration stays: so it
-    is for an empty text too, which is a text. Source: the model's own generation.
+    The mask (B, 256) becomes all ones, so that the model inserts no padding embedding; the duration is unchanged. The
+    same holds for an empty negative prompt. Source: the model's own generation.
     """
     import torch
 
@@ -88,10 +88,10 @@ def negative_conditioning(cond: Conditioning, hidden: Tensor, mask: Tensor) -> C
 
 
 def null_conditioning(cond: Conditioning) -> Conditioning:
-    """Return the conditioning of the null rows (B): zero text under a zero mask; duration and local_add_cond stay.
+    """Return the conditioning of unconditional rows (B): zero text and mask; duration and local_add_cond unchanged.
 
-    That pair is the marker of the null row. Our graphs make all of its cross tokens zero, the duration's included, as
-    the model's own null branch has them; no text gives it (`positive_conditioning`).
+    Zero text with a zero mask marks an unconditional row: our graphs then zero all cross tokens, including the
+    duration's, as the model's own null branch does. No text produces this pair (`positive_conditioning`).
     """
     import torch
 
@@ -99,10 +99,10 @@ def null_conditioning(cond: Conditioning) -> Conditioning:
 
 
 def positive_conditioning(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features (B, 256, 768) and mask (B, 256) of texts such that none of them is the null row's marker.
+    """Return features (B, 256, 768) and mask (B, 256) of texts, none of which marks an unconditional row.
 
-    A tokenizer without BOS gives an empty text a zero mask. Its features are then padding, which the padding embedding
-    replaces whatever they are, so ones may stand in for zeros.
+    Without BOS an empty text has a zero mask. All its features are then padding, which the padding embedding replaces,
+    so ones can be used instead of zeros.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""The in-painting mask of the model: which latent frames are kept, and what the DiT reads of them.
+"""In-painting: the keep mask over latent frames, and the DiT input local_add_cond.
 
-Sampler, calibration, validation and scoring all call these functions: a DiT that is calibrated or judged on other
-masks than it is run with would meet activations that were never measured.
+Shared by sampler, calibration, validation and scoring, so that a DiT is calibrated and evaluated on the masks that it
+is run with.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Ranges = Sequence[tuple[float, float]]  # (start, end) in seconds
 
 
 def regenerated_frames(start: float, end: float) -> tuple[int, int]:
-    """Return the first latent frame of a range in seconds, and the first frame after it; equal where it holds none.
+    """Return the first latent frame of a range in seconds, and the first frame after it; equal for an empty range.
 
-    The model makes its mask in samples, bounds int(seconds * 44100), and takes it to frames by the value at each
-    frame's first sample: frame i is regenerated where start <= 4096 i < end. Source: the model's own generation.
+    The model's mask is in samples, with bounds int(seconds * 44100), and is sampled at the first sample of each frame:
+    frame i is regenerated where start <= 4096 i < end. Source: the model's own generation.
     """
     return shapes.frames_before(start), shapes.frames_before(end)
 
@@ -29,7 +29,7 @@ def regenerated_frames(start: float, end: float) -> tuple[int, int]:
 def keep_mask(seconds: float, frames: int, ranges: Ranges) -> Tensor:
     """Return the keep mask (1, 1, frames) fp32: 1 where the sound is kept, 0 in the ranges and after `seconds`.
 
-    Nothing is kept after the end of the sound: the model is trained to find no context in its padding.
+    Nothing is kept after the end of the sound: the model is trained without context in its padding.
     """
     import torch
 

@@ -15,11 +15,11 @@ from sa3_trt_core.shapes import LATENT_CHANNELS
 if TYPE_CHECKING:
     from torch import Tensor
 
-Features = Mapping[str, tuple["Tensor", "Tensor"]]  # of each text: t5_hidden (1, 256, 768), t5_mask (1, 256)
+Features = Mapping[str, tuple["Tensor", "Tensor"]]  # text -> t5_hidden (1, 256, 768), t5_mask (1, 256)
 
 
 def sigmas_of(request: Request) -> Tensor:
-    """Return the noise levels (steps + 1,) of a request's own schedule."""
+    """Return the noise levels (steps + 1,) of a request."""
     if request.legacy_schedule:
         return schedule.legacy_sigmas(request.steps, request.frames, request.sigma_max)
     return schedule.sigmas(request.steps, request.sigma_max, request.schedule_order)

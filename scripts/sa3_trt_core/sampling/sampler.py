@@ -1,4 +1,4 @@
-"""Ping-pong sampling: from noise to latents with one velocity a step, through any engine."""
+"""Ping-pong sampler: noise to latents with one velocity evaluation per step, on any engine."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-    """Return the clean latent that a velocity points at: x - sigma v, for x and v (B, C, L)."""
+    """Return the denoised latent x - sigma v, for x and v (B, C, L)."""
     return x - sigma * v
 
 
 def row_noise(seeds: Sequence[int], channels: int, frames: int, valid: int | None = None) -> Iterator[Tensor]:
-    """Yield endless fp32 noise (B, C, V): each row from a CPU generator of its own seed, drawn as randn(1, C, L).
+    """Yield endless fp32 noise (B, C, V): each row from its own seeded CPU generator, drawn as randn(1, C, L).
 
-    `valid` is V, how many of the L `frames` the DiT runs on (None: all). The noise of the padded frames is drawn too:
-    without it the noise of the valid ones would not be that of the model's own generation.
-    The first draw is the initial noise, then one a step. A row's sound therefore depends on its seed alone, not on its
-    neighbours, the batch size or the GPU; for B = 1 it is what torch.manual_seed(seed) and torch.randn give.
+    `valid` is V, the number of valid ones among the L `frames` (None: all). Noise of the padded frames is drawn too, so
+    that the noise of the valid ones equals that of the model's own generation. The first draw is the initial noise,
+    followed by one per step. A row's noise depends only on its seed, not on the batch or the GPU; for B = 1 it equals
+    torch.manual_seed(seed) with torch.randn.
     """
     import torch
 
@@ -37,12 +37,12 @@ def row_noise(seeds: Sequence[int], channels: int, frames: int, valid: int | Non
 
 
 class Trajectory:
-    """The ping-pong of some rows, a step at a time: `x` (B, C, L) at `sigma` waits for the velocity there.
+    """State of ping-pong sampling of B rows: `x` (B, C, L) at noise level `sigma`, advanced one step at a time.
 
-    Starts at the noise's first draw; each step is d = x - s_i v, then x = (1 - s_{i+1}) d + s_{i+1} noise. The noise of
-    the last step is drawn too, and multiplied by 0: the generator then stands where the model's own does.
-    `start` (B, C, L) is what audio to audio starts from: (1 - s_0) start + s_0 noise. `kept` is what to put back after
-    every step: latents (B, C, L) and a mask (B, 1, L) of 1 where.
+    x starts as the first draw of noise; each step is d = x - s_i v, then x = (1 - s_{i+1}) d + s_{i+1} noise. Noise of
+    the last step is drawn too, and multiplied by 0, as in the model's own sampler. `start` (B, C, L) is the init latent
+    of audio to audio: x = (1 - s_0) start + s_0 noise. `kept` are latents (B, C, L) restored after every step where the
+    mask (B, 1, L) is 1.
     Source: the model's own generation (build/FACTS.md, Generation).
     """
 
@@ -51,7 +51,7 @@ class Trajectory:
         kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._noise, self._sigmas, self._kept = noise, sigmas, kept
-        self._finite: list[Tensor] = []  # of each step, looked at where it costs no waiting
+        self._finite: list[Tensor] = []  # one flag per step, read later to avoid a synchronization
         self.step = 0
         self.x = next(noise)
         if start is not None:
@@ -64,13 +64,13 @@ class Trajectory:
 
     @property
     def finished(self) -> bool:
-        """True if `x` is the clean latent."""
+        """True after the last step: `x` is the denoised latent."""
         return self.step == len(self._sigmas) - 1
 
     def advance(self, velocity: Tensor) -> None:
         """Take one step with the velocity (B, C, L) at `x`, on its device.
 
-        On a CPU raises ToolError when a velocity is not finite. On a GPU that would wait for the step: see
+        Raises ToolError for a non-finite velocity on a CPU. On a GPU the check would synchronize: see
         `require_finite`.
         """
         import torch
@@ -81,9 +81,9 @@ class Trajectory:
         _step([self], [velocity])
 
     def require_finite(self) -> None:
-        """Raise ToolError when a velocity of the steps so far was not finite. Waits for the GPU where `x` lies on one.
+        """Raise ToolError if a velocity so far was not finite. Synchronizes with the GPU.
 
-        To be called before the latents are used.
+        Must be called before the latents are used.
         """
         import torch
 
@@ -97,7 +97,7 @@ class Trajectory:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor that the coming steps read, but for their noise."""
+        """Yield every tensor that later steps read, except their noise."""
         yield self.x
         yield from self._kept or ()
 
@@ -108,10 +108,9 @@ class Trajectory:
 
 
 def advance_together(paths: Sequence[Trajectory], velocities: Tensor) -> None:
-    """Take one step of each path (1, C, L) with its row of `velocities` (R, C, L) on a GPU. Waits for nothing.
+    """Advance each path (1, C, L) with its row of `velocities` (R, C, L) on a GPU, without synchronization.
 
-    In a launch an operation instead of one a row: with eight rows the launches would otherwise take longer than the gap
-    between two steps may.
+    One launch per operation instead of one per row: launches for eight rows would otherwise delay the next step.
     """
     import torch
 
@@ -121,7 +120,7 @@ def advance_together(paths: Sequence[Trajectory], velocities: Tensor) -> None:
 
 
 def _step(paths: Sequence[Trajectory], velocities: Sequence[Tensor]) -> None:
-    """Move each path, of any number of rows, to its next noise level: d = x - s v, then (1 - s') d + s' noise."""
+    """Advance each path, of any number of rows, to its next noise level: d = x - s v, then (1 - s') d + s' noise."""
     import torch
 
     after = [path._sigmas[path.step + 1] for path in paths]
@@ -145,9 +144,9 @@ def ping_pong(
     start: Tensor | None = None,
     kept: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Latents (B, C, L) of rows that go step by step together; `on_step(i, sigma)` is called after each step.
+    """Sample latents (B, C, L) of rows in lockstep; `on_step(i, sigma)` is called after each step.
 
-    The other arguments are Trajectory's. Raises ToolError when a velocity is not finite.
+    The other arguments are those of Trajectory. Raises ToolError for a non-finite velocity.
     """
     path = Trajectory(noise, sigmas, start, kept)
     while not path.finished:

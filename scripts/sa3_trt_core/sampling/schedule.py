@@ -1,4 +1,4 @@
-"""The noise levels of the model's own sampler, and of the published TensorRT runtime for people who compare."""
+"""Noise schedules: that of the model's own sampler, and that of the published TensorRT runtime for comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SLOPE, OFFSET = 8.2, -2.0
-LEGACY_SHIFTS, LEGACY_FRAMES = (0.5, 1.15), (256, 4096)  # the exponent grows from the one to the other
+LEGACY_SHIFTS, LEGACY_FRAMES = (0.5, 1.15), (256, 4096)  # ln s at the first and at the last length
 
 
 def sigmas(steps: int, sigma_max: float = 1.0, order: str = SCHEDULE_ORDERS[0]) -> Tensor:
@@ -37,7 +37,7 @@ def sigmas(steps: int, sigma_max: float = 1.0, order: str = SCHEDULE_ORDERS[0]) 
 
 
 def legacy_sigmas(steps: int, frames: int, sigma_max: float = 1.0) -> Tensor:
-    """The noise levels of the published TensorRT runtime, fp32 (steps + 1,): another warp, that depends on the length.
+    """Return noise levels of the published TensorRT runtime, fp32 (steps + 1,): a warp that depends on the length.
 
     sigma(u) = s u / (1 + (s - 1) u) on u = sigma_max -> 0, the first set to sigma_max, where ln s goes straight from
     0.5 at 256 latent frames to 1.15 at 4096 (and on beyond either). That gives the eight steps at 646 frames of

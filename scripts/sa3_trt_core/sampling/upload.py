@@ -1,4 +1,4 @@
-"""Noise on its way to a GPU: drawn on the CPU while the GPU works, uploaded from pinned memory."""
+"""Draw noise on the CPU while the GPU works, and upload it from pinned memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ MAX_AHEAD = 16  # draws that `draw_ahead` keeps on the GPU: 4 MB each at the lon
 
 
 class UploadedNoise(Iterator["Tensor"]):
-    """The endless tensors (B, C, V) of `sampler.row_noise` on a GPU, to the bit.
+    """Iterator of the tensors (B, C, V) of `sampler.row_noise` on a GPU, bit for bit.
 
-    The generators stay on the CPU: one seed is one sound on every machine. Nothing waits for the GPU: the sampler asks
-    for the noise of a step when the velocity of that step is queued, so that it is drawn meanwhile. It is drawn into
-    pinned memory and cut to `valid` frames on the GPU, because each copy on the CPU costs as much as the drawing. A
-    thread would be slower: each new one starts a team of OpenMP threads of its own.
+    CPU generators make a seed reproducible on every machine. The sampler requests noise after it has queued the step's
+    velocity, so that drawing overlaps with the GPU. Noise is drawn into pinned memory and cut to `valid` frames on the
+    GPU, because each copy on the CPU costs as much as the drawing. A thread would be slower: each new one starts its
+    own team of OpenMP threads.
     """
 
     def __init__(self, seeds: Sequence[int], channels: int, frames: int, valid: int | None, device: str) -> None:

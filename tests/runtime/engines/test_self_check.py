@@ -123,7 +123,10 @@ def test_every_graph_of_the_producer_brings_check_rows_in_its_manifest(tiny_fp8:
 def test_a_good_graph_passes_and_its_answer_is_kept(name: str, root: Path) -> None:
     target, source = find_target(name), ModelSource(root)
     first = engines.check_engine(target, "onnxruntime", source)
-    assert len(first) == len(check_rows.planned_rows(target.kind)) and max(outcome.apart for outcome in first) <= 1.0
+    assert (
+        len(first) == len(check_rows.planned_rows(target.kind))
+        and max(outcome.error_over_limit for outcome in first) <= 1.0
+    )
     graph = onnx_of(root, name)
     device = self_check.CheckEnvironment.of(engines.BACKENDS["onnxruntime"])
     with engines.BACKENDS["onnxruntime"].open(graph, target, "x", None) as engine:
@@ -198,7 +201,7 @@ def test_a_torch_engine_answers_the_rows_of_its_graph(tiny_fp8: Path, torch_mode
     record = manifest.read_manifest(engine)
     assert record is not None and check_path(engine).name in record.files
     outcomes = engines.check_engine(FP8, "torch", ModelSource(None, torch_models))
-    assert len(outcomes) == 8 and 0.0 < max(outcome.apart for outcome in outcomes) <= 1.0
+    assert len(outcomes) == 8 and 0.0 < max(outcome.error_over_limit for outcome in outcomes) <= 1.0
 
 
 @pytest.mark.parametrize("case", WRONG)
