@@ -124,7 +124,7 @@ def test_guidance_of_a_dit_without_the_null_rule_is_said(tiny_onnx: Path, tmp_pa
             warnings.simplefilter("always")
             generator.generate(Request("x", 0.3, 1, cfg=3.0, negative_prompt=negative))
         messages = [str(warning.message) for warning in caught if issubclass(warning.category, ToolWarning)]
-        assert len(messages) == expected and all("null row" in message for message in messages)
+        assert len(messages) == expected and all("unconditional row" in message for message in messages)
 
 
 def torch_refuses() -> None:

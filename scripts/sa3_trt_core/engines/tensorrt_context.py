@@ -86,7 +86,7 @@ class BoundContext:
         return self._graph is not None
 
     def run(self, inputs: Mapping[str, Tensor], capture: bool) -> dict[str, Tensor]:
-        """Return the outputs for inputs of the bound shapes, on the first one's device. `capture` allows a CUDA graph."""
+        """Return the outputs for inputs of the bound shapes, on their device; `capture` allows a CUDA graph."""
         import torch
 
         device = next(iter(inputs.values())).device
