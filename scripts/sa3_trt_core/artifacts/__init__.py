@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all: manifests, locks, sidecars, calibration sets."""
+"""Artefacts on disk: atomic writes, manifests, locks, sidecars, calibration sets and check rows."""

@@ -1,4 +1,4 @@
-"""Make an artefact once: kept when it is current, made under its lock otherwise, its manifest written last."""
+"""Build an artefact unless it is current: under its lock, with its manifest written last."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sa3_trt_core.artifacts import files, locks, manifest
 
 @dataclass
 class Draft:
-    """An artefact that is being made by the holder of its lock; `why` is the reason that the old one is not kept."""
+    """An artefact that is being built under its lock; `why` is the reason for the rebuild."""
 
     output: Path
     kind: str
@@ -23,11 +23,11 @@ class Draft:
     finished: bool = False
 
     def retire(self) -> None:
-        """Remove the old manifest: the last thing before a file is replaced, so that a kill leaves nothing current."""
+        """Remove the old manifest, before files are replaced: a killed build then leaves no current artefact."""
         manifest.manifest_path(self.output).unlink(missing_ok=True)
 
     def finish(self, written: Sequence[Path], gates: Mapping[str, Any] | None = None) -> None:
-        """Write the manifest, as the last step, beside the files (in their own folder, which may move as a whole)."""
+        """Write the manifest into the folder of the files, as the last step of the build."""
         artefact = written[0].with_name(self.output.name)
         manifest.write_manifest(artefact, self.kind, written, self.inputs, self.settings, gates)
         self.finished = True
@@ -38,12 +38,12 @@ def build(
     output: Path, kind: str, inputs: Mapping[str, str], settings: Mapping[str, Any], force: bool = False, *,
     also: Sequence[Mapping[str, Any]] = (), lock: Path | None = None,
 ) -> Iterator[Draft | None]:  # fmt: skip
-    """Hold the lock of `output` while the block makes it; yields None when there is nothing to make.
+    """Context manager that holds the lock of `output` during a build; yields None if the artefact is current.
 
-    An artefact is current when it is whole and was made from `inputs` (name to sha256) with `settings`, or with one of
-    `also`, whose result is the same. That is looked up before the lock is taken, and again under it: another process
-    may have made it meanwhile. `lock` replaces the lock's place when the artefact's folder is replaced as a whole.
-    Whoever makes it calls `Draft.finish` last. Raises ToolError when nothing can be written there.
+    An artefact is current if it is complete and was built from `inputs` (name -> sha256) with `settings`, or with one
+    of the equivalent settings `also`. This is checked before the lock is taken and again under it, because another
+    process may have built it meanwhile. `lock` overrides the lock's path, for builds that replace the whole folder. The
+    block must call `Draft.finish` last. Raises ToolError if the folder cannot be written.
     """
     known = (settings, *also)
     if not force and any(manifest.is_current(output, inputs, one)[0] for one in known):
@@ -59,4 +59,4 @@ def build(
         why = states[0][1] if output.exists() else "missing"
         draft = Draft(output, kind, inputs, settings, f"--force: {why}" if force else why)
         yield draft
-        assert draft.finished, f"{output} was made without a manifest"
+        assert draft.finished, f"{output} was built without a manifest"

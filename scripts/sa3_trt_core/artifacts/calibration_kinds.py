@@ -1,7 +1,7 @@
-"""The kinds of calibration rows: one record a kind, which plan, capture, file format, reports and help iterate over.
+"""Kinds of calibration rows: one record per kind, used by plan, capture, file format, reports and help.
 
-A kind is a generation with some of these varied from turn to turn: the parts that in-painting makes anew, the noise
-level that it starts from, the scale of guidance. What the DiT is fed follows from them (sa3_build/calibration/capture).
+A kind is a mode of generation whose settings vary from prompt to prompt: in-painting ranges, initial sigma and guidance
+scale. They determine the DiT's inputs (sa3_build/calibration/capture).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ Spans = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class CalibrationKind:
-    """One kind, and what its generations use in turn.
+    """One kind, and the settings that its generations cycle through.
 
-    `spans` are parts of the sound to make anew from the prompt's own latents; `sigma_max` noise levels to start from,
-    below 1 with those latents under the noise; `cfg` guidance scales, above 1 with the null rows recorded. `text` is
-    the number of prompts to go back for the text.
+    `spans` are ranges to regenerate (in-painting of the prompt's own latents). `sigma_max` are initial sigmas; below 1
+    the prompt's latents are the init latents. `cfg` are guidance scales; above 1 the unconditional rows are recorded.
+    `text` is the offset (in prompts, backwards) of the text.
     """
 
     name: str
@@ -28,7 +28,7 @@ class CalibrationKind:
     text: int = 0
 
 
-# A kind is stored as its place here: append, never reorder. The first one is every prompt's own text.
+# Files store the index in this table: append, never reorder. The first kind is every prompt's own text.
 TABLE = (
     CalibrationKind("text", "text"),
     CalibrationKind(  # the middle, the end (a continuation), two holes, the beginning
@@ -39,5 +39,5 @@ TABLE = (
     CalibrationKind("null", "null rows of guidance", cfg=(3.0, 7.0)),
 )  # fmt: skip
 KINDS = tuple(kind.name for kind in TABLE)
-TURNS = TABLE[1:]  # what prompts give beside their text
+TURNS = TABLE[1:]  # kinds besides each prompt's text
 EXTRA = f"{', '.join(kind.about for kind in TURNS[:-1])} or {TURNS[-1].about}"  # for help texts

@@ -1,12 +1,12 @@
-"""The members of a calibration .npz, and what is checked of them before any data is read.
+"""Layout of a calibration .npz, and checks of its members before any data is read.
 
 Rectangular, for text rows of one L: one member for each DiT input, first axis the calibration row, the rest as in the
 contract without its batch axis: x (R, 256, L), t (R,), t5_hidden (R, 256, 768), t5_mask (R, 256), seconds_total (R,),
 local_add_cond (R, 257, L), all fp32.
 
-Ragged, for rows of several L or of several kinds: the same six, but x and local_add_cond, whose rows have an L, lie
-flat (1-D fp32), one row's (256, L) or (257, L) after the other; and two more, latent_frames (R,) int32, the L of each
-row, and kind (R,) uint8, its place in calibration_kinds.KINDS. No pickle in either.
+Ragged, for rows of several L or several kinds: the same six, but x and local_add_cond are flat (1-D fp32), the (256, L)
+or (257, L) of each row concatenated; and two more, latent_frames (R,) int32, the L of each row, and kind (R,) uint8, an
+index into calibration_kinds.KINDS. Neither contains pickles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEYS = tuple(spec.name for spec in shapes.CONTRACTS["dit"].inputs)
 FLAT = ("x", "local_add_cond")
 FRAMES, KIND = "latent_frames", "kind"
 MAX_ROWS = 1 << 20
-# What zipfile, zlib and NumPy's header parser raise on damaged or hostile archives (RuntimeError: encrypted).
+# Exceptions of zipfile, zlib and NumPy's header parser for damaged or hostile archives (RuntimeError: encrypted).
 UNREADABLE = (
     OSError, EOFError, ValueError, SyntaxError, TypeError, RuntimeError, NotImplementedError,
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
@@ -38,7 +38,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Latent frames L and kind of every row of a checked archive, in order."""
+    """Latent frames L and kind of every row of a checked archive."""
 
     ragged: bool
     frames: tuple[int, ...]
@@ -46,25 +46,25 @@ class Layout:
 
 
 def row_shape(key: str, frames: int) -> tuple[int, ...]:
-    """Return the shape of one row of `key`: the contract's without its batch axis."""
+    """Return the shape of one row of `key`: that of the contract without batch axis."""
     spec = next(spec for spec in shapes.CONTRACTS["dit"].inputs if spec.name == key)
     return tuple(frames if dim == "L" else int(dim) for dim in spec.dims[1:])
 
 
 def is_ragged(frames: Sequence[int], kinds: Sequence[str]) -> bool:
-    """Do these rows need the ragged form? Text rows of one L do not."""
+    """Return True if rows need the ragged layout: several L, or kinds other than text."""
     return len(set(frames)) > 1 or any(kind != KINDS[0] for kind in kinds)
 
 
 def member_shape(key: str, frames: Sequence[int], ragged: bool) -> tuple[int, ...]:
-    """Return the shape of a whole member over rows of these L."""
+    """Return the shape of a member for rows of these L."""
     if ragged and key in FLAT:
         return (row_shape(key, 1)[0] * sum(frames),)
     return (len(frames), *row_shape(key, frames[0]))
 
 
 def read_layout(path: Path) -> Layout:
-    """Check every member's size, type and shape; reads L and kind of the rows, and no other data. Raises ToolError."""
+    """Check size, dtype and shape of every member, reading only the rows' L and kind. Raises ToolError."""
     try:
         with zipfile.ZipFile(path) as archive:
             ragged = f"{FRAMES}.npy" in archive.namelist()
@@ -94,7 +94,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def skip_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Read a member's .npy header: shape, whether in Fortran order, dtype."""
+    """Read the .npy header of a member; return shape, Fortran order and dtype."""
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(stream)
@@ -102,12 +102,12 @@ def skip_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]
 
 
 def bad(path: Path, why: str) -> ToolError:
-    """Return the error of a calibration file that is not one."""
+    """Return the ToolError of an invalid calibration file."""
     return ToolError(f"{path} {why}", "make a calibration set with build/make_calib.py")
 
 
 def _column(archive: zipfile.ZipFile, key: str, path: Path, rows: int, dtype: np.dtype[Any]) -> list[int]:
-    """Return a member of one number a row."""
+    """Return a member with one number per row."""
     shape = _checked_shape(archive, key, path, dtype)
     if shape != (rows,):
         raise bad(path, f"member {key} has shape {list(shape)}, expected [{rows}]")
@@ -135,5 +135,5 @@ def _checked_shape(archive: zipfile.ZipFile, key: str, path: Path, wanted: np.dt
     if dtype != wanted or fortran:
         raise bad(path, f"member {key} is {dtype}{' in Fortran order' if fortran else ''}, expected {wanted}")
     if member.file_size != header + wanted.itemsize * int(np.prod(shape, dtype=object)):
-        raise bad(path, f"member {key} is not as long as its header says")
+        raise bad(path, f"member {key} differs in length from its header")
     return shape

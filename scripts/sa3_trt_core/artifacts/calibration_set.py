@@ -1,7 +1,6 @@
-"""The calibration set: the DiT's six inputs, one row a sampler step, in an .npz that streams both ways.
+"""Calibration set: the DiT's six inputs, one row per sampler step, streamed from an .npz.
 
-The layout of the file is in calib_layout: rectangular for text rows of one L, ragged for several L or several kinds.
-Memory does not grow with R on either side, but for a few bytes a row.
+See calibration_layout for the file layout. Memory is constant except for a few bytes per row.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Rows of a checked calibration file, all of them or the `chosen`. They are read one at a time and in order."""
+    """Rows of a checked calibration file, all or those of indices `chosen`, read one at a time in file order."""
 
     path: Path
     layout: calibration_layout.Layout
@@ -39,20 +38,20 @@ class CalibrationSet:
     def open(cls, path: Path) -> CalibrationSet:
         """Check the archive's members against the contract without reading their data.
 
-        Raises ToolError when the file is absent or no npz, when a member is missing, has another type or shape than
-        its layout, holds objects (pickle), or is larger than its header says.
+        Raises ToolError for a missing file, another format, a missing member, a wrong dtype or shape, pickled objects,
+        or a member larger than its header states.
         """
         if not path.is_file():
             raise ToolError(f"no such calibration file: {path}", "make one with build/make_calib.py")
         return cls(path, calibration_layout.read_layout(path))
 
     def subset(self, indices: Iterable[int]) -> CalibrationSet:
-        """Return the rows of these numbers in the file."""
+        """Return the subset of rows with these indices in the file."""
         return replace(self, chosen=frozenset(indices))
 
     @property
     def indices(self) -> frozenset[int]:
-        """The numbers of the rows in the file."""
+        """Indices of the rows in the file."""
         return frozenset(range(len(self.layout.frames))) if self.chosen is None else self.chosen
 
     @property
@@ -62,7 +61,7 @@ class CalibrationSet:
 
     @property
     def frames(self) -> int:
-        """Latent frames of the longest row: what memory has to hold."""
+        """Latent frames of the longest row, which determines the memory needed."""
         return max(self.lengths())
 
     def lengths(self) -> list[int]:
@@ -76,7 +75,7 @@ class CalibrationSet:
         return self._chosen_of(_kinds_by_mask(self.path, self.path.stat().st_mtime_ns, self.layout))
 
     def __iter__(self) -> Iterator[Row]:
-        """Rows as dicts of fp32 arrays with a leading batch axis of 1."""
+        """Yield rows as dicts of fp32 arrays with a leading batch axis of 1."""
         with ExitStack() as stack:
             archive = stack.enter_context(zipfile.ZipFile(self.path))
             streams = {key: stack.enter_context(archive.open(f"{key}.npy")) for key in KEYS}
@@ -129,7 +128,7 @@ class CalibrationSet:
 
 @functools.lru_cache(maxsize=4)
 def _kinds_by_mask(path: Path, _: int, layout: calibration_layout.Layout) -> tuple[str, ...]:
-    """Return the kind of every row of a file that states none: in-painting where anything is kept, else text."""
+    """Return the kind of every row of a file without kinds: in-painting if local_add_cond is not zero, else text."""
     with zipfile.ZipFile(path) as archive, archive.open("local_add_cond.npy") as stream:
         skip_header(stream)
         sizes = [4 * int(np.prod(row_shape("local_add_cond", frames))) for frames in layout.frames]
@@ -148,25 +147,25 @@ def parity_selection(sigmas: Sequence[float], limit: int, kinds: Sequence[str] =
     chosen: set[int] = set()
     for number, members in enumerate(groups.values()):
         step = max(1, len(members) // each)
-        first = number % step  # other prompts, masks and lengths at the next sigma
+        first = number % step  # offset, so that each sigma uses other prompts, masks and lengths
         chosen.update(members[first::step][:each])
     return chosen
 
 
 def representative(calibration: CalibrationSet, limit: int) -> CalibrationSet:
-    """At most `limit` rows that stand for a whole set, but one at least of every kind at every sigma."""
+    """Return at most `limit` representative rows of a set, and at least one of every kind at every sigma."""
     return calibration.subset(parity_selection(calibration.sigmas(), limit, calibration.kinds()))
 
 
 def tensors(row: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Return a row as an engine takes it."""
+    """Return a row as torch tensors, the inputs of an engine."""
     import torch
 
     return {key: torch.from_numpy(np.array(value)) for key, value in row.items()}
 
 
 def summary(calibration: CalibrationSet, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-    """Return what a person checks: rows, every L, rows by kind and L, the list of sigmas, ranges."""
+    """Return a summary: number of rows, every L, rows by kind and L, sigmas, value ranges."""
     kind_lengths = list(zip(calibration.kinds(), calibration.lengths(), strict=True))
     return {
         "rows": calibration.rows,

@@ -1,8 +1,8 @@
-"""Check rows: inputs by seed with the answers that ONNX Runtime gave, so that any engine of a graph can be checked.
+"""Check rows: seeded inputs with the outputs of ONNX Runtime, to verify any engine built from a graph.
 
-`X.onnx.check.npz` lies beside a graph and is copied beside every engine built from it. Each row holds what the inputs
-are drawn from, the graph's output for them, and how far 1e-4 of noise on the inputs takes that output: an engine with
-other kernels may be about as far away as that, a wrong one is further.
+`X.onnx.check.npz` is beside a graph and is copied beside every engine built from it. Each row has the seed of the
+inputs, the graph's output, and the change of the output under 1e-4 of noise on the inputs: the error of a correct
+engine with other kernels is about as large, that of a wrong one larger.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ FORMAT = 1
 MAX_BYTES = 4 << 20  # bytes, packed and unpacked
 MAX_ROWS, MAX_BATCH = 64, 2
 NUDGE = 1e-4  # relative to the deviation of the inputs
-STRIDE = 17  # of the samples and features that are stored of large outputs; has no factor in common with any width
+STRIDE = 17  # every 17th value of large outputs is stored; coprime to every width
 DIGEST = re.compile("[0-9a-f]{64}")
 PURPOSES = ("text", "inpaint", "noise levels", "durations", "tokens", "sound")
-NOISE_LEVELS, DURATIONS = 2, 3  # probes: two rows that differ by less than 16 bits hold
-APART = 1.0 + 2.0**-20  # a step of fp32 values that fp16 does not see
-ROUNDED = (0.7455, 47.0)  # sigma and seconds of the probes; a fp16 duration of 47 s is wrong by the most
+NOISE_LEVELS, DURATIONS = 2, 3  # probes: two rows whose difference is below fp16 resolution
+PROBE_RATIO = 1.0 + 2.0**-20  # a change of an fp32 value below fp16 resolution
+ROUNDED = (0.7455, 47.0)  # sigma and seconds of the probes; fp16 rounds a duration of 47 s the most
 DTYPES: Mapping[str, type] = {
     "purpose": np.uint8, "seed": np.int64, "batch": np.int32, "frames": np.int32, "sigma": np.float32,
     "seconds": np.float32, "response": np.float64, "lengths": np.int64, "expected": np.float32,
@@ -43,7 +43,7 @@ DTYPES: Mapping[str, type] = {
 
 @dataclass(frozen=True)
 class CheckRow:
-    """Description of the inputs of one run. `sigma` and `seconds` are those of each of `batch` rows."""
+    """Description of the inputs of one run; all `batch` rows have the same `sigma` and `seconds`."""
 
     purpose: int
     seed: int
@@ -54,17 +54,17 @@ class CheckRow:
 
     @property
     def name(self) -> str:
-        """The row for a message."""
+        """Name of the row in messages."""
         level = f", sigma {self.sigma[0]:.4g}" if self.sigma else ""
         return f"{PURPOSES[self.purpose]}{level}, {self.frames} frames x {self.batch}"
 
 
 @dataclass(frozen=True)
 class CheckSet:
-    """The rows of one graph. `expected` are the stored parts of its outputs, flat; `response` their move under NUDGE.
+    """Check rows of one graph. `expected` are the stored outputs, flat; `response` the L2 of their change under NUDGE.
 
-    `kind` is a contract of shapes.CONTRACTS; `floor` the relative L2 that is allowed whatever the response; `graph` the
-    sha256 of the graph and of each of its sidecars, sorted.
+    `kind` is a contract of shapes.CONTRACTS; `floor` the relative L2 that is always allowed; `graph` the sorted sha256
+    of the graph and its sidecars.
     """
 
     kind: str
@@ -81,7 +81,7 @@ def check_path(artefact: Path) -> Path:
 
 
 def planned_rows(kind: str) -> tuple[CheckRow, ...]:
-    """The rows that are made for a contract: for a DiT text and in-painting, three sigmas, two lengths, B 1 and 2."""
+    """Return the rows of a contract; for a DiT text and in-painting, three sigmas, two lengths, B 1 and 2."""
     if kind == "dit":
         return (
             CheckRow(0, 1, 1, 24, (1.0,), (29.72,)),
@@ -94,17 +94,17 @@ def planned_rows(kind: str) -> tuple[CheckRow, ...]:
             CheckRow(DURATIONS, 8, 2, 24, (ROUNDED[0],) * 2, _pair(ROUNDED[1])),
         )
     if kind == "t5gemma":
-        return (CheckRow(4, 1, 1, 12), CheckRow(4, 2, 1, 90))  # frames: tokens in use
+        return (CheckRow(4, 1, 1, 12), CheckRow(4, 2, 1, 90))  # frames: number of valid tokens
     return (CheckRow(5, 1, 1, shapes.MIN_CODEC_FRAMES), CheckRow(5, 2, 1, shapes.MIN_CODEC_FRAMES + 5))
 
 
 def _pair(value: float) -> tuple[float, float]:
     near = float(np.float16(value / 384.0)) * 384.0 if value > 1.0 else float(np.float16(value))
-    return near, near * APART
+    return near, near * PROBE_RATIO
 
 
 def inputs_of(kind: str, row: CheckRow, nudged: bool = False) -> dict[str, Tensor]:
-    """The graph's inputs of a row, with `nudged` off by NUDGE; the same on every machine (NumPy keeps RandomState)."""
+    """Return the inputs of a row, with noise NUDGE if `nudged`; equal on every machine (RandomState is stable)."""
     import torch
 
     random = np.random.RandomState(row.seed)
@@ -132,7 +132,7 @@ def inputs_of(kind: str, row: CheckRow, nudged: bool = False) -> dict[str, Tenso
 
 def _dit_inputs(row: CheckRow, normal: Any) -> dict[str, NDArray[Any]]:
     probe = row.purpose in (NOISE_LEVELS, DURATIONS)
-    drawn = 1 if probe else row.batch  # both rows of a probe are the same but for what it asks about
+    drawn = 1 if probe else row.batch  # both rows of a probe differ only in the probed value
     keep = np.zeros((drawn, 1, row.frames), np.float32)
     keep[..., : row.frames // 3] = keep[..., 2 * row.frames // 3 :] = float(row.purpose == 1)
     used = np.arange(shapes.TEXT_TOKENS)[None] < np.asarray([12, 90][:drawn])[:, None]
@@ -150,8 +150,8 @@ def _dit_inputs(row: CheckRow, normal: Any) -> dict[str, NDArray[Any]]:
 def stored_part(kind: str, row: CheckRow, outputs: Mapping[str, Tensor]) -> NDArray[np.float32]:
     """Return the compared part of a graph's outputs, flat: a velocity whole, every 17th value of features and samples.
 
-    Text features behind the tokens in use are left out: nothing reads them. Samples of integer outputs are scaled to
-    [-1, 1]. Raises ToolError when the graph has not the contract's output.
+    Text features of padding are omitted: nothing reads them. Integer samples are scaled to [-1, 1]. Raises ToolError if
+    the graph lacks the contract's output.
     """
     spec = shapes.CONTRACTS[kind].outputs[0]
     output = outputs.get(spec.name, outputs.get("audio"))
@@ -167,7 +167,7 @@ def stored_part(kind: str, row: CheckRow, outputs: Mapping[str, Tensor]) -> NDAr
 
 
 def write(path: Path, checks: CheckSet) -> None:
-    """Write check rows as a compressed .npz, atomically. Raises ValueError when they are larger than MAX_BYTES."""
+    """Write check rows as a compressed .npz, atomically. Raises ValueError above MAX_BYTES."""
     padded = {name: np.full((len(checks.rows), MAX_BATCH), np.nan, np.float32) for name in ("sigma", "seconds")}
     for index, row in enumerate(checks.rows):
         for name, table in padded.items():
@@ -189,7 +189,7 @@ def write(path: Path, checks: CheckSet) -> None:
 
 
 def read(path: Path) -> CheckSet:
-    """Return the check rows of a file. Raises ToolError naming what is wrong with it; nothing in it is executed."""
+    """Read check rows from a file, without pickles. Raises ToolError that names the defect."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise _broken(path, f"larger than {MAX_BYTES} bytes")
@@ -204,10 +204,10 @@ def read(path: Path) -> CheckSet:
             arrays = {name: archive[name] for name in wanted}
     except OSError as error:
         raise _broken(path, error.strerror or "cannot be read") from None
-    except Exception as error:  # zip, zlib and NumPy each raise their own for damaged bytes
+    except Exception as error:  # zipfile, zlib and NumPy raise different errors for damaged bytes
         if isinstance(error, ToolError | MemoryError):
             raise
-        raise _broken(path, "it is no .npz file") from None
+        raise _broken(path, "it is not an .npz file") from None
     return _parsed(path, arrays)
 
 
@@ -240,7 +240,7 @@ def _row(path: Path, arrays: Mapping[str, NDArray[Any]], index: int) -> CheckRow
     fits = purpose < len(PURPOSES) and 0 <= seed < 2**31 and 1 <= batch <= MAX_BATCH
     of_dit = batch if str(arrays["kind"]) == "dit" else 0
     if not fits or not 1 <= frames <= shapes.MAX_FRAMES or not len(sigma) == len(seconds) == of_dit:
-        raise _broken(path, f"row {index} is not one")
+        raise _broken(path, f"row {index} is malformed")
     return CheckRow(purpose, seed, batch, frames, sigma, seconds)
 
 

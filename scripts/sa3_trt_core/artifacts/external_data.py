@@ -1,4 +1,4 @@
-"""A small read-only walker of ONNX files: which sidecar files they name, without importing onnx."""
+"""Read the sidecar references of an ONNX file from its protobuf bytes, without importing onnx."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path, PurePosixPath
 
 from sa3_trt_core.errors import ToolError
 
-DEEPEST = 64  # nested subgraphs; real graphs have 1 or 2
+MAX_DEPTH = 64  # nested subgraphs; real graphs have 1 or 2
 MAX_LOCATION_LENGTH = 4096
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 IR_VERSION, GRAPH = 1, 7  # fields of ModelProto that every model has
-RAW_DATA, EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 9, 13, 14, 1  # of TensorProto
+RAW_DATA, EXTERNAL_DATA, DATA_LOCATION, EXTERNAL = 9, 13, 14, 1  # fields of TensorProto
 SMALL = 1024  # bytes; onnx.save keeps smaller tensors in the graph by default
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _SNAPSHOT = re.compile(r"/models--[^/]+/snapshots/[0-9a-f]{40}/")
 
-# Message -> field number -> message inside it (onnx.proto). Fields that hold no tensor are skipped unread.
+# Message -> field number -> nested message (onnx.proto). Fields without tensors are skipped.
 _CHILDREN: dict[str, dict[int, str]] = {
     "model": {GRAPH: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -32,20 +32,20 @@ Buffer = mmap.mmap | bytes
 
 
 class _Malformed(Exception):
-    """The bytes are not the protobuf message that they should be."""
+    """Raised for bytes that are not the expected protobuf message."""
 
 
 def unfinished_marker(onnx_path: Path) -> Path:
-    """Return the path of the file that lies beside a graph while it and its sidecar are being replaced."""
+    """Return the path of the marker file beside a graph while the graph and its sidecar are being replaced."""
     return onnx_path.with_name(f".{onnx_path.name}.unfinished")
 
 
 def external_data_names(onnx_path: Path) -> list[str]:
-    """Return the distinct sidecar files that the tensors of an ONNX file name, in order, relative to its folder.
+    """Return the distinct sidecar files of an ONNX file's tensors, in order, relative to its folder.
 
-    The file is mapped, and weights inside it are skipped unread. Raises ToolError if it is missing, is not an ONNX
-    protobuf, or names a sidecar that is absolute, empty or outside the file's folder: such a path would read any file
-    of the machine into a model.
+    The file is memory-mapped, and inline weights are skipped. Raises ToolError if it is missing, is not an ONNX
+    protobuf, or names a sidecar path that is absolute, empty or outside the folder, which could read any file of the
+    machine into a model.
     """
     if unfinished_marker(onnx_path).exists():
         raise ToolError(
@@ -68,11 +68,11 @@ def external_data_names(onnx_path: Path) -> list[str]:
 
 
 def with_small_tensors(onnx_path: Path, model: bytes | None = None) -> bytes:
-    """Return the bytes of an ONNX file with its external tensors of less than SMALL bytes put inside.
+    """Return the bytes of an ONNX file with its external tensors below SMALL bytes inlined.
 
-    Larger ones stay in their sidecars. `model` takes the place of the file's own graph. ONNX Runtime needs shapes, axes
-    and other small constants while it loads a graph, and does not read them from a sidecar. Raises ToolError as
-    `external_data_names` does, and if a sidecar is missing or shorter than the graph says.
+    Larger tensors stay in their sidecars. `model` replaces the graph of the file. ONNX Runtime needs shapes, axes and
+    other small constants while it loads a graph, and does not read them from a sidecar. Raises ToolError as
+    `external_data_names` does, and for a missing or truncated sidecar.
     """
     external_data_names(onnx_path)
     data = model or onnx_path.read_bytes()
@@ -84,8 +84,8 @@ def with_small_tensors(onnx_path: Path, model: bytes | None = None) -> bytes:
 
 
 def _rewritten(message: str, data: bytes, start: int, end: int, onnx_path: Path, depth: int) -> bytes | None:
-    """Return a message with the small tensors below it inside, None if there are none."""
-    if depth > DEEPEST:
+    """Return a message with its small external tensors inlined; None without such tensors."""
+    if depth > MAX_DEPTH:
         raise _Malformed("its subgraphs are nested too deep")
     if message == "tensor":
         return _tensor_inside(data, start, end, onnx_path)
@@ -101,7 +101,7 @@ def _rewritten(message: str, data: bytes, start: int, end: int, onnx_path: Path,
 
 
 def _tensor_inside(data: bytes, start: int, end: int, onnx_path: Path) -> bytes | None:
-    """Return an external TensorProto of less than SMALL bytes with its data inside, None for any other."""
+    """Return an external TensorProto below SMALL bytes with its data inlined; None for any other."""
     entries = _tensor_entries(data, start, end)
     if entries is None:
         return None
@@ -150,7 +150,7 @@ def _model_locations(data: Buffer) -> list[str]:
     pending = [("model", 0, len(data), 0)]
     while pending:
         message, start, end, depth = pending.pop()
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise _Malformed("its subgraphs are nested too deep")
         if message == "tensor":
             location = _tensor_location(data, start, end)
@@ -168,13 +168,13 @@ def _model_locations(data: Buffer) -> list[str]:
 
 
 def _tensor_location(data: Buffer, start: int, end: int) -> str | None:
-    """Return the sidecar of one TensorProto, None if its data is inside, "" if it is outside but nowhere."""
+    """Return the sidecar of a TensorProto; None for inline data, "" for external data without a location."""
     entries = _tensor_entries(data, start, end)
     return None if entries is None else entries.get("location", "")
 
 
 def _tensor_entries(data: Buffer, start: int, end: int) -> dict[str, str] | None:
-    """Return the location, offset and length that one TensorProto names, those it has; None if its data is inside."""
+    """Return the location, offset and length entries of a TensorProto; None for inline data."""
     external = False
     entries: dict[str, str] = {}
     for number, kind, at, size in _fields(data, start, end):
@@ -188,7 +188,7 @@ def _tensor_entries(data: Buffer, start: int, end: int) -> dict[str, str] | None
 
 
 def _fields(data: Buffer, position: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """(number, wire type, start, size) of the fields of a message; a varint's value stands in place of its size."""
+    """Yield (number, wire type, start, size) of the fields of a message; for a varint, size is its value."""
     return ((number, kind, at, size) for number, kind, at, size, _ in _spans(data, position, end))
 
 
@@ -250,13 +250,13 @@ def _require_inside(name: str, onnx_path: Path) -> None:
 
 
 def _leads_away(sidecar: Path, onnx_path: Path) -> bool:
-    """Return True if a symbolic link takes a sidecar out of the folder of its graph.
+    """Return True if a symbolic link leads from a sidecar out of the folder of its graph.
 
-    The hub's cache is made of such links: there the graph's own leads to the same place, or the path says so.
+    The hub's cache consists of such links, and is allowed: there the graph's link leads to the same folder.
     """
     try:
         homes, target = (onnx_path.parent.resolve(), onnx_path.resolve().parent), sidecar.resolve()
-    except (OSError, RuntimeError):  # a ring of links
+    except (OSError, RuntimeError):  # a cycle of links
         return True
     cached = _SNAPSHOT.search(onnx_path.as_posix()) is not None
     return not cached and not any(target.is_relative_to(home) for home in homes)

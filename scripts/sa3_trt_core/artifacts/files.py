@@ -1,4 +1,4 @@
-"""Writes that are all or nothing, checks of a destination before any work, and digests of large files."""
+"""Atomic writes, checks of output paths before any work, and digests of large files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pathlib import Path
 from sa3_trt_core.errors import ToolError
 
 CHUNK = 1 << 20
-SAMPLES, SAMPLE_BYTES = 256, 4096  # of a sampled digest
+SAMPLES, SAMPLE_BYTES = 256, 4096  # blocks of a sampled digest, and their size in bytes
 MAX_NAME_LENGTH = 255  # bytes, on every common file system
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved over it when the block ends well and removed when it does not.
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds, else remove it.
 
-    A killed run leaves the old file or none. The suffix is kept, because writers such as numpy add it when it is
-    missing. The folder is made if need be.
+    A killed run leaves the old file or none. The suffix is kept, because writers such as numpy append a missing one.
+    The folder is created if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / _temporary_name(path, secrets.token_hex(6))
@@ -57,7 +57,7 @@ def write_atomic_text(path: Path, text: str) -> None:
 
 
 def replace_folder(finished: Path, target: Path) -> None:
-    """Put a finished folder where an older one may lie; the old one is gone only when the new one is in place."""
+    """Replace a folder by a finished one; the old one is removed only after the new one is in place."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -67,9 +67,9 @@ def replace_folder(finished: Path, target: Path) -> None:
 
 
 def read_text(path: Path, largest: int) -> str:
-    """Return the text of a UTF-8 file, without the byte order mark that some editors put first.
+    """Return the text of a UTF-8 file, without a byte order mark.
 
-    Raises ToolError for a file that cannot be read, is larger than `largest` bytes, or is no UTF-8 text.
+    Raises ToolError for a file that cannot be read, is larger than `largest` bytes, or is not UTF-8 text.
     """
     try:
         with path.open("rb") as file:
@@ -102,9 +102,9 @@ def sha256_of(path: Path) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Return the sha256 of SAMPLES blocks spread over a file, first and last included: of all of it where it is small.
+    """Return the sha256 of SAMPLES blocks spread over a file, including first and last; of all of a small file.
 
-    Tells files of one size apart whatever their times say, in milliseconds; a change between two blocks escapes it.
+    Takes milliseconds, and detects replaced files of equal size and mtime, but not a change between two blocks.
     """
     size, digest = path.stat().st_size, hashlib.sha256()
     step = max((size - SAMPLE_BYTES) / (SAMPLES - 1), SAMPLE_BYTES)
@@ -116,11 +116,10 @@ def sampled_digest(path: Path) -> str:
 
 
 def require_writable(path: Path, what: str) -> None:
-    """Refuse a destination that cannot be written, before any work is done; creates nothing.
+    """Raise ToolError for a destination that cannot be written, before any work; creates nothing.
 
-    A missing folder is fine if its nearest existing ancestor is a folder that takes new files. That is tried with an
-    unnamed temporary file: permission bits say nothing to root, and nothing about /proc or a read-only disk.
-    Raises ToolError.
+    A missing folder is accepted if its nearest existing ancestor is a writable folder. This is tested with an unnamed
+    temporary file: permission bits do not apply to root, and do not cover /proc or a read-only disk.
     """
     hint = f"choose another {what}"
     if len(os.fsencode(path.name)) > MAX_NAME_LENGTH:
@@ -139,7 +138,7 @@ def require_writable(path: Path, what: str) -> None:
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ToolError(f"cannot write {what} {path}: {ancestor} takes no new files ({reason})", hint) from None
+        raise ToolError(f"cannot write {what} {path}: {ancestor} is not writable ({reason})", hint) from None
 
 
 def _temporary_name(path: Path, key: str) -> str:

@@ -1,4 +1,4 @@
-"""One process at a time: a lock that ends with its process, however that ends."""
+"""File locks between processes, released by the kernel when their process ends."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from sa3_trt_core.errors import ToolError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # a file system without locks: go on without
+NO_LOCKS = (
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+)  # a file system without locks: continue without one
 
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` (made if need be) while the block runs; print a notice while another process has it.
+    """Hold the lock file `path` during the block; print a notice while waiting for another process.
 
-    The kernel drops the lock when its process dies, kill -9 included, so that there are no stale ones. Folders that
-    were made for the file go with it when they are empty. Raises ToolError if the file cannot be made.
+    The kernel releases the lock when its process dies, also by kill -9, so locks are never stale. Folders created for
+    the file are removed with it if empty. Raises ToolError if the file cannot be created.
     """
     made = [folder for folder in path.parents if not folder.exists()]
     lock = _acquired(path, what)

@@ -1,4 +1,4 @@
-"""The record beside an artefact: what it was made of, with what, how, and that it is whole (it is written last)."""
+"""Manifest beside an artefact: digests of files and inputs, settings and tools. Written last, it marks completeness."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sa3_trt_core.errors import ToolError
 
 MANIFEST_SUFFIX = ".manifest.json"
 FORMAT = 1
-MAX_BYTES = 4 << 20  # bytes; a manifest is a few kB, so more than this is something else
-IDENTITY_LETTERS = 16  # of a SHA-256
+MAX_BYTES = 4 << 20  # bytes; a manifest has a few kB
+IDENTITY_LETTERS = 16  # letters of a SHA-256
 TOOLS = ("torch", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt", "tensorrt", "tensorrt_rtx")
 
 
@@ -32,7 +32,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything known about one artefact. `files` are names in the manifest's own folder; `created` is UTC."""
+    """Manifest of one artefact. `files` are names in the manifest's folder; `created` is UTC."""
 
     kind: str
     files: dict[str, FileRecord]
@@ -57,7 +57,7 @@ def write_manifest(  # the order is the API
     gates: Mapping[str, Any] | None = None,
     tools: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Record a finished artefact, as the last step of making it; returns what was written.
+    """Write the manifest of a finished artefact, as the last step of its build; return it.
 
     `files` lie in the artefact's folder; `inputs` are name -> sha256. `tools` are versions (default: those installed).
     """
@@ -127,7 +127,7 @@ def identity(artefact: Path) -> str | None:
 
 
 def is_current(artefact: Path, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> tuple[bool, str]:
-    """Return (True, "current") for a whole artefact made from these inputs and settings, else (False, the reason)."""
+    """Return (True, "current") for a complete artefact of these inputs and settings, else (False, reason)."""
     try:
         reason = verify_manifest(artefact)
         manifest = read_manifest(artefact)
@@ -144,7 +144,7 @@ def is_current(artefact: Path, inputs: Mapping[str, str], settings: Mapping[str,
 
 
 def tool_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the installed versions of the distributions among `names`; those that are absent are left out."""
+    """Return the versions of the installed distributions among `names`."""
     versions = {}
     for name in names:
         try:
@@ -183,7 +183,7 @@ def _broken(path: Path, why: str) -> ToolError:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mapping as JSON gives it back, so that what is compared is what was stored (tuples become lists)."""
+    """Return the mapping after a JSON round trip, for comparison with stored ones (tuples become lists)."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(settings), default=_scalar, allow_nan=False))
     return plain
 
@@ -193,7 +193,7 @@ def _scalar(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):  # numpy and torch values, without importing either
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} does not go into a manifest")
+    raise TypeError(f"{type(value).__name__} cannot be stored in a manifest")
 
 
 def _now() -> str:

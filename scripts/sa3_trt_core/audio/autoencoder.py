@@ -1,4 +1,4 @@
-"""Between samples and latents: encode, decode, mute what is beyond the valid frames, cut to the length asked for."""
+"""Encode samples to latents and decode latents to samples; mute padding and cut to the requested length."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     from sa3_trt_core.engines.base import GraphEngine
 
-LIMITER_CEILING = 1.0  # the value at which that input of some builds changes nothing below full scale
+LIMITER_CEILING = 1.0  # value of an input of some builds, which at 1 has no effect below full scale
 
 
 def encode(engine: GraphEngine, audio: Tensor, chunk: int = 0) -> Tensor:
-    """Latents (1, 256, L) fp32 from samples (2, L * 4096), in windows of `chunk` frames (0: in one piece).
+    """Return latents (1, 256, L) fp32 of samples (2, L * 4096), in windows of `chunk` frames (0: in one piece).
 
-    Fewer than 32 frames are padded with silence to the encoder's least length and cut again. Raises ToolError.
+    Fewer than 32 frames are padded with silence to the encoder's minimum length and cropped. Raises ToolError.
     """
     import torch
 
@@ -54,16 +54,16 @@ def _encode(engine: GraphEngine, audio: Tensor) -> Tensor:
 
 
 def is_clipped(engine: GraphEngine) -> bool:
-    """Return True if a decoder clips its samples to full scale itself: nothing above it can be recovered."""
+    """Return True if a decoder clips its samples to full scale itself."""
     return "pcm" in engine.output_names and "limiter_ceiling" not in engine.input_names
 
 
 def decode(engine: GraphEngine, latents: Tensor, chunk: int = 0) -> Tensor:
-    """fp32 samples (L*4096, 2) from latents (1, 256, L), in windows of `chunk` frames (0: in one piece).
+    """Return fp32 samples (L*4096, 2) of latents (1, 256, L), in windows of `chunk` frames (0: in one piece).
 
     Full scale is 1. `pcm` is int32 (1, L*4096, 2) in 16-bit steps, as a rule clipped already; `audio` is float
-    (1, 2, L*4096), which may lie beyond full scale. Fewer than 32 frames are padded with zero frames to the decoder's
-    least length and cut again.
+    (1, 2, L*4096), possibly beyond full scale. Fewer than 32 frames are padded with zeros to the decoder's minimum
+    length and cropped.
     Raises ToolError.
     """
     return as_float(decode_rows(engine, latents, chunk)[0])
@@ -92,7 +92,7 @@ def _decode_row(engine: GraphEngine, latents: Tensor, chunk: int) -> Tensor:
 
 
 def _decode(engine: GraphEngine, latents: Tensor) -> Tensor:
-    """Samples (R, L' * 4096, 2), L' at least the decoder's least length."""
+    """Return samples (R, L' * 4096, 2); L' is at least the decoder's minimum length."""
     import torch
     from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""Sounds as bytes, without a file: for answers of a service."""
+"""Encode sounds to bytes in memory, for responses of the server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pcm_bytes(samples: Tensor) -> bytes:
 
 
 def wav_header(samples: int, metadata: Mapping[str, Any]) -> bytes:
-    """Return what stands before the samples in the WAV of `audio_bytes`, for so many samples that are not there yet."""
+    """Return the WAV header of `audio_bytes` for a number of samples that follow later."""
     import torch
 
     head = bytearray(audio_bytes("wav", torch.zeros(0, AUDIO_CHANNELS), metadata))

@@ -1,4 +1,4 @@
-"""Write sound files: WAV and FLAC, and MP3, OGG and Opus as libsndfile codes them."""
+"""Write sound files with libsndfile: WAV, FLAC, MP3, OGG and Opus."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = {".wav": "WAV", ".flac": "FLAC", ".mp3": "MP3", ".ogg": "OGG", ".opus": "OGG"}
-CODECS = {".mp3": "MPEG_LAYER_III", ".ogg": "VORBIS", ".opus": "OPUS"}  # of the lossy ones
-OPUS_RATE = 48_000  # Hz: the highest that Opus has, and it has not 44,100
+CODECS = {".mp3": "MPEG_LAYER_III", ".ogg": "VORBIS", ".opus": "OPUS"}  # codecs of the lossy formats
+OPUS_RATE = 48_000  # Hz: Opus does not support 44,100
 BLOCK = 1 << 16  # frames per write to libsndfile: its Vorbis coder fails on millions at once
 BITS = {"16": "PCM_16", "24": "PCM_24", "32f": "FLOAT"}
 DEFAULT_BITS = "16"
 PEAKS = ("clip", "normalize", "limit")
-LIMITER_MILLISECONDS = 5.0  # each side of a peak; shorter is heard as distortion, longer as pumping
+LIMITER_MILLISECONDS = 5.0  # to each side of a peak; shorter is audible as distortion, longer as pumping
 MAX_WAV_TEXT = 1900  # bytes of title and comment together
 MAX_TITLE_LENGTH = 100  # letters
-CUTS = (600, 300, 150, 75)  # letters that are left of each text, as few as it takes
-ELLIPSIS = "…"  # at the end of a text that was cut
+CUTS = (600, 300, 150, 75)  # length limits of each text, tried in order
+ELLIPSIS = "…"  # end of a truncated text
 
 
 def has_bits(suffix: str, bits: object) -> bool:
-    """Return True if files of an extension can have samples of these `bits`."""
+    """Return True if files of an extension support samples of these `bits`."""
     return suffix.lower() not in CODECS and not (suffix.lower() == ".flac" and bits == "32f")
 
 
@@ -47,9 +47,9 @@ def check_output(path: Path, bits: str, flag: str = "--out") -> None:
     if suffix not in FORMATS:
         raise InvalidRequest(f"{flag} {path} does not end in {', '.join(FORMATS)}", "give a name that does")
     if suffix in CODECS and bits != DEFAULT_BITS:
-        raise InvalidRequest(f"a {suffix} file has no bits a sample", "leave `bits` away, or write .wav or .flac")
+        raise InvalidRequest(f"a {suffix} file does not support `bits`", "omit `bits`, or write .wav or .flac")
     if not has_bits(suffix, bits) and suffix not in CODECS:
-        raise InvalidRequest("a FLAC file holds no floating point samples", "choose `bits=16` or 24, or a .wav file")
+        raise InvalidRequest("FLAC does not support floating-point samples", "choose `bits=16` or 24, or a .wav file")
 
 
 def tame(samples: Tensor, peak: str) -> Tensor:
@@ -71,7 +71,7 @@ def tame(samples: Tensor, peak: str) -> Tensor:
         reach = round(LIMITER_MILLISECONDS / 1000 * SAMPLE_RATE)
         width = 2 * reach + 1
         level = samples.abs().amax(dim=1).clamp(min=1.0).reshape(1, 1, -1)
-        # The least gain of the neighbourhood, then its mean over as wide a one: never above what any peak allows.
+        # Minimum gain over a window, then the mean over an equal window: nowhere above the gain that a peak allows.
         least = -functional.max_pool1d(-functional.pad(1.0 / level, (2 * reach, 2 * reach), value=1.0), width, stride=1)
         gain = functional.avg_pool1d(least.double(), width, stride=1).reshape(-1, 1)
         samples = (samples * gain).to(samples.dtype)
@@ -81,9 +81,9 @@ def tame(samples: Tensor, peak: str) -> Tensor:
 def write_audio(path: Path, samples: Tensor, bits: str, metadata: Mapping[str, Any], rate: int = SAMPLE_RATE) -> None:
     """Write a sound file, its format by the extension, from samples (N, channels) within full scale, fp32 or int16.
 
-    The file appears whole. `bits` is 16, 24 or 32f; the lossy formats have none, and Opus is written at 48 kHz. The
-    metadata goes into the comment as JSON, the beginning of its "prompt" into the title. In a WAV long texts are cut
-    and end in an ellipsis, because libsndfile drops every text when they are more than 2 kB together. Raises ToolError.
+    The write is atomic. `bits` is 16, 24 or 32f, ignored for lossy formats; Opus is written at 48 kHz. The metadata is
+    stored as JSON in the comment, the beginning of its "prompt" in the title. In a WAV long texts are truncated with an
+    ellipsis, because libsndfile drops all texts above 2 kB in total. Raises ToolError.
     """
     with _written(path), atomic_path(path) as temporary:
         write_sound(os.fsencode(temporary), path.suffix.lower(), samples, bits, metadata, rate)
@@ -93,7 +93,7 @@ def write_sound(
     target: bytes | BinaryIO, suffix: str, samples: Tensor, bits: str, metadata: Mapping[str, Any],
     rate: int = SAMPLE_RATE,
 ) -> None:  # fmt: skip
-    """Write what `write_audio` writes, in the format of a suffix, to a path or an open file that can be sought in."""
+    """Write the file of `write_audio` in the format of a suffix to a path or a seekable file object."""
     import numpy as np
     import soundfile
 
@@ -108,7 +108,7 @@ def write_sound(
     subtype = CODECS.get(suffix, BITS[bits])
     with soundfile.SoundFile(target, "w", rate, values.shape[1], subtype, format=FORMATS[suffix]) as sound:
         title, sound.comment = _texts(metadata, MAX_WAV_TEXT if suffix == ".wav" else None, suffix == ".mp3")
-        if title:  # an empty text is an error to libsndfile
+        if title:  # libsndfile rejects an empty text
             sound.title = title
         sound.software = f"sa3-trt {__version__}"
         for first in range(0, len(values), BLOCK):
@@ -116,7 +116,7 @@ def write_sound(
 
 
 def _quantized(values: np.ndarray, bits: str) -> np.ndarray:
-    """Return fp32 samples as the integers of `bits`, rounded; as they are for 32f."""
+    """Round fp32 samples to integers of `bits`; return them unchanged for 32f."""
     import numpy as np
 
     if bits == "16":
@@ -141,12 +141,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or not isinstance(metadata.get("prompt"), str):
-        raise ToolError(f"{path} does not say how it was made", hint)
+        raise ToolError(f"{path} has no metadata of sa3_trt", hint)
     return metadata
 
 
 def write_wav_16(path: Path, pcm: Tensor | np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """A 16-bit WAV from int16 samples (N, channels), written atomically."""
+    """Write a 16-bit WAV of int16 samples (N, channels), atomically."""
     import numpy as np
     import soundfile
 
@@ -165,20 +165,20 @@ def _written(path: Path) -> Iterator[None]:
     try:
         yield
     except soundfile.LibsndfileError as error:
-        raise ToolError(f"cannot write {path}: {error.error_string}", "see that its disk has room") from None
+        raise ToolError(f"cannot write {path}: {error.error_string}", "check the free space of its disk") from None
 
 
 def was_cut(path: Path, text: object) -> bool:
-    """Return True if a text of a file's metadata is one that `write_audio` had to cut."""
+    """Return True if `write_audio` truncated this text of a file's metadata."""
     ends = isinstance(text, str) and text.endswith(ELLIPSIS) and len(text) - len(ELLIPSIS) in CUTS
     return ends and path.suffix.lower() == ".wav"
 
 
 def _texts(metadata: Mapping[str, Any], max_bytes: int | None, ascii_only: bool) -> tuple[str, str]:
-    """Return title and comment, cut as far as `max_bytes` bytes for both need: the title first, which is in both.
+    """Return title and comment, truncated to `max_bytes` bytes in total, the title first.
 
-    `ascii_only` is for MP3, whose texts libsndfile writes as UTF-8 and marks as Latin-1: JSON has escapes for the
-    comment, and the title loses its accents.
+    `ascii_only` is for MP3, whose texts libsndfile writes as UTF-8 but marks as Latin-1: the comment uses JSON escapes,
+    and the title loses its accents.
     """
     for longest, title_length in ((None, None), (None, MAX_TITLE_LENGTH), *((length, length) for length in CUTS)):
         cut = {key: _cut(value, longest) if isinstance(value, str) else value for key, value in metadata.items()}
@@ -187,7 +187,7 @@ def _texts(metadata: Mapping[str, Any], max_bytes: int | None, ascii_only: bool)
             break
     if ascii_only:
         title = unicodedata.normalize("NFKD", title).encode("ascii", "ignore").decode()
-    return title.replace("\0", " "), comment  # libsndfile's texts end at a null character
+    return title.replace("\0", " "), comment  # libsndfile ends texts at a null character
 
 
 def _cut(text: str, longest: int | None) -> str:

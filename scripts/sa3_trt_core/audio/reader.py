@@ -1,4 +1,4 @@
-"""Read any sound that libsndfile decodes: any rate, mono or stereo, with or without a length in its header."""
+"""Read sound files with libsndfile: any rate, mono or stereo, with or without a length in the header."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-RESAMPLER_TAIL = 4096  # input samples read beyond the end, so that the filter does not see the cut
-UNKNOWN_LENGTH = 1 << 62  # libsndfile's own number for a header that gives no length is near 2^63
-BLOCK = 1 << 16  # frames that are decoded at a time where a file cannot be sought in
-SLACK_SECONDS = 0.1  # headers of lossy files give their length less exactly than this
-FAR_BEYOND = 8.0  # times full scale: 18 dB, more than any mix goes over
-INTEGER_SCALES = (1 << 15, 1 << 23, 1 << 31)  # full scale of samples that were integers
+RESAMPLER_TAIL = 4096  # extra input samples at the end, so that the filter has no edge there
+UNKNOWN_LENGTH = 1 << 62  # libsndfile returns about 2^63 for a header without length
+BLOCK = 1 << 16  # frames decoded at a time from a file that is not seekable
+SLACK_SECONDS = 0.1  # tolerance of the length in headers of lossy files
+FAR_BEYOND = 8.0  # times full scale (18 dB), beyond any mix
+INTEGER_SCALES = (1 << 15, 1 << 23, 1 << 31)  # full scale of unscaled integer samples
 PIPED_LENGTH = 0x7FFF_0000  # bytes; sox leaves a little less than 2^31, ffmpeg 2^32 - 1
-# In libsndfile's log: the data of WAV, AIFF, 8SVX and AU, the whole of W64; the frames of RF64.
+# Lengths in libsndfile's log: of the data in WAV, AIFF, 8SVX and AU, of the file in W64, in frames in RF64.
 _DATA_SIZE = re.compile(
     r"^ *(?:data|SSND|BODY|Data Size|riff) *: (?P<stated>\d+) \(should be (?P<there>\d+)\)", re.MULTILINE
 )
@@ -41,9 +41,8 @@ def check_input(path: Path, start: float = 0.0) -> None:
 def read_audio(sound: Path | Waveform, start: float, samples: int) -> Tensor:
     """Return fp32 samples (2, `samples`) at 44.1 kHz of a sound file or a waveform, from `start` seconds on.
 
-    Mono goes to both channels; another rate is converted by soxr; what is missing at the end is silence. A file that
-    ends before the length in its header, or that holds samples far beyond full scale, gives a ToolWarning. Raises
-    ToolError.
+    Mono is copied to both channels; soxr converts other rates; a short file is padded with silence. A file that ends
+    before the length in its header, or with samples far beyond full scale, issues a ToolWarning. Raises ToolError.
     """
     import numpy as np
     import torch
@@ -64,12 +63,12 @@ def read_audio(sound: Path | Waveform, start: float, samples: int) -> Tensor:
         read = soxr.resample(read, rate, SAMPLE_RATE, quality="VHQ")
     whole = np.zeros((AUDIO_CHANNELS, samples), np.float32)
     length = min(samples, len(read))
-    whole[:, :length] = read[:length].T  # one channel spreads over both
+    whole[:, :length] = read[:length].T  # mono broadcasts to both channels
     return torch.from_numpy(whole)
 
 
 def _wanted(samples: int, rate: int) -> int:
-    """Return the samples to read at `rate` for so many at 44.1 kHz."""
+    """Return the number of samples to read at `rate` for `samples` at 44.1 kHz."""
     return math.ceil(samples * rate / SAMPLE_RATE) + (RESAMPLER_TAIL if rate != SAMPLE_RATE else 0)
 
 
@@ -94,11 +93,11 @@ def _require_finite(read: np.ndarray, name: str) -> None:
 
 
 def _opened(path: Path) -> Any:
-    """Return the file open for reading, as one that cannot be sought in where its header gives no length."""
+    """Open a file for reading; a file without length in its header is opened as not seekable."""
     import soundfile
 
     class Sequential(soundfile.SoundFile):
-        """A file that is decoded from its start: soundfile seeks after every read of a file that it may seek in."""
+        """A file decoded sequentially: soundfile seeks after every read of a seekable file."""
 
         def seekable(self) -> bool:
             return False
@@ -108,7 +107,7 @@ def _opened(path: Path) -> Any:
         raise ToolError(f"no such sound file: {path} {kind}", "give the path of a sound file")
     if path.stat().st_size == 0:
         raise ToolError(f"{path} is empty: it has 0 bytes", "give a sound file that is not empty")
-    name = os.fsencode(path)  # bytes: a name need not be text
+    name = os.fsencode(path)  # bytes, because a file name need not be valid text
     try:
         sound = soundfile.SoundFile(name)
         if sound.frames >= UNKNOWN_LENGTH or not sound.seekable():
@@ -147,7 +146,7 @@ def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
                 parts.append(block[max(0, first - place) :])
                 place += len(block)
             read = np.concatenate(parts) if parts else np.zeros((0, sound.channels), np.float32)
-    except (RuntimeError, OverflowError) as error:  # soundfile's own errors are RuntimeErrors
+    except (RuntimeError, OverflowError) as error:  # soundfile's errors are RuntimeErrors
         raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
     if not len(read):
         says = "" if stated is None else f", although its header says that it lasts {stated / rate:.2f} s"
@@ -162,10 +161,10 @@ def _read(sound: Any, path: Path, start: float, wanted: int) -> np.ndarray:
 
 
 def _stated_frames(sound: Any) -> int | None:
-    """Return the frames that the header of a file states, None where it states none.
+    """Return the number of frames in the header of a file; None without one.
 
-    libsndfile counts those that an uncompressed file of the size on disk can hold, and notes in its log what the header
-    has. Programs that write to a pipe leave a length near 2^31 or 2^32, which states nothing.
+    libsndfile reports the frames that fit the size on disk of an uncompressed file, and logs the number in the header.
+    Programs that write to a pipe store a length near 2^31 or 2^32, which means unknown.
     """
     if sound.frames >= UNKNOWN_LENGTH:
         return None
@@ -180,9 +179,9 @@ def _stated_frames(sound: Any) -> int | None:
 
 
 def _integer_scale(sound: Any, path: Path, read: np.ndarray) -> int:
-    """Return what to divide samples by: 1, or full scale of the integers that a float file holds as they were.
+    """Return the divisor of samples: 1, or the integer full scale of a float file with unscaled integers.
 
-    The highest sample of the whole file decides, so that a quiet part of such a file is not taken for a sound.
+    It is derived from the peak of the whole file, so that a quiet part is scaled equally.
     """
     import numpy as np
 
@@ -199,7 +198,7 @@ def _integer_scale(sound: Any, path: Path, read: np.ndarray) -> int:
     if scale is None:
         raise ToolError(f"{path} reaches {highest:.3g} times full scale", "scale its samples to lie within 1")
     warnings.warn(
-        f"{path} reaches {highest:.5g} times full scale: its samples are taken for integers and divided by {scale}",
+        f"{path} reaches {highest:.5g} times full scale: its samples are treated as integers and divided by {scale}",
         ToolWarning, stacklevel=2,
     )  # fmt: skip
     return scale

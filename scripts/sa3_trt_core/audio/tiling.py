@@ -1,4 +1,4 @@
-"""Cutting a long sound into overlapping windows, so that the autoencoder's memory is that of one window."""
+"""Tile a long sound into overlapping windows, so that the autoencoder's memory is that of one window."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 from sa3_trt_core.errors import InvalidRequest
 
-# Frames a side that are run and thrown away: the autoencoder looks 12 to either side (build/FACTS.md, Autoencoder).
+# Overlap in frames per side, discarded: the receptive field is 12 frames to either side (build/FACTS.md, Autoencoder).
 CONTEXT = 16
-MIN_CHUNK = 64  # under it more is thrown away than kept
-MAX_SHOT_LENGTH = 512  # frames that are run in one piece where nothing is asked for
-USUAL_CHUNK = 256  # what longer ones are cut into then: an eighth of the work is done twice
+MIN_CHUNK = 64  # smaller windows discard more than they keep
+MAX_SHOT_LENGTH = 512  # frames that run in one piece by default
+USUAL_CHUNK = 256  # default window of longer sounds: an eighth of the work is redundant
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Latent frames start..stop of a window that is run, and first..last of the whole that are kept of it."""
+    """One window: latent frames start..stop are run, first..last are kept."""
 
     start: int
     stop: int
@@ -24,10 +24,10 @@ class Chunk:
 
 
 def chunks(frames: int, size: int) -> list[Chunk]:
-    """Windows of `size` frames, of which each frame is kept once, `CONTEXT` frames away from where its window is cut.
+    """Return windows of `size` frames; each frame is kept from one window, at least `CONTEXT` frames from its cuts.
 
-    0, or a size that holds them all, gives one window. The last window is shifted back and not shortened: an engine has
-    a least length, and its shape stays the same.
+    Size 0, or at least `frames`, gives one window. The last window is shifted back instead of shortened: an engine has
+    a minimum length, and its shape stays the same.
     """
     if size == 0 or frames <= size:
         return [Chunk(0, frames, 0, frames)]
@@ -42,7 +42,7 @@ def chunks(frames: int, size: int) -> list[Chunk]:
 
 
 def chunk_frames(frames: int, asked: int | None) -> int:
-    """Return the window for a sound of so many frames: what was asked for, else one piece unless it is long."""
+    """Return the window size for a sound: the requested one; by default one piece unless the sound is long."""
     if asked is not None:
         return asked
     return 0 if frames <= MAX_SHOT_LENGTH else USUAL_CHUNK

@@ -1,4 +1,4 @@
-"""Samples in memory: those that a request takes instead of a sound file, and 16-bit ones as floating point."""
+"""Waveforms in memory: validation of `init_audio` tensors, and conversion of 16-bit samples to fp32."""
 
 from __future__ import annotations
 

@@ -81,8 +81,8 @@ def test_the_original_is_not_overwritten(machine_flags: list[object]) -> None:
 
 
 @pytest.mark.parametrize(("about", "words"), [
-    (None, "does not say how it was made"),
-    ({"prompt": 3}, "does not say how it was made"),
+    (None, "has no metadata of sa3_trt"),
+    ({"prompt": 3}, "has no metadata of sa3_trt"),
     ({"prompt": "x", "seed": "9"}, "says that its seed is '9'"),
     ({"prompt": "x", "seed": -5}, "outside -1 to"),
     ({"prompt": "x", "steps": 2.5}, "not a whole number"),
