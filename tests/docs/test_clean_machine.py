@@ -71,8 +71,8 @@ def test_it_ends_with_a_sound_and_then_needs_no_network(local: LocalHub, tmp_pat
             "is not published yet",
             "build/build_dit_fp8.py",
         ),
-        ("onnx/same-l/dec_fp16.onnx", InjectedResponse(403, "GatedRepo"), "does not give", "hf auth login"),
-        ("t5gemma-b-b-ul2/tokenizer.json", InjectedResponse(401, "GatedRepo"), "does not give", "hf auth login"),
+        ("onnx/same-l/dec_fp16.onnx", InjectedResponse(403, "GatedRepo"), "no access to", "hf auth login"),
+        ("t5gemma-b-b-ul2/tokenizer.json", InjectedResponse(401, "GatedRepo"), "no access to", "hf auth login"),
     ],
 )
 def test_or_with_one_command_to_type(  # the fixture and the four

@@ -139,7 +139,11 @@ def test_wrong_input_is_two_lines(service: Service, sound: Path) -> None:
     refused(service.generate(prompt="a", init_audio="/etc/passwd"), 422, "init_audio")
     refused(service.client.post(url, content=b"{", headers={"content-type": "application/json"}), 422)
     refused(service.client.post(url, content=b"prompt=a"), 415)
-    refused(service.client.post(url, data={"prompt": "a"}, files=file), 422, "needs `init_noise_level` or `inpaint`")
+    refused(
+        service.client.post(url, data={"prompt": "a"}, files=file),
+        422,
+        "--init-audio needs --init-noise-level or --inpaint-range",
+    )
     late = {"prompt": "a", "init_start": "9", "init_noise_level": "0.5"}
     refused(service.client.post(url, data=late, files=file), 422, "init_audio ends at 1.00 s")
     noise = {"init_audio": ("a.wav", b"no sound at all")}

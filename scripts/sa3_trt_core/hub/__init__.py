@@ -1,1 +1,1 @@
-"""Find files in the hub cache or download them."""
+"""Locate files in the hub's cache, or download them."""

@@ -1,4 +1,4 @@
-"""Errors of setting up the hub's client: proxies, certificates, tokens and its own variables, named with their cure."""
+"""ToolErrors for a misconfigured hub client: proxies, certificates, tokens and environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_REASON_LENGTH = 160
 
 
 def setup_error(error: BaseException) -> ToolError | None:
-    """Return the ToolError for what keeps the client from asking at all; None for an error of another kind."""
+    """Return the ToolError of an unusable proxy configuration; None for other errors."""
     words = _words(error)
     if isinstance(error, UnicodeEncodeError):
         return _no_token("characters outside ASCII")
@@ -37,7 +37,7 @@ def setup_error(error: BaseException) -> ToolError | None:
 
 
 def transport_error(words: str) -> ToolError | None:
-    """Return the ToolError for a connection that no network would mend: certificates, a token; None for another."""
+    """Return the ToolError of a connection that failed by certificates or token; None for other errors."""
     if "certificate" in words.lower() or "[SSL" in words:
         return certificate_error(words)
     if "header value" in words.lower():
@@ -46,7 +46,7 @@ def transport_error(words: str) -> ToolError | None:
 
 
 def tried(words: str) -> str:
-    """Return " (address through proxies: what the transport said)" for a message about a hub that does not answer."""
+    """Return " (address through proxies: error of the transport)" for messages about an unreachable hub."""
     from huggingface_hub import constants
 
     through = _set(PROXIES)
@@ -62,17 +62,17 @@ def _no_token(what: str) -> ToolError:
 
 
 def start_error(error: BaseException) -> ToolError:
-    """Return the ToolError for a client that cannot be imported: it reads its variables while it is."""
+    """Return the ToolError of a failed import of the client, which reads its environment variables at import."""
     return ToolError(
         f"the hub's client cannot start: {_words(error)}", "check the HF_... variables of your environment"
     )
 
 
 def certificate_error(words: str) -> ToolError:
-    """Return the ToolError for certificates that are missing, cannot be read, or do not fit the hub's."""
+    """Return the ToolError of certificates that are missing, unreadable, or do not verify the hub."""
     missing = _missing_certificates()
     if missing:
-        return ToolError(f"{missing} names certificates that are not there", "give it the right path, or unset it")
+        return ToolError(f"{missing} names missing certificates", "correct the path, or unset it")
     named = _set(CERTIFICATES)
     return ToolError(
         f"the hub's certificate is not accepted{f' with {named}' if named else ''}: {words}",
@@ -81,7 +81,7 @@ def certificate_error(words: str) -> ToolError:
 
 
 def _missing_certificates() -> str:
-    """Return "VARIABLE=path" of the first variable whose certificates do not exist, "" where all do."""
+    """Return "VARIABLE=path" of the first variable with missing certificates, else ""."""
     for name in CERTIFICATES:
         path = os.environ.get(name)
         if path and not os.access(Path(path), os.R_OK):
@@ -90,7 +90,7 @@ def _missing_certificates() -> str:
 
 
 def _set(names: tuple[str, ...]) -> str:
-    """Return the variables of these that are set, as a shell writes them; a proxy's password is left out."""
+    """Format those of the variables that are set as VARIABLE=value, without a proxy's password."""
     proxies = []
     for name in names:
         for spelt in dict.fromkeys((name, name.lower())):

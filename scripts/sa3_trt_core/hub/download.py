@@ -1,4 +1,4 @@
-"""One file of a hub repository into the hub client's own cache: resumed, checked against the hub's digest."""
+"""Download a file of a hub repository into the hub client's cache: resumable, verified by the hub's digest."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256, _GIT = (
     64,
     40,
-)  # letters of a digest: of a large file its SHA-256, of a small one git's SHA-1 of header and bytes
+)  # letters of a digest: SHA-256 of a large file, or git's SHA-1 of header and bytes of a small one
 _FORBIDDEN = (401, 403)
-_NO_REPOSITORY = 404  # also the hub's answer for a private one without a login
+_NO_REPOSITORY = 404  # also the status of a private repository without login
 _TOO_MANY, _SERVER = 429, 500
-_TRANSPORT = "httpx"  # the client's transport, whichever release of it: httpx, httpx2
+_TRANSPORT = "httpx"  # package name prefix of the client's transport (httpx, httpx2)
 
 
 def _client() -> Any:
-    """Return the module huggingface_hub. Raises ToolError where its own variables keep it from being imported."""
+    """Import huggingface_hub. Raises ToolError if its environment variables make the import fail."""
     try:
         import huggingface_hub
-        import huggingface_hub.constants  # reads the variables, and is else imported late, with words on stdout
+        import huggingface_hub.constants  # reads the variables; a later import would print to stdout
     except (ValueError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise
@@ -46,20 +46,20 @@ def _client() -> Any:
 
 
 def cached(repository: str, name: str, revision: str) -> Path | None:
-    """Return the file in the cache, or None. A branch is the commit that it was when it was last asked for."""
+    """Return the file in the cache, or None. A branch stands for its commit at the last request."""
     cached = _client().try_to_load_from_cache(repository, name, revision=revision)
     return Path(cached) if isinstance(cached, str) else None
 
 
 def commit_of(path: Path) -> str | None:
-    """Return the commit that a file of the cache belongs to: .../snapshots/<commit>/..."""
+    """Return the commit of a file of the cache, from its path .../snapshots/<commit>/..."""
     parts = path.parts
     at = len(parts) - 1 - parts[::-1].index("snapshots") if "snapshots" in parts else len(parts)
     return parts[at + 1] if at + 1 < len(parts) and COMMIT.fullmatch(parts[at + 1]) else None
 
 
 def expected_sha256(path: Path) -> str | None:
-    """Return the SHA-256 that the hub stated for a large file of the cache; None for any other file."""
+    """Return the hub's SHA-256 of a large file of the cache; None for any other file."""
     blob = path.resolve()
     known = blob.parent.name == "blobs" and len(blob.name) == _SHA256 and commit_of(path) is not None
     return blob.name if known else None
@@ -71,13 +71,13 @@ def switched_off() -> bool:
 
 
 def fetch(repository: str, name: str, revision: str) -> Path | None:
-    """Return one file of a repository at a revision, in the cache; None if the repository has no such file.
+    """Download a file of a repository at a revision into the cache; return its path, None if it does not exist.
 
-    What was read before a connection broke or the process was killed is kept, and the next call goes on there. The
-    file is taken into the cache only when its size and digest are those that the hub names. Raises ToolError.
+    A broken or killed download is resumed by the next call. The file enters the cache only after its size and digest
+    match those of the hub. Raises ToolError.
     """
     huggingface_hub = _client()
-    huggingface_hub.utils.logging.set_verbosity_error()  # its own words would stand between our two lines
+    huggingface_hub.utils.logging.set_verbosity_error()  # its log lines would mix with the two lines of an error
     with _told(repository, name, revision):
         url = huggingface_hub.hf_hub_url(repository, name, revision=revision)
         try:
@@ -88,7 +88,7 @@ def fetch(repository: str, name: str, revision: str) -> Path | None:
         with locks.exclusive_lock(locks.lock_path(blob), name):
             if not blob.is_file():
                 _download(url, name, metadata, blob)
-        # The client makes the links of its cache itself; it finds the bytes there and loads nothing.
+        # The client creates the links of its cache; it finds the blob there and downloads nothing.
         path = Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
         if not _same_file(path, blob, metadata):
             raise ToolError(f"{repository} changed while {name} was fetched", "run the same command again")
@@ -96,10 +96,10 @@ def fetch(repository: str, name: str, revision: str) -> Path | None:
 
 
 def _same_file(path: Path, blob: Path, metadata: HfFileMetadata) -> bool:
-    """Return True if the client's `path` holds the bytes of `blob`: as a link to it, or as a copy in a cache without.
+    """Return True if the client's `path` has the bytes of `blob`: a link to it, or a copy in a cache without links.
 
-    Where the cache's disk has no links (exFAT, SMB), each file of a commit is a copy, and the blob is not kept beside
-    it: the client itself moves it there, and twice the bytes would not fit some disks.
+    On a disk without links (exFAT, SMB) each file of a commit is a copy, and no blob is kept: the client moves the blob
+    there, because twice the bytes would not fit some disks.
     """
     if path.is_symlink():
         return path.resolve() == blob.resolve()
@@ -110,7 +110,7 @@ def _same_file(path: Path, blob: Path, metadata: HfFileMetadata) -> bool:
 
 
 def _blob(repository: str, name: str, metadata: HfFileMetadata) -> Path:
-    """Return the cache's file of these bytes, named by their digest."""
+    """Return the path of a blob in the cache, named by its digest."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -127,7 +127,7 @@ def _blob(repository: str, name: str, metadata: HfFileMetadata) -> Path:
 
 
 def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None:
-    """Read the rest of a file, check it, and give it its name in the cache."""
+    """Download the rest of a file, verify it, and rename it to its name in the cache."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -146,7 +146,7 @@ def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None
         )
     headers = build_hf_headers()
     if urlsplit(metadata.location).hostname != urlsplit(url).hostname:
-        headers.pop("authorization", None)  # the address is signed, and the storage is not to see the user's token
+        headers.pop("authorization", None)  # the URL is signed; the storage host must not receive the user's token
     try:
         with partial.open("ab") as file:
             http_get(
@@ -159,7 +159,7 @@ def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None
             )
             os.fsync(file.fileno())
     except Exception as error:
-        size_is_wrong = isinstance(error, OSError) and error.errno is None  # how the client says so
+        size_is_wrong = isinstance(error, OSError) and error.errno is None  # the client's error for a wrong size
         if not is_transport(error) and not size_is_wrong:
             raise
         if partial.stat().st_size > size:
@@ -168,7 +168,7 @@ def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None
         kept = format_bytes(partial.stat().st_size)
         raise ToolError(
             f"the connection broke while {name} was fetched; {kept} of {format_bytes(size)} are kept",
-            "run the same command again: it goes on from there",
+            "run the same command again to resume",
         ) from None
     digest = _digest(partial, metadata.etag)
     if digest != metadata.etag:
@@ -180,12 +180,12 @@ def _download(url: str, name: str, metadata: HfFileMetadata, blob: Path) -> None
 def _spoilt(name: str, how: str) -> ToolError:
     return ToolError(
         f"{name} arrived with {how} the hub says it has",
-        "it was thrown away; run the same command again, and without a proxy if it happens twice",
+        "it was discarded; run the same command again, without a proxy if it happens twice",
     )
 
 
 def _digest(path: Path, like: str) -> str:
-    """Return the file's digest of the kind of `like`."""
+    """Return the digest of a file, of the same kind as `like`."""
     digest = hashlib.sha256() if len(like) == _SHA256 else hashlib.sha1(usedforsecurity=False)
     if len(like) == _GIT:
         digest.update(b"blob %d\0" % path.stat().st_size)
@@ -197,7 +197,7 @@ def _digest(path: Path, like: str) -> str:
 
 @contextlib.contextmanager
 def _told(repository: str, name: str, revision: str) -> Iterator[None]:
-    """Raise the client's many errors as ToolErrors."""
+    """Convert errors of the client to ToolErrors."""
     from huggingface_hub import errors
 
     try:
@@ -230,7 +230,7 @@ def _told(repository: str, name: str, revision: str) -> Iterator[None]:
 
 
 def is_transport(error: Exception) -> bool:
-    """Return True for an error of the connection: the client passes those of its transport on as they are."""
+    """Return True for a connection error; the client does not wrap errors of its transport."""
     return type(error).__module__.startswith(_TRANSPORT)
 
 
@@ -249,17 +249,17 @@ def _refused(error: HfHubHTTPError, repository: str, name: str) -> ToolError:
 
 
 def gated(repository: str) -> ToolError:
-    """Return the answer to a repository that the hub does not show, or does not show to this user."""
+    """Return the ToolError of a repository that is missing, private or gated."""
     return ToolError(
-        f"the hub does not give {repository} to you",
+        f"no access to {repository} on the hub",
         f"accept its licence at https://huggingface.co/{repository}, then run: hf auth login",
     )
 
 
 def unreachable(repository: str, name: str, off: str | None = None, connection: str = "") -> ToolError:
-    """Return the ToolError for a file that is not here while the hub cannot, or must not (`off` says why), be asked.
+    """Return the ToolError of a file missing in the cache while the hub is unreachable, or switched off by `off`.
 
-    `connection` is what the transport said.
+    `connection` is the error of the transport.
     """
     why = f"the hub is switched off ({off})" if off else f"the hub cannot be reached{tried(connection)}"
     return ToolError(

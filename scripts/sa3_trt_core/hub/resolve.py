@@ -23,7 +23,7 @@ __all__ = ["external_data_names", "local_onnx", "local_tokenizer", "resolve_onnx
 
 
 def local_onnx(root: Path, target: Target) -> Path | None:
-    """The target's ONNX under a local root, or None; names in order. Raises ToolError if a sidecar is missing."""
+    """Return the target's first existing ONNX file under a root, or None. Raises ToolError for a missing sidecar."""
     for name in target.onnx:
         path = root / name
         if path.is_file():
@@ -70,24 +70,24 @@ def resolve_onnx(target: Target, source: ModelSource) -> Path:
     if not was_here:
         from sa3_trt_core.artifacts.check_rows import check_path  # numpy comes with it
 
-        with contextlib.suppress(ToolError):  # a graph of the hub's own makers has none
+        with contextlib.suppress(ToolError):  # graphs of the original publisher have no check rows
             download.fetch(HUB_REPOSITORY, f"{folder}/{check_path(path).name}", commit or target.revision)
     return path
 
 
 def resolve_file(names: list[str], target: Target, source: ModelSource) -> Path | None:
-    """The first of these paths of the hub's repository that there is, in the cache; or None. Raises ToolError."""
+    """Return the cached file of the first existing of these paths of the repository, or None. Raises ToolError."""
     return _find(HUB_REPOSITORY, names, target.revision, source.revision, source.offline)
 
 
 def local_tokenizer(root: Path) -> Path | None:
-    """tokenizer.json under a local root, or None unless its config is there too."""
+    """Return tokenizer.json under a local root; None unless its config exists too."""
     files = [root / name for name in TOKENIZER_FILES]
     return files[0] if all(file.is_file() for file in files) else None
 
 
 def resolve_tokenizer(source: ModelSource) -> Path:
-    """Return tokenizer.json, its config beside it: from the root if set, else from the checkpoint's hub repository."""
+    """Return tokenizer.json with its config beside it: from the root if set, else from the checkpoint's repository."""
     if source.onnx_root is not None:
         path = local_tokenizer(source.onnx_root)
         if path is None:
@@ -108,7 +108,7 @@ def resolve_tokenizer(source: ModelSource) -> Path:
 
 
 def _find(repository: str, names: list[str], pinned: str, requested: str | None, offline: bool) -> Path | None:
-    """The first of the names that is in the cache, else the first that the hub has; None if it has none of them."""
+    """Return the first of the names in the cache, else the first on the hub; None if neither has one."""
     revision = requested or pinned
     moves = requested is not None and download.COMMIT.fullmatch(requested) is None
     off = "`offline`" if offline else "HF_HUB_OFFLINE" if download.switched_off() else None

@@ -1,4 +1,4 @@
-"""Read an adapter from a file or a PEFT folder: every factor by native layer and tensor name, checked as a whole."""
+"""Read and validate a LoRA adapter (file or PEFT folder): factors by native layer and tensor name."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-UNUSED = ("lora_dropout_mask", "lora_strength")  # buffers of the trainer that hold no weights
+UNUSED = ("lora_dropout_mask", "lora_strength")  # buffers of the trainer without weights
 OTHER_METHODS = {
     "hada_": "a LoHa adapter", "lokr_": "a LoKr adapter", "oft_": "an OFT adapter", "a1.": "a GLoRA adapter",
     "lora_mid": "a LoCon adapter with a middle factor", "diff": "changes of whole weights or biases",
 }  # fmt: skip
-NAMED = 3  # layers or keys that a message names
+MAX_NAMED = 3  # layers or keys listed in a message
 HINT = "give an adapter that was trained on Stable Audio 3; `sa3_lora info FILE` lists what it holds"
 
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """One layer's tensors in native row order and the file's own type, its rank and its k = alpha / rank."""
+    """Tensors of one layer in native row order and the file's dtype, its rank and its scale k = alpha / rank."""
 
     tensors: Mapping[str, Tensor]
     rank: int
@@ -41,7 +41,7 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter. `notes`: every part of the file that has no effect, and every guess that was made, one line each."""
+    """One adapter. `notes`: one line for each part of the file without effect and each assumption."""
 
     path: Path
     sha256: str
@@ -59,14 +59,14 @@ class Adapter:
 
     @property
     def ranks(self) -> list[int]:
-        """The distinct ranks of its layers; more than one only where rank_pattern says so."""
+        """Distinct ranks of the layers; more than one only with rank_pattern."""
         return sorted({layer.rank for layer in self.layers.values()})
 
 
 def read_adapter(path: Path, partial: bool = False) -> Adapter:
     """Read a .safetensors file (native, PEFT, diffusers, ComfyUI names) or a PEFT folder.
 
-    `partial` leaves out layers that no Stable Audio 3 DiT has, with a note, instead of refusing the file. Raises
+    `partial` skips layers that no Stable Audio 3 DiT has, with a note, instead of raising. Raises
     ToolError: a pickle, a damaged file, an unknown kind or layer, a missing or malformed tensor, mixed ranks.
     """
     file = SafetensorsFile(_weights_file(path))
@@ -78,11 +78,13 @@ def read_adapter(path: Path, partial: bool = False) -> Adapter:
     layers = {name: _layer(file, settings, kind, name, group) for name, group in by_layer.items()}
     _require_one_rank(file.path, settings, layers)
     if not settings.source and not any("alpha" in group for group in by_layer.values()):
-        notes.append("it states no alpha: alpha = rank is taken (scale 1)")
+        notes.append("no alpha in the file: alpha = rank assumed (scale 1)")
     if all(_is_zero(layer) for layer in layers.values()) and not (kind.rows or kind.columns):
-        notes.append("its low-rank factors are zero in every layer: it changes nothing")
+        notes.append("all low-rank factors are zero: no effect")
     digest = files.sha256_of(file.path)
-    if settings.source == PEFT_CONFIG:  # two folders with the same factors and another alpha are two adapters
+    if (
+        settings.source == PEFT_CONFIG
+    ):  # the digest covers the config: the same factors with another alpha are another adapter
         digest = hashlib.sha256(f"{digest} {files.sha256_of(file.path.with_name(PEFT_CONFIG))}".encode()).hexdigest()
     return Adapter(file.path, digest, kind, " and ".join(namings), layers, settings, file.metadata, tuple(notes))
 
@@ -104,11 +106,11 @@ def _weights_file(path: Path) -> Path:
     raise ToolError(f"{path} holds {len(candidates)} .safetensors files", f"name one of them: {candidates[0]}")
 
 
-Group = dict[str, tuple[str, TensorTarget]]  # native tensor name -> its key in the file, and where that belongs
+Group = dict[str, tuple[str, TensorTarget]]  # native tensor name -> key in the file, target
 
 
 def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str, Group]:
-    """Return each known layer's tensors. Raises ToolError for what has no place, unless `partial`."""
+    """Return the tensors of each known layer. Raises ToolError for unknown layers unless `partial`."""
     layers: dict[str, Group] = {}
     unknown: dict[str, list[str]] = {}
     foreign: list[str] = []
@@ -143,12 +145,12 @@ def _grouped(file: SafetensorsFile, notes: list[str], partial: bool) -> dict[str
     if foreign:
         notes.append(f"{listed(foreign, 'tensor')} no LoRA factors and left out")
     if baked:
-        notes.append(f"{baked} baked norms are not used: norms are taken from the weights at hand")
+        notes.append(f"{baked} baked norms are not used: norms are computed from the base weights")
     return layers
 
 
 def _refuse_other_methods(path: Path, foreign: list[str]) -> None:
-    """Raise ToolError for tensors of another kind of adapter, by its name: it would be half applied, or not at all."""
+    """Raise ToolError for tensors of other adapter methods, which would be applied partly or not at all."""
     for mark, method in OTHER_METHODS.items():
         keys = [key for key in foreign if f".{mark}" in key]
         if keys:
@@ -159,15 +161,15 @@ def _refuse_other_methods(path: Path, foreign: list[str]) -> None:
 
 
 def _kind_of(file: SafetensorsFile, settings: AdapterSettings, layers: Mapping[str, Group], notes: list[str]) -> Kind:
-    """Return the kind that the settings state, or that the tensors show where nothing is stated."""
+    """Return the kind in the settings, else the kind inferred from the tensors."""
     tensors = {tensor for group in layers.values() for tensor in group}
     name = settings.kind
     if name is None:
         name = "bora" if "magnitude_r" in tensors else "dora" if "magnitude" in tensors else "lora"
         name = f"{name}-xs" if "M_xs" in tensors else name
-        notes.append(f"it states no kind: its tensors are those of {name}")
+        notes.append(f"no kind in the file: {name} inferred from its tensors")
     if name.startswith("dora") and name not in KINDS:
-        # The older name of two kinds: the shape of the magnitudes tells them apart, a single axis means rows.
+        # "dora" is an older name of dora-rows and dora-cols, distinguished by the shape of the magnitudes (1-D: rows).
         shapes = [file.entries[group["magnitude"][0]].shape for group in layers.values() if "magnitude" in group]
         columns = bool(shapes) and len(shapes[0]) == 2 and shapes[0][0] == 1
         name = name.replace("dora", "dora-cols" if columns else "dora-rows")
@@ -182,7 +184,7 @@ def _kind_of(file: SafetensorsFile, settings: AdapterSettings, layers: Mapping[s
         whole = sum(all(tensor in group for tensor in kind.tensors) for group in layers.values())
         raise ToolError(
             f"{file.path} is a {name} adapter and {listed(missing, 'factor')} missing; "
-            f"{whole} of {len(layers)} layers are whole",
+            f"{whole} of {len(layers)} layers are complete",
             HINT,
         )
     return kind
@@ -218,12 +220,12 @@ def _factor(file: SafetensorsFile, tensor: str, key: str) -> Tensor:
     if entry.dtype not in FLOATS:
         raise ToolError(f"{file.path}: {key} is of type {entry.dtype}, not a floating-point one", HINT)
     value = file.tensor(key)
-    value = value.float() if value.element_size() == 1 else value  # E4M3 has no arithmetic of its own
+    value = value.float() if value.element_size() == 1 else value  # PyTorch has no E4M3 arithmetic
     flat = tensor.startswith("magnitude")
     if flat and sum(size != 1 for size in value.shape) <= 1:
         value = value.reshape(-1)
     elif not flat and value.dim() > 2 and all(size == 1 for size in value.shape[2:]):
-        value = value.flatten(1)  # of a convolution of one sample
+        value = value.flatten(1)  # of a convolution with kernel size 1
     if value.dim() != (1 if flat else 2) or not value.numel():
         raise ToolError(f"{file.path}: {key} has shape {list(entry.shape)}", HINT)
     if not bool(value.isfinite().all()):
@@ -234,9 +236,9 @@ def _factor(file: SafetensorsFile, tensor: str, key: str) -> Tensor:
 
 
 def _native_rows(path: Path, layer: str, kind: Kind, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the factors of a to_qkv layer that diffusers' names put in the order q | q2 | k | k2 | v in native order.
+    """Return the factors of a to_qkv layer with diffusers' row order q | q2 | k | k2 | v in native order.
 
-    A DiT without differential attention has q | k | v in both.
+    Without differential attention both orders are q | k | v.
     """
     if "lora_A" in tensors and tensors["lora_B"].shape[0] != QKV_PARTS * tensors["lora_A"].shape[1]:
         return tensors
@@ -248,7 +250,7 @@ def _native_rows(path: Path, layer: str, kind: Kind, tensors: dict[str, Tensor])
 
 
 def reordered(path: Path, key: str, value: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Return the five parts of to_qkv's rows in another order. Raises ToolError where they are not five parts."""
+    """Reorder the five equal parts of to_qkv's rows. Raises ToolError for another number of rows."""
     if value.shape[0] % QKV_PARTS:
         raise ToolError(f"{path}: {key} has {value.shape[0]} rows, not five equal parts", HINT)
     return value.unflatten(0, (QKV_PARTS, -1))[list(order)].flatten(0, 1)
@@ -272,8 +274,8 @@ def _is_zero(layer: LayerFactors) -> bool:
 
 
 def listed(names: list[str], noun: str) -> str:
-    """Return "3 layers (a, b, ...) are", with at most NAMED names."""
-    shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    """Return "3 layers (a, b, ...) are", with at most MAX_NAMED names."""
+    shown = ", ".join(names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
     return f"{len(names)} {noun} ({shown}) is" if len(names) == 1 else f"{len(names)} {noun}s ({shown}) are"
 
 

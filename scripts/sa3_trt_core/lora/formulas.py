@@ -1,4 +1,4 @@
-"""The weight that an adapter makes of a base weight: the formulas of the native trainer, in fp32.
+"""Adapted weights from base weights: the formulas of the native trainer, in fp32.
 
 W is the base weight (out, in), s the strength, k = alpha / rank, d = B A, or U M V^T in the -xs kinds.
 

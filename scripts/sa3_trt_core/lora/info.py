@@ -1,4 +1,4 @@
-"""Facts about an adapter for people: kind, rank, alpha, layers, words that it was trained on, size of its change."""
+"""Summarize an adapter: kind, rank, alpha, layers, trigger words, relative change of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_SHOWN = 300  # characters of a metadata value
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
-    """Return what a file says of itself and what was made of it, as one JSON document."""
+    """Return the metadata and the parsed properties of an adapter as one JSON document."""
     scales = sorted({round(layer.scale, 6) for layer in adapter.layers.values()})
     blocks = [layer for layer in adapter.layers if layer.startswith(BLOCK)]
     kinds = Counter(
@@ -40,7 +40,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def trigger_words(adapter: Adapter) -> list[str]:
-    """Return the words that call the adapter up, from its metadata and from the files that trainers lay beside it."""
+    """Return the trigger words of an adapter, from its metadata and the trainer's files beside it."""
     words = [value for key, value in adapter.metadata.items() if "trigger" in key.lower() and value]
     words += _words_of(_document(adapter.metadata.get(NATIVE_KEY, "")))
     beside = adapter.path.with_name(f"{adapter.path.stem}.metadata.json")
@@ -50,9 +50,9 @@ def trigger_words(adapter: Adapter) -> list[str]:
 
 
 def changes(adapter: Adapter, weights: Path) -> dict[str, float]:
-    """Return |W' - W| / |W| of every layer at strength 1, on the weights of a native model.safetensors.
+    """Return |W' - W| / |W| of every layer at strength 1, for the weights of a native model.safetensors.
 
-    Raises ToolError when the weights are not those of the adapter's size.
+    Raises ToolError if the weights belong to a model of another size.
     """
     file = SafetensorsFile(weights)
     loras = LoraSet(((adapter, 1.0),))

@@ -1,4 +1,4 @@
-"""The eight adapter kinds of the native trainer, and the tensors that each stores a layer."""
+"""The eight adapter kinds of the native trainer, and their tensors per layer."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ KINDS: dict[str, Kind] = {
     for kind in pair
 }
 TENSORS = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c", "U", "V")
-OWN_BASES = ("U", "V")  # of the -xs kinds, where a file holds them: a whole state dict does, the trainer's files do not
-# Norms that a trainer stores for programs without the base weights: not needed where the weights are at hand.
+OWN_BASES = ("U", "V")  # optional tensors of the -xs kinds: in full state dicts, not in the trainer's files
+# Norms stored for programs without access to the base weights; not needed here.
 BAKED_NORMS = ("baked_vnorm_row", "baked_vnorm_col")

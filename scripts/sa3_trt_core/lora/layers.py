@@ -1,4 +1,4 @@
-"""The layers that an adapter may change: their native names, and the roles that they have in a packed DiT.
+"""Adaptable layers: native names, and roles in a packed DiT.
 
 Native names are those of the model's own trainer: `model.` and the layer's path in the DiT, or the duration embedder
 among the conditioners. The checkpoint's tensor is `model.<layer>.weight`, the duration embedder's
@@ -41,7 +41,7 @@ _BLOCK_LAYERS = {layer: role for role, layer in _BLOCK_ROLES.items()}
 _OTHER_LAYERS = {layer: role for role, layer in _OTHER_ROLES.items()}
 SELF_QKV = "self_attn.to_qkv"
 QKV_PARTS = 5  # q, k, v, q2, k2
-# Where each native part of to_qkv stands after regrouping to q | q2 | k | k2 | v (diffusers, packed DiTs), and back.
+# Permutation of to_qkv's parts from native order to q | q2 | k | k2 | v (diffusers, packed DiTs), and its inverse.
 REGROUPED = (0, 3, 1, 4, 2)
 NATIVE_ORDER = (0, 2, 4, 1, 3)
 
@@ -67,7 +67,7 @@ def role_of_layer(layer: str) -> str | None:
 
 
 def roles(depth: int) -> list[str]:
-    """List the roles of every adaptable layer of a DiT of `depth` blocks: 13 and 9 a block."""
+    """List the roles of every adaptable layer of a DiT: 9 per block of `depth`, and 13 others."""
     return [*_OTHER_ROLES, *(f"blocks.{index}.{name}" for index in range(depth) for name in _BLOCK_ROLES)]
 
 
@@ -86,5 +86,5 @@ def layer_of_checkpoint_key(key: str) -> str | None:
 
 
 def is_qkv(layer: str) -> bool:
-    """Return True for the fused self-attention projection, whose rows other programs regroup."""
+    """Return True for the fused self-attention projection, whose rows some programs reorder."""
     return layer.startswith(BLOCK) and layer.endswith(SELF_QKV)

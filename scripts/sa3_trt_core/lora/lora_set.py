@@ -1,4 +1,4 @@
-"""The adapters that a model runs with, in order, with their strengths: fit, digest, merged weights."""
+"""Ordered set of adapters with strengths: checks against a model, digest, merged weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, int]]  # native layer -> (out, in) of a model's
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """One adapter as it is asked for: a file or folder and a strength."""
+    """Specification of one adapter: file or folder, and strength."""
 
     path: Path
     strength: float = 1.0
@@ -38,8 +38,8 @@ class LoraSpec:
 class LoraOptions:
     """Options of adapters: strength rule, stacking rule, the duration embedder's layer, files with unknown layers.
 
-    `chained`: each adapter takes the result of those before it as its base weight, as the native loader does.
-    `summed`: W + sum of s (W_i(1) - W), as the native merge function does; it fades whatever `rule` says.
+    `chained`: the base weight of each adapter is the result of the previous ones, as in the native loader.
+    `summed`: W + sum of s (W_i(1) - W), as in the native merge function; equals `fade` for any `rule`.
     """
 
     rule: Rule = "native"
@@ -61,7 +61,7 @@ Loras = Sequence[LoraSpec | tuple[str | Path, float] | str | Path]
 def read_loras(loras: Loras, options: LoraOptions | None = None) -> LoraSet:
     """Read adapters, each "FILE:STRENGTH", a path, (path, strength) or a LoraSpec, in order. Raises ToolError.
 
-    Every part of a file that has no effect is a ToolWarning.
+    Issues a ToolWarning for every part of a file without effect.
     """
     chosen = LoraSet.read([as_spec(lora) for lora in loras], options)
     for note in chosen.notes:
@@ -84,7 +84,7 @@ def parse_spec(text: str) -> LoraSpec:
 
 
 def as_spec(lora: LoraSpec | tuple[str | Path, float] | str | Path) -> LoraSpec:
-    """Return the spec of what a caller may write: "FILE:STRENGTH", a path, (path, strength), or a spec."""
+    """Convert "FILE:STRENGTH", a path, (path, strength) or a spec to a spec."""
     if isinstance(lora, LoraSpec):
         return lora
     if isinstance(lora, tuple):
@@ -93,7 +93,7 @@ def as_spec(lora: LoraSpec | tuple[str | Path, float] | str | Path) -> LoraSpec:
 
 
 def require_strength(value: float) -> float:
-    """Return a strength. Raises ToolError outside +-MAX_STRENGTH or where it is not finite."""
+    """Return a strength as float. Raises ToolError if it is not finite or beyond +-MAX_STRENGTH."""
     if not math.isfinite(value) or abs(value) > MAX_STRENGTH:
         raise ToolError(
             f"a LoRA strength of {value:g} is outside {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}", "1 is as trained"
@@ -103,7 +103,7 @@ def require_strength(value: float) -> float:
 
 @dataclass(frozen=True)
 class LoraSet:
-    """Adapters with their strengths, in order. An empty set changes nothing."""
+    """Ordered adapters with strengths; may be empty."""
 
     adapters: tuple[tuple[Adapter, float], ...] = ()
     options: LoraOptions = field(default_factory=LoraOptions)
@@ -120,31 +120,31 @@ class LoraSet:
 
     @property
     def digest(self) -> str:
-        """Twelve letters that stand for files, strengths, order and rules; the same set has the same everywhere."""
+        """Digest (12 letters) of files, strengths, order and rules, equal on every machine."""
         return hashlib.sha256(json.dumps(self.to_manifest(), sort_keys=True).encode()).hexdigest()[:DIGEST_LETTERS]
 
     @property
     def layers(self) -> frozenset[str]:
-        """The native layers that the set changes."""
+        """Native layers changed by the set."""
         names = {name for adapter, strength in self.adapters if strength for name in adapter.layers}
         return frozenset(names if self.options.duration else names - {DURATION})
 
     @property
     def notes(self) -> list[str]:
-        """Every part of a file that has no effect, one line each."""
+        """One line for every part of a file without effect."""
         lines = [f"{adapter.path}: {note}" for adapter, _ in self.adapters for note in adapter.notes]
         times = Counter(adapter.sha256 for adapter, _ in self.adapters)
-        lines += [f"{adapter.path}: named more than once, it acts each time" for adapter, _ in self.adapters
+        lines += [f"{adapter.path}: listed more than once, and applied each time" for adapter, _ in self.adapters
                   if times[adapter.sha256] > 1]  # fmt: skip
         for adapter, strength in self.adapters:
             if strength == 0:
-                lines.append(f"{adapter.path}: strength 0, it changes nothing")
+                lines.append(f"{adapter.path}: strength 0 has no effect")
             if not self.options.duration and DURATION in adapter.layers:
-                lines.append(f"{adapter.path}: its layer of the duration embedder is left out, as asked")
+                lines.append(f"{adapter.path}: its layer of the duration embedder is not applied (--lora-no-duration)")
         return list(dict.fromkeys(lines))
 
     def to_manifest(self) -> dict[str, Any]:
-        """Return what identifies the set: the adapters' digests and strengths in order, and the rules that matter."""
+        """Return the content of the digest: digests and strengths in order, and the effective rules."""
         stated: dict[str, Any] = {
             "adapters": [{"sha256": adapter.sha256, "strength": strength} for adapter, strength in self.adapters]
         }
@@ -157,7 +157,7 @@ class LoraSet:
         return stated
 
     def described(self) -> list[str]:
-        """Return one line an adapter: name, kind, rank, layers, strength."""
+        """Return one line per adapter: name, kind, rank, layers, strength."""
         return [
             f"{adapter.name}: {adapter.kind.name}, rank {'/'.join(map(str, adapter.ranks))}, "
             f"{len(adapter.layers)} layers, strength {strength:g}"
@@ -165,7 +165,7 @@ class LoraSet:
         ]
 
     def require_fits(self, shapes: Shapes, model: str) -> None:
-        """Raise ToolError when an adapter has a layer that the model lacks, or factors of another width.
+        """Raise ToolError if an adapter has a layer that the model lacks, or factors of other sizes.
 
         `shapes` are the (out, in) of every adaptable layer; `model` names it in the message.
         """
@@ -180,7 +180,7 @@ class LoraSet:
                 )
 
     def misfits(self, shapes: Shapes) -> list[str]:
-        """Return one line for every layer that has no place in the model; empty unless partial files are allowed."""
+        """Return one line for every layer that the model lacks; empty unless partial files are allowed."""
         return [
             f"{adapter.path}: left out: {text}" for adapter, _ in self.adapters for name in adapter.layers
             if (text := _misfit(adapter, name, shapes))
@@ -189,8 +189,8 @@ class LoraSet:
     def merged(self, layer: str, weight: Tensor, bases: BasisSource | None = None) -> Tensor:
         """Return the weight (out, in) fp32 of a native layer with every adapter in it.
 
-        `weight` is the base weight in native rows, without padding; `bases` gives U and V of the -xs kinds (default:
-        computed from `weight`, kept nowhere). A layer that no adapter has comes back as it is, in fp32.
+        `weight` is the base weight in native row order, without padding; `bases` provides U and V of the -xs kinds
+        (default: computed from `weight`, not cached). A layer without adapter is returned unchanged, in fp32.
         """
         base = weight.float()
         if layer == DURATION and not self.options.duration:
@@ -218,7 +218,7 @@ def _shape(weight: Tensor) -> tuple[int, int]:
 def _bases(
     adapter: Adapter, layer: str, factors: LayerFactors, base: Tensor, source: BasisSource
 ) -> tuple[Tensor, Tensor] | None:
-    """U and V of an -xs layer: the file's own, or those of the original weight, in a stack too."""
+    """Return U and V of an -xs layer: the file's own, else those of the original weight, also in a stack."""
     if not adapter.kind.svd:
         return None
     if "U" in factors.tensors and "V" in factors.tensors:
@@ -227,10 +227,10 @@ def _bases(
 
 
 def _misfit(adapter: Adapter, name: str, shapes: Shapes) -> str | None:
-    """Return the reason why a layer of an adapter does not fit the model; None where it does."""
+    """Return the reason why a layer does not fit the model; None if it fits."""
     layer, shape = adapter.layers[name], shapes.get(name)
     if shape is None:
-        return f"{name} is not a layer of it"
+        return f"the model has no layer {name}"
     out, into = shape
     tensors = layer.tensors
     if "M_xs" in tensors:

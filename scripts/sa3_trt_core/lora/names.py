@@ -1,4 +1,4 @@
-"""From a tensor's key in a file to (native layer, native tensor): native, PEFT, diffusers, ComfyUI and kohya names."""
+"""Map tensor keys of native, PEFT, diffusers, ComfyUI and kohya files to native layers and tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sa3_trt_core.lora.kinds import BAKED_NORMS, TENSORS
 from sa3_trt_core.lora.layers import BLOCK, DURATION, role_of_layer
 
 _NATIVE = re.compile(r"(?P<layer>.+)\.parametrizations\.weight\.(?P<index>\d+)\.(?P<tensor>\w+)")
-# PEFT writes lora_A.weight, a whole state dict of it lora_A.<adapter>.weight; ComfyUI and kohya down, up, alpha.
+# PEFT writes lora_A.weight (lora_A.<adapter>.weight in a full state dict); ComfyUI and kohya down, up, alpha.
 _OTHERS = re.compile(
     r"(?P<layer>.+?)\.(?P<tensor>lora_A|lora_B|lora_down|lora_up|lora_magnitude_vector|dora_scale|alpha)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)\w+))?(?:\.(?P<part>weight|bias))?"
@@ -34,8 +34,8 @@ _DIFFUSERS_OTHER = {
 class TensorTarget:
     """Target of a tensor of a file: native layer and tensor name, and the file's own spelling.
 
-    `known` is False for a layer that no Stable Audio 3 DiT has; `layer` is then the file's own name. `regrouped`: rows
-    of the fused to_qkv stand as diffusers has them, q | q2 | k | k2 | v. `index` is the native parametrization's.
+    `known` is False for a layer that no Stable Audio 3 DiT has; `layer` is then the file's own name. `regrouped`: the
+    rows of the fused to_qkv have diffusers' order q | q2 | k | k2 | v. `index` is that of the native parametrization.
     """
 
     layer: str
@@ -48,7 +48,7 @@ class TensorTarget:
 
 
 def tensor_target(key: str) -> TensorTarget | None:
-    """Return where a tensor belongs; None for a key of another kind, such as a bias or a full weight."""
+    """Return the target of a tensor; None for other tensors, such as a bias or a full weight."""
     native = _NATIVE.fullmatch(key)
     if native is not None:
         tensor, index = native["tensor"], int(native["index"])
@@ -82,7 +82,7 @@ def native_layer(name: str) -> tuple[str, bool, bool]:
 
 
 def _stripped(name: str) -> list[str]:
-    """Return the name, and what is left of it after each wrapper in front of it is taken away."""
+    """Yield the name, and the name after the removal of each wrapper prefix."""
     names = [name]
     while True:
         for wrapper in (*_WRAPPERS, "transformer.", "model."):
@@ -102,7 +102,7 @@ def _diffusers_layer(name: str) -> str | None:
 
 
 def _kohya_layer(name: str) -> str | None:
-    """kohya's trainers write dots as underscores."""
+    """Return the native layer of a kohya name, which has underscores instead of dots; None if unknown."""
     for prefix in _KOHYA:
         name = name.removeprefix(prefix)
     flat = re.sub(r"^(model_)?(transformer_)?", "", name)

@@ -1,4 +1,4 @@
-"""The header and the tensors of a safetensors file, checked before any tensor is used; pickles are refused by name."""
+"""Read and validate safetensors files; raise ToolError for pickles and other formats."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2,
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 HINT = "give the .safetensors file that the trainer wrote, or download it again"
-PICKLE_HINT = "a pickle can run any code and is not opened: export it as .safetensors with the program that made it"
+PICKLE_HINT = "pickles can run arbitrary code and are not opened: export a .safetensors file"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: its type as the format names it, its shape, and where its bytes lie behind the header."""
+    """Header entry of a tensor: the format's dtype name, shape, and byte range after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,10 +34,10 @@ class Entry:
 
 
 class SafetensorsFile:
-    """One file: `metadata` (text to text), `entries` by key. `tensor` maps the data instead of reading it."""
+    """One file: `metadata` (str -> str) and `entries` by key. Tensors are memory-mapped."""
 
     def __init__(self, path: Path) -> None:
-        """Read and check the header. Raises ToolError for anything that is not a whole safetensors file."""
+        """Read and validate the header. Raises ToolError for anything but a complete safetensors file."""
         self.path = path
         try:
             size = path.stat().st_size
@@ -59,7 +59,7 @@ class SafetensorsFile:
         self._map: mmap.mmap | None = None
 
     def tensor(self, key: str) -> torch.Tensor:
-        """Return one tensor of FLOATS or INTEGERS in its own type; it shares the mapped bytes and is read only."""
+        """Return a tensor of FLOATS or INTEGERS in its own dtype: a read-only view of the mapped bytes."""
         import torch
 
         entry = self.entries[key]
@@ -72,7 +72,7 @@ class SafetensorsFile:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = (entry.end - entry.begin) // _BYTES[entry.dtype]
-        if (self._data + entry.begin) % _BYTES[entry.dtype]:  # the format allows it, torch does not
+        if (self._data + entry.begin) % _BYTES[entry.dtype]:  # unaligned: allowed by the format, not by torch
             raw = bytearray(self._map[self._data + entry.begin : self._data + entry.end])
             return torch.frombuffer(raw, dtype=types[entry.dtype]).reshape(entry.shape)
         flat = torch.frombuffer(self._map, dtype=types[entry.dtype], count=count, offset=self._data + entry.begin)
@@ -105,12 +105,12 @@ def _entry(path: Path, key: str, value: Any, data_bytes: int) -> Entry:
     if dtype not in _BYTES:
         raise _broken(path, f"{key} has the type {dtype!r}")
     if min((*shape, begin), default=0) < 0 or end > data_bytes or end - begin != count * _BYTES[dtype]:
-        raise _broken(path, f"{key} does not lie within the file: it was cut short, or changed")
+        raise _broken(path, f"{key} is outside the file, which was truncated or changed")
     return Entry(dtype, shape, begin, end)
 
 
 def _refuse_foreign(path: Path, start: bytes) -> None:
-    """Raise ToolError, by name, for file kinds that are often mistaken for an adapter."""
+    """Raise ToolError for file types that are often mistaken for an adapter, naming the type."""
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ToolError(f"{path} is a pickle (.ckpt, .pt, .bin)", PICKLE_HINT)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin", ".pkl"):

@@ -1,4 +1,4 @@
-"""An adapter's settings: rank, alpha and kind, from the native metadata, a PEFT adapter_config.json, or neither."""
+"""Read an adapter's settings (rank, alpha, kind) from native metadata or a PEFT adapter_config.json."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.kinds import KINDS
 
 NATIVE_KEY = "lora_config"
-PEFT_KEY = "lora_adapter_metadata"  # of files that diffusers saves
+PEFT_KEY = "lora_adapter_metadata"  # metadata key of files saved by diffusers
 PEFT_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 << 20
 _HINT = "write the file again with the program that trained it"
-# Initialisations of PEFT that change the base weights: their factors are right on those changed weights only.
+# Initialisations of PEFT that change the base weights, for which alone the factors are valid.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """AdapterSettings stated in an adapter file. `kind` None: not stated. `alpha` None: alpha / rank is 1."""
+    """Settings in an adapter file. `kind` None: not stated. `alpha` None: alpha / rank is 1."""
 
     source: str  # "lora_config", "adapter_config.json", ... or "" without any
     kind: str | None = None
@@ -36,20 +36,20 @@ class AdapterSettings:
     dora: bool = False
 
     def scale(self, layer: str, rank: int) -> float:
-        """Return k of a layer whose factors have that rank."""
+        """Return the scale k of a layer with factors of this rank."""
         alpha = _matched(self.alpha_pattern, layer, self.alpha)
         if alpha is None:
             return 1.0
         return float(alpha) / (math.sqrt(rank) if self.sqrt_rank else rank)
 
     def stated_rank(self, layer: str) -> int | None:
-        """Return the rank that the settings give a layer; None where they give none."""
+        """Return the rank of a layer in the settings; None if not stated."""
         rank = _matched(self.rank_pattern, layer, self.rank)
         return None if rank is None else int(rank)
 
 
 def read_settings(path: Path, metadata: Mapping[str, str]) -> AdapterSettings:
-    """Return the settings of an adapter file with its header's metadata. Raises ToolError for malformed ones."""
+    """Return the settings of an adapter file from its metadata or its config. Raises ToolError for malformed ones."""
     if NATIVE_KEY in metadata:
         return _native(path, _document(f"{path}: {NATIVE_KEY} in its metadata", metadata[NATIVE_KEY]))
     if PEFT_KEY in metadata:
@@ -70,9 +70,7 @@ def _native(path: Path, document: Mapping[str, Any]) -> AdapterSettings:
     kind = document.get("adapter_type")
     kind = "lora" if kind is None else kind
     if kind != "dora" and kind not in KINDS:
-        raise ToolError(
-            f"{path} is an adapter of kind {kind!r}, which is not known", f"known: {', '.join(KINDS)}, dora"
-        )
+        raise ToolError(f"{path} has the unknown adapter kind {kind!r}", f"known: {', '.join(KINDS)}, dora")
     return AdapterSettings(
         NATIVE_KEY, str(kind), _rank(path, document.get("rank")), _number(path, "alpha", document.get("alpha"))
     )
@@ -103,7 +101,7 @@ def _peft(path: Path, document: Mapping[str, Any], source: str) -> AdapterSettin
 
 
 def _matched(pattern: Mapping[str, Any], layer: str, otherwise: Any) -> Any:
-    """Return the first entry whose key matches the end of a layer's name, as PEFT looks it up."""
+    """Return the first entry whose key matches the end of a layer's name, as in PEFT."""
     for key, value in pattern.items():
         try:
             if re.match(rf"(.*\.)?({key})$", layer):

@@ -1,8 +1,8 @@
-"""U and V of the -xs kinds: singular vectors of the base weight, kept in a folder by the weight's digest.
+"""U and V of the -xs kinds: singular vectors of the base weight, cached in a folder by the weight's digest.
 
-They are not in the adapter's file; every program takes them from the weights it has. Singular vectors of nearly equal
-singular values turn with the least change of the weight, so bases of weights in 16 bits are not those of the fp32
-checkpoint that the adapter was trained on: name the checkpoint where it is at hand.
+Adapter files do not contain them; they are computed from the base weights. Singular vectors of nearly equal singular
+values are sensitive to small changes of the weight, so those of 16-bit weights differ from those of the fp32 checkpoint
+that the adapter was trained on: pass the checkpoint if available.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FOLDER_SUFFIX = ".svd"
-KEPT_COLUMNS = 32  # -xs adapters have ranks up to 17; a larger one is kept at its own rank
+KEPT_COLUMNS = 32  # columns cached: -xs adapters have ranks up to 17; a larger rank is cached as it is
 _DIGEST_LETTERS = 32
 
 
@@ -28,12 +28,12 @@ class BasisSource(Protocol):
     """Source of the SVD bases of a layer."""
 
     def bases(self, layer: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return U (out, rank) and V (in, rank) fp32; `weight` is the layer's base weight (out, in) in native rows."""
+        """Return U (out, rank) and V (in, rank) fp32 of a layer's base weight (out, in) in native row order."""
         ...
 
 
 class SvdBases:
-    """Bases of the weights at hand, or of a native checkpoint's where `checkpoint` names its model.safetensors.
+    """Bases of the loaded weights, or of a native checkpoint if `checkpoint` is its model.safetensors.
 
     `folder` caches the computed bases (None: no cache); a folder that cannot be written is not an error.
     """
@@ -45,7 +45,7 @@ class SvdBases:
         self._folder = folder
 
     def bases(self, layer: str, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Return U (out, rank) and V (in, rank) fp32 on the CPU. Raises ToolError where the checkpoint does not fit."""
+        """Return U (out, rank) and V (in, rank) fp32 on the CPU. Raises ToolError if the checkpoint does not fit."""
         source = weight if self._file is None else self._of_checkpoint(layer, tuple(weight.shape))
         wide = source.detach().cpu().float().contiguous()
         columns = max(rank, min(KEPT_COLUMNS, *wide.shape))
@@ -70,7 +70,7 @@ class SvdBases:
 def thin_svd(weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Return the first columns of U (out, columns) and V (in, columns) of a weight fp32 on the CPU.
 
-    The entry of largest magnitude in each column of U is positive, as the model's own loader turns them.
+    The largest-magnitude entry of each column of U is positive, as in the model's own loader.
     """
     import torch
 
@@ -82,7 +82,7 @@ def thin_svd(weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _kept(folder: Path, weight: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Return the bases from the folder, or computed and put there; a damaged file is made again."""
+    """Return the cached bases, or compute and cache them; a damaged cache file is replaced."""
     from safetensors.torch import save_file
 
     digest = hashlib.sha256(str(tuple(weight.shape)).encode() + weight.numpy().tobytes()).hexdigest()

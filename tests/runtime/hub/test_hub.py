@@ -109,10 +109,10 @@ def test_what_is_not_published_says_how_to_make_it(local: LocalHub) -> None:
 @pytest.mark.parametrize(
     ("answer", "words", "hint"),
     [
-        (InjectedResponse(401, NO_REPOSITORY), "does not give", "hf auth login"),
-        (InjectedResponse(403, GATED), "does not give", "accept its licence at https://huggingface.co/"),
-        (InjectedResponse(403), "does not give", "hf auth login"),
-        (InjectedResponse(404, NO_REPOSITORY), "does not give", "hf auth login"),
+        (InjectedResponse(401, NO_REPOSITORY), "no access to", "hf auth login"),
+        (InjectedResponse(403, GATED), "no access to", "accept its licence at https://huggingface.co/"),
+        (InjectedResponse(403), "no access to", "hf auth login"),
+        (InjectedResponse(404, NO_REPOSITORY), "no access to", "hf auth login"),
         (InjectedResponse(429, headers={"Retry-After": "33"}), "429", "wait 33 seconds"),
         (InjectedResponse(503), "answered 503", "later"),
         (InjectedResponse(418), "answered 418", "HF_ENDPOINT"),
@@ -129,7 +129,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(local: LocalHub) -> None:
     local.cut["onnx/sa3-m/dit_fp8lin.onnx.data"] = [300_000]
     with pytest.raises(ToolError, match=r"connection broke .* 300\.0 kB of 1\.0 MB are kept") as caught:
         resolve.resolve_onnx(FP8, ModelSource())
-    assert "goes on from there" in caught.value.hint
+    assert "again to resume" in caught.value.hint
     path = resolve.resolve_onnx(FP8, ModelSource())
     assert (path.parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS
     assert [headers["range"] for _, name, headers in local.asked if "range" in headers] == ["bytes=300000-"]
@@ -138,7 +138,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(local: LocalHub) -> None:
 
 def test_wrong_bytes_never_reach_the_cache(local: LocalHub) -> None:
     local.spoil.add(SIDECAR)
-    refused("arrived with digest", "thrown away")
+    refused("arrived with digest", "discarded")
     assert not [path for path in Path(constants.HF_HUB_CACHE).rglob("*.data*") if path.is_file()]
     local.spoil.clear()
     assert (resolve.resolve_onnx(FP8, ModelSource()).parent / "dit_fp8lin.onnx.data").read_bytes() == WEIGHTS

@@ -154,7 +154,7 @@ def test_parts_without_effect_are_named(tmp_path: Path) -> None:
     adapters.write_tensors(
         path, {key: value * 0 if "lora_B" in key else value for key, value in tensors.items()}, metadata
     )
-    assert any("changes nothing" in note for note in read_adapter(path).notes)
+    assert any("no effect" in note for note in read_adapter(path).notes)
     adapters.write_tensors(path, tensors | {f"{prefix}baked_vnorm_row": np.ones(OUT, np.float32)}, metadata)
     assert any("baked" in note for note in read_adapter(path).notes)
     with_text_encoder = {"text_encoder.layers.0.mlp.lora_A.weight": np.ones((3, 4), np.float32), **tensors}
@@ -219,7 +219,7 @@ def damaged(folder: Path, fault: str) -> Path:
         ("no rows", "[0, 512]"), ("missing factor", "lora_B"), ("mixed ranks", "rank 2"),
         ("factors apart", LAYER), ("not finite", "finite"), ("two adapters", "more than one"),
         ("unknown kind", "loha"), ("bad config", "JSON"), ("bad rank", "four"), ("no adapter", "no LoRA factors"),
-        ("cut short", "cut short"), ("pickle", "pickle"), ("empty", "too short"), ("html", "whole safetensors"),
+        ("cut short", "truncated"), ("pickle", "pickle"), ("empty", "too short"), ("html", "whole safetensors"),
         ("lfs", "LFS"),
     ],
 )  # fmt: skip
@@ -234,7 +234,7 @@ def test_an_adapter_of_another_width_or_depth_names_what_fits_and_what_does_not(
     with pytest.raises(ToolError, match=r"1 of 2 layers fit; .*ff\.ff\.2 is 1024 x 4096, the model's is 128 x 512"):
         LoraSet.read([LoraSpec(path)]).require_fits(adapters.LAYER_SHAPES, "the model")
     deep = adapters.write_native(tmp_path / "deep.safetensors", "lora", {LAYER.replace("0", "9"): (OUT, INTO)})
-    with pytest.raises(ToolError, match=r"0 of 1 layers fit; .*no layer of it"):
+    with pytest.raises(ToolError, match=r"0 of 1 layers fit; .*the model has no layer"):
         LoraSet.read([LoraSpec(deep)]).require_fits(adapters.LAYER_SHAPES, "the model")
     columns = adapters.write_native(tmp_path / "c.safetensors", "dora-cols", {LAYER: (OUT, INTO)})
     tensors, metadata = adapters.read_tensors(columns)
