@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.errors import ToolError, ToolWarning
-from sa3_trt_core.lora.adapter import NAMED, Adapter, LayerFactors, read_adapter
+from sa3_trt_core.lora.adapter import MAX_NAMED, Adapter, LayerFactors, read_adapter
 from sa3_trt_core.lora.formulas import RULES, STACKINGS, Rule, Stacking, adapted
 from sa3_trt_core.lora.layers import DURATION
 from sa3_trt_core.lora.svd_bases import BasisSource, SvdBases
@@ -172,7 +172,7 @@ class LoraSet:
         for adapter, _ in self.adapters:
             bad = [text for name in adapter.layers if (text := _misfit(adapter, name, shapes))]
             if bad and not (self.options.partial and len(bad) < len(adapter.layers)):
-                shown = "; ".join(bad[:NAMED]) + ("; ..." if len(bad) > NAMED else "")
+                shown = "; ".join(bad[:MAX_NAMED]) + ("; ..." if len(bad) > MAX_NAMED else "")
                 count = len(adapter.layers)
                 raise ToolError(
                     f"{adapter.path} does not fit {model}: {count - len(bad)} of {count} layers fit; {shown}",
