@@ -121,7 +121,7 @@ def test_factors_and_alphas_of_any_number_type_mean_the_same(tmp_path: Path) -> 
         np.testing.assert_allclose(change_of(path), wanted.numpy(), rtol=1e-5, atol=1e-5)
     twice = LoraSet.read([LoraSpec(path), LoraSpec(path)])
     np.testing.assert_allclose(twice.merged(LAYER, torch.zeros(OUT, INTO)), 2.0 * wanted.float(), rtol=1e-5, atol=1e-5)
-    assert sum("named more than once" in note for note in twice.notes) == 1
+    assert sum("listed more than once" in note for note in twice.notes) == 1
 
 
 @pytest.mark.parametrize(
