@@ -16,7 +16,7 @@ from sa3_trt_core.shapes import SAMPLE_RATE
 Sound = NDArray[np.float32]
 
 MAX_NOTE_SECONDS = 3.6  # seconds: a bar at the slowest tempo, and a little
-HIGHEST_PARTIAL = 16_000.0  # Hz
+MAX_PARTIAL = 16_000.0  # Hz
 MIX_RMS = 0.14
 FADE = 441  # samples at the cut: 10 ms
 STEPS = 16  # of a bar
@@ -106,7 +106,7 @@ def tone_of(timbre: str, midi: int, colour: str) -> Sound:
     slope = 0.6 if colour == "dark" else 0.0  # extra roll-off of the partials, as a power of their number
     for number, gain, decay in _partials(timbre):
         partial = frequency * number
-        if partial > HIGHEST_PARTIAL:
+        if partial > MAX_PARTIAL:
             continue
         level = gain / number**slope
         # Phase in float64: at 16 kHz and 3 s the error of a float32 angle is audible.

@@ -16,7 +16,7 @@ from sa3_trt_core.request import FULL_APG, MAX_CFG, MAX_SEED, MAX_STEPS, MIN_NOI
 
 MAX_PROMPT_LENGTH = 4096  # characters; the text encoder reads 256 tokens
 MAX_RANGES = 32
-LATEST_START = 1e6  # seconds
+MAX_START = 1e6  # seconds
 HINT = "the fields and their ranges are on the page /docs"
 
 _Finite = {"allow_inf_nan": False}
@@ -38,7 +38,7 @@ class SoundRequest(BaseModel):
     )
     negative_prompt: str | None = Field(None, max_length=MAX_PROMPT_LENGTH, description="Text to guide away from")
     format: Literal["wav", "flac", "mp3", "ogg"] = Field("wav", description="Format of the response")
-    init_start: float = Field(0.0, ge=0, le=LATEST_START, description="Seconds into init_audio where reading starts")
+    init_start: float = Field(0.0, ge=0, le=MAX_START, description="Seconds into init_audio where reading starts")
     init_noise_level: float | None = Field(
         None, ge=MIN_NOISE, le=1, description="Initial sigma of audio to audio: 1 ignores init_audio"
     )

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3_trt_core.audio.waveform import HIGHEST_RATE, LOWEST_RATE, Waveform
+from sa3_trt_core.audio.waveform import MAX_RATE, MIN_RATE, Waveform
 from sa3_trt_core.errors import InvalidRequest, ToolError, ToolWarning
 from sa3_trt_core.shapes import AUDIO_CHANNELS, SAMPLE_RATE
 
@@ -115,7 +115,7 @@ def _opened(path: Path) -> Any:
             sound = Sequential(name)
     except (RuntimeError, TypeError) as error:  # TypeError: headerless formats need their parameters
         raise ToolError(f"cannot read {path}: {error}", _READABLE) from None
-    right = 1 <= sound.channels <= AUDIO_CHANNELS and LOWEST_RATE <= sound.samplerate <= HIGHEST_RATE
+    right = 1 <= sound.channels <= AUDIO_CHANNELS and MIN_RATE <= sound.samplerate <= MAX_RATE
     if not right or sound.frames < 1:
         what = f"{sound.channels} channels, {sound.samplerate} Hz, {sound.frames} samples"
         sound.close()

@@ -11,7 +11,7 @@ from sa3_trt_core.shapes import AUDIO_CHANNELS, FULL_SCALE
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOWEST_RATE, HIGHEST_RATE = 100, 768_000  # Hz
+MIN_RATE, MAX_RATE = 100, 768_000  # Hz
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +34,8 @@ def as_waveform(samples: object, sample_rate: object) -> Waveform:
     if shaped.dim() != 2 or not 1 <= shaped.shape[0] <= AUDIO_CHANNELS or not shaped.shape[1]:
         raise InvalidRequest(f"`init_audio` has the shape {list(samples.shape)}", hint)
     whole = isinstance(sample_rate, int) and not isinstance(sample_rate, bool)
-    if not whole or not LOWEST_RATE <= int(str(sample_rate)) <= HIGHEST_RATE:
-        rates = f"{LOWEST_RATE} to {HIGHEST_RATE} Hz"
+    if not whole or not MIN_RATE <= int(str(sample_rate)) <= MAX_RATE:
+        rates = f"{MIN_RATE} to {MAX_RATE} Hz"
         raise InvalidRequest(f"the sample rate of `init_audio` is {sample_rate!r}", f"give a whole number from {rates}")
     return Waveform(shaped, int(str(sample_rate)))
 

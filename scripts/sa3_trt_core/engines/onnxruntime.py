@@ -135,7 +135,7 @@ def _session(path: Path, variant: bytes | None, options: Any, providers: list[st
 
 
 def open_graph(path: Path, target: Target, rebuild: str, onnx: Path | None) -> OnnxRuntimeEngine:
-    """Load the ONNX file; there is no built engine that could be outdated."""
+    """Load the ONNX file itself, which needs no build."""
     return OnnxRuntimeEngine(path)
 
 

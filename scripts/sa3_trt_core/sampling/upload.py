@@ -58,7 +58,7 @@ class UploadedNoise(Iterator["Tensor"]):
 
             stream = torch.cuda.current_stream()
             stream.wait_event(uploaded)
-            noise.record_stream(stream)  # else its memory is given out again in the stream of the upload
+            noise.record_stream(stream)  # else the allocator could reuse its memory in the upload stream
         return noise
 
     def _begin(self, wanted: Callable[[], bool]) -> bool:
