@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sa3_trt_core.request import Request
 
 MAX_READY = 2  # requests encoded ahead of a free slot: more would only use memory
-REMEMBERED_SECONDS = 32  # sounds whose time in the ring is averaged
+AVERAGED_SOUNDS = 32  # latest sounds whose mean time in the ring gives `retry_seconds`
 
 
 class LiveRing(Closeable):
@@ -39,7 +39,7 @@ class LiveRing(Closeable):
     """
 
     def __init__(self, generator: Generator, depth: int, max_waiting: int = 64) -> None:
-        """Start the threads. Raises ToolError for a generator that frees its models."""
+        """Start the threads. Raises ToolError for a generator with `free_models`."""
         self._generator = generator
         velocity = generator.ring_velocity()
         max_batch = min(MAX_BATCH, velocity.max_batch or MAX_BATCH)
@@ -53,7 +53,7 @@ class LiveRing(Closeable):
         self._inside: dict[Ticket, None] = {}
         self._finished: deque[Ticket] = deque()
         self._busy: set[Ticket] = set()  # being encoded or decoded
-        self._times: deque[float] = deque(maxlen=REMEMBERED_SECONDS)
+        self._times: deque[float] = deque(maxlen=AVERAGED_SOUNDS)
         self._refusing = self._stopping = False
         self._text_lane, self._dit_lane = Lane(velocity.device), Lane(velocity.device)
         self._decoder_lane = Lane(velocity.device, urgent=True)  # decoding frees slots, so it comes before sampling
@@ -169,7 +169,7 @@ class LiveRing(Closeable):
         if error is not None:
             settle(ticket.future, error)
         if row is not None:
-            row.path.draw_ahead()  # a draw takes less time than a step: the sampler does not wait
+            row.path.draw_ahead()  # drawing is faster than a step, so the sampler does not wait
         return True
 
     def _step(self) -> bool:

@@ -33,7 +33,7 @@ class ClosedError(ToolError):
     """Raised for a request that is refused or cancelled because the ring is closing."""
 
     def __init__(self) -> None:
-        super().__init__("no more requests are taken: this process is ending", "try again elsewhere, or later")
+        super().__init__("the ring is shutting down and accepts no requests", "retry later, or on another server")
 
 
 @dataclass(frozen=True)

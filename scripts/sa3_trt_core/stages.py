@@ -46,7 +46,7 @@ class Stages(Closeable):
     def ring_velocity(self) -> DiTVelocity:
         """Return the DiT for a ring. Raises ToolError with `free_models`."""
         if self._frees:
-            raise ToolError("a ring needs all models at once", "leave `depth` away, or `free_models`")
+            raise ToolError("a ring needs all models at once", "omit `depth` or `free_models`")
         return self._velocity(Meter())
 
     def ring_batch(self, request: Request) -> tuple[Batch, RingRow]:

@@ -80,7 +80,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     source = ModelSource.of(args.onnx_root, args.models_dir, args.revision, args.offline)
     plan = make_plan(args.dit, args.precision, args.backend, source, args.init_audio is not None, args.chunk_frames)
     if args.refit and not args.lora:
-        raise ToolError("--refit requires --lora", "name the adapters, or leave --refit away")
+        raise ToolError("--refit requires --lora", "name the adapters, or omit --refit")
     if not args.lora:
         return plan
     return plan_with(plan, read_loras(lora_specs(args), lora_options(args)), args.lora_bases, args.refit)

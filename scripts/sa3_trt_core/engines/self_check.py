@@ -167,7 +167,7 @@ def require_refitted(engine: GraphEngine, graph: Path, label: str) -> None:
     if failures:
         raise GateError(
             f"{label}, refitted with {graph}, fails {len(failures)} check rows: {failures[0]}",
-            "leave --refit away: the two commands that it prints then make an engine with the adapters in it",
+            "omit --refit: sa3_trt then prints the two commands that build a merged engine",
         )
 
 

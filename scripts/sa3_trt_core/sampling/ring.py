@@ -31,7 +31,7 @@ class RingRow:
 
     @property
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every tensor of the row that lies on the sampler's device."""
+        """Yield every tensor of the row on the sampler's device."""
         yield from self.path.tensors
         yield from self.cond.tensors
         if self.guidance is not None:

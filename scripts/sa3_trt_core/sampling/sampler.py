@@ -102,7 +102,7 @@ class Trajectory:
         yield from self._kept or ()
 
     def draw_ahead(self) -> None:
-        """Draw and upload the noise of the coming steps now, where it goes to a GPU; another thread may advance."""
+        """Draw and upload the noise of later steps now, if it is UploadedNoise; another thread may advance."""
         if isinstance(self._noise, UploadedNoise):
             self._noise.draw_ahead(len(self._sigmas))
 

@@ -44,7 +44,7 @@ class UploadedNoise(Iterator["Tensor"]):
                 self._ahead.append((self._drawn(), self._uploaded()))
 
     def __next__(self) -> Tensor:
-        """Return the next tensor; the current stream waits for its upload where another stream queued that."""
+        """Return the next tensor; the current stream waits for an upload queued on another stream."""
         with self._changed:
             self._changed.wait_for(lambda: self._ahead or not self._drawing)
             item = self._ahead.popleft() if self._ahead else None
@@ -62,7 +62,7 @@ class UploadedNoise(Iterator["Tensor"]):
         return noise
 
     def _begin(self, wanted: Callable[[], bool]) -> bool:
-        """Wait until nobody draws; return False if no draw is wanted then, else let the caller draw."""
+        """Wait for the drawing thread; then reserve the generators for the caller and return True if `wanted()`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._drawing)
             self._drawing = wanted()
@@ -70,7 +70,7 @@ class UploadedNoise(Iterator["Tensor"]):
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Draw in this block, and let others draw or take what was drawn after it."""
+        """Context manager of a draw; afterwards release the generators and notify waiting threads."""
         try:
             yield
         finally:
@@ -80,7 +80,7 @@ class UploadedNoise(Iterator["Tensor"]):
                 self._changed.notify_all()
 
     def _uploaded(self) -> torch.cuda.Event | None:
-        """Return an event that is reached when the uploads queued so far are done; None on a CPU."""
+        """Record an event after the uploads queued so far; None on a CPU."""
         import torch
 
         return torch.cuda.current_stream().record_event() if self._device == "cuda" else None
