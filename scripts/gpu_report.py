@@ -1,4 +1,4 @@
-"""Try the project on this machine, every backend that is there, and write one folder to read or to send."""
+"""Test the project on this machine with every installed backend, and write a report folder."""
 
 from __future__ import annotations
 

@@ -109,5 +109,5 @@ def _graph(root: Path, target: targets.Target) -> Path:
 
 
 def _named(path: Path) -> Path:
-    """Return the path that names an adapter: a PEFT folder itself, because its settings lie beside its weights."""
+    """Return the path of an adapter for a command: the folder for PEFT, whose config is beside the weights."""
     return path.parent if path.name == "adapter_model.safetensors" else path

@@ -25,9 +25,9 @@ class ToolError(Exception):
         return type(self), (self.message, self.hint, self.exit_code)
 
     def lines(self) -> str:
-        """Return the two lines, each free of newlines so that they stay two whatever a library put into the message.
+        """Return message and hint as two lines; newlines in a library's message are removed.
 
-        Arguments that a message names are the flags of the command line here.
+        Names of arguments become flags of the command line.
         """
         return as_flags(f"error: {_one_line(self.message)}\n  hint: {_one_line(self.hint)}")
 
@@ -107,7 +107,7 @@ def memory_error(error: BaseException, doing: str = "") -> ToolError | None:
         return None
     amount = _AMOUNT.search(words)
     size = "" if amount is None else _size(amount[1])
-    asked = f": {size} more were asked for" if size else ""
+    asked = f" (requested: {size})" if size else ""
     return ToolError(f"out of memory{f' while {doing}' if doing else ''}{asked}", _LESS)
 
 

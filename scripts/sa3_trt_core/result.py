@@ -37,7 +37,7 @@ class Result:
 
     @cached_property
     def audio(self) -> Tensor:
-        """The samples in fp32 (N, 2); full scale is 1, and they may lie beyond."""
+        """Samples in fp32 (N, 2); full scale is 1, which they may exceed."""
         return waveform.as_float(self.samples)
 
     @property

@@ -157,7 +157,7 @@ def test_what_libraries_say_when_memory_ends(words: str, size: str) -> None:
 def test_real_allocations_that_fail_are_two_lines(refuses, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     assert run_command(lambda: refuses() or 0) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "out of memory" in lines[0] and "asked for" in lines[0], lines
+    assert len(lines) == 2 and "out of memory" in lines[0] and "requested" in lines[0], lines
 
 
 def test_causes_are_looked_at_and_our_own_bugs_are_not_hidden() -> None:

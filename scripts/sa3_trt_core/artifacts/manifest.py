@@ -59,7 +59,7 @@ def write_manifest(  # the order is the API
 ) -> Manifest:
     """Write the manifest of a finished artefact, as the last step of its build; return it.
 
-    `files` lie in the artefact's folder; `inputs` are name -> sha256. `tools` are versions (default: those installed).
+    `files` are in the artefact's folder; `inputs` are name -> sha256. `tools` are versions (default: those installed).
     """
     folder = artefact.parent.resolve()
     outside = [file for file in files if file.parent.resolve() != folder]

@@ -146,7 +146,7 @@ def decode_windows(engine: GraphEngine, latents: Tensor, seconds: float, chunk: 
 
 
 def finish(samples: Tensor, seconds: float) -> Tensor:
-    """The samples (N, 2) that were asked for: silence from the first frame that is not valid, cut to int(sec * 44100).
+    """Return the finished samples (N, 2): muted after the valid frames and cut to int(seconds * 44100).
 
     Source: the model's own generation (build/FACTS.md, Generation).
     """

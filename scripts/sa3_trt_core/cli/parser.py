@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--prompts-file",
         type=Path,
         metavar="F",
-        help="file with one prompt or one JSON object a line; - reads standard input",
+        help="file with one prompt or JSON object per line; - reads standard input",
     )
     _add_model(parser)
     _add_sampling(parser)

@@ -42,7 +42,7 @@ class PromptRow:
 def read_prompts(path: Path) -> list[PromptRow]:
     """Return the rows of a prompts file: one prompt a line, or a JSON object a line; empty lines are skipped.
 
-    A line ends at \\n or \\r\\n only: other separators of Unicode may stand inside a prompt. A byte order mark at the
+    A line ends at \\n or \\r\\n only: a prompt may contain other separators of Unicode. A byte order mark at the
     start of any line, as in concatenated files, is dropped. An object has "prompt" and may have "seed",
     "seconds" and "negative_prompt". The path "-" is standard input. Raises ToolError naming the line.
     """

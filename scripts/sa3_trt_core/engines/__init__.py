@@ -70,7 +70,7 @@ def pick_backend(name: str, target: Target, models_dir: Path) -> str:
 
 
 def source_path(target: Target, backend: str, source: ModelSource) -> Path:
-    """Return the file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if need be)."""
+    """Return the file that a backend loads: the engine of this machine's GPU, or the ONNX (downloaded if missing)."""
     record = BACKENDS[backend]
     if record.suffix is None:
         return resolve.resolve_onnx(target, source)

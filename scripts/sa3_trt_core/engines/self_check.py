@@ -142,7 +142,7 @@ def require_correct(
     checks = None if rows is None else check_rows.read(rows)
     changed = changed_bytes(path, checks)
     if changed is not None:
-        raise GateError(f"{path} is not what was checked when it was made: {changed}", f"make it again: {rebuild}")
+        raise GateError(f"{path} changed since it was built: {changed}", f"build it again: {rebuild}")
     if checks is None:
         _keep(path, key, 0.0)  # otherwise every start would hash every byte again
         return []

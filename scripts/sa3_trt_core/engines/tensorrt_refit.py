@@ -43,7 +43,7 @@ def refit(module: Any, engine: trt.ICudaEngine, graph: Path, label: str) -> None
 
     No context may run meanwhile. After a ToolError (with TensorRT's reason) the engine is unusable.
     """
-    again = "build the engine again with --refittable, or without it and merge into a graph of its own"
+    again = "build the engine again with --refittable, or build an engine of the merged graph"
     if not engine.refittable:
         raise ToolError(f"{label} was not built to be refitted", again)
     logger = gpu.tensorrt_logger(module)

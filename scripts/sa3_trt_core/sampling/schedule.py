@@ -19,7 +19,7 @@ def sigmas(steps: int, sigma_max: float = 1.0, order: str = SCHEDULE_ORDERS[0]) 
 
     sigma(u) = sigmoid(8.2 u - 2.0). `warp-then-scale`: on u = 1 -> 0, ends set to 1 and 0, then times sigma_max; falls
     at every step. `scale-then-warp`: on u = sigma_max -> 0, ends set to sigma_max and 0, as the model's main branch and
-    diffusers 0.42 have it; below sigma_max 1 the second level can lie above the first. Equal at sigma_max 1.
+    diffusers 0.42 have it; below sigma_max 1 the second level can be above the first. Equal at sigma_max 1.
     Source: the model's own generation.
     """
     import torch
@@ -39,11 +39,10 @@ def sigmas(steps: int, sigma_max: float = 1.0, order: str = SCHEDULE_ORDERS[0]) 
 def legacy_sigmas(steps: int, frames: int, sigma_max: float = 1.0) -> Tensor:
     """Return noise levels of the published TensorRT runtime, fp32 (steps + 1,): a warp that depends on the length.
 
-    sigma(u) = s u / (1 + (s - 1) u) on u = sigma_max -> 0, the first set to sigma_max, where ln s goes straight from
-    0.5 at 256 latent frames to 1.15 at 4096 (and on beyond either). That gives the eight steps at 646 frames of
-    build/FACTS.md, Generation, to the last digit shown; at other lengths it has been compared with nothing. Below
-    sigma_max 1 the second level can lie above the first: that is the published runtime's own, and why `sigmas` scales
-    after its warp.
+    sigma(u) = s u / (1 + (s - 1) u) on u = sigma_max -> 0, the first set to sigma_max. ln s is linear in the length: 0.5
+    at 256 latent frames, 1.15 at 4096, extrapolated beyond. Verified at 646 frames only: the eight steps of
+    build/FACTS.md, Generation, to the last digit shown. Below sigma_max 1 the second level can be above the first, as in
+    the published runtime; `sigmas` avoids this by scaling after its warp.
     """
     import torch
 
