@@ -39,10 +39,10 @@ def sigmas(steps: int, sigma_max: float = 1.0, order: str = SCHEDULE_ORDERS[0]) 
 def legacy_sigmas(steps: int, frames: int, sigma_max: float = 1.0) -> Tensor:
     """Return noise levels of the published TensorRT runtime, fp32 (steps + 1,): a warp that depends on the length.
 
-    sigma(u) = s u / (1 + (s - 1) u) on u = sigma_max -> 0, the first set to sigma_max. ln s is linear in the length: 0.5
-    at 256 latent frames, 1.15 at 4096, extrapolated beyond. Verified at 646 frames only: the eight steps of
-    build/FACTS.md, Generation, to the last digit shown. Below sigma_max 1 the second level can be above the first, as in
-    the published runtime; `sigmas` avoids this by scaling after its warp.
+    sigma(u) = s u / (1 + (s - 1) u) on u = sigma_max -> 0, the first set to sigma_max. ln s is linear in the length:
+    0.5 at 256 latent frames, 1.15 at 4096, extrapolated beyond. Verified at 646 frames only: the eight steps of
+    build/FACTS.md, Generation, to the last digit shown. Below sigma_max 1 the second level can be above the first, as
+    in the published runtime; `sigmas` avoids this by scaling after its warp.
     """
     import torch
 

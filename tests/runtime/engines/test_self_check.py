@@ -164,7 +164,7 @@ def test_a_graph_whose_bytes_have_changed_is_refused(case: str, root: Path, tmp_
     opened(ModelSource(root))
     graph = broken(root, {**WRONG, **SUBTLE}[case], tmp_path)
     error = refusal(ModelSource(root))
-    assert "is not what was checked when it was made" in error.message and "build_dit_fp8.py" in error.hint
+    assert "changed since it was built" in error.message and "build_dit_fp8.py" in error.hint
     manifest.manifest_path(graph).unlink()  # without a manifest the check rows identify their graph
     assert "answers of other bytes" in refusal(ModelSource(root)).message
 
@@ -190,7 +190,8 @@ def test_the_command_leaves_with_3_and_says_what_to_do(root: Path, tmp_path: Pat
     result = run(sa3_trt.main, [*argv, "--onnx-root", root, "--out", tmp_path / "a.wav"])
     assert result.code == 3 and "Traceback" not in result.err and not (tmp_path / "a.wav").exists()
     assert (
-        "is not what was checked" in result.err and "hint: make it again: python build/build_dit_fp8.py" in result.err
+        "changed since it was built" in result.err
+        and "hint: build it again: python build/build_dit_fp8.py" in result.err
     )
 
 
@@ -254,7 +255,7 @@ def test_a_torch_engine_whose_bytes_have_changed_is_refused(
     models = shutil.copytree(torch_models, tmp_path / "models")
     opened(ModelSource(None, models), "torch")
     changed_in_place(engine_of(models), change)
-    assert "is not what was checked" in refusal(ModelSource(None, models), "torch").message
+    assert "changed since it was built" in refusal(ModelSource(None, models), "torch").message
 
 
 def test_a_truncated_torch_engine_is_refused(torch_models: Path, tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_a_checked_artefact_that_is_exchanged_is_checked_again_whatever_its_time
     models = shutil.copytree(torch_models, tmp_path / "models")
     opened(ModelSource(None, models), "torch")
     replaced(engine_of(models), tmp_path / "other" / "dit_fp8.safetensors")
-    assert "is not what was checked" in refusal(ModelSource(None, models), "torch").message
+    assert "changed since it was built" in refusal(ModelSource(None, models), "torch").message
 
     manifest.manifest_path(graph).unlink()
     for name in (graph.name, f"{graph.name}.data"):
