@@ -209,7 +209,9 @@ def ring_groups(requests: Sequence[Request], depth: int, max_batch: int | None =
         mend = (
             f"choose `depth=1` to {max_depth}" if max_depth else "omit `depth`, or use a DiT with a dynamic batch axis"
         )
-        raise InvalidRequest(f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows a forward", mend)
+        raise InvalidRequest(
+            f"a ring of {depth}{pairs} does not fit the DiT, which takes {limit} rows per forward", mend
+        )
     groups: dict[int, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(request.valid_frames, []).append(index)

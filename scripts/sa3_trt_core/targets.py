@@ -93,7 +93,7 @@ def _dit(dit: str, precision: Precision) -> Target:
     )
 
 
-def _same(  # one line a row in the table below
+def _same(  # one line per row of the table below
     name: str, kind: str, onnx: tuple[str, ...], engine: str, precision: Precision, groups: tuple[str, ...],
     summary: str, produced_by: str,
 ) -> Target:  # fmt: skip

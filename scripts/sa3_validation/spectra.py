@@ -73,7 +73,7 @@ def mono(samples: ArrayLike) -> Floats:
 
 
 def onset_strength(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
-    """Return onset strength (frames, bands) of every band that is not silent, and frames a second.
+    """Return onset strength (frames, bands) of every band that is not silent, and frames per second.
 
     Each band has mean 0 and deviation 1 over the clip.
     """
@@ -92,7 +92,7 @@ def standard(values: Floats) -> Floats:
 
 
 def chroma(mono: Floats, sample_rate: float) -> tuple[Floats, float]:
-    """Return the magnitude of every pitch class, C first, in every frame (frames, 12), and frames a second.
+    """Return the magnitude of every pitch class, C first, in every frame (frames, 12), and frames per second.
 
     Only local peaks of the spectrum are used, at their interpolated frequency, weighted down with their distance from a
     tempered note: drums have few peaks, and those are out of tune.

@@ -17,7 +17,7 @@ MEDIA_TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "o
 
 
 def audio_bytes(kind: str, samples: Tensor, metadata: Mapping[str, Any]) -> bytes:
-    """Return the bytes that `write_audio` writes, 16 bits a sample, from samples (N, 2), fp32 or int16.
+    """Return the bytes that `write_audio` writes, 16 bits per sample, from samples (N, 2), fp32 or int16.
 
     `kind` is one of MEDIA_TYPES.
     """

@@ -40,7 +40,7 @@ class PromptRow:
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """Return the rows of a prompts file: one prompt a line, or a JSON object a line; empty lines are skipped.
+    """Return the rows of a prompts file: one prompt or JSON object per line; empty lines are skipped.
 
     A line ends at \\n or \\r\\n only: a prompt may contain other separators of Unicode. A byte order mark at the
     start of any line, as in concatenated files, is dropped. An object has "prompt" and may have "seed",
@@ -54,7 +54,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
         else:
             text = files.read_text(path, MAX_FILE)
     except ToolError as error:
-        raise ToolError(f"--prompts-file: {error.message}", "give a text file in UTF-8, one prompt a line") from None
+        raise ToolError(f"--prompts-file: {error.message}", "give a text file in UTF-8, one prompt per line") from None
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     numbered = [(number, line.strip(_SPACE)) for number, line in enumerate(lines, 1) if line.strip(_SPACE)]
     rows = []
@@ -65,7 +65,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
                 require_text(said, f"{name} line {number}")
         rows.append(row)
     if not rows:
-        raise ToolError(f"{name} contains no prompt", "write one prompt a line")
+        raise ToolError(f"{name} contains no prompt", "write one prompt per line")
     return rows
 
 

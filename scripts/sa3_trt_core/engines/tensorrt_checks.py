@@ -65,7 +65,7 @@ def require_inside(
         dim = dims[axis] if axis < len(dims) else None
         if dim == "B":
             raise ToolError(
-                f"{path} takes {low} to {high} rows a forward, not {size}",
+                f"{path} takes {low} to {high} rows per forward, not {size}",
                 f"choose a smaller `batch` or `depth` (a guided row is two), or build it again: {rebuild}",
             )
         if dim in ("L", "N"):

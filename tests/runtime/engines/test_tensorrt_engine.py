@@ -132,8 +132,8 @@ CODEC = ((1, 2, 32 * 4096), (1, 2, 646 * 4096))
     [
         ("x", (1, 256, 647), X, "32 latent frames (3.0 s) to 646 latent frames (60.0 s), not 647", "--seconds"),
         ("x", (1, 256, 31), X, "not 31 latent frames (2.9 s)", "--seconds"),
-        ("x", (5, 256, 64), X, "takes 1 to 4 rows a forward, not 5", "--depth"),
-        ("t", (0,), ((1,), (4,)), "takes 1 to 4 rows a forward, not 0", "--batch"),
+        ("x", (5, 256, 64), X, "takes 1 to 4 rows per forward, not 5", "--depth"),
+        ("t", (0,), ((1,), (4,)), "takes 1 to 4 rows per forward, not 0", "--batch"),
         ("audio", (1, 2, 700 * 4096), CODEC, "to 646 latent frames (60.0 s), not 700", "--chunk-frames"),
         ("x", (1, 255, 64), X, "x of shape [4, 256, 646], not [1, 255, 64]", REBUILD),
         ("unheard", (2,), ((1,), (1,)), "unheard of shape [1], not [2]", REBUILD),

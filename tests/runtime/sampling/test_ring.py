@@ -242,7 +242,7 @@ def test_an_engine_of_fewer_rows_says_its_limit(one_row: Path, tmp_path: Path, m
     argv = ["--prompt", "a", "--prompt", "b", "--onnx-root", one_row, "--backend", "onnxruntime", "--seconds", 1]
     before = listing_without_checks(tmp_path)
     result = run(sa3_trt.main, [*argv, "--quiet", "--steps", 1, "--depth", 2, "--out-dir", "d"])
-    assert_user_error(result, "ring of 2", "takes 1 rows a forward")
+    assert_user_error(result, "ring of 2", "takes 1 rows per forward")
     assert "--depth 1 to 1" in result.err
     assert listing_without_checks(tmp_path) == before
     with (
