@@ -29,7 +29,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder of existing graphs to use instead of the demonstration model",
     )
     parser.add_argument(
-        "--minutes", type=number_type(0.1, 600, "minutes"), default=10.0, help="what is not done then is left out"
+        "--minutes",
+        type=number_type(0.1, 600, "minutes"),
+        default=10.0,
+        help="time limit in minutes; later parts are skipped (default: %(default)s)",
     )
     parser.add_argument("--matrix", action="store_true", help="print the README's table of the kept reports, and exit")
     return parser
@@ -47,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
     files.require_writable(args.out / "report.json", "--out")
     if args.onnx_root is not None and not args.onnx_root.is_dir():
-        raise ToolError(
-            f"--onnx-root: {args.onnx_root} is not a folder", "leave it out: the demonstration model is made"
-        )
+        raise ToolError(f"--onnx-root: {args.onnx_root} is not a folder", "omit it to use the demonstration model")
     verdict = _report(args)
     print(f"{verdict}\n{args.out / 'report.md'}")
     if not verdict.startswith("PASSED"):

@@ -1,4 +1,4 @@
-"""Look into a LoRA adapter of Stable Audio 3: kind, rank, layers, words, and the change that it makes."""
+"""Inspect a LoRA adapter of Stable Audio 3: kind, rank, layers, trigger words, and size of its change."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = Parser(prog="sa3_lora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info")
-    info = commands.add_parser("info", help="what a file holds, and which part of it has an effect")
-    info.add_argument("file", type=Path, metavar="F", help="a .safetensors file or a PEFT folder")
+    info = commands.add_parser("info", help="print the contents of a file, and its parts without effect")
+    info.add_argument("file", type=Path, metavar="F", help=".safetensors file or PEFT folder")
     info.add_argument(
-        "--weights", type=Path, metavar="model.safetensors", help="native checkpoint: also the norm of each change"
+        "--weights",
+        type=Path,
+        metavar="model.safetensors",
+        help="native checkpoint: also print the relative norm of each change",
     )
-    info.add_argument("--lora-partial", action="store_true", help="leave out layers of other networks, with a note")
+    info.add_argument("--lora-partial", action="store_true", help="skip layers of other networks, with a note")
     info.add_argument("--json", action="store_true", help="one JSON document")
     return parser
 

@@ -1,4 +1,4 @@
-"""Stable Audio 3 from the command line: text to audio, audio to audio, in-painting. The command `sa3_trt`."""
+"""The command `sa3_trt`: generate sounds with Stable Audio 3 (text to audio, audio to audio, in-painting)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sa3_trt_core.cli.run import import_torch_early, produce, produce_missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plan, generate, write, report. Raises ToolError."""
+    """Make the job, generate and write its sounds, print the results. Raises ToolError."""
     args = parse_flags(argv)
     several = choose_devices(args.device, args.devices)
     if not args.dry_run:
@@ -47,7 +47,7 @@ def _produce(job: Job, devices: Sequence[str]) -> report.Totals:
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the flags; with --again those of that sound, overridden by the other flags. Raises ToolError."""
+    """Parse the flags; with --again on top of those of that sound. Raises ToolError."""
     flags = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(flags)
     return make_parser().parse_args([*again_line(args.again, args), *flags]) if args.again is not None else args
