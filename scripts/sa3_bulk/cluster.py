@@ -25,13 +25,13 @@ def require_ray(flag: str) -> None:
     if importlib.util.find_spec("ray") is None:
         raise ToolError(
             f"{flag} needs Ray, which is not installed",
-            "pip install 'sa3-trt[ray]', or run one command a device with --device N and --shard I/OF",
+            "pip install 'sa3-trt[ray]', or run one command per device with --device N and --shard I/OF",
         )
 
 
 @contextmanager
 def connected(address: str, devices: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-    """Connect to the Ray of an address, or start one of this machine for some devices; give each worker's resources.
+    """Connect to the Ray of an address, or start a local one for some devices; return the resources of each worker.
 
     `devices` are those of --devices, empty for all. Neither dashboard nor usage statistics are started, and a Ray of
     this machine listens on 127.0.0.1 only. Raises ToolError.
@@ -39,7 +39,7 @@ def connected(address: str, devices: Sequence[str]) -> Iterator[list[dict[str, A
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the worker sets its visible devices itself
     if address == LOCAL or _is_loopback(address):
-        # Ray would take the loopback address for the machine's outer one, and listen to the network.
+        # By default Ray replaces the loopback address by an external one and listens to the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if address != LOCAL:
         _require_listener(address)

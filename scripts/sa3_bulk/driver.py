@@ -24,17 +24,16 @@ from sa3_trt_core.errors import ToolError
 
 TRIES = 5  # of a row whose worker is lost
 USUAL_DEPTH = 4
-AHEAD = 2  # rows that a worker has beyond its ring, so that a place never waits for the next
-START_SECONDS = 600.0  # for the first of the workers that are being started
+AHEAD = 2  # rows submitted beyond the depth of the ring, so that a free slot never waits
+START_SECONDS = 600.0  # time limit for the first worker to start
 LOOK_SECONDS = 1.0
 PROBE, STALE_SECONDS = ".sa3-probe-", 7 * 86_400.0
 
 
 def produce_on_ray(job: Job, devices: Sequence[str]) -> report.Totals:
-    """Generate and write the sounds of a job that are not there yet, on Ray. Raises ToolError.
+    """Generate and write the missing sounds of a job on Ray. Raises ToolError.
 
-    A worker that is lost costs the rows that it had in hand, which are made again. Rows that cannot be made are named
-    when all others are written.
+    Pending rows of a lost worker are generated again. Failed rows are reported after all others are written.
     """
     require_ray("--devices" if devices else "--ray")
     totals, started = report.Totals(), time.perf_counter()
@@ -51,7 +50,7 @@ def produce_on_ray(job: Job, devices: Sequence[str]) -> report.Totals:
 
 
 def _run(spread: _Spread, address: str) -> None:
-    """Generate the rows. Raises ToolError, also when Ray ends."""
+    """Generate the rows. Raises ToolError, also if Ray ends."""
     import ray
 
     try:
@@ -66,7 +65,7 @@ def _run(spread: _Spread, address: str) -> None:
 @contextmanager
 def _probe(folder: Path) -> Iterator[tuple[Path, str]]:
     """Write a file that identifies the output folder; yield its path and text."""
-    for old in folder.glob(f"{PROBE}*"):  # of jobs that were killed; a younger one may belong to a job that runs
+    for old in folder.glob(f"{PROBE}*"):  # of killed jobs; a recent one may belong to a running job
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE_SECONDS:
                 old.unlink()
@@ -85,7 +84,7 @@ class _Slot:
 
     resources: dict[str, Any]
     actor: Any = None
-    starting: Any = None  # the reference of its start
+    starting: Any = None  # reference of the result of `start`
     rows: dict[Any, int] = field(default_factory=dict)
 
 
@@ -146,12 +145,12 @@ class _Spread:
         for reference in done:
             slot = pending[reference]
             if reference is not slot.starting and reference not in slot.rows:
-                continue  # of a worker that was lost a moment ago
+                continue  # of a worker lost meanwhile
             try:
                 message, rest = self._ray.get(reference)
-            except self._ray.exceptions.RayTaskError as error:  # a fault of ours: its traceback is needed
+            except self._ray.exceptions.RayTaskError as error:  # a bug: keep its traceback
                 raise RuntimeError(f"a worker failed: {error}") from None
-            except self._ray.exceptions.RayError:  # of the actor, its process, its node or its memory
+            except self._ray.exceptions.RayError:  # lost actor, process or node, or out of memory
                 self._lost(slot)
                 continue
             self._last_seen = time.monotonic()

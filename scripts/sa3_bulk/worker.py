@@ -13,14 +13,14 @@ from sa3_trt_core.cli.run import open_generator, write_sound
 from sa3_trt_core.errors import ToolError
 from sa3_trt_core.live_ring import LiveRing
 
-Failure = tuple[str, str]  # message and hint of a ToolError: an error of our own kind may not survive the journey
+Failure = tuple[str, str]  # message and hint of a ToolError, whose class may not be picklable
 
 
 class Worker:
     """One actor. `start` opens the model; `make` may be called by several threads at once, each for one row."""
 
     def __init__(self, job: Job, gpu: bool, depth: int, probe: tuple[Path, str], folder: Path) -> None:
-        self._folder = folder  # that paths of the flags are relative to
+        self._folder = folder  # base of relative paths in the flags
         self._job, self._gpu, self._depth, self._probe = job, gpu, depth, probe
         self._ring: LiveRing | None = None
 
