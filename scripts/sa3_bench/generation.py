@@ -14,9 +14,11 @@ from torch import Tensor
 
 from sa3_bench import random_dit, random_same
 from sa3_trt_core import shapes
+from sa3_trt_core.audio import autoencoder
 from sa3_trt_core.sampling import schedule
 from sa3_trt_core.sampling.sampler import Conditioning, ping_pong
 from sa3_trt_core.sampling.upload import UploadedNoise
+from sa3_trt_core.targets import DITS, find_dit
 from sa3_trt_core.torch_models.dit import weights as dit_weights
 from sa3_trt_core.torch_models.dit.model import Dit
 from sa3_trt_core.torch_models.dit.runner import Runner
@@ -119,7 +121,8 @@ class Ours:
         cond = Conditioning(hidden, mask.float(), torch.tensor([seconds]), torch.zeros(1, shapes.LOCAL_CHANNELS, valid))
         latents = ping_pong(self, noise, schedule.sigmas(STEPS), cond)
         mark("sample")
-        samples = self.decoder.pcm(latents)[0, : shapes.output_samples(seconds)]
+        required = autoencoder.required_frames(seconds, valid, find_dit(DITS[0]).reach)
+        samples = self.decoder.pcm(latents[..., :required].contiguous())[0, : shapes.output_samples(seconds)]
         mark("decode")
         return samples
 

@@ -84,11 +84,14 @@ class Runner:
             return self._computed_keys(row)
         inputs = {name: getattr(row, name) for name in TEXT}
         if self._row_keys is None:
-            self._row_keys = Captured(self.dit.keys, inputs, self._device)
+            self._row_keys = Captured(self._text_keys, inputs, self._device)
         return self._row_keys(inputs)
 
     def _computed_keys(self, row: Conditioning) -> Tensor:
-        return self.dit.keys(*(getattr(row, name).to(self._device) for name in TEXT))
+        return self._text_keys(**{name: getattr(row, name).to(self._device) for name in TEXT})
+
+    def _text_keys(self, t5_hidden: Tensor, t5_mask: Tensor, seconds_total: Tensor) -> Tensor:
+        return self.dit.keys(t5_hidden, t5_mask, seconds_total)
 
     def _active_watch(self) -> RangeWatch | None:
         """Return the watch of the first generation with new adapters; None afterwards."""
