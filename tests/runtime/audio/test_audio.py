@@ -11,7 +11,7 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
-from sa3_trt_core.audio import io as audio_io, reader
+from sa3_trt_core.audio import encode, io as audio_io, reader
 from sa3_trt_core.errors import ToolError
 
 RATE = 44_100
@@ -108,6 +108,15 @@ def test_16_bit_samples_give_the_file_of_their_floating_point_form(
         file.parent.mkdir()
         audio_io.write_audio(file, audio_io.tame(samples, peak), bits, {"prompt": "x"})
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float32])
+def test_an_answer_has_the_bytes_of_the_file(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    pcm = torch.randint(-32767, 32768, (3001, 2), dtype=torch.int16)
+    samples = pcm if dtype == torch.int16 else pcm / 32767
+    audio_io.write_audio(tmp_path / f"a.{kind}", samples, "16", {"prompt": "x"})
+    assert encode.audio_bytes(kind, samples, {"prompt": "x"}) == (tmp_path / f"a.{kind}").read_bytes()
 
 
 @given(st.floats(0.01, 8.0))
