@@ -12,7 +12,7 @@ from sa3_trt_core.torch_models.kernels.linear import Product, result, sums
 from sa3_trt_core.torch_models.same.weights import DynamicTanh, Layer, Packed
 
 TOKENS_AT_ONCE = 11264  # of all rows together: what a layer's widest activations are made for
-TOKENS_WHERE_SCARCE = 4096  # 5 % slower at 4096 latent frames, in 230 MB less (build/NOTES.md)
+TOKENS_WITH_LITTLE_MEMORY = 4096  # 5 % slower at 4096 latent frames, in 230 MB less (build/NOTES.md)
 TOKENS_IN_ONE = 24576  # up to here in one piece
 
 

@@ -1,4 +1,4 @@
-"""Runs a packed SAME half: a CUDA graph for a shape that comes again, samples back through pinned memory."""
+"""Run a packed SAME decoder: CUDA graphs for repeated shapes, samples copied to the host through pinned memory."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from sa3_trt_core.torch_models.kernels.graphs import Captured
-from sa3_trt_core.torch_models.same.model import TOKENS_IN_ONE, TOKENS_WHERE_SCARCE, Same, SameOps
+from sa3_trt_core.torch_models.same.model import TOKENS_IN_ONE, TOKENS_WITH_LITTLE_MEMORY, Same, SameOps
 from sa3_trt_core.torch_models.same.weights import Packed
 
-KEPT_GRAPHS = 2  # shapes whose graph and activations are kept
-PLENTY_BYTES = 2 << 30  # free on the GPU beside what PyTorch has reserved: the widest pieces are taken
-SCARCE = (None, TOKENS_WHERE_SCARCE, 1024, 512)  # tokens at once, tried in this order as memory ends
+KEPT_GRAPHS = 2  # shapes with a kept graph and activations
+MIN_FREE_BYTES_FOR_WIDE_PIECES = 2 << 30  # free GPU memory not reserved by PyTorch
+PIECE_SIZES = (None, TOKENS_WITH_LITTLE_MEMORY, 1024, 512)  # tokens per piece, tried in this order when out of memory
 
 
 class DecoderRunner:
-    """Samples of latents by one packed decoder on one device."""
+    """Runner of one packed decoder on one device."""
 
     def __init__(self, packed: Packed, ops: SameOps, device: torch.device) -> None:
         self.sizes = packed.sizes
-        self._models = [Same(packed, ops, tokens_at_once) for tokens_at_once in SCARCE]
+        self._models = [Same(packed, ops, tokens_at_once) for tokens_at_once in PIECE_SIZES]
         self._device = device
         self._seen: OrderedDict[tuple[int, ...], Captured | None] = OrderedDict()
 
     def pcm(self, latents: Tensor) -> Tensor:
-        """Samples (R, L * 4096, 2) int16 in host memory of latents (R, C, L) fp32 on any device.
+        """Return samples (R, L * 4096, 2) int16 in host memory for latents (R, C, L) fp32 on any device.
 
-        Raises torch.OutOfMemoryError when even the smallest pieces do not fit.
+        Raises torch.OutOfMemoryError if even the smallest pieces do not fit.
         """
         if self._device.type != "cuda":
             return self._models[0].pcm(latents)
@@ -39,7 +39,7 @@ class DecoderRunner:
         return host
 
     def rows_at_once(self, frames: int) -> int:
-        """Return how many rows of so many latent frames go through the layers in one piece."""
+        """Return the number of rows, each with `frames` latent frames, that run in one piece."""
         return max(1, TOKENS_IN_ONE // (frames * (self.sizes.stride + 1)))
 
     def close(self) -> None:
@@ -47,7 +47,10 @@ class DecoderRunner:
         self._seen.clear()
 
     def _on_gpu(self, latents: Tensor) -> Tensor:
-        """A graph pays from the second time on, and where the pieces of a long sound do not hide the launches."""
+        """Return the samples, by a CUDA graph for a repeated shape of up to TOKENS_IN_ONE tokens.
+
+        A graph saves time only from the second run on. Longer sounds gain nothing: their compute hides the launches.
+        """
         shape = tuple(latents.shape)
         again = shape in self._seen
         graph = self._seen.pop(shape, None)
@@ -60,7 +63,7 @@ class DecoderRunner:
         return self._eager(latents.to(self._device)) if graph is None else graph({"latents": latents})
 
     def _captured(self, latents: Tensor) -> Captured | None:
-        """Return the graph of a shape; None without memory for its activations."""
+        """Return the graph for a shape; None if its activations do not fit in memory."""
         try:
             return Captured(self._models[0].pcm, {"latents": latents}, self._device)
         except torch.OutOfMemoryError:
@@ -68,8 +71,8 @@ class DecoderRunner:
             return None
 
     def _has_plenty(self) -> bool:
-        """Return True where the widest pieces cannot crowd out anybody: on a CPU, or with PLENTY_BYTES free."""
-        return self._device.type != "cuda" or torch.cuda.mem_get_info(self._device)[0] >= PLENTY_BYTES
+        """Return True if the widest pieces may be used: on a CPU, or with MIN_FREE_BYTES_FOR_WIDE_PIECES free."""
+        return self._device.type != "cuda" or torch.cuda.mem_get_info(self._device)[0] >= MIN_FREE_BYTES_FOR_WIDE_PIECES
 
     def _eager(self, latents: Tensor) -> Tensor:
         for model in self._models[0 if self._has_plenty() else 1 : -1]:

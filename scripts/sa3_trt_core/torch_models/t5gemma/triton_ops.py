@@ -14,7 +14,7 @@ from sa3_trt_core.torch_models.t5gemma.weights import Packed
 TF32_CAPABILITY = (8, 0)
 ROTATED_TOKENS = 16  # tokens of a program of `rotate`
 GATE_CHANNELS = 1024  # channels of a program of `gate`
-LEAST_DOT = 16  # tl.dot needs so many rows, columns and channels
+MIN_DOT_SIZE = 16  # tl.dot needs so many rows, columns and channels
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class TritonOps:
     def attention(self, stored: Tensor, mask: Tensor, split: bool) -> Tensor:
         sizes, tile = self._sizes, self._tile
         (rows, tokens), channels = mask.shape, sizes.head_channels
-        block = max(LEAST_DOT, triton.next_power_of_2(channels))
+        block = max(MIN_DOT_SIZE, triton.next_power_of_2(channels))
         qkv = self._rotated(stored, tokens, block)
         result = _product_input((rows * tokens, sizes.heads * channels), split, stored.device)
         # Heads of more than 64 channels take smaller tiles: of 256, 32 queries need more shared memory than sm_86 has.
-        queries, keys = (min(side, max(LEAST_DOT, side * 64 // block)) for side in (tile.queries, tile.keys))
+        queries, keys = (min(side, max(MIN_DOT_SIZE, side * 64 // block)) for side in (tile.queries, tile.keys))
         kernels.attention[(triton.cdiv(tokens, queries), sizes.heads, rows)](
             qkv, mask, result, sizes.score_scale, sizes.score_cap, tokens=tokens, heads=sizes.heads,
             key_heads=sizes.key_heads, channels=channels, block=block, rows=queries, columns=keys,
