@@ -41,7 +41,7 @@ def document(tiny_checkpoint: Path, tiny_onnx: Path, out: Path) -> Document:
 
 
 def fits(clip: Document, caption: Document) -> list[bool]:
-    """Return whether a clip's tempo (within 4 %) and key fit a caption."""
+    """Return True if the clip's tempo (within 4 %) fits the caption, and the same for its key."""
     bpm = clip["bpm"]
     return [bpm is not None and abs(bpm - caption["bpm"]) <= 0.04 * caption["bpm"], clip["key"] == caption["key"]]
 

@@ -144,7 +144,7 @@ def direct_imports(file: Path) -> set[str]:
 
 
 def _has_deeper(name: str, files: Mapping[str, Path | None]) -> bool:
-    """Return whether `from name import x` names only modules: the package's own file is then not used."""
+    """Return True if `from name import x` names only modules: the package's own file is then not used."""
     inner = [
         imported for imported in files if imported.startswith(f"{name}.") and imported.count(".") == name.count(".") + 1
     ]

@@ -13,7 +13,7 @@ from sa3_trt_core.targets import Target
 
 
 def dit_facts(onnx: Path, target: Target) -> dict[str, bool]:
-    """Return whether a DiT graph is fixed at one row and whether it implements guidance's null row.
+    """Return {"one_row": the DiT graph is fixed at one row, "null_row": it implements guidance's null row}.
 
     Both are False for other graphs; the second is False for a DiT whose structure is not recognised.
     """

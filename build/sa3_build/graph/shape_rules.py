@@ -216,7 +216,7 @@ def _compared(holds: Callable[[int], bool]) -> Callable[[ir.Node, list[Numbers]]
 
 
 def _equal(first: object, second: object) -> bool | None:
-    """Return whether two entries are equal; None if two symbolic lengths may be. A symbol is never negative."""
+    """Return True if two entries are equal, None if two symbolic lengths may be. A symbol is never negative."""
     if first == second:
         return True
     if not isinstance(first, Length) or not isinstance(second, Length):

@@ -1,4 +1,4 @@
-"""Base of the packed engines of PyTorch: the file, the device, the folder of compiled kernels, out-of-memory errors."""
+"""Base class of the packed PyTorch engines: file check, device, compiled-kernel folder, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FP8_CAPABILITY = (8, 9)
-KERNELS_FOLDER = "kernels"  # beside the folders of a models/<arch>/: what Triton has compiled
+KERNELS_FOLDER = "kernels"  # kernels compiled by Triton, beside the engine folders in models/<arch>/
 CACHE_VARIABLE = "TRITON_CACHE_DIR"
 FEWER = "free GPU memory, or ask for fewer `seconds` or a smaller `batch`"
 
 
 class PackedEngine(DeviceEngine):
-    """One packed network of a contract's `kind`. Not for use from several threads."""
+    """Engine of one packed network with the contract `kind`. Not thread-safe."""
 
     kind: str
     keeps_device = True  # tensors on the GPU stay there
 
     def __init__(self, path: Path, rebuild: str) -> None:
-        """Check that `path` is a packed file of this project; `rebuild` is the build command that errors name.
+        """Check that `path` is a packed file of this project; `rebuild` is the build command named in errors.
 
-        Raises ToolError: no such file, not whole, or FP8 on a GPU that has none.
+        Raises ToolError if the file is missing or incomplete, or if the GPU does not support its FP8 weights.
         """
         import torch
 
@@ -59,7 +59,7 @@ class PackedEngine(DeviceEngine):
             prepare_compiler()
 
     def require_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """Raise ToolError for other inputs than the contract's."""
+        """Raise ToolError unless the input names are exactly those of the contract."""
         if set(inputs) != set(self.input_names):
             raise ToolError(
                 f"{self._path} takes {', '.join(self.input_names)}, not {', '.join(inputs)}",
@@ -67,7 +67,7 @@ class PackedEngine(DeviceEngine):
             )
 
     def guarded(self, work: Callable[[], Tensor], asked: str) -> Tensor:
-        """Return the result of some work on the engine's network. Raises ToolError when memory ends."""
+        """Return `work()`, run in inference mode. Raises ToolError, which names `asked`, if GPU memory is exhausted."""
         import torch
 
         try:
@@ -79,13 +79,13 @@ class PackedEngine(DeviceEngine):
 
 @functools.cache
 def prepare_compiler() -> threading.Thread:
-    """Start to import and hash Triton in a thread, which the first launch of a kernel waits for; return the thread.
+    """Start a thread that imports and hashes Triton; return the thread. The first kernel launch waits for it.
 
-    Triton hashes its own files (0.4 s on an H100's host) for the key of every compiled kernel, kept ones included.
+    Triton hashes its own files (0.4 s on an H100's host) for the key of every compiled kernel, cached ones included.
     """
 
     def hash_once() -> None:
-        with contextlib.suppress(ImportError, AttributeError):  # moved in another version: the first launch does it
+        with contextlib.suppress(ImportError, AttributeError):  # moved in another version: the first launch hashes
             importlib.import_module("triton.runtime.cache").triton_key()
 
     thread = threading.Thread(target=hash_once, name="sa3-triton", daemon=True)
@@ -94,17 +94,17 @@ def prepare_compiler() -> threading.Thread:
 
 
 def tiles_path(path: Path) -> Path:
-    """Return the path of the measured tiles of a packed network; the file may be absent."""
+    """Return the path of the tile file measured for a packed network; the file may be absent."""
     return path.with_suffix(".tiles.json")
 
 
 def kernels_folder(path: Path) -> Path:
-    """Return the folder of Triton's compiled kernels: one for all engines of an architecture."""
+    """Return the folder of the kernels compiled by Triton, shared by all engines of a GPU architecture."""
     return path.parent.parent / KERNELS_FOLDER
 
 
 def require_kernels(path: Path, fp8: bool, device: torch.device, without_fp8: str) -> None:
-    """Raise ToolError for FP8 on a GPU without it, and for a missing Triton; `without_fp8` is the other choice."""
+    """Raise ToolError for FP8 on a GPU without FP8, or without Triton; the hint for FP8 recommends `without_fp8`."""
     import torch
 
     if fp8 and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:

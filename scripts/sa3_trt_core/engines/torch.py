@@ -1,4 +1,4 @@
-"""Packed networks in PyTorch: Triton kernels on an NVIDIA GPU without TensorRT, plain operations on a CPU."""
+"""PyTorch backend for packed networks: Triton kernels on an NVIDIA GPU (no TensorRT), plain operations on a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TorchEngine(PackedEngine):
-    """One packed DiT (build_from_onnx.py --backend torch)."""
+    """Engine of one packed DiT (build_from_onnx.py --backend torch)."""
 
     kind = "dit"
 
@@ -34,7 +34,7 @@ class TorchEngine(PackedEngine):
         self._runner: Runner | None = open_runner(path, self._place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{"velocity": (B, 256, L) fp32} for the six inputs of the contract, on the device of x."""
+        """Return {"velocity": (B, 256, L) fp32}, on the device of x, for the six inputs of the contract."""
         self.require_inputs(inputs)
         if self._runner is None:
             raise RuntimeError("this engine is closed")
@@ -48,7 +48,7 @@ class TorchEngine(PackedEngine):
         return {self.output_names[0]: velocity.clone() if velocity.device == place else velocity.to(place)}
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
-        """Velocity (R, 256, L) fp32 of rows whose conditioning lies on the engine's device; see RowsEngine."""
+        """Return the velocity (R, 256, L) fp32 for rows with conditioning on the engine's device; see RowsEngine."""
         if self._runner is None:
             raise RuntimeError("this engine is closed")
         runner = self._runner
@@ -57,10 +57,10 @@ class TorchEngine(PackedEngine):
         )
 
     def set_loras(self, loras: LoraSet, base: Path, rebuild: str, checkpoint: Path | None = None) -> None:
-        """Merge adapters into the loaded weights, in place; an empty set gives the engine's own weights back.
+        """Merge adapters into the loaded weights, in place; an empty set restores the engine's own weights.
 
         `base` is the packed FP16-mixed engine of the same model, `rebuild` the command that builds it, `checkpoint` the
-        native weights for the SVD bases of -xs adapters. Raises ToolError.
+        native weights, which give the SVD bases for -xs adapters. Raises ToolError.
         """
         if self._runner is None:
             raise RuntimeError("this engine is closed")
@@ -73,7 +73,7 @@ class TorchEngine(PackedEngine):
         self._runner.watch_ranges(bool(loras))
 
     def saturated(self) -> list[str]:
-        """Return the layers whose activations left the calibrated range since `set_loras`, and stop looking."""
+        """Return the layers whose activations exceeded the calibrated range since `set_loras`, and stop checking."""
         return [] if self._runner is None else self._runner.saturated()
 
     def close(self) -> None:
@@ -83,7 +83,7 @@ class TorchEngine(PackedEngine):
 
 
 def open_packed(path: Path, target: Target, rebuild: str, onnx: Path | None) -> GraphEngine:
-    """Load a packed network; its manifest says of which graph it was made, and the build compared the two."""
+    """Return the engine of a packed network. Its manifest names its graph; the build compared the two."""
     if target.kind == TorchEngine.kind:
         return TorchEngine(path, rebuild)
     from sa3_trt_core.engines.torch_stages import TorchDecoder, TorchEncoder, TorchTextEncoder
@@ -122,7 +122,7 @@ BACKEND = Backend(
 
 
 def open_runner(path: Path, device: torch.device) -> Runner:
-    """Return a packed DiT ready to run: kernels on a GPU, plain PyTorch on a CPU. Raises ToolError."""
+    """Return a runner for a packed DiT: kernels on a GPU, plain PyTorch on a CPU. Raises ToolError."""
     from sa3_trt_core.torch_models.dit.model import Dit
     from sa3_trt_core.torch_models.dit.runner import Runner
     from sa3_trt_core.torch_models.dit.weights import Packed
@@ -132,7 +132,7 @@ def open_runner(path: Path, device: torch.device) -> Runner:
 
 
 def _operations(packed: Packed, device: torch.device, path: Path) -> BlockOps:
-    """Return the operations between the linear layers. Raises ToolError: no FP8 on this GPU, or no Triton."""
+    """Return the operations between the linear layers. Raises ToolError if FP8 is unsupported or Triton is missing."""
     tables = packed.tensor("cosine"), packed.tensor("sine")
     if device.type == "cpu":
         from sa3_trt_core.torch_models.dit.reference_ops import PlainOps

@@ -1,4 +1,4 @@
-"""The text encoder and the autoencoder as packed PyTorch engines."""
+"""Packed PyTorch engines of the text encoder and the autoencoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Model = TypeVar("Model")
 
 
 class TorchTextEncoder(PackedEngine):
-    """T5Gemma in fp32; on a GPU one CUDA graph."""
+    """Engine of T5Gemma in fp32; on a GPU each batch size is one CUDA graph."""
 
     kind = "t5gemma"
 
@@ -32,7 +32,7 @@ class TorchTextEncoder(PackedEngine):
         self._encoder: Encoder | None = open_text(path, self._place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{"hidden_states": (B, 256, 768) fp32} for input_ids and attention_mask (B, 256), on their device."""
+        """Return {"hidden_states": (B, 256, 768) fp32} for input_ids and attention_mask (B, 256), on their device."""
         self.require_inputs(inputs)
         encoder = _opened(self._encoder)
         ids, mask = (inputs[name] for name in self.input_names)
@@ -46,7 +46,7 @@ class TorchTextEncoder(PackedEngine):
 
 
 class TorchDecoder(PackedEngine):
-    """A SAME decoder. Takes any number of rows, bounds its own memory, and gives its samples in host memory."""
+    """Engine of a SAME decoder, for any number of rows, with bounded memory; its samples are in host memory."""
 
     kind = "same-decoder"
     takes_rows = True
@@ -56,11 +56,11 @@ class TorchDecoder(PackedEngine):
         self._runner: DecoderRunner | None = open_decoder(path, self._place)
 
     def rows_at_once(self, frames: int) -> int:
-        """Return the rows of so many latent frames that are decoded in one piece."""
+        """Return the number of rows, each with `frames` latent frames, that are decoded in one piece."""
         return _opened(self._runner).rows_at_once(frames)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{"pcm": (R, L * 4096, 2) int16} for latent (R, 256, L) on any device."""
+        """Return {"pcm": (R, L * 4096, 2) int16} for latent (R, 256, L) on any device."""
         self.require_inputs(inputs)
         runner, latents = _opened(self._runner), inputs[self.input_names[0]].float()
         rows, _, frames = latents.shape
@@ -74,7 +74,7 @@ class TorchDecoder(PackedEngine):
 
 
 class TorchEncoder(PackedEngine):
-    """A SAME encoder. Bounds its own memory."""
+    """Engine of a SAME encoder, with bounded memory."""
 
     kind = "same-encoder"
     takes_rows = True
@@ -84,7 +84,7 @@ class TorchEncoder(PackedEngine):
         self._model: Same | None = open_same(path, self._place)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{"latent": (R, 256, N / 4096) fp32} for audio (R, 2, N), on its device."""
+        """Return {"latent": (R, 256, N / 4096) fp32} for audio (R, 2, N), on the device of the audio."""
         self.require_inputs(inputs)
         model, audio = _opened(self._model), inputs[self.input_names[0]]
         latents = self.guarded(lambda: model.latents(audio.to(self._place)), f"{audio.shape[-1]} samples")
@@ -95,7 +95,7 @@ class TorchEncoder(PackedEngine):
 
 
 def open_text(path: Path, device: torch.device) -> Encoder:
-    """Return a packed text encoder ready to run. Raises ToolError."""
+    """Load a packed text encoder and its operations for `device`. Raises ToolError."""
     from sa3_trt_core.torch_models.t5gemma.model import Encoder
     from sa3_trt_core.torch_models.t5gemma.weights import Packed
 
@@ -104,7 +104,7 @@ def open_text(path: Path, device: torch.device) -> Encoder:
 
 
 def text_operations(packed: PackedText, device: torch.device) -> TextOps:
-    """Return the operations between the linear layers of a text encoder; plain ones on a GPU without Triton."""
+    """Return the operations between the linear layers of a text encoder; on a GPU without Triton, in plain PyTorch."""
     if device.type == "cpu" or find_spec("triton") is None:
         from sa3_trt_core.torch_models.t5gemma.reference_ops import ReferenceOps
 
@@ -115,7 +115,7 @@ def text_operations(packed: PackedText, device: torch.device) -> TextOps:
 
 
 def open_decoder(path: Path, device: torch.device) -> DecoderRunner:
-    """Return a packed decoder ready to run. Raises ToolError."""
+    """Load a packed decoder and its operations for `device`. Raises ToolError."""
     from sa3_trt_core.torch_models.same.runner import DecoderRunner
     from sa3_trt_core.torch_models.same.weights import Packed
 
@@ -124,7 +124,7 @@ def open_decoder(path: Path, device: torch.device) -> DecoderRunner:
 
 
 def open_same(path: Path, device: torch.device) -> Same:
-    """Return a packed half ready to run. Raises ToolError."""
+    """Load a packed SAME decoder or encoder and its operations for `device`. Raises ToolError."""
     from sa3_trt_core.torch_models.same.model import Same
     from sa3_trt_core.torch_models.same.weights import Packed
 
@@ -133,7 +133,7 @@ def open_same(path: Path, device: torch.device) -> Same:
 
 
 def same_operations(packed: Packed, device: torch.device, path: Path) -> SameOps:
-    """Return the operations between the linear layers of a SAME half. Raises ToolError."""
+    """Return the operations between the linear layers of a SAME decoder or encoder. Raises ToolError."""
     if device.type == "cpu":
         from sa3_trt_core.torch_models.same.reference_ops import ReferenceOps
 

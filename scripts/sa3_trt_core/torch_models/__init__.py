@@ -1,1 +1,1 @@
-"""Packed networks that PyTorch runs."""
+"""PyTorch implementations of the packed networks."""

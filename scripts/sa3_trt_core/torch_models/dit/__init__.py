@@ -1,1 +1,1 @@
-"""The DiT in PyTorch: weights packed from an ONNX graph, one forward for any machine, kernels for NVIDIA GPUs."""
+"""The DiT in PyTorch: weights packed from an ONNX graph, one forward for CPU and GPU, kernels for NVIDIA GPUs."""

@@ -1,8 +1,8 @@
-"""Adapters in a loaded DiT: merged in fp32 from 16-bit weights, written over the tensors that kernels and graphs read.
+"""Merge adapters into a loaded DiT: in fp32 from 16-bit weights, in place in the tensors that kernels and graphs read.
 
 No tensor moves and no shape changes, so every compiled kernel and captured CUDA graph stays valid. In FP8 a changed
-weight gets new scales a channel and its nearest codes; activation scales are the base build's. Weights that no adapter
-changes keep the codes that they were built with.
+weight gets new channel scales and codes by nearest rounding; activation scales stay those of the base build. Weights
+that no adapter changes keep the codes from the build.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ E4M3_MAX = 448.0
 FP16_MAX = 65504.0
 SCALE_FLOOR = 2.0**-14  # the smallest normal fp16, in which a build stores its scales
 CONVOLUTIONS = ("preprocess", "postprocess")
-KEPT_BYTES = 4 << 30  # of merged weights in memory, by the digest of their set
-# Nearest codes are 0.026 from their weight and GPTQ's 0.04 (relative L2); another model's weights are 1.4.
+KEPT_BYTES = 4 << 30  # limit for merged weights in memory, cached by adapter-set digest
+# Relative L2 error against the weight: 0.026 for nearest codes, 0.04 for GPTQ's, 1.4 for another model's weights.
 MAX_DEVIATION = 0.15
 
 
 class AdapterSlot:
-    """The adapters of one loaded DiT. `own` is its packed file, `base` the packed FP16-mixed one of the same model."""
+    """Adapter set of one loaded DiT. `own` is its packed file, `base` the packed FP16-mixed file of the same model."""
 
     def __init__(self, dit: Dit, own: Path, base: Path, rebuild: str) -> None:
-        """Open both files. Raises ToolError when `base` is missing or incomplete; `rebuild` is the command for it."""
+        """Open both files. Raises ToolError if `base` is missing or incomplete; the hint is the command `rebuild`."""
         if base != own:
             reason = f"no engine {base}" if not base.is_file() else manifest.verify_manifest(base)
             if reason is not None:
@@ -53,9 +53,9 @@ class AdapterSlot:
 
     @torch.no_grad()
     def set(self, loras: LoraSet, checkpoint: Path | None = None) -> None:
-        """Give the DiT this set instead of the one it has. Raises ToolError, with the DiT as it was.
+        """Replace the DiT's adapter set. Raises ToolError and leaves the DiT unchanged if the set cannot be merged.
 
-        `checkpoint` is a native model.safetensors for the SVD bases of -xs adapters.
+        `checkpoint` is a native model.safetensors, which gives the SVD bases for -xs adapters.
         """
         loras.require_fits(self._shapes(), str(self._own.path))
         digest = loras.digest
@@ -73,7 +73,7 @@ class AdapterSlot:
         self._dit.refresh()
 
     def _found_or_merged(self, loras: LoraSet, checkpoint: Path | None) -> dict[str, Tensor]:
-        """Return the set's tensors from the disk where they lie there and the DiT is on a CPU, else merged now."""
+        """Return the set's tensors. On a CPU they are read from the disk cache, or merged and written to it."""
         on_cpu = self._dit.packed.tensor("memory").device.type == "cpu"
         stored = self._disk.read(loras, checkpoint) if on_cpu else None
         if stored is not None:
@@ -91,14 +91,14 @@ class AdapterSlot:
             original = self._original(role)
             weight = self._packed_layout(role, loras.merged(layer, self._native(role, original), bases))
             largest = float(weight.abs().max())
-            if not largest <= FP16_MAX:  # NaN too
+            if not largest <= FP16_MAX:  # also True for NaN
                 raise ToolError(
                     f"the merged weight of {layer} reaches {largest:g}, beyond fp16",
                     "lower the strengths, or use fewer adapters",
                 )
             key = _key(role)
             if original.dtype == torch.float16:
-                weight = weight.half().float()  # as a merged graph stores it: the codes are then the same
+                weight = weight.half().float()  # rounded as a merged graph stores it, so that the codes are equal
             if f"{role}.activation_scale" in self._own.entries:
                 self._require_same(role, original)
                 tensors[f"{role}.weight_scale"], tensors[key] = quantized(weight)
@@ -111,7 +111,7 @@ class AdapterSlot:
         return self._base.tensor(_key(role)).to(device)
 
     def _native(self, role: str, packed: Tensor) -> Tensor:
-        """A packed weight as the checkpoint has it: without padded columns, to_qkv's rows q | k | v | q2 | k2."""
+        """Return a packed weight in the checkpoint's layout: no padded columns, rows of to_qkv q | k | v | q2 | k2."""
         weight = packed.float()[:, : self._columns(role, packed)]
         return _reordered(weight, NATIVE_ORDER) if role.endswith("self_qkv") else weight
 
@@ -133,7 +133,7 @@ class AdapterSlot:
         return shapes
 
     def _require_same(self, role: str, original: Tensor) -> None:
-        """Raise ToolError when the FP8 codes are not those of the 16-bit weight; looked at once a layer."""
+        """Raise ToolError if the FP8 codes are not those of the 16-bit weight; checked once per layer."""
         if role in self._compared:
             return
         scale = self._stored(f"{role}.weight_scale").to(original.device)
@@ -150,7 +150,7 @@ class AdapterSlot:
         return self._stored(_key(role))
 
     def _stored(self, name: str) -> Tensor:
-        """Return a tensor of the DiT's own file, as it was built."""
+        """Return a tensor from the DiT's own file, without adapters."""
         return self._own.tensor(name)
 
     def _names(self, role: str) -> list[str]:
@@ -158,7 +158,7 @@ class AdapterSlot:
         return [_key(role), *([scale] if scale in self._own.entries else [])]
 
     def _keep(self, digest: str, tensors: dict[str, Tensor]) -> None:
-        """Keep merged weights of the sets used last, up to KEPT_BYTES and while a GPU has as much left again."""
+        """Cache the most recently used merged weights, up to KEPT_BYTES; a GPU must have as much free besides."""
         size, device = _bytes(tensors), self._dit.packed.tensor("memory").device
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < KEPT_BYTES + size:
             return
@@ -168,7 +168,7 @@ class AdapterSlot:
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales (N,) fp32, as fp16 stores them, and E4M3 codes (N, K) of a weight (N, K): nearest, saturated."""
+    """Return fp16-representable scales (N,) fp32 and E4M3 codes (N, K), nearest and saturated, of a weight (N, K)."""
     wanted = (weight.abs().amax(dim=1) / E4M3_MAX).clamp(min=SCALE_FLOOR)
     stored = wanted.half()
     above = (stored.view(torch.int16) + 1).view(torch.float16)

@@ -1,4 +1,4 @@
-"""Choose the tiles of the kernels by measuring them on the card in this machine."""
+"""Choose the tiles of the kernels by measuring them on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sa3_trt_core.torch_models.dit.triton_ops import ByLength, FusedOps, Tile, T
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS, Sizes
 from sa3_trt_core.torch_models.kernels.autotune import fastest
 
-SHORT, LONG = 646, 4096  # latent frames that stand for each kind
+SHORT, LONG = 646, 4096  # latent frames measured for each range of lengths
 CROSS_TOKENS = 257
-NO_BOUND = 12.0  # of scores, small enough for the kernel with a fixed subtrahend
+NO_BOUND = 12.0  # bound on attention scores; small enough for the kernel with a fixed subtrahend
 SCALE = 0.02
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "self_attention": (
@@ -35,7 +35,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 
 
 def tuned(sizes: Sizes, device: torch.device) -> ByLength:
-    """The fastest tiles for short and for long latents, kernel by kernel. A tile that does not fit the card is left."""
+    """Return each kernel's fastest tile for short and for long latents. A tile that does not fit the GPU is skipped."""
     return ByLength(*(_best(sizes, frames + sizes.memory, device) for frames in (SHORT, LONG)))
 
 
@@ -56,7 +56,7 @@ def _best(sizes: Sizes, tokens: int, device: torch.device) -> Tiles:
 
 
 def _calls(sizes: Sizes, tokens: int, device: torch.device) -> dict[str, Callable[[FusedOps], Any]]:
-    """Return one call of each kernel at a length, on random data."""
+    """Return one call of each kernel on random data with `tokens` tokens."""
     width, scale = sizes.width, SCALE if sizes.precision == "fp8" else None
 
     def half(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Inputs of the DiT's blocks, computed in fp32: the modulation of a noise level, the cross tokens of a text."""
+"""Compute the inputs of the DiT's blocks: modulation from a noise level (fp32), cross tokens from a text (fp16)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sa3_trt_core.torch_models.kernels.linear import result
 
 
 class Front:
-    """The parts of a packed DiT that do not see x: each runs once a noise level or once a generation."""
+    """Layers of a packed DiT that do not depend on x; each runs once per noise level or once per generation."""
 
     def __init__(self, packed: Packed) -> None:
         self._packed = packed
@@ -22,14 +22,14 @@ class Front:
         self.products = {name: packed.product(name) for name in ("context_in", "context_out")}
 
     def duration(self, seconds: Tensor) -> Tensor:
-        """Return the duration token (B, 768) of seconds (B,)."""
+        """Return the duration token (B, 768) for seconds (B,)."""
         share = seconds.float().clamp(0.0, self._packed.sizes.seconds_range) / self._packed.sizes.seconds_range
         return self._linear("seconds", self._waves(share, "seconds.frequencies", self._packed.sizes.angular))
 
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
-        """Return scales, shifts and gates of every block: (6, depth, B, width) fp32 of t (B,) and seconds (B,).
+        """Return scales, shifts and gates of every block: (6, depth, B, width) fp32 for t (B,) and seconds (B,).
 
-        Scale, shift and gate of the self-attention, then of the feed-forward; gates are sigmoid(1 - g) already.
+        First axis: scale, shift and gate of the self-attention, then of the feed-forward; gates are sigmoid(1 - g).
         """
         condition = functional.silu(functional.linear(self.duration(seconds), self._packed.tensor("global.0.weight")))
         condition = functional.linear(condition, self._packed.tensor("global.2.weight"))
@@ -42,7 +42,7 @@ class Front:
         return parts
 
     def context(self, t5_hidden: Tensor, t5_mask: Tensor, seconds: Tensor) -> Tensor:
-        """Return the cross tokens (B, 257, width) fp16: padding replaced, the duration last, null rows zero."""
+        """Return the cross tokens (B, 257, width) fp16: padding replaced, duration token last, null rows zero."""
         token = self.duration(seconds).unsqueeze(1)
         text = torch.where(t5_mask.unsqueeze(-1) > 0.5, t5_hidden.float(), self._packed.tensor("padding"))
         tokens = torch.cat([text, token], dim=1)
@@ -56,7 +56,7 @@ class Front:
         return functional.linear(value, self._packed.tensor(f"{name}.weight"), self._packed.tensor(f"{name}.bias"))
 
     def _waves(self, value: Tensor, frequencies: str, angular: bool = False) -> Tensor:
-        # In this order, as the graph: angles reach 62,832 rad, where one rounding more is 4e-3 rad.
+        # Multiply in the graph's order: angles reach 62,832 rad, where one more rounding is an error of 4e-3 rad.
         angles = value[:, None] * self._packed.tensor(frequencies)
         angles = angles if angular else angles * 2.0 * math.pi
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)

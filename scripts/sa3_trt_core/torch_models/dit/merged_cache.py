@@ -1,6 +1,6 @@
-"""Merged weights of sets of adapters on disk, in `<engine>.loras/` beside the packed DiT; delete the folder at will.
+"""Disk cache of merged adapter weights, in `<engine>.loras/` beside the packed DiT. Deleting the folder is safe.
 
-Used on a CPU, where merging takes seconds. On a GPU it takes less time than reading and verifying the file would.
+Used on a CPU, where merging takes seconds. On a GPU merging takes less time than reading and verifying the file.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.lora.lora_set import LoraSet
 
 FOLDER_SUFFIX = ".loras"
-LIMIT_BYTES = 8 << 30  # of the folder; the files read longest ago are removed
+LIMIT_BYTES = 8 << 30  # limit for the folder; the least recently read files are removed
 NAME_LETTERS = 32
 
 
 class MergedCache:
-    """The files of one engine. A damaged one is made again; a folder that cannot be written is not an error."""
+    """Cache files of one engine. A damaged file is written again; a folder that cannot be written is not an error."""
 
     def __init__(self, own: Path, base: Path) -> None:
-        """`own` is the packed DiT, `base` the FP16-mixed one; without their manifests nothing is kept."""
+        """Set the packed DiT `own` and the FP16-mixed one `base`. Without their manifests nothing is cached."""
         self._folder = own.with_name(own.name + FOLDER_SUFFIX)
         self._engines = [_digest(own), _digest(base)]
 
     def read(self, loras: LoraSet, checkpoint: Path | None) -> dict[str, Tensor] | None:
-        """Return the tensors of a set by their names in the packed DiT.
+        """Return the tensors of an adapter set by their names in the packed DiT.
 
-        None unless the file's manifest states this set, and every byte is as it was written.
+        None unless the file's manifest names this set and the file's digest matches.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -51,7 +51,7 @@ class MergedCache:
         return tensors
 
     def write(self, loras: LoraSet, checkpoint: Path | None, tensors: dict[str, Tensor]) -> None:
-        """Keep the tensors of a set, its manifest last, and remove the oldest files beyond LIMIT_BYTES."""
+        """Write the tensors of a set, then its manifest, and remove the oldest files beyond LIMIT_BYTES."""
         from safetensors.torch import save_file
 
         path = self._path(loras, checkpoint)

@@ -1,4 +1,4 @@
-"""One forward of the packed DiT: conditioning once a generation, modulation once a noise level, blocks every step."""
+"""Forward of the packed DiT: conditioning once per generation, modulation once per noise level, blocks every step."""
 
 from __future__ import annotations
 
@@ -19,53 +19,56 @@ from sa3_trt_core.torch_models.kernels.linear import Product, finished, quantize
 class BlockOps(Protocol):
     """Operations between the linear layers of a block: reference_ops.PlainOps, or the kernels of triton_ops.FusedOps.
 
-    `stored` are a product's sums without its channels' `ratio` (None in 16 bits). What feeds a product is coded for its
-    activation scale. Vectors are (B or 1, width) fp32. No score of an attention is larger than its `bound`.
+    `stored` are a linear layer's sums, before multiplication by its channel `ratio` (None in 16 bits). The input of a
+    linear layer is quantised with that layer's activation scale. Vectors are (B or 1, width) fp32. No attention score
+    is larger than `bound`.
     """
 
     def normed(
         self, hidden: Tensor, gain: Tensor, shift: Tensor | None, epsilon: float, activation_scale: float | None
     ) -> Tensor:
-        """RMS norm of the residual (B, T, E) fp16, times gain, plus shift."""
+        """Return the RMS norm of the residual (B, T, E) fp16, times gain, plus shift."""
         ...
 
     def add_normed(
         self, hidden: Tensor, stored: Tensor, multiplier: Tensor | None, addend: Tensor | None, local: Tensor | None,
         memory: int, gain: Tensor | None, shift: Tensor | None, epsilon: float, activation_scale: float | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The residual plus stored * multiplier + addend, plus `local` (B or 1, L or 1, E) behind the memory tokens;
-        and `normed` of it, or the residual again without a gain."""
+        """Return the sum hidden + stored * multiplier + addend, and `normed` of the sum (without a gain the sum again).
+
+        `local` (B or 1, L or 1, E) is added after the memory tokens.
+        """
         ...
 
     def self_attention(
         self, stored: Tensor, ratio: Tensor | None, q_gamma: Tensor, k_gamma: Tensor, epsilon: float, bound: float,
         activation_scale: float | None,
     ) -> Tensor:  # fmt: skip
-        """Differential self-attention (B, T, E) of q1, q2, k1, k2, v (B, T, 5E)."""
+        """Return the differential self-attention (B, T, E) for q1, q2, k1, k2, v (B, T, 5E)."""
         ...
 
     def cross_attention(
         self, stored: Tensor, ratio: Tensor | None, keys: Tensor, q_gamma: Tensor, epsilon: float, bound: float,
         activation_scale: float | None,
     ) -> Tensor:  # fmt: skip
-        """Differential attention (B, T, E) of q1, q2 (B, T, 2E) over keys (B, S, 3E): k1, k2, normed already, and v."""
+        """Return the differential attention (B, T, E) of q1, q2 (B, T, 2E) over `keys` (B, S, 3E): normed k1, k2; v."""
         ...
 
     def gated(self, stored: Tensor, ratio: Tensor | None, bias: Tensor, activation_scale: float | None) -> Tensor:
-        """a * silu(g) (B, T, F) of a and g (B, T, 2F), whose bias (2F,) is still to be added."""
+        """Return a * silu(g) (B, T, F) for a and g (B, T, 2F), after adding their bias (2F,)."""
         ...
 
 
 TOKEN_NORMS = ("self_norm", "ff_norm")
-GATED = ("self_out", "ff_out")  # products whose branch a gate of the modulation multiplies
+GATED = ("self_out", "ff_out")  # linear layers whose output is multiplied by a modulation gate
 
 
 @dataclass
 class RowConditioning:
     """Step-independent conditioning of a batch, precomputed per block.
 
-    `keys` (depth, B, 257, 3 width): k1, k2, normed, and v. `local` (depth, B or 1, L or 1, width): one value where
-    local_add_cond is zero throughout, because its embedding is then a constant.
+    `keys` (depth, B, 257, 3 width): normed k1 and k2, and v. `local` (depth, B or 1, L or 1, width): one value if
+    local_add_cond is all zero, because its embedding is then a constant.
     """
 
     keys: Tensor
@@ -78,7 +81,7 @@ class Block:
     def __init__(self, packed: Packed, index: int) -> None:
         self.products = {name: packed.product(f"blocks.{index}.{name}") for name in BLOCK_PRODUCTS}
         self.gammas = {name: packed.tensor(f"blocks.{index}.{name}") for name in BLOCK_NORMS}
-        # An RMS-normed head has at most a norm of 8 times its largest gamma, and rotation keeps it: q k / 8 is bounded.
+        # The norm of an RMS-normed head is at most 8 times its largest gamma. Rotation keeps it, so q k / 8 is bounded.
         self.bounds = {
             kind: HEAD_CHANNELS**0.5 * _largest(self.gammas[f"{kind}_q_norm"]) * _largest(self.gammas[f"{kind}_k_norm"])
             for kind in ("self", "cross")
@@ -87,7 +90,7 @@ class Block:
         self.cross_ratio = None if ratio is None else ratio.unsqueeze(0)
 
     def scale(self, name: str) -> float | None:
-        """Return the activation scale of a product, None in 16 bits."""
+        """Return the activation scale of a linear layer, None in 16 bits."""
         return self.products[name].activation_scale
 
     def vector(self, name: str) -> Tensor:
@@ -96,7 +99,7 @@ class Block:
 
 
 class Dit:
-    """The packed DiT on one device; `ops` does what stands between the products."""
+    """Packed DiT on one device; `ops` are the operations between its linear layers."""
 
     def __init__(self, packed: Packed, ops: BlockOps) -> None:
         self.sizes, self.packed = packed.sizes, packed
@@ -111,7 +114,7 @@ class Dit:
         self._first, self._last = self._ends()
 
     def refresh(self) -> None:
-        """Compute again, in place, what was derived from weights of `packed` that have been replaced."""
+        """Recompute in place the tensors derived from the weights of `packed`; call after replacing weights."""
         products = {
             f"blocks.{i}.{name}": one for i, block in enumerate(self.blocks) for name, one in block.products.items()
         }
@@ -125,9 +128,9 @@ class Dit:
             kept.copy_(ends)
 
     def _ends(self) -> tuple[Tensor, Tensor]:
-        """The first and the last product (width, 256) and (256, width), fp16, each with the convolution beside it.
+        """Return the first and last weights, (width, 256) and (256, width) fp16, with the convolutions merged.
 
-        The residual 1x1 convolutions at both ends are linear, as is what follows or precedes: one product each.
+        The residual 1x1 convolution at each end and its adjacent linear layer are both linear: one product each.
         """
         pre, post = (self.packed.tensor(name).double() for name in ("preprocess", "postprocess"))
         one = torch.eye(pre.shape[0], dtype=torch.float64, device=pre.device)
@@ -135,12 +138,12 @@ class Dit:
         return (first @ (one + pre)).half(), ((one + post) @ last).half()
 
     def keys(self, t5_hidden: Tensor, t5_mask: Tensor, seconds: Tensor) -> Tensor:
-        """k1, k2, normed, and v of every block's cross-attention: (depth, B, 257, 3 width) fp16."""
+        """Return normed k1 and k2, and v, of every block's cross-attention: (depth, B, 257, 3 width) fp16."""
         context = self.front.context(t5_hidden, t5_mask, seconds)
         return torch.stack([self._keys(block, context) for block in self.blocks])
 
     def local(self, local_add_cond: Tensor) -> Tensor:
-        """Return the local embedding of every block (depth, B, L, width) fp16 of local_add_cond (B, 257, L)."""
+        """Return the local embedding of every block (depth, B, L, width) fp16 for local_add_cond (B, 257, L)."""
         inputs = local_add_cond.transpose(1, 2).to(torch.float16).contiguous()
         embeddings = []
         for block in self.blocks:
@@ -152,8 +155,8 @@ class Dit:
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
         """Return the vectors that blocks multiply and add (7, depth, B, width) fp32, for t (B,) and seconds (B,).
 
-        Gain, shift and branch multiplier of the self-attention, the same of the feed-forward, and the feed-forward's
-        addend: norms' gammas, gates, channels' ratios and biases are in them.
+        First axis: gain, shift and branch multiplier of the self-attention, then of the feed-forward, then the
+        feed-forward's addend. They include norm gammas, gates, channel ratios and biases.
         """
         scale_a, shift_a, gate_a, scale_f, shift_f, gate_f = self.front.modulation(t, seconds).unbind(0)
         return torch.stack(
@@ -165,7 +168,7 @@ class Dit:
         )  # fmt: skip
 
     def step(self, x: Tensor, modulation: Tensor, conditioning: RowConditioning) -> Tensor:
-        """Velocity (B, 256, L) fp32 of x (B, 256, L) fp32, and `modulation` of the same rows."""
+        """Return the velocity (B, 256, L) fp32 for x (B, 256, L) fp32 and its rows' modulation and conditioning."""
         ops, memory, epsilon = self.ops, self.sizes.memory, self.sizes.norm_epsilon
         rows = x.shape[0]
         entered = linear(x.transpose(1, 2).to(torch.float16), self._first)
@@ -209,7 +212,7 @@ class Dit:
         )  # fmt: skip
 
     def _keys(self, block: Block, context: Tensor) -> Tensor:
-        """k1, k2, normed, and v of the cross tokens (B, 257, width): (B, 257, 3 width) fp16."""
+        """Return normed k1 and k2, and v, (B, 257, 3 width) fp16 for the cross tokens (B, 257, width)."""
         product = block.products["cross_kv"]
         keys_and_values = finished(sums(quantize(context, product.activation_scale), product), product).to(
             torch.float16
@@ -220,14 +223,14 @@ class Dit:
 
 
 def linear(value: Tensor, weight: Tensor) -> Tensor:
-    """value @ weight^T in fp16: in fp32 on a CPU, whose 16-bit products are slow."""
+    """Return value @ weight^T in fp16, computed in fp32 on a CPU, where 16-bit products are slow."""
     if value.is_cuda:
         return functional.linear(value, weight)
     return functional.linear(value.float(), weight.float()).to(torch.float16)
 
 
 def _ratio(product: Product) -> Tensor:
-    """Return the ratio of a product's channels (1, N); ones in 16 bits."""
+    """Return the channel ratios (1, N) of a linear layer; ones in 16 bits."""
     if product.ratio is None:
         return torch.ones((1, product.weight.shape[0]), device=product.weight.device)
     return product.ratio.unsqueeze(0)

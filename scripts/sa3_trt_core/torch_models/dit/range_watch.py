@@ -1,4 +1,4 @@
-"""Largest activation codes of the quantised products while a DiT runs: an adapter may leave the calibrated range."""
+"""Track the largest activation codes of a DiT's FP8 linear layers: adapters may exceed the calibrated range."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from sa3_trt_core.lora.layers import layer_of_role
 from sa3_trt_core.torch_models.dit.model import Dit
 
-FULL_CODE = 448.0  # a code at E4M3's limit is a value at or beyond the headroom
+FULL_CODE = 448.0  # E4M3's limit: the value is at or beyond the calibrated range
 
 
 class RangeWatch:
-    """Reads the codes of every quantised product of a DiT, the text's once a text and the blocks' at every step."""
+    """Largest activation code per FP8 linear layer of a DiT: text layers once per text, block layers at every step."""
 
     def __init__(self, dit: Dit) -> None:
         blocks = {
@@ -27,7 +27,7 @@ class RangeWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch what runs in this block; nothing in it may be captured in a graph or replayed from one."""
+        """Record the codes of steps run inside this context. No step may be captured in or replayed from a graph."""
         for role, product in self._products.items():
             product.watchers.append(partial(self._note, role))
         try:
@@ -37,7 +37,7 @@ class RangeWatch:
                 product.watchers.clear()
 
     def saturated(self) -> list[str]:
-        """Return the native names of the products whose activations reached the end of E4M3's range."""
+        """Return the native names of the layers whose activations reached the limit of E4M3's range."""
         return [layer_of_role(role) for role, code in self._largest.items() if float(code) >= FULL_CODE]
 
     def _note(self, role: str, codes: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The operations of a DiT block in plain PyTorch: the reference of the kernels, and the path without a GPU."""
+"""The operations of a DiT block in plain PyTorch: the reference for the kernels, and the CPU implementation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sa3_trt_core.torch_models.kernels.linear import quantize
 
 
 class PlainOps:
-    """Residual, norm, attention and gate, each as the kernels do it: fp32 inside, fp16 or E4M3 between."""
+    """Residual, norm, attention and gate with the kernels' precision: fp32 inside, fp16 or E4M3 outputs."""
 
     def __init__(self, cosine: Tensor, sine: Tensor) -> None:
-        """`cosine`, `sine` (positions, 32): the rotary table."""
+        """Set the rotary table: `cosine`, `sine` (positions, 32)."""
         self._cosine, self._sine = cosine, sine
 
     def add_normed(
@@ -63,7 +63,7 @@ class PlainOps:
         return quantize(value * functional.silu(gate), activation_scale)
 
     def _turned(self, heads: Tensor) -> Tensor:
-        """Rotary embedding of (B, T, 2, H, 64), in fp16: channel i turns with channel i + 16."""
+        """Apply the rotary embedding to (B, T, 2, H, 64), in fp16; channel i is paired with channel i + 16."""
         tokens, quarter = heads.shape[1], HEAD_CHANNELS // 4
         first, second, rest = heads.split((quarter, quarter, 2 * quarter), dim=-1)
         cos, sin = (table[:tokens, :quarter].view(1, tokens, 1, 1, -1) for table in (self._cosine, self._sine))
@@ -72,7 +72,7 @@ class PlainOps:
 
 
 def head_norm(heads: Tensor, gamma: Tensor, epsilon: float) -> Tensor:
-    """RMS norm over the last axis, in fp16."""
+    """Return the RMS norm over the last axis, in fp16."""
     return (_rms(heads.float(), epsilon) * gamma).to(torch.float16)
 
 
@@ -85,7 +85,7 @@ def _rms(value: Tensor, epsilon: float) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, activation_scale: float | None) -> Tensor:
-    """q (B, T, 2, H, 64), k (B, S, 2, H, 64), v (B, S, H, 64) -> (B, T, H * 64), coded."""
+    """Return the quantised attention (B, T, H * 64) for q (B, T, 2, H, 64), k (B, S, 2, H, 64), v (B, S, H, 64)."""
     value = v.float().transpose(1, 2)
     halves = [
         functional.scaled_dot_product_attention(

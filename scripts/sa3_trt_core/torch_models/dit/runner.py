@@ -21,42 +21,42 @@ from sa3_trt_core.torch_models.kernels.graphs import Captured
 if TYPE_CHECKING:
     from sa3_trt_core.conditioning import Conditioning
 
-MAX_SLOTS = 8  # shapes whose graph, activations and cross keys are kept (a ring runs 1 to 8 rows); the oldest goes
-MAX_LEVELS = 256  # modulations of (sigma, seconds): 1 MB each at full size
+MAX_SLOTS = 8  # shapes with a kept graph, activations and cross keys (a ring runs 1 to 8 rows); least recently used out
+MAX_LEVELS = 256  # kept modulations, one per (sigma, seconds): 1 MB each at full size
 TEXT = ("t5_hidden", "t5_mask", "seconds_total")
-WATCHED_STEPS = 8  # of a new set of adapters: a generation's; then the graph is replayed again
+WATCHED_STEPS = 8  # steps checked after adapters change: one generation; then graph replay resumes
 CONDITIONING = ("t5_hidden", "t5_mask", "seconds_total", "local_add_cond")
 
 
 class Runner:
-    """Velocity of a batch by a Dit. A row whose conditioning did not change since the last call is not recomputed."""
+    """Runner of a Dit. The conditioning of a row is recomputed only if it changed since the last call."""
 
     def __init__(self, dit: Dit, device: torch.device) -> None:
         self.dit, self._device = dit, device
         self._slots: OrderedDict[tuple[int, int, bool], _GraphSlot] = OrderedDict()
         self._levels: OrderedDict[tuple[float, float], Tensor] = OrderedDict()
-        self._row_keys: Captured | None = None  # of `rows_velocity`
-        self._watch: RangeWatch | None = None  # its first steps run operation by operation
+        self._row_keys: Captured | None = None  # graph for `rows_velocity`
+        self._watch: RangeWatch | None = None  # the watched steps run without a graph
         self._current: tuple[_GraphSlot, dict[str, Tensor], list[int | None]] | None = None
 
     def velocity(self, x: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """Velocity (B, 256, L) fp32 of x (B, 256, L), t (B,) and the CONDITIONING tensors, each with first axis B.
+        """Return the velocity (B, 256, L) fp32 for x (B, 256, L), t (B,) and the CONDITIONING tensors (first axis B).
 
-        On the runner's device, and valid until the next call.
+        The result is on the runner's device and valid until the next call.
         """
         return self.prepared(x, t, conditioning)()
 
     def prepared(self, x: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Callable[[], Tensor]:
-        """Copy the inputs into their slot; return the call that computes the velocity, on a GPU a graph's replay."""
+        """Copy the inputs into their slot; return the call that computes the velocity (on a GPU, a graph replay)."""
         watch = self._active_watch()
         with nullcontext() if watch is None else watch.watching():
             slot = self._slot_of(x, conditioning, watch is not None)
         return self._loaded(slot, x, t.tolist(), conditioning["seconds_total"].tolist())
 
     def rows_velocity(self, x: Tensor, t: Tensor, rows: Sequence[Conditioning]) -> Tensor:
-        """`velocity` for conditioning (1 row each) on the runner's device that is known again by identity.
+        """Return `velocity` for one conditioning object (batch 1, on the runner's device) per row.
 
-        Waits for nothing on a GPU, where t (R,) lies on the CPU.
+        A row is unchanged if its object is the same. On a GPU, with t (R,) on the CPU, the call does not synchronise.
         """
         self._current = None
         slot = self._slot(x.shape[0], x.shape[2], any(row.keeps for row in rows))
@@ -68,7 +68,7 @@ class Runner:
     def _loaded(
         self, slot: _GraphSlot, x: Tensor, levels: Sequence[float], seconds: Sequence[float]
     ) -> Callable[[], Tensor]:
-        """Put x and the modulation of each row into a slot; return what runs it."""
+        """Copy x and the modulation of each row into a slot; return the call that runs it."""
         modulations = [self._modulation(*pair) for pair in zip(levels, seconds, strict=True)]
         torch.stack(modulations, dim=2, out=slot.modulation)
         slot.x.copy_(x)
@@ -76,9 +76,9 @@ class Runner:
         return slot.run if watch is None else partial(slot.run_under, watch)
 
     def _keys_of_row(self, row: Conditioning) -> Tensor:
-        """Cross keys (depth, 1, T, 3 C) of one row, overwritten by the next call.
+        """Return the cross keys (depth, 1, T, 3 C) of one row; the next call overwrites them.
 
-        On a GPU by a CUDA graph: 24 layers launched one by one take 10 ms, which a row that comes alone waits for.
+        On a GPU a CUDA graph computes them: launching 24 layers one by one takes 10 ms, which delays a new row.
         """
         if self._device.type != "cuda":
             return self._computed_keys(row)
@@ -94,35 +94,36 @@ class Runner:
         return self.dit.keys(t5_hidden, t5_mask, seconds_total)
 
     def _active_watch(self) -> RangeWatch | None:
-        """Return the watch of the first generation with new adapters; None afterwards."""
+        """Return the RangeWatch during the first WATCHED_STEPS steps with new adapters; None afterwards."""
         return self._watch if self._watch is not None and self._watch.steps < WATCHED_STEPS else None
 
     def weights_changed(self) -> None:
-        """Drop what was computed from weights that have been replaced in place; graphs read the new ones."""
+        """Drop results computed from weights that were replaced in place; graphs read the new weights."""
         self._levels.clear()
         self._current = None
         for slot in self._slots.values():
             slot.forget()
 
     def watch_ranges(self, watch: bool) -> None:
-        """Look at the codes of activations from the next step on, or stop; nothing to look at in 16 bits."""
+        """Start or stop recording activation codes at the next step; in 16 bits there are no codes to record."""
         self._watch = RangeWatch(self.dit) if watch and self.dit.sizes.precision == "fp8" else None
 
     def saturated(self) -> list[str]:
-        """Return the native names of products whose activations left the calibrated range, and stop looking."""
+        """Return the native names of layers whose activations exceeded the calibrated range, and stop checking."""
         watch, self._watch = self._watch, None
         return watch.saturated() if watch is not None else []
 
     def close(self) -> None:
-        """Free every graph and the conditioning of rows."""
+        """Free all graphs and the cached conditioning and modulation."""
         self._slots.clear()
         self._current = self._row_keys = None
         self._levels.clear()
 
     def _slot_of(self, x: Tensor, conditioning: dict[str, Tensor], watched: bool) -> _GraphSlot:
-        """Return the slot of a shape with the conditioning of its rows up to date, without a graph if `watched`.
+        """Return the slot for a shape with the conditioning of its rows up to date, without a graph if `watched`.
 
-        The very tensors of the last call, unchanged since, are not compared again: that would cost a step's launches.
+        If the tensors are the same objects as in the last call and unmodified, skip the comparison, which would cost
+        as many kernel launches as a step.
         """
         versions = [_version(conditioning[name]) for name in CONDITIONING]
         if self._current is not None:
@@ -136,7 +137,7 @@ class Runner:
         return slot
 
     def _slot(self, rows: int, frames: int, keeps: bool) -> _GraphSlot:
-        """Return the slot of a shape, created if new; the least recently used slot is dropped."""
+        """Return the slot for a shape, created if new; the least recently used slot is dropped."""
         key = (rows, frames, keeps)
         kept = self._slots.pop(key, None)
         slot = kept or _GraphSlot(self.dit, self._device, *key)
@@ -164,7 +165,7 @@ class _GraphSlot:
         sizes = dit.sizes
         self._dit, self._keeps = dit, keeps
         self._last_conditioning: dict[str, Tensor] | None = None
-        self._known: list[weakref.ref[Conditioning] | None] = [None] * rows  # of `update_rows`
+        self._known: list[weakref.ref[Conditioning] | None] = [None] * rows  # set by `update_rows`
         self._has_no_local = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._velocity: Tensor | None = None
@@ -193,7 +194,7 @@ class _GraphSlot:
         self._last_conditioning = {name: conditioning[name].clone() for name in CONDITIONING}
 
     def update_rows(self, rows: Sequence[Conditioning], keys_of: Callable[[Conditioning], Tensor]) -> None:
-        """Recompute the conditioning of rows whose object is new; `keys_of` gives a row's (depth, 1, T, 3 C)."""
+        """Recompute the conditioning of rows with a new object; `keys_of` returns a row's keys (depth, 1, T, 3 C)."""
         changed = [row for row, kept in enumerate(self._known) if kept is None or kept() is not rows[row]]
         if not changed:
             return
@@ -207,14 +208,14 @@ class _GraphSlot:
         self._last_conditioning = None
 
     def _update_zero_local(self) -> None:
-        """The local embedding of local_add_cond that is zero throughout: one constant a block."""
+        """Compute the local embedding for an all-zero local_add_cond: one constant per block."""
         if not self._has_no_local:
             zero = torch.zeros((1, LOCAL_CHANNELS, 1), device=self.x.device)
             self._conditioning.local.copy_(self._dit.local(zero))
             self._has_no_local = True
 
     def run(self) -> Tensor:
-        """Return the velocity of the slot's inputs."""
+        """Return the velocity for the slot's inputs."""
         if self.x.device.type != "cuda":
             return self._dit.step(self.x, self.modulation, self._conditioning)
         if self._graph is None:
@@ -224,19 +225,19 @@ class _GraphSlot:
         return self._velocity
 
     def run_under(self, watch: RangeWatch) -> Tensor:
-        """Return the velocity of the slot's inputs, the result of each operation passed to `watch`."""
+        """Return the velocity for the slot's inputs, without a graph, while `watch` records activation codes."""
         watch.steps += 1
         with watch.watching():
             return self._dit.step(self.x, self.modulation, self._conditioning)
 
     def forget(self) -> None:
-        """Compute the conditioning of every row again at the next call."""
+        """Mark the conditioning of every row as changed; the next call recomputes it."""
         self._last_conditioning = None
         self._known = [None] * len(self._known)
         self._has_no_local = False
 
     def _update_text(self, inputs: dict[str, Tensor], changed: list[int], watched: bool) -> None:
-        """Work out the cross keys of some rows: by a graph from the second time on that all rows change."""
+        """Compute the cross keys of the changed rows; if all rows change again, by a CUDA graph."""
         whole = len(changed) == self.x.shape[0]
         if self.x.device.type == "cuda" and self._last_conditioning is not None and whole and not watched:
             if self._text is None:
@@ -264,5 +265,5 @@ class _GraphSlot:
 
 
 def _version(value: Tensor) -> int | None:
-    """Return the count of in-place writes of a tensor; None in inference mode, which does not count."""
+    """Return the count of in-place writes of a tensor; None in inference mode, where PyTorch does not count."""
     return None if value.is_inference() else value._version

@@ -21,7 +21,7 @@ import triton.language as tl
 from sa3_trt_core.torch_models.kernels.store import LOG2_E, load_halves, store
 
 HEAD = tl.constexpr(64)  # channels of a head
-TAIL = tl.constexpr(16)  # keys at a time beyond the last whole block: 257 leave 1, and memory tokens 6
+TAIL = tl.constexpr(16)  # block of keys after the last whole block: 257 keys leave 1; memory tokens leave 6
 
 
 @triton.jit(do_not_specialize=["tokens", "memory", "local_row", "local_token", "branch_row", "norm_row"])
@@ -31,9 +31,9 @@ def residual_norm(
     has_sums: tl.constexpr, has_multiplier: tl.constexpr, has_addend: tl.constexpr, has_local: tl.constexpr,
     has_norm: tl.constexpr, has_shift: tl.constexpr, to_fp8: tl.constexpr,
 ):  # fmt: skip
-    """`rows` tokens: add a branch and the local embedding to the residual, normalise, modulate, quantise.
+    """Add a branch and the local embedding to the residual of `rows` tokens; normalise, modulate and quantise the sum.
 
-    Vectors are read once for all tokens of the program: they are as large as the tokens themselves.
+    Vectors are read once for all tokens of the program, because each is as large as a token.
     """
     position = tl.program_id(0) * rows + tl.arange(0, rows)
     row = tl.program_id(1)
@@ -78,9 +78,9 @@ def norm_rope(
     sums, ratio, q_gamma, k_gamma, cosine, sine, result, tokens, epsilon, heads: tl.constexpr, stride: tl.constexpr,
     block: tl.constexpr, has_ratio: tl.constexpr,
 ):  # fmt: skip
-    """One token, `block` of the 4 * heads heads of q1, q2, k1, k2: norm, and the rotation of the first 32 channels.
+    """Normalise `block` of the 4 * heads heads of q1, q2, k1, k2 of one token, and rotate their first 32 channels.
 
-    Channel i turns with channel i + 16; the others stay.
+    Channel i < 16 is paired with channel i + 16; the last 32 channels are not rotated.
     """
     token = tl.program_id(0)
     head = tl.program_id(1) * block + tl.arange(0, block)
@@ -110,9 +110,9 @@ def norm_rope(
 
 @triton.jit
 def _attend(query, key, value, largest, total, gathered, scale, valid, masked: tl.constexpr, bounded: tl.constexpr):
-    """One more block of keys for one half: the running softmax of Milakov and Gimelshein (2018).
+    """Update the running softmax (Milakov and Gimelshein, 2018) of one half with one more block of keys.
 
-    If `bounded`, `largest` is one number that is subtracted instead of the running maximum: nothing is rescaled.
+    If `bounded`, `largest` is a constant, subtracted instead of the running maximum, so that nothing is rescaled.
     """
     scores = tl.dot(query, key)
     if masked:
@@ -135,7 +135,7 @@ def _attend(query, key, value, largest, total, gathered, scale, valid, masked: t
 def _query(
     query, at, channel, dim, ratio, gamma, here, epsilon, normed: tl.constexpr, has_ratio: tl.constexpr
 ):  # fmt: skip
-    """One half's queries of a head in fp16, RMS-normed here if `normed`."""
+    """Load one half's queries of a head in fp16; apply the RMS norm if `normed`."""
     value = tl.load(query + at + channel[None, :], mask=here, other=0.0)
     if normed:
         wide = value.to(tl.float32)
@@ -153,7 +153,7 @@ def differential_attention(
     rows: tl.constexpr, columns: tl.constexpr, norm_query: tl.constexpr, has_query_ratio: tl.constexpr,
     has_value_ratio: tl.constexpr, bounded: tl.constexpr, to_fp8: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q1 k1^T / 8) v - softmax(q2 k2^T / 8) v for one head and `rows` queries, v read once for both halves.
+    """Compute softmax(q1 k1^T / 8) v - softmax(q2 k2^T / 8) v for one head and `rows` queries; v is read once.
 
     `query` (B, tokens, 2 heads, 64), `key` (B, keys, 2 heads, 64), `value` (B, keys, heads, 64), rows a stride apart.
     """
@@ -204,7 +204,7 @@ def gated(
     sums, ratio, bias, result, inverse_scale, count, inner: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
     has_ratio: tl.constexpr, to_fp8: tl.constexpr,
 ):  # fmt: skip
-    """a * silu(g) for `rows` of `count` tokens and `block` channels; a and g are the halves of a product's result."""
+    """Compute a * silu(g) for `rows` of `count` tokens, `block` channels; a, g are the halves of a linear's result."""
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * block + tl.arange(0, block)
     inside = channel < inner

@@ -1,4 +1,4 @@
-"""The operations of a DiT block by the Triton kernels: the results of reference_ops, one pass each."""
+"""The operations of a DiT block as Triton kernels: one pass each, with the results of reference_ops."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sa3_trt_core.torch_models.dit import triton_kernels
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS
 
 LOG2_E = 1.0 / math.log(2.0)
-MAX_WEIGHT = 15.0  # log2 of the largest weight of an attention with a fixed subtrahend: fp16 ends at 2^16
-MAX_BOUND = 20.0  # in powers of two: a score as far below 0 as this leaves a weight that fp16 can still tell from 0
+MAX_WEIGHT = 15.0  # log2 of the largest attention weight with a fixed subtrahend; fp16 overflows at 2^16
+MAX_BOUND = 20.0  # in powers of two: a score this far below 0 still has a nonzero weight in fp16
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of a kernel: rows (tokens, queries, heads) and columns (channels, keys) a program, warps, blocks
-    of keys in flight, and the most registers a thread."""
+    """Tile of a kernel: rows (tokens, queries, heads) and columns (channels, keys) per program, warps, pipeline
+    stages (blocks of keys in flight), and maximum registers per thread."""
 
     rows: int
     columns: int
@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tile of every kernel. Measured on an H100: build/NOTES.md."""
+    """Tile of every kernel. The defaults were measured on an H100: build/NOTES.md."""
 
     self_attention: Tile = Tile(64, 64, 4, 2)
     cross_attention: Tile = Tile(64, 64, 4, 2)
@@ -42,12 +42,12 @@ class Tiles:
     gated: Tile = Tile(1, 1024, 8)
 
 
-LONG_TOKENS = 2048  # of all rows together: where the tiles of long latents begin
+LONG_TOKENS = 2048  # tokens of all rows together, from which the tiles for long latents are used
 
 
 @dataclass(frozen=True)
 class ByLength:
-    """The tiles for few tokens and for many."""
+    """Tiles for few tokens and for many."""
 
     short: Tiles = Tiles()
     long: Tiles = Tiles(self_attention=Tile(128, 32, 8, 3), rope=Tile(8, 0, 1))
@@ -58,7 +58,7 @@ class ByLength:
 
 
 def read_tiles(path: Path) -> ByLength:
-    """Return the tiles that were measured for a packed DiT; ours of an H100 where they were not."""
+    """Return the tiles measured for a packed DiT; without such a file the defaults, measured on an H100."""
     if not path.is_file():
         return ByLength()
     stated = json.loads(path.read_text())
@@ -71,7 +71,7 @@ class FusedOps:
     """Residual, norm, attention and gate on an NVIDIA GPU."""
 
     def __init__(self, cosine: Tensor, sine: Tensor, tiles: ByLength | None = None) -> None:
-        """`cosine`, `sine` (positions, 32) fp32."""
+        """Set the rotary table: `cosine`, `sine` (positions, 32) fp32."""
         self._cosine, self._sine = cosine.contiguous(), sine.contiguous()
         self._tiles = tiles or ByLength()
 
@@ -171,7 +171,7 @@ def _attention(
 
 
 def _or(value: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Return a pointer for a kernel that will not read it."""
+    """Return `value`, or `stand_in` as a pointer that the kernel does not read."""
     return stand_in if value is None else value
 
 
@@ -184,5 +184,5 @@ def _inverse(activation_scale: float | None) -> float:
 
 
 def _step(local: Tensor | None, axis: int) -> int:
-    """Return the stride of an axis of (B or 1, L or 1, width): 0 where there is one value for all."""
+    """Return the stride of an axis of (B or 1, L or 1, width): 0 for an axis of size 1."""
     return 0 if local is None or local.shape[axis] == 1 else local.stride(axis)

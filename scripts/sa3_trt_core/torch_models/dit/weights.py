@@ -1,4 +1,4 @@
-"""The packed DiT: one safetensors file with every tensor by its role, and its sizes in the file's header."""
+"""Weights of the packed DiT: one safetensors file with tensors named by role and the sizes in its header."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.torch_models.kernels.linear import Product, fp8_product
 
 FORMAT = "sa3-dit-1"
-HEAD_CHANNELS = 64  # the kernels are written for it
+HEAD_CHANNELS = 64  # the kernels support only this size
 BLOCK_PRODUCTS = (
     "self_qkv", "self_out", "cross_q", "cross_kv", "cross_out", "ff_in", "ff_out", "local_in", "local_out"
 )  # fmt: skip
@@ -25,7 +25,7 @@ ENDS = ("input", "output", "context_in", "context_out")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a packed DiT: its widths, its norms' epsilons, the longest duration (s) and what its graph can do."""
+    """Sizes of a packed DiT: its widths, its norms' epsilons, the longest duration (s) and properties of its graph."""
 
     width: int
     depth: int
@@ -37,11 +37,11 @@ class Sizes:
     seconds_range: float
     null_rows: bool  # a row whose t5_hidden and t5_mask are zero has zero cross tokens
     precision: str
-    angular: bool = False  # the frequencies of the duration hold 2 pi
+    angular: bool = False  # the duration's frequencies include the factor 2 pi
 
 
 class Packed:
-    """The tensors of one packed DiT on one device, by role."""
+    """Tensors of one packed DiT on one device, by role."""
 
     def __init__(self, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
         self.sizes = sizes
@@ -49,12 +49,12 @@ class Packed:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name, as a packed file holds them."""
+        """Return all tensors by their names in a packed file."""
         return dict(self._tensors)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """Load a packed file. Raises ToolError when it is not one, or not whole."""
+        """Load a packed file. Raises ToolError if it is not a packed DiT or is incomplete."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -70,7 +70,7 @@ class Packed:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of every tensor."""
+        """Return the names of all tensors."""
         return tuple(self._tensors)
 
     def tensor(self, name: str) -> Tensor:
@@ -78,7 +78,7 @@ class Packed:
         return self._tensors[name]
 
     def product(self, name: str) -> Product:
-        """Return a weighted product by its role."""
+        """Return a linear layer by its role."""
         weight = self._tensors[f"{name}.weight"]
         bias = self._tensors.get(f"{name}.bias")
         if f"{name}.activation_scale" not in self._tensors:
@@ -88,7 +88,7 @@ class Packed:
 
 
 def expected(sizes: Sizes) -> Iterator[str]:
-    """Yield the name of every tensor that a packed file of these sizes must hold."""
+    """Yield the name of every tensor that a packed file with these sizes must contain."""
     yield from ("padding", "memory", "cosine", "sine", "preprocess", "postprocess")
     yield from ("time.frequencies", "seconds.frequencies")
     for layer in ("time.0", "time.2", "seconds", "modulation.0", "modulation.2"):

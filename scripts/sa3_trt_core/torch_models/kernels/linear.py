@@ -28,12 +28,12 @@ from sa3_trt_core.number_formats import E4M3_MAX, FP16_MAX
 
 @dataclass(frozen=True)
 class Product:
-    """One weighted product, weight (N, K), and what turns its stored sums into its result: * ratio + bias, (N,) fp32.
+    """One linear layer: weight (N, K); its result is stored sums * ratio + bias, both (N,) fp32.
 
-    In 16 bits: sums are the result less the bias, `ratio` and `activation_scale` are None. In FP8: the activation is
-    coded as x / activation_scale, and sums are the products of codes times `sum_scale`. An activation that is coded
-    with a scale of each row has `activation_scale` 1, and its rows' scales are a factor of the result as well.
-    `watchers` are called with every coded activation; none may stand there while a CUDA graph is captured.
+    In 16 bits the sums lack only the bias; `ratio` and `activation_scale` are None. In FP8 the activation is quantised
+    as x / activation_scale, and the sums are the products of codes times `sum_scale`. With one scale per activation row
+    (quantize_rows) `activation_scale` is 1, and the caller multiplies the result by the row scales.
+    `watchers` are called with every quantised activation; the list must be empty while a CUDA graph is captured.
     """
 
     weight: Tensor
@@ -45,40 +45,40 @@ class Product:
 
     @property
     def is_fp8(self) -> bool:
-        """True for E4M3 weights."""
+        """Return True for E4M3 weights."""
         return self.activation_scale is not None
 
 
 def sum_scale(terms: int) -> float:
-    """Return the power of two with which a sum of so many products of E4M3 codes always fits fp16.
+    """Return a power of two that keeps any sum of `terms` products of E4M3 codes in fp16's range.
 
-    The scales of activation and channel come afterwards, in fp32: so no choice of them can overflow, and what is lost
-    below fp16's smallest normal is a millionth of such a sum.
+    The activation and channel scales are applied afterwards in fp32, so that they cannot cause an overflow. What is
+    lost below fp16's smallest normal is a millionth of such a sum.
     """
     return 2.0 ** -math.ceil(math.log2(terms * E4M3_MAX * E4M3_MAX / FP16_MAX))
 
 
 def fp8_product(codes: Tensor, weight_scale: Tensor, bias: Tensor | None, activation_scale: float) -> Product:
-    """Return a product of E4M3 codes (N, K) with a scale of each output channel (N,)."""
+    """Return an FP8 linear layer with E4M3 codes (N, K) and one scale per output channel (N,)."""
     scale = sum_scale(codes.shape[1])
     return Product(codes, bias, weight_scale * (activation_scale / scale), activation_scale, scale)
 
 
 def quantize(value: Tensor, scale: float | None) -> Tensor:
-    """Return the input of a product: fp16, or the E4M3 codes of value / scale, saturated."""
+    """Return the input of a linear layer: fp16, or the E4M3 codes of value / scale, saturated."""
     if scale is None:
         return value.to(torch.float16)
     return (value.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def quantize_rows(value: Tensor) -> tuple[Tensor, Tensor]:
-    """E4M3 codes of a (M, K) and the scale of each row (M,) fp32: its largest value becomes 448."""
+    """Return E4M3 codes (M, K) and one scale per row (M,) fp32, which maps the row's largest magnitude to 448."""
     scale = value.float().abs().amax(dim=1).clamp(min=1e-12) / E4M3_MAX
     return (value.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None = None) -> Tensor:
-    """The stored sums (..., N) of a quantized (..., K): the result without ratio and bias. fp16, or fp32 if `wide`.
+    """Return the stored sums (..., N), fp16 or fp32 if `wide`, for a quantised (..., K): no ratio or bias applied.
 
     `out` (M, N) fp16 receives them (default: a new tensor). On a CPU products are computed in fp32: fp16 ones are slow.
     """
@@ -96,7 +96,7 @@ def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None
 
 
 def finished(stored: Tensor, product: Product) -> Tensor:
-    """Return the result in fp32 of stored sums."""
+    """Return the linear layer's result in fp32: stored * ratio + bias."""
     scaled = stored.float()
     if product.ratio is not None:
         scaled = scaled * product.ratio
@@ -104,7 +104,7 @@ def finished(stored: Tensor, product: Product) -> Tensor:
 
 
 def result(value: Tensor, product: Product, wide: bool = False) -> Tensor:
-    """Return a product's whole result, in fp16 or in fp32 if `wide`, of a value in any precision."""
+    """Return a linear layer's result, fp16 or fp32 if `wide`, for a value in any precision."""
     value_out = finished(sums(quantize(value, product.activation_scale), product, wide), product)
     return value_out if wide else value_out.to(torch.float16)
 
@@ -123,7 +123,7 @@ _SCALARS: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _scalars(scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two one-element tensors whose addresses a captured graph may keep."""
+    """Return scalar tensors 1 and `scale`; they are never freed, because captured graphs keep their addresses."""
     if (scale, device) not in _SCALARS:
         _SCALARS[scale, device] = torch.ones((), device=device), torch.full((), scale, device=device)
     return _SCALARS[scale, device]

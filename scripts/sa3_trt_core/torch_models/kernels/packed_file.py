@@ -1,4 +1,4 @@
-"""Reads a packed network: one safetensors file, its format and sizes in the file's header."""
+"""Read packed networks: one safetensors file each, with format and sizes in its header."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REBUILD = "build it again"
 
 
 def read_header(path: Path, wanted: str) -> dict[str, Any]:
-    """Return the sizes stated in a packed file of format `wanted`. Raises ToolError."""
+    """Return the sizes in the header of a packed file with format `wanted`. Raises ToolError."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -35,9 +35,9 @@ def read_header(path: Path, wanted: str) -> dict[str, Any]:
 def read_tensors(
     path: Path, device: torch.device, expected: Iterable[str], mapped: Iterable[str] = ()
 ) -> dict[str, Tensor]:
-    """Every tensor of a packed file, copied from the mapped file to `device`; those of `mapped` stay in the file.
+    """Return the tensors of a packed file, copied to `device`, except those named in `mapped`, which are not read.
 
-    Raises ToolError: the file is torn, or an `expected` tensor is missing.
+    Raises ToolError if the file is incomplete or an `expected` tensor is missing.
     """
     from safetensors import SafetensorError, safe_open
 

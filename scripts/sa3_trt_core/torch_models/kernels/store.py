@@ -4,8 +4,8 @@
 value divided by the layer's activation scale, clipped to +-448 (the largest E4M3 value) and rounded. The linear layer
 multiplies codes by codes, and the kernel after it multiplies the sums by the scales again (`load_halves`; the method is
 in kernels/linear.py). For 16 bits it writes fp16. The scale is a launch argument, so that another calibration needs no
-compilation. `approximate` selects one instruction of the GPU for tanh, sine and 2^x (errors stated with each), else
-fp32 formulas.
+compilation. `approximate` selects one GPU instruction for tanh, sine and 2^x (errors stated with each), else fp32
+formulas.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def load_halves(stored, ratio, bias, at, channel, mask, inside, inner, has_ratio
 
 @triton.jit
 def tanh(value, approximate: tl.constexpr):
-    """tanh in fp32: to 3e-7 relative, or by one instruction of the GPU to 5e-4 relative, half a step of fp16.
+    """Return tanh in fp32, relative error 3e-7; if `approximate`, by one GPU instruction, 5e-4 (half a step of fp16).
 
-    2 / (1 + exp(-2 x)) - 1 would lose a small x to cancellation: below 0.6 a polynomial fitted to tanh(x) / x instead.
+    2 / (1 + exp(-2 x)) - 1 loses a small x to cancellation; below 0.6 use a polynomial fitted to tanh(x) / x.
     """
     if approximate:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [value], tl.float32, True, 1)
@@ -63,13 +63,13 @@ def tanh(value, approximate: tl.constexpr):
 
 @triton.jit
 def sigmoid(value, approximate: tl.constexpr):
-    """The logistic function in fp32, as exact as `tanh`."""
+    """Return the logistic function in fp32, as exact as `tanh`."""
     return 0.5 * tanh(0.5 * value, approximate) + 0.5
 
 
 @triton.jit
 def sin_pi(value, approximate: tl.constexpr):
-    """sin(pi x) in fp32: x less the nearest even number, then the sine to 5e-7 absolute."""
+    """Return sin(pi x) in fp32, absolute error 5e-7: subtract the nearest even number from x, then take the sine."""
     x = (value - 2.0 * tl.floor(0.5 * value + 0.5)) * PI
     if approximate:
         return tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
@@ -78,7 +78,7 @@ def sin_pi(value, approximate: tl.constexpr):
 
 @triton.jit
 def exp2(value, approximate: tl.constexpr):
-    """2^x in fp32; approximately: what fp32 would hold as a denormal number is 0."""
+    """Return 2^x in fp32; if `approximate`, subnormal results are 0."""
     if approximate:
         return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], tl.float32, True, 1)
     return tl.exp2(value)
@@ -86,7 +86,7 @@ def exp2(value, approximate: tl.constexpr):
 
 @triton.jit
 def dynamic_tanh(value, alpha, gamma, beta, approximate: tl.constexpr):
-    """gamma * tanh(alpha x) + beta in fp16: two at a time in fp16 if `approximate`, else in fp32."""
+    """Return gamma * tanh(alpha x) + beta in fp16, computed two at a time in fp16 if `approximate`, else in fp32."""
     if approximate:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; mul.rn.f16x2 t, $1, $2; tanh.approx.f16x2 t, t; fma.rn.f16x2 $0, t, $3, $4; }",
@@ -98,7 +98,7 @@ def dynamic_tanh(value, alpha, gamma, beta, approximate: tl.constexpr):
 
 @triton.jit
 def rotate(first, second, cosine, sine, approximate: tl.constexpr):
-    """first * cosine - second * sine in fp16: two at a time if `approximate`, else rounded once from fp32."""
+    """Return first * cosine - second * sine in fp16: two at a time if `approximate`, else rounded once from fp32."""
     if approximate:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 t; mul.rn.f16x2 t, $2, $4; neg.f16x2 t, t; fma.rn.f16x2 $0, $1, $3, t; }",

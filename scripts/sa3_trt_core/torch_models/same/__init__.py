@@ -1,1 +1,1 @@
-"""The SAME autoencoder, packed: decoder and encoder."""
+"""The packed SAME autoencoder: decoder and encoder."""

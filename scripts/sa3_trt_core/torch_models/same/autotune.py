@@ -14,7 +14,7 @@ from sa3_trt_core.torch_models.kernels.autotune import fastest
 from sa3_trt_core.torch_models.same.triton_ops import Tile, Tiles, TritonOps
 from sa3_trt_core.torch_models.same.weights import Packed
 
-FRAMES = 646  # latent frames of the sound that is measured
+FRAMES = 646  # latent frames of the measured input
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "add_norm": (Tile(1, 512, 4), Tile(2, 512, 2), Tile(2, 512, 4), Tile(4, 512, 4), Tile(4, 256, 4)),
     "attention": (
@@ -27,7 +27,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 
 
 def tuned(packed: Packed) -> Tiles:
-    """Return the fastest tile of each kernel. A tile that does not fit the GPU is left out."""
+    """Return the fastest tile of each kernel. A tile that does not fit the GPU is skipped."""
     tiles = Tiles()
     calls = _calls(packed)
     for name, candidates in CANDIDATES.items():

@@ -1,4 +1,4 @@
-"""The forward of a packed SAME half: rows of tokens through the layers, a bounded number of tokens at a time."""
+"""Forward of a packed SAME decoder or encoder: each layer processes a bounded number of tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from sa3_trt_core.torch_models.kernels.linear import Product, result, sums
 from sa3_trt_core.torch_models.same.weights import DynamicTanh, Layer, Packed
 
-TOKENS_AT_ONCE = 11264  # of all rows together: what a layer's widest activations are made for
-TOKENS_WITH_LITTLE_MEMORY = 4096  # 5 % slower at 4096 latent frames, in 230 MB less (build/NOTES.md)
-TOKENS_IN_ONE = 24576  # up to here in one piece
+TOKENS_AT_ONCE = 11264  # of all rows together; bounds the size of a layer's widest activations
+TOKENS_WITH_LITTLE_MEMORY = 4096  # 5 % slower at 4096 latent frames, with 230 MB less memory (build/NOTES.md)
+TOKENS_IN_ONE = 24576  # up to this many tokens run in one piece
 
 
 class SameOps(Protocol):
@@ -34,28 +34,28 @@ class SameOps(Protocol):
 
 
 class Same:
-    """One packed half on one device; `ops` does what stands between the products.
+    """Packed SAME decoder or encoder on one device; `ops` are the operations between its linear layers.
 
-    Rows (sounds, windows) are run together as one list of tokens. A layer goes through that list in pieces of
-    `tokens_at_once`: every token is computed once, and only the residual and one normed copy of it are as long as the
-    list. The result does not depend on the piece.
+    All rows (sounds, windows) form one list of tokens. A layer processes the list in pieces of `tokens_at_once`: every
+    token is computed once, and only the residual and its normed copy are as long as the list. The result does not
+    depend on the piece size.
     """
 
     def __init__(self, packed: Packed, ops: SameOps, tokens_at_once: int | None = None) -> None:
         self.packed, self.sizes = packed, packed.sizes
         self._ops, self._tokens_at_once = ops, tokens_at_once
-        self.wide_gates = False  # fp32 sums in front of sin(pi g)
+        self.wide_gates = False  # True: fp32 sums as input of sin(pi g)
 
     def pcm(self, latents: Tensor) -> Tensor:
-        """Samples (R, L * 4096, 2) int16 of latents (R, C, L) fp32."""
+        """Return samples (R, L * 4096, 2) int16 for latents (R, C, L) fp32."""
         return self._decoded(latents, self._ops.pcm)
 
     def samples(self, latents: Tensor) -> Tensor:
-        """Samples (R, L * 4096, 2) fp32, unclipped, of latents (R, C, L) fp32."""
+        """Return samples (R, L * 4096, 2) fp32, unclipped, for latents (R, C, L) fp32."""
         return self._decoded(latents, self._ops.samples)
 
     def latents(self, audio: Tensor) -> Tensor:
-        """Latents (R, C, L) fp32 of samples (R, 2, L * 4096) fp32: the encoder."""
+        """Return latents (R, C, L) fp32 for samples (R, 2, L * 4096) fp32 (encoder only)."""
         sizes, (rows, channels, _) = self.sizes, audio.shape
         patches = audio.to(torch.float16).unflatten(-1, (-1, sizes.patch)).permute(0, 2, 1, 3)
         entered = result(patches.reshape(-1, channels * sizes.patch), self.packed.input)
@@ -78,7 +78,7 @@ class Same:
         self._run(flat, frames)
         assert self.packed.output.bias is not None
         channels = self.packed.output.weight.shape[0] // sizes.patch
-        # Whole frames at a time: the samples of a piece begin where those of the last one ended.
+        # Whole frames at a time, so that the samples of consecutive pieces are contiguous.
         step = max(1, self._limit(flat.shape[0]) // (sizes.stride + 1)) * (sizes.stride + 1)
         parts = [
             end(
@@ -90,7 +90,7 @@ class Same:
         return samples.unflatten(0, (rows, -1))
 
     def _run(self, hidden: Tensor, frames: int) -> None:
-        """The layers on the residual (M, width) fp16, in place; a row is `frames` latent frames."""
+        """Run the layers on the residual (M, width) fp16, in place; a row has `frames` latent frames."""
         layers, tokens = self.packed.layers, frames * (self.sizes.stride + 1)
         normed = self._ops.norm(hidden, layers[0].attention_norm, None)
         for index, layer in enumerate(layers):
@@ -103,9 +103,9 @@ class Same:
     def _attended(
         self, layer: Layer, normed: Tensor, begin: int, end: int, tokens: int, before: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention of the tokens begin..end, and the sums that the next piece needs of this one's last tokens.
+        """Return the attention of tokens begin..end, and the sums of the last tokens, which the next piece needs.
 
-        `normed` holds the next layer's values before `begin` already: `before` are the sums of the tokens there.
+        `before` are the sums of the tokens before `begin`, where `normed` already holds the next layer's values.
         """
         reach, total = self.sizes.reach, normed.shape[0]
         last = min(end + reach, total)
@@ -123,7 +123,7 @@ class Same:
     def _finish(
         self, layer: Layer, hidden: Tensor, attended: Tensor, following: DynamicTanh | None, normed: Tensor
     ) -> None:
-        """Attention's output product and the feed-forward, added to `hidden`; `normed` becomes `following` of it."""
+        """Add the attention output and the feed-forward to `hidden`; write its norm `following` to `normed`."""
         ops, into, out = self._ops, layer.ff_in, layer.ff_out
         stored = sums(attended, layer.attention_out)
         inner = ops.add_norm(hidden, stored, layer.attention_out, None, layer.feed_forward_norm, into.activation_scale)

@@ -1,4 +1,4 @@
-"""The operations of a SAME layer in plain PyTorch: the specification of the kernels, and the path without a GPU."""
+"""The operations of a SAME layer in plain PyTorch: the reference for the kernels, and the CPU implementation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ QUERIES_AT_ONCE = 1024
 
 
 class ReferenceOps:
-    """Residual, norm, windowed attention, gate and PCM as the kernels do them: fp32 inside, fp16 or E4M3 between."""
+    """Residual, norm, windowed attention, gate and PCM at the kernels' precision: fp32 inside, fp16 or E4M3 outputs."""
 
     def __init__(self, rates: Tensor) -> None:
-        """`rates` (16,) fp32: radians a token of the rotary pairs."""
+        """Set `rates` (16,) fp32: radians per token of the rotary pairs."""
         self._rates = rates
 
     def norm(self, hidden: Tensor, norm: DynamicTanh, scale: float | None, out: Tensor | None = None) -> Tensor:
-        """Return the dynamic tanh norm of the residual (M, C) fp16, fp16 or quantized by `scale`."""
+        """Return the dynamic tanh norm of the residual (M, C) fp16, in fp16 or quantised by `scale`."""
         value = quantize(norm.gamma * torch.tanh(norm.alpha * hidden.float()) + norm.beta, scale)
         return value if out is None else out.copy_(value)
 
@@ -31,9 +31,9 @@ class ReferenceOps:
         self, hidden: Tensor, stored: Tensor, product: Product, row_scale: Tensor | None, norm: DynamicTanh | None,
         scale: float | None, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Add a product's result to the residual (M, C) fp16 in place, and give `norm` of it; without one, itself.
+        """Add a layer's result to the residual (M, C) fp16 in place; return `norm` of the sum (the sum if None).
 
-        `stored` (M, C) are the product's sums; `row_scale` (M,) the scales of its input's rows.
+        `stored` (M, C) are the layer's sums, `row_scale` (M,) the scales of its input rows.
         """
         branch = stored.float()
         if row_scale is not None:
@@ -49,10 +49,10 @@ class ReferenceOps:
         self, qkv: Tensor, first: int, begin: int, end: int, tokens: int, reach: int, q_norm: DynamicTanh,
         k_norm: DynamicTanh,
     ) -> Tensor:  # fmt: skip
-        """Differential attention (end - begin, C) fp16 of the tokens begin..end over keys |i - j| <= reach of a row.
+        """Return differential attention (end - begin, C) fp16: tokens begin..end over keys |i - j| <= reach of a row.
 
-        `qkv` (count, 5 C) fp16 are the sums of the tokens first..first + count; tokens are counted through all rows,
-        `tokens` a row.
+        `qkv` (count, 5 C) fp16 are the sums of tokens first..first + count. Tokens are numbered through all rows; each
+        row has `tokens`.
         """
         parts = qkv.float().unflatten(-1, (5, -1, HEAD_CHANNELS))
         place = first + torch.arange(qkv.shape[0], device=qkv.device)
@@ -73,7 +73,7 @@ class ReferenceOps:
         return torch.cat(outputs)
 
     def gate(self, stored: Tensor, product: Product, sinusoidal: bool, fp8: bool) -> tuple[Tensor, Tensor | None]:
-        """a * silu(g), or a * sin(pi g), (M, F) of the sums (M, 2 F) of a and g; with `fp8` codes and rows' scales."""
+        """Return a * silu(g) or a * sin(pi g), (M, F), for sums (M, 2 F) of a and g; if `fp8`, codes and row scales."""
         whole = stored.float() if product.ratio is None else stored.float() * product.ratio
         value, gate = (whole if product.bias is None else whole + product.bias).chunk(2, dim=-1)
         result = value * (
@@ -82,19 +82,19 @@ class ReferenceOps:
         return quantize_rows(result) if fp8 else (result.to(torch.float16), None)
 
     def pcm(self, patches: Tensor, bias: Tensor, stride: int, channels: int) -> Tensor:
-        """Samples (T, channels) int16 of the products (M, channels * patch) fp32 of all tokens, rounded to even.
+        """Return samples (T, channels) int16, rounded to even, for `patches` (M, channels * patch) fp32 of all tokens.
 
-        The first of every stride + 1 tokens is the latent's own, which gives no samples.
+        The first of every stride + 1 tokens is the latent token, which has no samples.
         """
         return torch.round(self.samples(patches, bias, stride, channels).clamp(-1.0, 1.0) * FULL_SCALE).to(torch.int16)
 
     def samples(self, patches: Tensor, bias: Tensor, stride: int, channels: int) -> Tensor:
-        """Samples (T, channels) fp32, unclipped."""
+        """Return samples (T, channels) fp32, unclipped."""
         kept = (patches + bias).unflatten(0, (-1, stride + 1))[:, 1:].flatten(0, 1)
         return kept.unflatten(1, (channels, -1)).transpose(1, 2).flatten(0, 1).contiguous()
 
     def _rotated(self, heads: Tensor, position: Tensor) -> Tensor:
-        """Rotary embedding of (M, 2, H, 64): channel i turns with channel i + 32, for i below 16."""
+        """Apply the rotary embedding to (M, 2, H, 64); channel i < 16 is paired with channel i + 32."""
         angle = position.float()[:, None] * self._rates
         cos, sin = (value[:, None, None, :] for value in (angle.cos(), angle.sin()))
         first, kept, second, rest = heads.split((ROTATED_PAIRS,) * 4, dim=-1)

@@ -34,9 +34,9 @@ from sa3_trt_core.torch_models.kernels.store import (
 )
 
 HEAD = tl.constexpr(64)  # channels of a head
-HALF = tl.constexpr(32)  # of them: channel i turns with channel i + 32
+HALF = tl.constexpr(32)  # channel i is paired with channel i + 32
 FULL_SCALE = tl.constexpr(float(shapes.FULL_SCALE))
-ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves no bits behind the point, rounded to even
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds an fp32 value to an integer, half to even
 
 
 @triton.jit(do_not_specialize=["count", "alpha", "inverse_scale"])
@@ -45,7 +45,7 @@ def add_norm(
     rows: tl.constexpr, block: tl.constexpr, has_sums: tl.constexpr, has_ratio: tl.constexpr,
     has_row_scale: tl.constexpr, has_bias: tl.constexpr, has_norm: tl.constexpr, to_fp8: tl.constexpr,
 ):  # fmt: skip
-    """`rows` tokens, `block` channels: add a product's result to the residual in place, then the dynamic tanh norm."""
+    """Add a linear's result to the residual in place, for `rows` tokens, `block` channels; apply dynamic tanh norm."""
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * block + tl.arange(0, block)
     mask = (token < count)[:, None] & (channel < width)[None, :]
@@ -70,13 +70,13 @@ def add_norm(
 
 @triton.jit
 def _table(table, place):
-    """(size, 32) fp16 of a table (positions, 32) at `place` (size,)."""
+    """Load (size, 32) fp16 from a table (positions, 32) at `place` (size,)."""
     return tl.load(table + place[:, None] * HALF + tl.arange(0, HALF)[None, :])
 
 
 @triton.jit
 def _rotated(source, at, mask, alpha, gamma, beta, cos, sin, size: tl.constexpr, approximate: tl.constexpr):
-    """The first and the last 32 channels (size, 32) fp16 of one head's q or k: dynamic tanh norm, then rotation."""
+    """Return the first and last 32 channels (size, 32) fp16 of one head's q or k, normed and rotated."""
     channel = tl.arange(0, HALF)
     first, second = source + at[:, None] + channel[None, :], source + at[:, None] + (channel + HALF)[None, :]
     scale = tl.full([size, HALF], alpha, tl.float16)
@@ -95,7 +95,7 @@ def _rotated(source, at, mask, alpha, gamma, beta, cos, sin, size: tl.constexpr,
 
 @triton.jit
 def _half(q_first, q_second, k_first, k_second, value, inside, approximate: tl.constexpr):
-    """softmax(q k^T / 8) v of one half, all keys of a program at once."""
+    """Return softmax(q k^T / 8) v of one half, over all keys of a program at once."""
     scores = tl.dot(q_second, tl.trans(k_second), tl.dot(q_first, tl.trans(k_first)))
     scores = tl.where(inside, scores * (0.125 * LOG2_E), float("-inf"))
     largest = tl.max(scores, axis=1)
@@ -110,11 +110,11 @@ def windowed_attention(
     qkv, result, cosine, sine, q_gamma, q_beta, k_gamma, k_beta, q_alpha, k_alpha, first, begin, end, last, tokens,
     reach, queries, heads: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, approximate: tl.constexpr,
 ):  # fmt: skip
-    """Differential attention of one head and `queries` tokens over the keys within `reach` of each, v read once.
+    """Compute differential attention for one head and `queries` tokens over the keys within `reach`; v is read once.
 
-    `qkv` holds q1, q2, k1, k2, v of the tokens first..last, counted through all rows; a row has `tokens` of them.
-    queries <= rows, and queries + 2 reach <= columns. Positions are counted from the program's first key: scores depend
-    on differences of positions only, so that a short table serves every length.
+    `qkv` holds q1, q2, k1, k2, v of tokens first..last, numbered through all rows; a row has `tokens` tokens.
+    queries <= rows, and queries + 2 reach <= columns. Positions are relative to the program's first key: scores depend
+    on position differences only, so that a short table is enough for every length.
     """
     head = tl.program_id(1)
     start = begin + tl.program_id(0) * queries
@@ -123,7 +123,7 @@ def windowed_attention(
     query, key = start + row, start - reach + column
     asked = (row < queries) & (query < end)
     key_mask = (key >= first) & (key < last) & (column < queries + 2 * reach)
-    # In columns: the band of a query, cut where its row begins and ends. One comparison of unsigned numbers a score.
+    # The band of a query in columns, clipped to its row; one unsigned comparison per score.
     row_begin = query // tokens * tokens - start + reach
     lowest = tl.maximum(row, row_begin)
     span = tl.minimum(row + 2 * reach, row_begin + tokens - 1) - lowest
@@ -161,7 +161,7 @@ def gate(
     stored, ratio, bias, result, count, inner: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
     sinusoidal: tl.constexpr, has_ratio: tl.constexpr, approximate: tl.constexpr,
 ):  # fmt: skip
-    """a * silu(g), or a * sin(pi g), in fp16 for `rows` tokens and `block` channels."""
+    """Compute a * silu(g), or a * sin(pi g), in fp16 for `rows` tokens and `block` channels."""
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.program_id(1) * block + tl.arange(0, block)
     inside = channel < inner
@@ -177,9 +177,9 @@ def gate_codes(
     stored, ratio, bias, result, row_scale, count, inner: tl.constexpr, pieces: tl.constexpr, block: tl.constexpr,
     sinusoidal: tl.constexpr, has_ratio: tl.constexpr, approximate: tl.constexpr,
 ):  # fmt: skip
-    """The same of one token as E4M3 codes with a scale of its own: its largest value becomes 448.
+    """Compute the gate of one token as E4M3 codes with its own scale, which maps the largest magnitude to 448.
 
-    Its channels are loaded in `pieces` of `block`; pieces * block >= inner.
+    The channels are loaded in `pieces` of `block`; pieces * block >= inner.
     """
     token = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([1, block], dtype=tl.float32)
@@ -205,9 +205,9 @@ def gate_codes(
 def unpatch(
     patches, bias, result, count, stride: tl.constexpr, patch: tl.constexpr, rows: tl.constexpr, to_pcm: tl.constexpr
 ):  # fmt: skip
-    """Interleaved stereo samples of `rows` tokens, as int16 or unclipped fp32, of products (M, 2 * patch) fp32.
+    """Write interleaved stereo samples of `rows` tokens, int16 or unclipped fp32, from `patches` (M, 2 * patch) fp32.
 
-    The first of every stride + 1 tokens gives none.
+    The first of every stride + 1 tokens has no samples.
     """
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     sample = tl.arange(0, patch)

@@ -1,4 +1,4 @@
-"""The operations of a SAME layer by the Triton kernels: the results of reference_ops, one pass each."""
+"""The operations of a SAME layer as Triton kernels: one pass each, with the results of reference_ops."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_COLUMNS = 512  # positions of the rotary table: more keys than any program r
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a program: rows (tokens), columns (channels, keys), warps, and the most registers of a thread."""
+    """Tile of a kernel: rows (tokens), columns (channels, keys), warps, and maximum registers per thread."""
 
     rows: int
     columns: int
@@ -31,7 +31,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tile of every kernel. Measured on an H100: build/NOTES.md."""
+    """Tile of every kernel. The defaults were measured on an H100: build/NOTES.md."""
 
     add_norm: Tile = Tile(2, 512, 4)
     attention: Tile = Tile(32, 64, 2)
@@ -41,7 +41,7 @@ class Tiles:
 
 
 def read_tiles(path: Path) -> Tiles:
-    """Return the tiles measured for an engine; the defaults without such a file."""
+    """Return the tiles measured for an engine; without such a file the defaults."""
     if not path.is_file():
         return Tiles()
     return Tiles(**{name: Tile(**tile) for name, tile in json.loads(path.read_text()).items()})
@@ -51,11 +51,13 @@ class TritonOps:
     """Residual, norm, windowed attention, gate and PCM on an NVIDIA GPU."""
 
     def __init__(self, rates: Tensor, tiles: Tiles | None = None, approximate: bool = True) -> None:
-        """`rates` (16,) fp32: radians a token of the rotary pairs. `approximate`: tanh and sine by the GPU's own
-        instructions, which Triton's interpreter does not have."""
+        """Set `rates` (16,) fp32: radians per token of the rotary pairs.
+
+        `approximate` uses GPU instructions for tanh and sine, which Triton's interpreter does not have.
+        """
         self._tiles, self._approximate = tiles or Tiles(), approximate
         angles = torch.outer(torch.arange(MAX_COLUMNS, device=rates.device, dtype=torch.float32), rates)
-        # Of the 32 pairs of a head the first 16 turn; the others turn by nothing.
+        # Of the 32 pairs of a head the first 16 rotate; the others have angle 0.
         self._cosine, self._sine = (
             functional.pad(value, (0, HEAD_CHANNELS // 2 - value.shape[1]), value=still).half().contiguous()
             for value, still in ((angles.cos(), 1.0), (angles.sin(), 0.0))
@@ -151,5 +153,5 @@ class TritonOps:
 
 
 def _or(value: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Return a pointer for a kernel that will not read it."""
+    """Return `value`, or `stand_in` as a pointer that the kernel does not read."""
     return stand_in if value is None else value

@@ -1,4 +1,4 @@
-"""The packed SAME autoencoder half: one safetensors file with every tensor by its role, and its sizes in the header."""
+"""Weights of a packed SAME decoder or encoder: one safetensors file, tensors named by role, sizes in its header."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sa3_trt_core.torch_models.kernels import packed_file
 from sa3_trt_core.torch_models.kernels.linear import Product, fp8_product
 
 FORMAT = "sa3-same-1"
-HEAD_CHANNELS = 64  # the kernels are written for it
+HEAD_CHANNELS = 64  # the kernels support only this size
 ROTATED_PAIRS = 16  # of the 32 pairs of channels of a head
 NORMS = ("attention_norm", "feed_forward_norm", "q_norm", "k_norm")
 PRODUCTS = ("qkv", "attention_out", "ff_in", "ff_out")
@@ -26,10 +26,10 @@ FP8_PRODUCTS = ("ff_in", "ff_out")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of one half of a SAME autoencoder.
+    """Sizes of a SAME decoder or encoder.
 
-    `kind` is decoder or encoder; a latent frame is `stride` tokens and one more; attention reaches `reach` tokens to
-    either side; a token is `patch` samples of every channel; `sinusoidal` are the layers whose gate is sin(pi g).
+    `kind` is decoder or encoder; a latent frame has `stride` + 1 tokens; attention spans `reach` tokens on either side;
+    a token is `patch` samples of every channel; `sinusoidal` lists the layers whose gate is sin(pi g).
     """
 
     kind: str
@@ -42,12 +42,12 @@ class Sizes:
     patch: int
     latent_channels: int
     sinusoidal: tuple[int, ...]
-    precision: str  # fp16 or fp8: of the feed-forward products
+    precision: str  # of the feed-forward linear layers: fp16 or fp8
 
 
 @dataclass(frozen=True)
 class DynamicTanh:
-    """gamma * tanh(alpha x) + beta, gamma and beta (C,) fp32."""
+    """Parameters of gamma * tanh(alpha x) + beta; gamma and beta are (C,) fp32."""
 
     alpha: float
     gamma: Tensor
@@ -55,13 +55,13 @@ class DynamicTanh:
 
     @property
     def bound(self) -> float:
-        """No result is larger in absolute value: tanh stays within 1."""
+        """Return an upper bound on the magnitude of the result, from |tanh| <= 1."""
         return float((self.gamma.abs() + self.beta.abs()).max())
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The weights of one transformer layer, by role."""
+    """Weights of one transformer layer, by role."""
 
     attention_norm: DynamicTanh
     feed_forward_norm: DynamicTanh
@@ -75,10 +75,10 @@ class Layer:
 
 
 class Packed:
-    """Tensors of one packed half of a SAME autoencoder on one device, by role.
+    """Tensors of one packed SAME decoder or encoder on one device, by role.
 
-    Rows of `qkv` are q1, q2, k1, k2, v; in each head of q and k channel i < 16 turns with channel i + 32, and the
-    others do not turn. Attention scores do not depend on that order.
+    Rows of `qkv` are q1, q2, k1, k2, v; in each head of q and k channel i < 16 is paired with channel i + 32 for the
+    rotation, and the others do not rotate. Attention scores do not depend on that order.
     """
 
     def __init__(self, sizes: Sizes, tensors: Mapping[str, Tensor]) -> None:
@@ -92,12 +92,12 @@ class Packed:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name, as a packed file holds them."""
+        """Return all tensors by their names in a packed file."""
         return dict(self._tensors)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """Load a packed file. Raises ToolError when it is not one, or not whole."""
+        """Load a packed file. Raises ToolError if it is not a packed SAME model or is incomplete."""
         sizes = sizes_of(path)
         return cls(sizes, packed_file.read_tensors(path, device, expected(sizes)))
 
@@ -123,7 +123,7 @@ class Packed:
 
 
 def sizes_of(path: Path) -> Sizes:
-    """Return the sizes stated in a packed file. Raises ToolError."""
+    """Return the sizes in the header of a packed file. Raises ToolError."""
     stated: dict[str, Any] = packed_file.read_header(path, FORMAT)
     try:
         values = {field.name: stated[field.name] for field in fields(Sizes)}
@@ -138,7 +138,7 @@ def header(sizes: Sizes) -> dict[str, str]:
 
 
 def expected(sizes: Sizes) -> Iterator[str]:
-    """Yield the name of every tensor that a packed file of these sizes must hold."""
+    """Yield the name of every tensor that a packed file with these sizes must contain."""
     yield from ("token", "rates", "input.weight", "input.bias", "output.weight", "output.bias")
     for index in range(sizes.depth):
         yield from (f"layers.{index}.{name}.{part}" for name in NORMS for part in ("alpha", "gamma", "beta"))
@@ -147,14 +147,14 @@ def expected(sizes: Sizes) -> Iterator[str]:
 
 
 def paired() -> list[int]:
-    """Return the order of a head's channels that puts the partners of the rotary pairs, i and i + 16, 32 apart."""
+    """Return the permutation of a head's channels that places rotary pairs (i, i + 16) 32 channels apart."""
     quarter, half = ROTATED_PAIRS, HEAD_CHANNELS // 2
     first, second = list(range(quarter)), list(range(quarter, half))
     return first + list(range(half, half + quarter)) + second + list(range(half + quarter, HEAD_CHANNELS))
 
 
 def quantized(sizes: Sizes, tensors: Mapping[str, Tensor]) -> tuple[Sizes, dict[str, Tensor]]:
-    """Return the same half with E4M3 feed-forward weights, a scale of each output channel."""
+    """Return the sizes and tensors with E4M3 feed-forward weights, one scale per output channel."""
     stored = dict(tensors)
     for index in range(sizes.depth):
         for name in FP8_PRODUCTS:

@@ -1,1 +1,1 @@
-"""The T5Gemma text encoder, packed."""
+"""The packed T5Gemma text encoder."""

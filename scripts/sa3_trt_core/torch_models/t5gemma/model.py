@@ -1,8 +1,8 @@
-"""The forward of a packed T5Gemma encoder in fp32: on a GPU one CUDA graph for each number of rows.
+"""Forward of a packed T5Gemma encoder in fp32: on a GPU one CUDA graph per batch size.
 
-A product's input is (S, M, K): S = 1 for fp32, or S = 2 for a value's two bf16 halves (`reference_ops.product_input`),
-which are multiplied together where the weight is exactly bf16. Its result is (S, M, N) fp32, and the operation that
-reads it adds the halves.
+A linear layer's input is (S, M, K): S = 1 for fp32, or S = 2 for a value's two bf16 halves
+(`reference_ops.product_input`), which one product multiplies if the weight is exactly bf16. The result is (S, M, N)
+fp32, and the operation that reads it adds the halves.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEPT_GRAPHS = 4
 class TextOps(Protocol):
     """Operations between the linear layers: reference_ops.ReferenceOps, or triton_ops.TritonOps.
 
-    `stored` is a product's result (S, M, N); `split` selects two bf16 halves as the next product's input.
+    `stored` is a linear layer's result (S, M, N); `split` selects two bf16 halves as the next layer's input.
     """
 
     def enter(self, embedded: Tensor, following: Tensor, split: bool) -> tuple[Tensor, Tensor]: ...
@@ -33,16 +33,16 @@ class TextOps(Protocol):
 
 
 class Encoder:
-    """One packed encoder on one device; `ops` does what stands between the products."""
+    """Packed encoder on one device; `ops` are the operations between its linear layers."""
 
     def __init__(self, packed: Packed, ops: TextOps, device: torch.device) -> None:
         self._packed, self._ops, self._device, self.sizes = packed, ops, device, packed.sizes
         self._graphs: OrderedDict[int, Captured] = OrderedDict()
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Features (B, T, width) fp32 on the encoder's device, valid until the next call.
+        """Return features (B, T, width) fp32 on the encoder's device, valid until the next call.
 
-        `ids` and `mask` (B, T) int64 on the CPU; only the embedding's rows of these ids are read.
+        `ids` and `mask` are (B, T) int64 on the CPU. Only the embedding rows of these ids are read.
         """
         inputs = {"embedded": self._packed.rows(ids), "mask": mask.to(torch.float32).contiguous()}
         if self._device.type != "cuda":
@@ -59,7 +59,7 @@ class Encoder:
         self._graphs.clear()
 
     def _forward(self, embedded: Tensor, mask: Tensor) -> Tensor:
-        """embedded (B, T, width), mask (B, T) of 0/1."""
+        """Return features (B, T, width) for embeddings (B, T, width) and a mask (B, T) of 0/1."""
         ops, depth = self._ops, self.sizes.depth
         hidden, normed = ops.enter(
             embedded.flatten(0, 1), self._norm("layers.0.attention_in"), self._split("layers.0.qkv")
@@ -86,13 +86,13 @@ class Encoder:
         return self._packed.tensor(f"{name}.weight")
 
     def _split(self, name: str) -> bool:
-        """Return whether the input of a product is split: its weight is stored in bf16."""
+        """Return True if the input of a linear layer is split: its weight is stored in bf16."""
         return self._weight(name).dtype == torch.bfloat16
 
     def _product(self, value: Tensor, name: str) -> Tensor:
-        """The result (S, M, N) fp32 of an input (S, M, K) as `_split` states.
+        """Return the result (S, M, N) fp32 for an input (S, M, K), with S = 2 if `_split(name)`.
 
-        A weight of bf16 is exact. Two products in bf16, added in fp32, take a tenth of the time of one in fp32.
+        A bf16 weight is exact. Two bf16 products, added in fp32, take a tenth of the time of one fp32 product.
         """
         weight = self._weight(name)
         if not self._split(name):

@@ -1,4 +1,4 @@
-"""The operations of a T5Gemma layer in plain PyTorch: the specification of the kernels, and the path without a GPU."""
+"""The operations of a T5Gemma layer in plain PyTorch: the reference for the kernels, and the CPU implementation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ReferenceOps:
         self._sizes, self._cosine, self._sine = packed.sizes, packed.tensor("cosine"), packed.tensor("sine")
 
     def enter(self, embedded: Tensor, following: Tensor, split: bool) -> tuple[Tensor, Tensor]:
-        """Return the residual (M, width) of embeddings (M, width), and its norm of the weight `following`."""
+        """Return the residual (M, width) of embeddings (M, width), and its norm with the weight `following`."""
         hidden = embedded * self._sizes.embedding_scale
         return hidden, product_input(self._norm(hidden, following), split)
 
@@ -26,9 +26,9 @@ class ReferenceOps:
         return product_input(self._norm(hidden, following), split)
 
     def attention(self, stored: Tensor, mask: Tensor, split: bool) -> Tensor:
-        """Attention of all heads (M, heads * channels) from the results of q, k, v; mask (B, T) of 0/1.
+        """Return the attention of all heads (M, heads * channels) for projected q, k, v; mask (B, T) of 0/1.
 
-        What a key of mask 0 adds to a score leaves it no weight.
+        For a key with mask 0 the most negative fp32 is added to the scores, so that its weight is 0.
         """
         sizes = self._sizes
         counts = (sizes.heads, sizes.key_heads, sizes.key_heads)
@@ -43,7 +43,7 @@ class ReferenceOps:
         return product_input((weights @ v).transpose(1, 2).flatten(2).flatten(0, 1), split)
 
     def gate(self, stored: Tensor, split: bool) -> Tensor:
-        """GELU (tanh form) of the first half of a result's channels, times the second."""
+        """Return GELU (tanh form) of the first half of the channels, times the second half."""
         gate, value = _whole(stored).chunk(2, dim=-1)
         return product_input(functional.gelu(gate, approximate="tanh") * value, split)
 
@@ -56,7 +56,7 @@ class ReferenceOps:
 
 
 def product_input(value: Tensor, split: bool) -> Tensor:
-    """Return (M, K) fp32 as a product's input: (1, M, K), or (2, M, K) bf16 whose sum is it but for 2^-17 of it."""
+    """Return (M, K) fp32 as a linear's input: (1, M, K), or (2, M, K) bf16 with the same sum to 2^-17 relative."""
     if not split:
         return value[None]
     high = value.to(torch.bfloat16)

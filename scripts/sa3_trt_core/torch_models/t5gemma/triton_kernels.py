@@ -20,14 +20,14 @@ import triton.language as tl
 
 from sa3_trt_core.torch_models.kernels.store import LOG2_E, tanh
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # the most negative fp32: what a key of mask 0 adds to its scores
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the most negative fp32, added to the scores of a key with mask 0
 GELU_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 GELU_CUBE = tl.constexpr(0.044715)
 
 
 @triton.jit
 def _result(stored, at, low, mask, halves: tl.constexpr):
-    """Load elements of a product's result; the second half's are `low` elements behind."""
+    """Load elements of a linear's result; those of the second half are `low` elements after the first."""
     value = tl.load(stored + at, mask=mask, other=0.0)
     if halves:
         value += tl.load(stored + low + at, mask=mask, other=0.0)
@@ -36,7 +36,7 @@ def _result(stored, at, low, mask, halves: tl.constexpr):
 
 @triton.jit
 def _write(result, at, low, value, mask, split: tl.constexpr):
-    """Write the next product's input: fp32, or two bf16 halves, the second `low` elements behind."""
+    """Write the next linear's input: fp32, or two bf16 halves, the second `low` elements after the first."""
     if split:
         high = value.to(tl.bfloat16)
         tl.store(result + at, high, mask=mask)
@@ -47,7 +47,7 @@ def _write(result, at, low, value, mask, split: tl.constexpr):
 
 @triton.jit
 def _normed(value, weight, channel, inside, epsilon, width: tl.constexpr):
-    """The RMS norm of one token; channels outside are 0."""
+    """Return the RMS norm of one token; channels not `inside` are 0."""
     inverse = tl.rsqrt(tl.sum(value * value, axis=0) / width + epsilon)
     return value * inverse * tl.load(weight + channel, mask=inside, other=0.0)
 
@@ -57,7 +57,7 @@ def add_norm(
     source, stored, post, following, hidden, result, count, scale, epsilon, width: tl.constexpr, block: tl.constexpr,
     has_branch: tl.constexpr, halves: tl.constexpr, split: tl.constexpr,
 ):  # fmt: skip
-    """One token: hidden = source + norm(branch), or source * scale without a branch; result = norm(hidden)."""
+    """Compute for one token hidden = source + norm(branch), or source * scale without one; result = norm(hidden)."""
     channel = tl.arange(0, block)
     inside = channel < width
     at = tl.program_id(0).to(tl.int64) * width + channel
@@ -76,9 +76,10 @@ def rotate(
     stored, cosine, sine, result, count, tokens: tl.constexpr, rotated: tl.constexpr, heads: tl.constexpr,
     channels: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, halves: tl.constexpr,
 ):  # fmt: skip
-    """`rows` tokens of one of all heads of q, k and v: the whole result, of the first `rotated` heads rotated.
+    """Add the halves of one head's result for `rows` tokens; rotate the head if it is one of the first `rotated`.
 
-    Channel i turns with channel i + channels / 2. `cosine`, `sine` (tokens, channels).
+    The heads are those of q, k and v. Channel i is paired with channel i + channels / 2. `cosine`, `sine` have the
+    shape (tokens, channels).
     """
     token = tl.program_id(0) * rows + tl.arange(0, rows)
     head = tl.program_id(1)
@@ -105,10 +106,10 @@ def attention(
     channels: tl.constexpr, block: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, precision: tl.constexpr,
     split: tl.constexpr,
 ):  # fmt: skip
-    """softmax(cap * tanh(scale * q k^T)) v for one head and `rows` queries, `columns` keys at a time.
+    """Compute softmax(cap * tanh(scale * q k^T)) v for one head and `rows` queries, `columns` keys at a time.
 
-    `qkv` (B, tokens, heads + 2 key_heads, channels), rotated; `mask` (B, tokens) of 0/1. The running softmax of Milakov
-    and Gimelshein (2018); its maximum starts at LOWEST, so that a row without any key weighs all keys alike.
+    `qkv` (B, tokens, heads + 2 key_heads, channels), rotated; `mask` (B, tokens) of 0/1. Uses the running softmax of
+    Milakov and Gimelshein (2018). Its maximum starts at LOWEST, so that a fully masked row weights all keys equally.
     """
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     query = tl.program_id(0) * rows + tl.arange(0, rows)
@@ -149,9 +150,9 @@ def attention(
 def gate(
     stored, result, count, inner: tl.constexpr, block: tl.constexpr, halves: tl.constexpr, split: tl.constexpr
 ):  # fmt: skip
-    """gelu(g) * a for `block` channels of one token; g and a are the halves of the result's channels.
+    """Compute gelu(g) * a for `block` channels of one token; g and a are the halves of the result's channels.
 
-    0.5 g (1 + tanh(u)) is g / (1 + exp(-2 u)), which loses nothing to cancellation where tanh(u) is near -1.
+    0.5 g (1 + tanh(u)) is computed as g / (1 + exp(-2 u)), which has no cancellation where tanh(u) is near -1.
     """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * block + tl.arange(0, block)

@@ -1,4 +1,4 @@
-"""The operations of a T5Gemma layer by the Triton kernels: the results of reference_ops in one or two passes."""
+"""The operations of a T5Gemma layer as Triton kernels: one or two passes each, with the results of reference_ops."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sa3_trt_core.torch_models.t5gemma import triton_kernels as kernels
 from sa3_trt_core.torch_models.t5gemma.weights import Packed
 
 TF32_CAPABILITY = (8, 0)
-ROTATED_TOKENS = 16  # tokens of a program of `rotate`
-GATE_CHANNELS = 1024  # channels of a program of `gate`
-MIN_DOT_SIZE = 16  # tl.dot needs so many rows, columns and channels
+ROTATED_TOKENS = 16  # tokens per program of `rotate`
+GATE_CHANNELS = 1024  # channels per program of `gate`
+MIN_DOT_SIZE = 16  # minimum rows, columns and channels of tl.dot
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of an attention program: queries, keys at a time, warps, and blocks of keys in flight."""
+    """Tile of the attention kernel: queries, keys at a time, warps, and pipeline stages (blocks of keys in flight)."""
 
     queries: int = 32
     keys: int = 64
@@ -50,7 +50,7 @@ class TritonOps:
         block = max(MIN_DOT_SIZE, triton.next_power_of_2(channels))
         qkv = self._rotated(stored, tokens, block)
         result = _product_input((rows * tokens, sizes.heads * channels), split, stored.device)
-        # Heads of more than 64 channels take smaller tiles: of 256, 32 queries need more shared memory than sm_86 has.
+        # Heads over 64 channels take smaller tiles: with 256 channels, 32 queries exceed the shared memory of sm_86.
         queries, keys = (min(side, max(MIN_DOT_SIZE, side * 64 // block)) for side in (tile.queries, tile.keys))
         kernels.attention[(triton.cdiv(tokens, queries), sizes.heads, rows)](
             qkv, mask, result, sizes.score_scale, sizes.score_cap, tokens=tokens, heads=sizes.heads,
@@ -70,7 +70,7 @@ class TritonOps:
         return result
 
     def _rotated(self, stored: Tensor, tokens: int, block: int) -> Tensor:
-        """The heads (M, all heads of q, k and v * channels) fp32 of a result, those of q and k rotated."""
+        """Return the heads of q, k and v (M, number of heads * channels) fp32 of a result, with q and k rotated."""
         sizes, (halves, count, width) = self._sizes, stored.shape
         made = torch.empty((count, width), device=stored.device)
         heads = sizes.heads + 2 * sizes.key_heads
@@ -95,6 +95,6 @@ class TritonOps:
 
 
 def _product_input(shape: tuple[int, int], split: bool, device: torch.device) -> Tensor:
-    """Return memory for a product's input: (1, M, K) fp32, or the halves (2, M, K) bf16."""
+    """Return uninitialised memory for a linear's input: (1, M, K) fp32, or the halves (2, M, K) bf16."""
     dtype = torch.bfloat16 if split else torch.float32
     return torch.empty((2 if split else 1, *shape), dtype=dtype, device=device)

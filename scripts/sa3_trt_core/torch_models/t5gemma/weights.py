@@ -1,4 +1,4 @@
-"""The packed T5Gemma encoder: one safetensors file; its embedding table stays in the file, rows are read as needed."""
+"""Weights of the packed T5Gemma encoder: one safetensors file, whose embedding rows are read on demand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {"BF16": (np.uint16, torch.bfloat16), "F32": (np.float32, torch.float32)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of an encoder. A score is `score_cap` * tanh(`score_scale` q k); embeddings are times `embedding_scale`."""
+    """Encoder sizes. Scores are `score_cap` * tanh(`score_scale` q k); embeddings are scaled by `embedding_scale`."""
 
     width: int
     depth: int
@@ -41,10 +41,11 @@ class Sizes:
 
 
 class Packed:
-    """The tensors of one packed encoder on one device, and the rows of its embedding on demand.
+    """Tensors of one packed encoder on one device; embedding rows are read on demand.
 
-    `layers.N.qkv.weight`: rows of q, k, v; `gate_up`: of the gate, then of what it gates. Weights of products are bf16
-    where the graph's are exactly that, all else fp32. Norm weights are what the normalised value is multiplied by.
+    `layers.N.qkv.weight` has the rows of q, k, v; `gate_up` those of the gate projection, then the up projection.
+    Linear weights are bf16 if the graph's weights are exactly bf16; all else is fp32. Norm weights are the factors by
+    which the normalised value is multiplied.
     """
 
     def __init__(self, sizes: Sizes, tensors: Mapping[str, Tensor], embedding: np.ndarray | Tensor) -> None:
@@ -53,13 +54,13 @@ class Packed:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its name, as a packed file holds them."""
+        """Return all tensors by their names in a packed file."""
         table = self._embedding if isinstance(self._embedding, Tensor) else torch.from_numpy(self._embedding)
         return {EMBEDDING: table, **self._tensors}
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Self:
-        """Load a packed file. Raises ToolError when it is not one, or not whole."""
+        """Load a packed file. Raises ToolError if it is not a packed text encoder or is incomplete."""
         sizes = sizes_of(path)
         tensors = packed_file.read_tensors(path, device, expected(sizes), mapped=(EMBEDDING,))
         return cls(sizes, tensors, _mapped(path, sizes))
@@ -69,7 +70,7 @@ class Packed:
         return self._tensors[name]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """The embeddings (B, T, width) fp32 on the CPU of ids (B, T) int64. Raises ToolError for an unknown id."""
+        """Return embeddings (B, T, width) fp32 on the CPU for ids (B, T) int64. Raises ToolError for unknown ids."""
         if int(ids.min()) < 0 or int(ids.max()) >= self.sizes.vocabulary:
             raise ToolError(
                 f"a token ID of the text is outside the text encoder's vocabulary of {self.sizes.vocabulary}",
@@ -84,7 +85,7 @@ class Packed:
 
 
 def sizes_of(path: Path) -> Sizes:
-    """Return the sizes stated in a packed file. Raises ToolError."""
+    """Return the sizes in the header of a packed file. Raises ToolError."""
     stated: dict[str, Any] = packed_file.read_header(path, FORMAT)
     try:
         return Sizes(**{field.name: stated[field.name] for field in fields(Sizes)})
@@ -98,7 +99,7 @@ def header(sizes: Sizes) -> dict[str, str]:
 
 
 def expected(sizes: Sizes) -> Iterator[str]:
-    """Yield the name of every tensor that a packed file of these sizes must hold."""
+    """Yield the name of every tensor that a packed file with these sizes must contain."""
     yield from (EMBEDDING, "cosine", "sine", "norm")
     for index in range(sizes.depth):
         yield from (f"layers.{index}.{name}.norm" for name in NORMS)
