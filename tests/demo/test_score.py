@@ -41,7 +41,7 @@ def document(tiny_checkpoint: Path, tiny_onnx: Path, out: Path) -> Document:
 
 
 def fits(clip: Document, caption: Document) -> list[bool]:
-    """Return True if the clip's tempo (within 4 %) fits the caption, and the same for its key."""
+    """Return two truth values: the clip's tempo fits the caption within 4 %, the clip's key fits."""
     bpm = clip["bpm"]
     return [bpm is not None and abs(bpm - caption["bpm"]) <= 0.04 * caption["bpm"], clip["key"] == caption["key"]]
 
