@@ -14,7 +14,7 @@ from sa3_trt_core.errors import ToolError
 
 if TYPE_CHECKING:
     from sa3_bench.generation import Subject
-    from sa3_bench.generation_results import Contestant
+    from sa3_bench.generation_results import Contestant, Record
 
 LENGTHS = (3.0, 30.0, 54.0, 120.0, 380.0)
 OURS = {"fp8": ("fp8", "fp8"), "fp8-fp16": ("fp8", "fp16"), "fp16mixed": ("fp16mixed", "fp16")}
@@ -48,6 +48,14 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also time a new sa3_trt process to its first WAV of 54 s (with --tiny: 1 s)",
     )
+    parser.add_argument(
+        "--ring", type=integer_type(1, 64, "slots"), nargs="*", default=[], metavar="D",
+        help="also time continuous batching at these depths: sounds of 54 s per second (with --tiny: 1 s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sounds", type=integer_type(1, 100_000), default=200, metavar="N",
+        help="timed sounds of each --ring (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="use a tiny model, also on a CPU: a functional check only")
     return parser
 
@@ -79,21 +87,25 @@ def main(argv: list[str] | None = None) -> int:
         record.timings += measure(name, contestant, lengths, args.repeats, others)
         contestant.close()
         record.save(args.out)
-    if args.start:
-        record.starts.update(_starts(subject))
+    if args.start or args.ring:
+        _from_files(args, subject, record)
         record.save(args.out)
     print(record.markdown())
     return 0
 
 
-def _starts(subject: Subject) -> dict[str, float]:
-    """Return the seconds of a fresh process and of its stages."""
-    from sa3_bench import generation_start
+def _from_files(args: argparse.Namespace, subject: Subject, record: Record) -> None:
+    """Write engines of the random weights, and time fresh processes and rings on them."""
+    from sa3_bench import generation_start, ring_rate
 
+    seconds = 1.0 if subject.tiny else 54.0
     with tempfile.TemporaryDirectory() as scratch:
         generation_start.write_engines(subject, Path(scratch))
         generation_start.release()
-        return generation_start.starts(Path(scratch), 1.0 if subject.tiny else 54.0)
+        if args.start:
+            record.starts.update(generation_start.starts(Path(scratch), seconds))
+        if args.ring:
+            record.rings += ring_rate.rings_of_folder(Path(scratch), seconds, args.ring, args.sounds)
 
 
 def _contestants(

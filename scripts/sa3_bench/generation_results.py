@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sa3_bench.generation import Mark, quiet
 from sa3_bench.results import machine
+from sa3_bench.ring_rate import RING_HEADS, RingRate
 from sa3_trt_core import console
 from sa3_trt_core.artifacts import files
 
@@ -60,6 +61,7 @@ class Record:
     timings: list[Timing] = field(default_factory=list)
     notes: dict[str, float] = field(default_factory=dict)
     starts: dict[str, float] = field(default_factory=dict)
+    rings: list[RingRate] = field(default_factory=list)
 
     def markdown(self) -> str:
         """Return the tables that README and NOTES quote."""
@@ -82,6 +84,8 @@ class Record:
                 parts.append(
                     console.markdown(["", heading], [[name, f"{value:.2f}"] for name, value in figures.items()])
                 )
+        if self.rings:
+            parts.append(console.markdown(RING_HEADS, [run.cells() for run in self.rings]))
         return "\n\n".join(parts)
 
     def save(self, out: Path) -> None:

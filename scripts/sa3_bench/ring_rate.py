@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3_trt_core.live_ring import LiveRing
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from sa3_trt_core.pipeline import Generator
     from sa3_trt_core.request import Request
     from sa3_trt_core.result import Result
+
+
+RING_HEADS = ("depth", "sounds per second", "share of the DiT", "p50 s", "p99 s")
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,26 @@ class RingRate:
     gap_p50: float = 0.0
     gap_p99: float = 0.0
 
+    def cells(self) -> list[str]:
+        """Return the cells of the table row under RING_HEADS."""
+        return [f"{self.depth}", f"{self.rate:.2f}", f"{self.dit_share:.3f}", f"{self.p50:.3f}", f"{self.p99:.3f}"]
+
     @property
     def rate(self) -> float:
         """Return the sounds per second."""
         return self.sounds / self.elapsed
+
+
+def rings_of_folder(folder: Path, seconds: float, depths: Sequence[int], count: int) -> list[RingRate]:
+    """Time rings of these depths, `count` sounds each, on the FP8 engines that `write_engines` wrote to a folder."""
+    from sa3_trt_core.pipeline import Generator
+    from sa3_trt_core.request import Request
+
+    request = Request("slow piano over soft strings, 70 BPM", seconds)
+    with Generator.load(
+        precision="fp8", backend="torch", onnx_root=folder / "onnx", models_dir=folder / "models"
+    ) as generator:
+        return [measure_ring(generator, request, depth, count) for depth in depths]
 
 
 def measure_ring(generator: Generator, request: Request, depth: int, count: int) -> RingRate:

@@ -121,8 +121,10 @@ def test_whole_generations_are_timed_beside_diffusers(tmp_path: Path) -> None:
         "eager",
         "--repeats",
         1,
-        "--out",
-        tmp_path,
+        "--ring",
+        2,
+        "--sounds",
+        3,
     ]
     result = run(bench_generate.main, [*argv, "--out", tmp_path])
     assert result.code == 0, result.err
@@ -130,4 +132,7 @@ def test_whole_generations_are_timed_beside_diffusers(tmp_path: Path) -> None:
     assert [timing["contestant"] for timing in record["timings"]] == ["fp16mixed", "diffusers fp16 eager"]
     assert all(timing["ms"] > 0 and min(timing["stages"].values()) > 0 for timing in record["timings"])
     assert record["notes"]["fp16mixed: decoder against diffusers fp32"] > 50.0
+    (ring,) = record["rings"]
+    assert (ring["depth"], ring["sounds"]) == (2, 3) and 0 < ring["p50"] <= ring["p99"] and 0 < ring["dit_share"] <= 1
+    assert "sounds per second" in result.out
     assert "published: TensorRT, H100" in result.out and (tmp_path / "generate.png").stat().st_size > 1000
