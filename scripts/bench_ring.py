@@ -33,7 +33,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="D",
         help="depths of the ring (default: 8)",
     )
-    parser.add_argument("--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=54.0, metavar="S")
+    parser.add_argument(
+        "--seconds", type=number_type(shapes.MIN_SECONDS, 374, "seconds"), default=54.0, metavar="S",
+        help="length of every sound, 0.01 to 374 (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--sounds",
         type=integer_type(1, 100_000),

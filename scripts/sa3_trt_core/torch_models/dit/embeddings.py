@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sa3_trt_core.torch_models.dit.weights import Packed
-from sa3_trt_core.torch_models.kernels.linear import result
+from sa3_trt_core.torch_models.kernels.linear import linear
 
 
 class Front:
@@ -49,8 +49,8 @@ class Front:
         if self._packed.sizes.null_rows:
             marks = t5_hidden.abs().amax(dim=(1, 2), keepdim=True) + t5_mask.abs().amax(dim=1)[:, None, None]
             tokens = tokens * (marks > 0)
-        hidden = functional.silu(result(tokens.to(torch.float16), self.products["context_in"]).float())
-        return result(hidden.to(torch.float16), self.products["context_out"])
+        hidden = functional.silu(linear(tokens.to(torch.float16), self.products["context_in"]).float())
+        return linear(hidden.to(torch.float16), self.products["context_out"])
 
     def _linear(self, name: str, value: Tensor) -> Tensor:
         return functional.linear(value, self._packed.tensor(f"{name}.weight"), self._packed.tensor(f"{name}.bias"))

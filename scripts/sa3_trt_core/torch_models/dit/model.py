@@ -13,7 +13,7 @@ from sa3_trt_core.shapes import TEXT_TOKENS
 from sa3_trt_core.torch_models.dit.embeddings import Front
 from sa3_trt_core.torch_models.dit.reference_ops import head_norm
 from sa3_trt_core.torch_models.dit.weights import BLOCK_NORMS, BLOCK_PRODUCTS, HEAD_CHANNELS, Packed
-from sa3_trt_core.torch_models.kernels.linear import Product, finished, quantize, result, sums
+from sa3_trt_core.torch_models.kernels.linear import Product, dequantize, linear, quantize_activation, scaled_mm
 
 
 class BlockOps(Protocol):
@@ -149,7 +149,7 @@ class Dit:
         for block in self.blocks:
             into, out = block.products["local_in"], block.products["local_out"]
             padded = functional.pad(inputs, (0, into.weight.shape[1] - inputs.shape[-1]))
-            embeddings.append(result(functional.silu(result(padded, into).float()).to(torch.float16), out))
+            embeddings.append(linear(functional.silu(linear(padded, into).float()).to(torch.float16), out))
         return torch.stack(embeddings)
 
     def modulation(self, t: Tensor, seconds: Tensor) -> Tensor:
@@ -171,58 +171,58 @@ class Dit:
         """Return the velocity (B, 256, L) fp32 for x (B, 256, L) fp32 and its rows' modulation and conditioning."""
         ops, memory, epsilon = self.ops, self.sizes.memory, self.sizes.norm_epsilon
         rows = x.shape[0]
-        entered = linear(x.transpose(1, 2).to(torch.float16), self._first)
+        entered = fp16_linear(x.transpose(1, 2).to(torch.float16), self._first)
         hidden = torch.cat([self._memory.expand(rows, -1, -1), entered], dim=1)
         gain_a, shift_a, gate_a, gain_f, shift_f, gate_f, bias_f = modulation.unbind(0)
         normed = ops.normed(hidden, gain_a[0], shift_a[0], epsilon, self.blocks[0].scale("self_qkv"))
         for index, block in enumerate(self.blocks):
             mixed = self._self_attention(block, normed)
             hidden, normed = ops.add_normed(
-                hidden, sums(mixed, block.products["self_out"]), gate_a[index], None, None, memory,
+                hidden, scaled_mm(mixed, block.products["self_out"]), gate_a[index], None, None, memory,
                 block.vector("cross_norm"), None, epsilon, block.scale("cross_q"),
             )  # fmt: skip
             mixed = self._cross_attention(block, normed, conditioning.keys[index])
             hidden, normed = ops.add_normed(
-                hidden, sums(mixed, block.products["cross_out"]), block.cross_ratio, None, conditioning.local[index],
-                memory, gain_f[index], shift_f[index], epsilon, block.scale("ff_in"),
+                hidden, scaled_mm(mixed, block.products["cross_out"]), block.cross_ratio, None,
+                conditioning.local[index], memory, gain_f[index], shift_f[index], epsilon, block.scale("ff_in"),
             )  # fmt: skip
             into = block.products["ff_in"]
             assert into.bias is not None
-            gated = ops.gated(sums(normed, into), into.ratio, into.bias, block.scale("ff_out"))
+            gated = ops.gated(scaled_mm(normed, into), into.ratio, into.bias, block.scale("ff_out"))
             last = index + 1 == len(self.blocks)
             hidden, normed = ops.add_normed(
-                hidden, sums(gated, block.products["ff_out"]), gate_f[index], bias_f[index], None, memory,
+                hidden, scaled_mm(gated, block.products["ff_out"]), gate_f[index], bias_f[index], None, memory,
                 None if last else gain_a[index + 1], None if last else shift_a[index + 1], epsilon,
                 None if last else self.blocks[index + 1].scale("self_qkv"),
             )  # fmt: skip
-        return linear(hidden[:, memory:], self._last).transpose(1, 2).float().contiguous()
+        return fp16_linear(hidden[:, memory:], self._last).transpose(1, 2).float().contiguous()
 
     def _self_attention(self, block: Block, normed: Tensor) -> Tensor:
         product, norms = block.products["self_qkv"], block.gammas
         return self.ops.self_attention(
-            sums(normed, product), product.ratio, norms["self_q_norm"], norms["self_k_norm"], self.sizes.head_epsilon,
-            block.bounds["self"], block.scale("self_out"),
+            scaled_mm(normed, product), product.ratio, norms["self_q_norm"], norms["self_k_norm"],
+            self.sizes.head_epsilon, block.bounds["self"], block.scale("self_out"),
         )  # fmt: skip
 
     def _cross_attention(self, block: Block, normed: Tensor, keys: Tensor) -> Tensor:
         product = block.products["cross_q"]
         return self.ops.cross_attention(
-            sums(normed, product), product.ratio, keys, block.gammas["cross_q_norm"], self.sizes.head_epsilon,
+            scaled_mm(normed, product), product.ratio, keys, block.gammas["cross_q_norm"], self.sizes.head_epsilon,
             block.bounds["cross"], block.scale("cross_out"),
         )  # fmt: skip
 
     def _keys(self, block: Block, context: Tensor) -> Tensor:
         """Return normed k1 and k2, and v, (B, 257, 3 width) fp16 for the cross tokens (B, 257, width)."""
         product = block.products["cross_kv"]
-        keys_and_values = finished(sums(quantize(context, product.activation_scale), product), product).to(
-            torch.float16
-        )
+        keys_and_values = dequantize(
+            scaled_mm(quantize_activation(context, product.activation_scale), product), product
+        ).to(torch.float16)
         k, v = keys_and_values.split((2 * self.sizes.width, self.sizes.width), dim=-1)
         normed = head_norm(k.unflatten(-1, (-1, HEAD_CHANNELS)), block.gammas["cross_k_norm"], self.sizes.head_epsilon)
         return torch.cat([normed.flatten(2), v], dim=-1)
 
 
-def linear(value: Tensor, weight: Tensor) -> Tensor:
+def fp16_linear(value: Tensor, weight: Tensor) -> Tensor:
     """Return value @ weight^T in fp16, computed in fp32 on a CPU, where 16-bit products are slow."""
     if value.is_cuda:
         return functional.linear(value, weight)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sa3_trt_core.torch_models.dit.weights import HEAD_CHANNELS
-from sa3_trt_core.torch_models.kernels.linear import quantize
+from sa3_trt_core.torch_models.kernels.linear import quantize_activation
 
 
 class PlainOps:
@@ -36,7 +36,7 @@ class PlainOps:
         self, hidden: Tensor, gain: Tensor, shift: Tensor | None, epsilon: float, activation_scale: float | None
     ) -> Tensor:
         value = _rms(hidden.float(), epsilon) * gain.unsqueeze(1)
-        return quantize(value if shift is None else value + shift.unsqueeze(1), activation_scale)
+        return quantize_activation(value if shift is None else value + shift.unsqueeze(1), activation_scale)
 
     def self_attention(
         self, stored: Tensor, ratio: Tensor | None, q_gamma: Tensor, k_gamma: Tensor, epsilon: float, bound: float,
@@ -60,7 +60,7 @@ class PlainOps:
 
     def gated(self, stored: Tensor, ratio: Tensor | None, bias: Tensor, activation_scale: float | None) -> Tensor:
         value, gate = (_whole(stored, ratio) + bias).chunk(2, dim=-1)
-        return quantize(value * functional.silu(gate), activation_scale)
+        return quantize_activation(value * functional.silu(gate), activation_scale)
 
     def _turned(self, heads: Tensor) -> Tensor:
         """Apply the rotary embedding to (B, T, 2, H, 64), in fp16; channel i is paired with channel i + 16."""
@@ -93,4 +93,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, activation_scale: float | None) -> 
         )
         for half in range(2)
     ]
-    return quantize((halves[0] - halves[1]).transpose(1, 2).flatten(2), activation_scale)
+    return quantize_activation((halves[0] - halves[1]).transpose(1, 2).flatten(2), activation_scale)

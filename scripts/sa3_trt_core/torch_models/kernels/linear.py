@@ -8,9 +8,9 @@ of K products in fp16's range. The result of the layer is
 
     stored * ratio + bias,    ratio[n] = scale_x * scale_w[n] / sum_scale
 
-The scales are applied after the sum, because a code times a scale is no longer an E4M3 number. `sums` returns the
+The scales are applied after the sum, because a code times a scale is no longer an E4M3 number. `scaled_mm` returns the
 stored values without ratio and bias: the next kernel (triton_ops) applies both while it has the value in a register.
-`finished` and `result` apply them here. In 16 bits the stored values lack only the bias.
+`dequantize` and `linear` apply them here. In 16 bits the stored values lack only the bias.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fp8_product(codes: Tensor, weight_scale: Tensor, bias: Tensor | None, activa
     return Product(codes, bias, weight_scale * (activation_scale / scale), activation_scale, scale)
 
 
-def quantize(value: Tensor, scale: float | None) -> Tensor:
+def quantize_activation(value: Tensor, scale: float | None) -> Tensor:
     """Return the input of a linear layer: fp16, or the E4M3 codes of value / scale, saturated."""
     if scale is None:
         return value.to(torch.float16)
@@ -77,7 +77,7 @@ def quantize_rows(value: Tensor) -> tuple[Tensor, Tensor]:
     return (value.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
-def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None = None) -> Tensor:
+def scaled_mm(value: Tensor, product: Product, wide: bool = False, out: Tensor | None = None) -> Tensor:
     """Return the stored sums (..., N), fp16 or fp32 if `wide`, for a quantised (..., K): no ratio or bias applied.
 
     `out` (M, N) fp16 receives them (default: a new tensor). On a CPU products are computed in fp32: fp16 ones are slow.
@@ -87,7 +87,7 @@ def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None
     dtype = torch.float32 if wide else torch.float16
     if value.is_cuda:
         flat = value if value.dim() == 2 else value.flatten(0, -2)
-        stored = _cuda_sums(flat, product, dtype, out).unflatten(0, value.shape[:-1])
+        stored = _cuda_scaled_mm(flat, product, dtype, out).unflatten(0, value.shape[:-1])
     else:
         stored = (functional.linear(value.float(), product.weight.float()) * product.sum_scale).to(dtype)
     if out is None or stored.data_ptr() == out.data_ptr():
@@ -95,7 +95,7 @@ def sums(value: Tensor, product: Product, wide: bool = False, out: Tensor | None
     return out.copy_(stored)
 
 
-def finished(stored: Tensor, product: Product) -> Tensor:
+def dequantize(stored: Tensor, product: Product) -> Tensor:
     """Return the linear layer's result in fp32: stored * ratio + bias."""
     scaled = stored.float()
     if product.ratio is not None:
@@ -103,13 +103,13 @@ def finished(stored: Tensor, product: Product) -> Tensor:
     return scaled if product.bias is None else scaled + product.bias
 
 
-def result(value: Tensor, product: Product, wide: bool = False) -> Tensor:
+def linear(value: Tensor, product: Product, wide: bool = False) -> Tensor:
     """Return a linear layer's result, fp16 or fp32 if `wide`, for a value in any precision."""
-    value_out = finished(sums(quantize(value, product.activation_scale), product, wide), product)
+    value_out = dequantize(scaled_mm(quantize_activation(value, product.activation_scale), product, wide), product)
     return value_out if wide else value_out.to(torch.float16)
 
 
-def _cuda_sums(value: Tensor, product: Product, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+def _cuda_scaled_mm(value: Tensor, product: Product, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     weight = product.weight.t()
     if not product.is_fp8:
         if dtype == torch.float32:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sa3_trt_core.torch_models.kernels.linear import Product, result, sums
+from sa3_trt_core.torch_models.kernels.linear import Product, linear, scaled_mm
 from sa3_trt_core.torch_models.same.weights import DynamicTanh, Layer, Packed
 
 TOKENS_AT_ONCE = 11264  # of all rows together; bounds the size of a layer's widest activations
@@ -58,18 +58,18 @@ class Same:
         """Return latents (R, C, L) fp32 for samples (R, 2, L * 4096) fp32 (encoder only)."""
         sizes, (rows, channels, _) = self.sizes, audio.shape
         patches = audio.to(torch.float16).unflatten(-1, (-1, sizes.patch)).permute(0, 2, 1, 3)
-        entered = result(patches.reshape(-1, channels * sizes.patch), self.packed.input)
+        entered = linear(patches.reshape(-1, channels * sizes.patch), self.packed.input)
         frames = entered.shape[0] // sizes.stride
         hidden = torch.empty((frames, sizes.stride + 1, sizes.width), dtype=torch.float16, device=audio.device)
         hidden[:, : sizes.stride] = entered.unflatten(0, (frames, sizes.stride))
         hidden[:, sizes.stride] = self.packed.token
         self._run(hidden.flatten(0, 1), frames // rows)
-        latents = result(hidden[:, sizes.stride].contiguous(), self.packed.output, wide=True)
+        latents = linear(hidden[:, sizes.stride].contiguous(), self.packed.output, wide=True)
         return latents.unflatten(0, (rows, -1)).transpose(1, 2).contiguous()
 
     def _decoded(self, latents: Tensor, end: Callable[[Tensor, Tensor, int, int], Tensor]) -> Tensor:
         sizes, (rows, _, frames) = self.sizes, latents.shape
-        entered = result(latents.to(torch.float16).transpose(1, 2).flatten(0, 1), self.packed.input)
+        entered = linear(latents.to(torch.float16).transpose(1, 2).flatten(0, 1), self.packed.input)
         hidden = torch.empty((rows * frames, sizes.stride + 1, sizes.width), dtype=torch.float16, device=latents.device)
         hidden[:, 0] = entered
         del entered
@@ -82,7 +82,10 @@ class Same:
         step = max(1, self._limit(flat.shape[0]) // (sizes.stride + 1)) * (sizes.stride + 1)
         parts = [
             end(
-                sums(flat[a : a + step], self.packed.output, wide=True), self.packed.output.bias, sizes.stride, channels
+                scaled_mm(flat[a : a + step], self.packed.output, wide=True),
+                self.packed.output.bias,
+                sizes.stride,
+                channels,
             )
             for a in range(0, flat.shape[0], step)
         ]
@@ -113,7 +116,7 @@ class Same:
         qkv = torch.empty((head + last - begin, layer.qkv.weight.shape[0]), dtype=torch.float16, device=normed.device)
         if before is not None:
             qkv[:head] = before
-        sums(normed[begin:last], layer.qkv, out=qkv[head:])
+        scaled_mm(normed[begin:last], layer.qkv, out=qkv[head:])
         kept = None if end == total else qkv[max(0, head + end - begin - reach) : head + end - begin].clone()
         attended = self._ops.attention(
             qkv, begin - head, begin, end, tokens, reach, layer.q_norm, layer.k_norm
@@ -125,11 +128,11 @@ class Same:
     ) -> None:
         """Add the attention output and the feed-forward to `hidden`; write its norm `following` to `normed`."""
         ops, into, out = self._ops, layer.ff_in, layer.ff_out
-        stored = sums(attended, layer.attention_out)
+        stored = scaled_mm(attended, layer.attention_out)
         inner = ops.add_norm(hidden, stored, layer.attention_out, None, layer.feed_forward_norm, into.activation_scale)
-        stored = sums(inner, into, wide=layer.sinusoidal and self.wide_gates)
+        stored = scaled_mm(inner, into, wide=layer.sinusoidal and self.wide_gates)
         gated, row_scale = ops.gate(stored, into, layer.sinusoidal, out.is_fp8)
-        ops.add_norm(hidden, sums(gated, out), out, row_scale, following, None, normed)
+        ops.add_norm(hidden, scaled_mm(gated, out), out, row_scale, following, None, normed)
 
     def _limit(self, total: int) -> int:
         return self._tokens_at_once or (total if total <= TOKENS_IN_ONE else TOKENS_AT_ONCE)

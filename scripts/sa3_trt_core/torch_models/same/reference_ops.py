@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sa3_trt_core.shapes import FULL_SCALE
-from sa3_trt_core.torch_models.kernels.linear import Product, quantize, quantize_rows
+from sa3_trt_core.torch_models.kernels.linear import Product, quantize_activation, quantize_rows
 from sa3_trt_core.torch_models.same.weights import HEAD_CHANNELS, ROTATED_PAIRS, DynamicTanh
 
 QUERIES_AT_ONCE = 1024
@@ -24,7 +24,7 @@ class ReferenceOps:
 
     def norm(self, hidden: Tensor, norm: DynamicTanh, scale: float | None, out: Tensor | None = None) -> Tensor:
         """Return the dynamic tanh norm of the residual (M, C) fp16, in fp16 or quantised by `scale`."""
-        value = quantize(norm.gamma * torch.tanh(norm.alpha * hidden.float()) + norm.beta, scale)
+        value = quantize_activation(norm.gamma * torch.tanh(norm.alpha * hidden.float()) + norm.beta, scale)
         return value if out is None else out.copy_(value)
 
     def add_norm(
