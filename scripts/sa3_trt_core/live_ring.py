@@ -169,7 +169,10 @@ class LiveRing(Closeable):
         if error is not None:
             settle(ticket.future, error)
         if row is not None:
-            row.path.draw_ahead()  # drawing is faster than a step, so the sampler does not wait
+            try:
+                row.path.draw_ahead()  # drawing is faster than a step, so the sampler does not wait
+            except Exception as caught:  # out of memory, for example: it fails this request, not the ring
+                settle(ticket.future, caught)
         return True
 
     def _step(self) -> bool:
