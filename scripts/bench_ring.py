@@ -51,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Time every depth; one JSON document on stdout. Raises ToolError."""
     args = make_parser().parse_args(argv)
     choose_devices(args.device, None)
-    from sa3_bench.ring_rate import measure_ring
+    from sa3_bench.ring_rate import PROMPT, measure_ring
     from sa3_trt_core.model_loader import make_plan
     from sa3_trt_core.pipeline import Generator
 
     source = ModelSource.of(args.onnx_root, args.models_dir)
     with Generator.open(make_plan(args.dit, args.precision, args.backend, source)) as generator:
-        request = Request("slow piano over soft strings, 70 BPM", args.seconds)
+        request = Request(PROMPT, args.seconds)
         figures = [measure_ring(generator, request, depth, args.sounds) for depth in args.ring]
         where = dict(generator.engines.devices)
     rows = [{**asdict(run), "sounds_per_second": run.rate, "seconds": args.seconds} for run in figures]

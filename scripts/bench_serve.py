@@ -24,7 +24,6 @@ from sa3_trt_core.errors import ToolError
 from sa3_trt_core.paths import ModelSource
 from sa3_trt_core.request import Request
 
-PROMPT = "slow piano over soft strings, 70 BPM"
 READY_SECONDS = 300  # for the server's first sound
 
 
@@ -62,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Time the generator and its ring, then the server; print one JSON document. Raises ToolError."""
     args = make_parser().parse_args(argv)
-    from sa3_bench.ring_rate import quantile
+    from sa3_bench.ring_rate import PROMPT, quantile
 
     request = Request(PROMPT, args.seconds, steps=args.steps)
     alone_ms, ring_rate = _without_server(args, request)

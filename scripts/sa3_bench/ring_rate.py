@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sa3_trt_core.result import Result
 
 
+PROMPT = "slow piano over soft strings, 70 BPM"
 RING_HEADS = ("depth", "sounds per second", "share of the DiT", "p50 s", "p99 s")
 
 
@@ -53,7 +54,7 @@ def rings_of_folder(folder: Path, seconds: float, depths: Sequence[int], count: 
     from sa3_trt_core.pipeline import Generator
     from sa3_trt_core.request import Request
 
-    request = Request("slow piano over soft strings, 70 BPM", seconds)
+    request = Request(PROMPT, seconds)
     with Generator.load(
         precision="fp8", backend="torch", onnx_root=folder / "onnx", models_dir=folder / "models"
     ) as generator:

@@ -40,23 +40,21 @@ def current_arch() -> str | None:
 
 
 @functools.cache
-def open_context() -> threading.Thread | None:
-    """Start to create the primary context of the first visible GPU; return the thread, or None without a GPU.
+def open_context() -> None:
+    """Start to create the primary context of the first visible GPU; do nothing without a GPU.
 
     PyTorch, TensorRT and ONNX Runtime use that context. The driver takes 0.4 s for it (H100), in which Python can
     import them.
     """
     if current_arch() is None:
-        return None
+        return
 
     def retain() -> None:
         driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
         if driver.cuDeviceGet(ctypes.byref(device), 0) == 0:
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
-    thread = threading.Thread(target=retain, name="sa3-context", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=retain, name="sa3-context", daemon=True).start()
 
 
 @functools.cache

@@ -69,7 +69,8 @@ def make_decoder(onnx: Path, target: Target, out: Path) -> dict[str, float]:
         if "pcm" in outputs:
             reference_samples = outputs["pcm"].float()
         else:
-            reference_samples = 32767.0 * require_output(outputs, "audio").float().transpose(1, 2).clamp(-1.0, 1.0)
+            audio = require_output(outputs, "audio").float().transpose(1, 2).clamp(-1.0, 1.0)
+            reference_samples = shapes.FULL_SCALE * audio
         return _decibels(open_decoder(out, _device()).pcm(latent).float(), reference_samples)
 
     return _make_same(onnx, target, out, "decoder", compare)

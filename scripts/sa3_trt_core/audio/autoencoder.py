@@ -120,7 +120,7 @@ def required_frames(seconds: float, frames: int, reach: int | None) -> int:
     """Return how many of `frames` latent frames the samples of `seconds` depend on, at least MIN_CODEC_FRAMES.
 
     The decoder looks `reach` frames beyond the last one that is heard (None: not known, all are required). The frames
-    after them are padding of the DiT: 66 of the 97 of 3 s.
+    after them are padding of the DiT: 52 of the 97 of 3 s.
     """
     if reach is None:
         return frames

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sa3_trt_core.audio import io as audio_io
-from sa3_trt_core.shapes import AUDIO_CHANNELS, FULL_SCALE
+from sa3_trt_core.shapes import AUDIO_CHANNELS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ def audio_bytes(kind: str, samples: Tensor, metadata: Mapping[str, Any]) -> byte
     `kind` is one of MEDIA_TYPES.
     """
     if kind == "wav" and not samples.is_floating_point():  # one copy: libsndfile's take 7 ms for 30 s
-        return b"".join((wav_header(len(samples), metadata), _little_endian(samples).data))
+        return b"".join((wav_header(len(samples), metadata), _pcm(samples).data))
     out = io.BytesIO()
     audio_io.write_sound(out, f".{kind}", samples, audio_io.DEFAULT_BITS, metadata)
     return out.getvalue()
@@ -31,12 +31,7 @@ def audio_bytes(kind: str, samples: Tensor, metadata: Mapping[str, Any]) -> byte
 
 def pcm_bytes(samples: Tensor) -> bytes:
     """Return 16-bit little-endian interleaved samples from samples (N, 2), int16 or fp32 within full scale."""
-    import numpy as np
-
-    if not samples.is_floating_point():
-        return _little_endian(samples).tobytes()
-    values: np.ndarray = np.asarray(samples, np.float32)
-    return np.round(values * np.float32(FULL_SCALE)).astype("<i2").tobytes()
+    return _pcm(samples).tobytes()
 
 
 def wav_header(samples: int, metadata: Mapping[str, Any]) -> bytes:
@@ -52,7 +47,10 @@ def wav_header(samples: int, metadata: Mapping[str, Any]) -> bytes:
     return bytes(head)
 
 
-def _little_endian(samples: Tensor) -> np.ndarray:
+def _pcm(samples: Tensor) -> np.ndarray:
+    """Return samples as contiguous 16-bit little-endian integers, without a copy where they are that already."""
     import numpy as np
 
-    return np.ascontiguousarray(np.asarray(samples).astype("<i2", copy=False))
+    values: np.ndarray = np.asarray(samples)
+    whole = audio_io.quantized(values, "16") if samples.is_floating_point() else values
+    return np.ascontiguousarray(whole.astype("<i2", copy=False))

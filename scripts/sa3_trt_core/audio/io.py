@@ -104,7 +104,7 @@ def write_sound(
 
         values, rate = np.clip(soxr.resample(values, rate, OPUS_RATE, quality="VHQ"), -1.0, 1.0), OPUS_RATE
     elif suffix not in CODECS and not ready:
-        values = _quantized(values, bits)
+        values = quantized(values, bits)
     subtype = CODECS.get(suffix, BITS[bits])
     with soundfile.SoundFile(target, "w", rate, values.shape[1], subtype, format=FORMATS[suffix]) as sound:
         title, sound.comment = _texts(metadata, MAX_WAV_TEXT if suffix == ".wav" else None, suffix == ".mp3")
@@ -115,7 +115,7 @@ def write_sound(
             sound.write(values[first : first + BLOCK])
 
 
-def _quantized(values: np.ndarray, bits: str) -> np.ndarray:
+def quantized(values: np.ndarray, bits: str) -> np.ndarray:
     """Round fp32 samples to integers of `bits`; return them unchanged for 32f."""
     import numpy as np
 

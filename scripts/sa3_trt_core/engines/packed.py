@@ -78,8 +78,8 @@ class PackedEngine(DeviceEngine):
 
 
 @functools.cache
-def prepare_compiler() -> threading.Thread:
-    """Start a thread that imports and hashes Triton; return the thread. The first kernel launch waits for it.
+def prepare_compiler() -> None:
+    """Start a thread that imports and hashes Triton, for which the first kernel launch waits.
 
     Triton hashes its own files (0.4 s on an H100's host) for the key of every compiled kernel, cached ones included.
     """
@@ -88,9 +88,7 @@ def prepare_compiler() -> threading.Thread:
         with contextlib.suppress(ImportError, AttributeError):  # moved in another version: the first launch hashes
             importlib.import_module("triton.runtime.cache").triton_key()
 
-    thread = threading.Thread(target=hash_once, name="sa3-triton", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=hash_once, name="sa3-triton", daemon=True).start()
 
 
 def tiles_path(path: Path) -> Path:

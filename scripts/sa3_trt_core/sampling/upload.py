@@ -20,8 +20,8 @@ class UploadedNoise(Iterator["Tensor"]):
 
     CPU generators make a seed reproducible on every machine. The sampler requests noise after it has queued the step's
     velocity, so that drawing overlaps with the GPU. Noise is drawn into pinned memory and cut to `valid` frames on the
-    GPU, because each copy on the CPU costs as much as the drawing. A thread would be slower: each new one starts its
-    own team of OpenMP threads.
+    GPU, because each copy on the CPU costs as much as the drawing. A new thread for each call would be slower: it
+    starts its own team of OpenMP threads.
     """
 
     def __init__(self, seeds: Sequence[int], channels: int, frames: int, valid: int | None, device: str) -> None:

@@ -62,7 +62,7 @@ class Runner:
         slot = self._slot(x.shape[0], x.shape[2], any(row.keeps for row in rows))
         watch = self._active_watch()
         with nullcontext() if watch is None else watch.watching():
-            slot.update_rows(rows, self._keys_of_row if watch is None else self._computed_keys)
+            slot.update_rows(rows, partial(self._keys_of_row, watched=watch is not None))
         return self._loaded(slot, x, t.tolist(), [row.durations[0] for row in rows])()
 
     def _loaded(
@@ -75,20 +75,18 @@ class Runner:
         watch = self._active_watch()
         return slot.run if watch is None else partial(slot.run_under, watch)
 
-    def _keys_of_row(self, row: Conditioning) -> Tensor:
+    def _keys_of_row(self, row: Conditioning, watched: bool) -> Tensor:
         """Return the cross keys (depth, 1, T, 3 C) of one row; the next call overwrites them.
 
-        On a GPU a CUDA graph computes them: launching 24 layers one by one takes 10 ms, which delays a new row.
+        On a GPU a CUDA graph computes them unless `watched`: launching 24 layers one by one takes 10 ms, which delays a
+        new row.
         """
-        if self._device.type != "cuda":
-            return self._computed_keys(row)
-        inputs = {name: getattr(row, name) for name in TEXT}
+        inputs = {name: getattr(row, name).to(self._device) for name in TEXT}
+        if self._device.type != "cuda" or watched:
+            return self._text_keys(**inputs)
         if self._row_keys is None:
             self._row_keys = Captured(self._text_keys, inputs, self._device)
         return self._row_keys(inputs)
-
-    def _computed_keys(self, row: Conditioning) -> Tensor:
-        return self._text_keys(**{name: getattr(row, name).to(self._device) for name in TEXT})
 
     def _text_keys(self, t5_hidden: Tensor, t5_mask: Tensor, seconds_total: Tensor) -> Tensor:
         return self.dit.keys(t5_hidden, t5_mask, seconds_total)
